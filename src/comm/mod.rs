@@ -1,0 +1,181 @@
+//! How places talk: a `Link` to each neighbour of the pipeline, a `ReplicaGroup` over the replicas of a stage.
+//!
+//! Two transports: `local`, threads of one process, and `mpi`. Both check every message against the one that the
+//! schedule calls for.
+
+pub mod local;
+pub mod mpi;
+
+use std::fmt;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::grid::Place;
+use crate::metrics::Report;
+use crate::schedule::Pass;
+
+/// What a message carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Down the pipeline.
+    Activation,
+    /// Up the pipeline.
+    Gradient,
+}
+
+/// The tag of a message: what it is, so that a wrong one is found where it arrives. All tensors are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    pub content: Content,
+    pub pass: Pass,
+    pub step: usize,
+    pub microbatch: usize,
+    /// Rows, tokens, values: [b, T, D].
+    pub shape: [i64; 3],
+}
+
+impl fmt::Display for Header {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let content = match self.content {
+            Content::Activation => "activation",
+            Content::Gradient => "gradient",
+        };
+        let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
+        write!(f, "{content}{pass} {}.{} f32 {:?}", self.step, self.microbatch, self.shape)
+    }
+}
+
+impl Header {
+    /// Words of the header on the wire.
+    pub const WORDS: usize = 8;
+    /// The first word: tells a header from stray bytes, and one layout of headers from the next.
+    const MAGIC: i64 = 0x6f75_726f_0001;
+
+    /// Bytes of the tensor.
+    pub fn values(&self) -> usize {
+        self.shape.iter().product::<i64>() as usize
+    }
+
+    /// The header as it travels.
+    pub fn encode(&self) -> [i64; Header::WORDS] {
+        let [b, t, d] = self.shape;
+        let content = i64::from(self.content == Content::Gradient);
+        let pass = i64::from(self.pass == Pass::Eval);
+        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d]
+    }
+
+    /// The header out of what travelled, `None` if that is none.
+    pub fn decode(words: [i64; Header::WORDS]) -> Option<Header> {
+        let [magic, content, pass, step, microbatch, b, t, d] = words;
+        let content = [Content::Activation, Content::Gradient].get(usize::try_from(content).ok()?).copied()?;
+        let pass = [Pass::Train, Pass::Eval].get(usize::try_from(pass).ok()?).copied()?;
+        let header = Header {
+            content,
+            pass,
+            step: usize::try_from(step).ok()?,
+            microbatch: usize::try_from(microbatch).ok()?,
+            shape: [b, t, d],
+        };
+        (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n))).then_some(header)
+    }
+}
+
+/// The channel between two neighbours of a pipeline, both ways.
+pub trait Link: Send {
+    /// Hands a tensor to the transport. Waits only if the neighbour is further behind than any schedule of training
+    /// allows.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if the neighbour is gone.
+    fn send(&mut self, header: Header, tensor: Tensor) -> Result<()>;
+
+    /// The next message from the neighbour, which must be `expected`. Sleeps while there is none.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if the neighbour is gone, [`Error::Message`] if it sent something else.
+    fn receive(&mut self, expected: Header) -> Result<Tensor>;
+}
+
+/// The R places of one stage.
+pub trait ReplicaGroup: Send {
+    /// Starts the sum of `flat` over the group, in place. Nobody may touch its memory before the reduction is over.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a member is gone.
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction>;
+}
+
+/// An all-reduce under way; the sum is there once it has been waited for.
+#[must_use = "the gradient is not reduced before `wait` returns"]
+pub struct Reduction(Box<dyn FnOnce() -> Result<()> + Send>);
+
+impl Reduction {
+    fn new(wait: impl FnOnce() -> Result<()> + Send + 'static) -> Reduction {
+        Reduction(Box::new(wait))
+    }
+
+    /// Sleeps until the sum is there.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a member is gone.
+    pub fn wait(self) -> Result<()> {
+        (self.0)()
+    }
+}
+
+/// Everything that one place talks through.
+pub struct Ends {
+    pub upstream: Option<Box<dyn Link>>,
+    pub downstream: Option<Box<dyn Link>>,
+    /// None where R = 1.
+    pub group: Option<Box<dyn ReplicaGroup>>,
+    pub reports: Reporter,
+}
+
+/// Takes the reports of a place to the recorder on rank 0.
+pub struct Reporter(Box<dyn FnMut(Report) -> Result<()> + Send>);
+
+impl Reporter {
+    pub fn new(send: impl FnMut(Report) -> Result<()> + Send + 'static) -> Reporter {
+        Reporter(Box::new(send))
+    }
+
+    /// Sends without waiting.
+    ///
+    /// # Errors
+    /// If the recorder is gone.
+    pub fn send(&mut self, report: Report) -> Result<()> {
+        (self.0)(report)
+    }
+}
+
+/// Compares the header that came with the one that the schedule calls for.
+fn checked(from: Place, to: Place, expected: Header, found: Header) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Message { from, to, expected: expected.to_string(), found: found.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn headers_travel(gradient: bool, eval: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
+                          shape in prop::array::uniform3(0i64..1 << 31)) {
+            let content = if gradient { Content::Gradient } else { Content::Activation };
+            let pass = if eval { Pass::Eval } else { Pass::Train };
+            let header = Header { content, pass, step, microbatch, shape };
+            prop_assert_eq!(Header::decode(header.encode()), Some(header));
+        }
+
+        #[test]
+        fn stray_bytes_are_no_header(words: [i64; Header::WORDS]) {
+            prop_assert_eq!(Header::decode(words), None);
+        }
+    }
+}

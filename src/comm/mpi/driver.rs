@@ -1,0 +1,443 @@
+//! The thread that owns MPI. It alone calls MPI, so messages move while the compute thread computes, and one level of
+//! thread support (funneled) is enough.
+//!
+//! ```text
+//! compute thread --- commands: send, all-reduce, report ---> driver ---> MPI
+//!                <-- inbox of each link, done-signals ------        <---
+//! ```
+//!
+//! A receive of the next header is always posted on every link; the tensor's receive is posted as soon as its header is
+//! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, a little longer every
+//! time up to `LONGEST_SLEEP`, so a waiting rank does not burn a core; a command wakes it at once.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use mpi::Threading;
+use mpi::topology::{Color, SimpleCommunicator};
+use mpi::traits::*;
+use tch::Tensor;
+
+use super::raw::{self, Address, MpiResult, Pending};
+use crate::comm::{Content, Header};
+use crate::metrics::Report;
+
+/// Rounds without progress before the driver begins to sleep.
+const ROUNDS_AWAKE: u32 = 20;
+const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
+const LONGEST_SLEEP: Duration = Duration::from_micros(200);
+
+const TAG_REPORT: i32 = 9;
+
+/// Tags of a header; its tensor has the next one.
+fn tag(content: Content) -> i32 {
+    match content {
+        Content::Activation => 1,
+        Content::Gradient => 3,
+    }
+}
+
+/// What arrives on a link.
+pub type Arrival = Result<(Header, Tensor), String>;
+
+/// What the other threads ask of the driver.
+pub enum Command {
+    /// Everybody's bytes, in the order of the ranks; all ranks must ask. Blocks the driver.
+    AllGather { bytes: Vec<u8>, reply: Sender<Vec<Vec<u8>>> },
+    /// Makes the communicators of the grid and posts the first receives; all ranks must ask.
+    Connect { color: i32, key: i32, inboxes: Vec<Inbox>, reports: Option<Sender<Report>>, reply: Sender<MpiResult<()>> },
+    Send { to: usize, header: Header, tensor: Tensor, permit: Permit },
+    Reduce { flat: Tensor, reply: Sender<MpiResult<()>> },
+    Report(Vec<u8>),
+    /// Ends all ranks.
+    Abort(i32),
+    /// Completes what is under way, then MPI_Finalize; all ranks must ask.
+    Finish(Sender<()>),
+}
+
+/// Where the messages of one neighbour go.
+pub struct Inbox {
+    pub from: usize,
+    pub content: Content,
+    pub sender: SyncSender<Arrival>,
+}
+
+/// Bounds the messages under way on a link.
+#[derive(Clone)]
+pub struct Permits(Arc<(Mutex<usize>, Condvar)>);
+
+/// One message under way; dropping it makes room for another.
+pub struct Permit(Permits);
+
+impl Permits {
+    pub fn new(count: usize) -> Permits {
+        Permits(Arc::new((Mutex::new(count), Condvar::new())))
+    }
+
+    /// Sleeps until there is room.
+    pub fn acquire(&self) -> Permit {
+        let (count, changed) = &*self.0;
+        let guard = count.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut guard = changed.wait_while(guard, |n| *n == 0).unwrap_or_else(|poisoned| poisoned.into_inner());
+        *guard -= 1;
+        drop(guard);
+        Permit(self.clone())
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let (count, changed) = &*self.0.0;
+        *count.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
+        changed.notify_one();
+    }
+}
+
+/// What a rank learns when MPI has started.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub rank: usize,
+    pub size: usize,
+    pub host: String,
+}
+
+/// The body of the driver's thread.
+pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
+    let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
+        let _ = started.send(None);
+        return;
+    };
+    let world = universe.world();
+    let host = mpi::environment::processor_name().unwrap_or_default();
+    let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host };
+    let rank = identity.rank;
+    if started.send(Some(identity)).is_err() {
+        return;
+    }
+    let mut driver = Driver::new(world, rank);
+    let finished = driver.serve(commands);
+    drop(driver);
+    drop(universe); // MPI_Finalize
+    if let Some(reply) = finished {
+        let _ = reply.send(());
+    }
+}
+
+/// A message on its way out.
+struct Outgoing {
+    header: Pending<Box<[i64; Header::WORDS]>>,
+    tensor: Option<Pending<Tensor>>,
+    permit: Option<Permit>,
+}
+
+/// One neighbour's messages on their way in.
+struct Incoming {
+    inbox: Inbox,
+    header: Pending<Box<[i64; Header::WORDS]>>,
+    tensor: Option<(Header, Pending<Tensor>)>,
+    /// An arrival that finds its inbox full.
+    held: Option<Arrival>,
+    failed: bool,
+}
+
+struct Grids {
+    links: SimpleCommunicator,
+    group: SimpleCommunicator,
+}
+
+struct Driver {
+    world: SimpleCommunicator,
+    rank: usize,
+    grids: Option<Grids>,
+    outgoing: Vec<Outgoing>,
+    incoming: Vec<Incoming>,
+    reduces: VecDeque<(Pending<Tensor>, Sender<MpiResult<()>>)>,
+    own_reports: Vec<Pending<Vec<u8>>>,
+    reports: Option<Sender<Report>>,
+    failure: Option<String>,
+}
+
+impl Driver {
+    fn new(world: SimpleCommunicator, rank: usize) -> Driver {
+        Driver {
+            world,
+            rank,
+            grids: None,
+            outgoing: Vec::new(),
+            incoming: Vec::new(),
+            reduces: VecDeque::new(),
+            own_reports: Vec::new(),
+            reports: None,
+            failure: None,
+        }
+    }
+
+    /// Serves commands and moves messages until told to finish.
+    fn serve(&mut self, commands: &Receiver<Command>) -> Option<Sender<()>> {
+        let mut idle = 0u32;
+        loop {
+            let sleep = SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(LONGEST_SLEEP);
+            let command = match self.grids {
+                // Nothing can arrive before the grid is connected.
+                None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(_) => commands.recv_timeout(sleep),
+            };
+            let mut moved = command.is_ok();
+            match command {
+                Ok(Command::Finish(reply)) => {
+                    self.finish();
+                    return Some(reply);
+                }
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+            match self.advance() {
+                Ok(any) => moved |= any,
+                Err(error) => self.fail(&error),
+            }
+            idle = if moved { 0 } else { idle.saturating_add(1) };
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        let result = match command {
+            Command::AllGather { bytes, reply } => {
+                let _ = reply.send(all_gather(&self.world, &bytes));
+                Ok(())
+            }
+            Command::Connect { color, key, inboxes, reports, reply } => {
+                self.reports = reports;
+                let _ = reply.send(self.connect(color, key, inboxes));
+                Ok(())
+            }
+            Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
+            Command::Reduce { flat, reply } => self.reduce(flat, reply),
+            Command::Report(bytes) => self.report(bytes),
+            Command::Abort(code) => self.world.abort(code),
+            Command::Finish(_) => Ok(()),
+        };
+        if let Err(error) = result {
+            self.fail(&error);
+        }
+    }
+
+    fn connect(&mut self, color: i32, key: i32, inboxes: Vec<Inbox>) -> MpiResult<()> {
+        let group = self.world.split_by_color_with_key(Color::with_value(color), key);
+        let grids = Grids { links: self.world.duplicate(), group: group.ok_or("no communicator for the replica group")? };
+        raw::return_errors(&grids.links)?;
+        raw::return_errors(&grids.group)?;
+        for inbox in inboxes {
+            let header = raw::receive_header(address(&grids.links, inbox.from, tag(inbox.content)))?;
+            self.incoming.push(Incoming { inbox, header, tensor: None, held: None, failed: false });
+        }
+        self.grids = Some(grids);
+        Ok(())
+    }
+
+    fn links(&self) -> MpiResult<&SimpleCommunicator> {
+        self.grids.as_ref().map(|grids| &grids.links).ok_or_else(|| "the grid is not connected".to_owned())
+    }
+
+    fn send(&mut self, to: usize, header: &Header, tensor: Tensor, permit: Permit) -> MpiResult<()> {
+        let (links, tag) = (self.links()?, tag(header.content));
+        let first = raw::send_header(address(links, to, tag), header)?;
+        let second = raw::send_tensor(address(links, to, tag + 1), tensor)?;
+        self.outgoing.push(Outgoing { header: first, tensor: Some(second), permit: Some(permit) });
+        Ok(())
+    }
+
+    fn reduce(&mut self, flat: Tensor, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
+        let grids = self.grids.as_ref().ok_or("the grid is not connected")?;
+        match raw::all_reduce(&grids.group, flat) {
+            Ok(pending) => self.reduces.push_back((pending, reply)),
+            Err(error) => {
+                let _ = reply.send(Err(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&mut self, bytes: Vec<u8>) -> MpiResult<()> {
+        if self.rank == 0 {
+            return self.deliver(&bytes);
+        }
+        self.own_reports.push(raw::send_bytes(address(self.links()?, 0, TAG_REPORT), bytes)?);
+        Ok(())
+    }
+
+    fn deliver(&mut self, bytes: &[u8]) -> MpiResult<()> {
+        let report = serde_json::from_slice(bytes).map_err(|error| format!("a report that cannot be read ({error})"))?;
+        if let Some(reports) = &self.reports {
+            let _ = reports.send(report); // A recorder that is gone has said why.
+        }
+        Ok(())
+    }
+
+    /// Completes what can be completed now; says whether anything could.
+    fn advance(&mut self) -> MpiResult<bool> {
+        let mut moved = false;
+        let Some(grids) = &self.grids else { return Ok(false) };
+        for incoming in &mut self.incoming {
+            moved |= incoming.advance(&grids.links)?;
+        }
+        let mut i = 0;
+        while i < self.outgoing.len() {
+            if self.outgoing[i].advance()? {
+                self.outgoing.swap_remove(i);
+                moved = true;
+            } else {
+                i += 1;
+            }
+        }
+        while let Some((pending, reply)) = self.reduces.front_mut() {
+            // In the order of their start: the next one cannot be waited for before this one is over.
+            if pending.test()?.is_none() {
+                break;
+            }
+            let _ = reply.send(Ok(()));
+            self.reduces.pop_front();
+            moved = true;
+        }
+        while let Some(pending) = self.own_reports.first_mut() {
+            if pending.test()?.is_none() {
+                break;
+            }
+            self.own_reports.remove(0);
+        }
+        if self.rank == 0 {
+            while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_REPORT)? {
+                self.deliver(&bytes)?;
+                moved = true;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Hands an error of MPI to everybody who may wait for something.
+    fn fail(&mut self, error: &str) {
+        if self.failure.is_some() {
+            return;
+        }
+        self.failure = Some(error.to_owned());
+        for incoming in &mut self.incoming {
+            incoming.failed = true;
+            let _ = incoming.inbox.sender.try_send(Err(error.to_owned()));
+        }
+        for (_, reply) in self.reduces.drain(..) {
+            let _ = reply.send(Err(error.to_owned()));
+        }
+        self.reports = None;
+    }
+
+    /// Everything that was sent is on its way before the headers that nobody will send are taken back.
+    fn finish(&mut self) {
+        while self.failure.is_none() && !(self.outgoing.is_empty() && self.own_reports.is_empty()) {
+            match self.advance() {
+                Ok(true) => {}
+                Ok(false) => std::thread::sleep(SHORTEST_SLEEP),
+                Err(error) => self.fail(&error),
+            }
+        }
+        for incoming in self.incoming.drain(..) {
+            if let Err(error) = incoming.header.cancel() {
+                tracing::warn!(error, "a posted receive cannot be taken back");
+            }
+        }
+        self.grids = None;
+    }
+}
+
+impl Outgoing {
+    /// True when the whole message has left.
+    fn advance(&mut self) -> MpiResult<bool> {
+        if let Some(tensor) = &mut self.tensor
+            && tensor.test()?.is_some()
+        {
+            self.tensor = None;
+            self.permit = None;
+        }
+        Ok(self.tensor.is_none() && self.header.test()?.is_some())
+    }
+}
+
+impl Incoming {
+    fn advance(&mut self, links: &SimpleCommunicator) -> MpiResult<bool> {
+        if self.failed {
+            return Ok(false);
+        }
+        if let Some(arrival) = self.held.take() {
+            return Ok(self.hand_over(arrival));
+        }
+        let (from, tag) = (self.inbox.from, tag(self.inbox.content));
+        if let Some((header, pending)) = &mut self.tensor {
+            let Some(tensor) = pending.test()? else { return Ok(false) };
+            let arrival = Ok((*header, tensor));
+            self.tensor = None;
+            self.header = raw::receive_header(address(links, from, tag))?;
+            self.hand_over(arrival);
+            return Ok(true);
+        }
+        let Some(words) = self.header.test()? else { return Ok(false) };
+        let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
+        self.tensor = Some((header, raw::receive_tensor(address(links, from, tag + 1), &header)?));
+        Ok(true)
+    }
+
+    /// True if the inbox had room.
+    fn hand_over(&mut self, arrival: Arrival) -> bool {
+        match self.inbox.sender.try_send(arrival) {
+            Ok(()) => true,
+            Err(TrySendError::Full(arrival)) => {
+                self.held = Some(arrival);
+                false
+            }
+            // The worker has ended; its error is on its way.
+            Err(TrySendError::Disconnected(_)) => {
+                self.failed = true;
+                false
+            }
+        }
+    }
+}
+
+fn address(comm: &SimpleCommunicator, rank: usize, tag: i32) -> Address<'_> {
+    Address { comm, rank, tag }
+}
+
+/// Bytes of all ranks: their lengths first, then the bytes, padded to the longest.
+fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
+    let size = world.size() as usize;
+    let mut lengths = vec![0u64; size];
+    world.all_gather_into(&(bytes.len() as u64), &mut lengths[..]);
+    let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
+    if longest == 0 {
+        return vec![Vec::new(); size];
+    }
+    let mut mine = bytes.to_vec();
+    mine.resize(longest, 0);
+    let mut all = vec![0u8; longest * size];
+    world.all_gather_into(&mine[..], &mut all[..]);
+    all.chunks(longest).zip(lengths).map(|(chunk, length)| chunk[..length as usize].to_vec()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permits_bound_what_is_under_way() {
+        let permits = Permits::new(2);
+        let (first, _second) = (permits.acquire(), permits.acquire());
+        let third = std::thread::spawn({
+            let permits = permits.clone();
+            move || drop(permits.acquire())
+        });
+        assert_eq!(*permits.0.0.lock().unwrap(), 0);
+        drop(first);
+        third.join().unwrap();
+        assert_eq!(*permits.0.0.lock().unwrap(), 1);
+    }
+}

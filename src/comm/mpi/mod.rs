@@ -1,0 +1,181 @@
+//! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of it.
+
+mod driver;
+mod raw;
+
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tch::Tensor;
+
+use super::{Content, Ends, Header, Link, Reduction, ReplicaGroup, Reporter, checked};
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Place};
+use crate::metrics::Report;
+use driver::{Arrival, Command, Inbox, Permits};
+pub use driver::Identity;
+
+/// How long MPI_Abort may take before the process ends by itself.
+const ABORT_TIME: Duration = Duration::from_secs(3);
+
+/// The size of the world and this rank, as the launcher's environment tells before MPI has started; `None` when not
+/// under a launcher.
+pub fn launched() -> Option<(usize, usize)> {
+    let number = |names: [&str; 3]| names.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok());
+    let size = number(["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"])?;
+    let rank = number(["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"])?;
+    Some((size, rank))
+}
+
+/// The version of the MPI library, which need not be started.
+pub fn library_version() -> String {
+    let text = mpi::environment::library_version().unwrap_or_default();
+    text.split(',').next().unwrap_or_default().trim_matches(['\0', ' ', '\n']).to_owned()
+}
+
+/// MPI, started on this rank.
+pub struct World {
+    pub identity: Identity,
+    commands: Sender<Command>,
+    thread: JoinHandle<()>,
+}
+
+impl World {
+    /// Starts MPI on a thread of its own.
+    ///
+    /// # Errors
+    /// If the thread or MPI cannot be started.
+    pub fn start() -> Result<World> {
+        let (started, identity) = channel();
+        let (commands, receiver) = channel();
+        let thread = std::thread::Builder::new()
+            .name("mpi".into())
+            .spawn(move || driver::run(&started, &receiver))
+            .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
+        let identity = identity.recv().ok().flatten();
+        let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
+        Ok(World { identity, commands, thread })
+    }
+
+    fn command(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|_| Error::Internal("the MPI thread is gone".into()))
+    }
+
+    /// Everybody's bytes, in the order of the ranks. All ranks must call this.
+    ///
+    /// # Errors
+    /// If the driver is gone.
+    pub fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        let (reply, answer) = channel();
+        self.command(Command::AllGather { bytes, reply })?;
+        answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
+    }
+
+    /// The ends of this rank's place, and on rank 0 the reports of all places. All ranks must call this.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn connect(&self, grid: Grid, capacity: usize) -> Result<(Ends, Option<Receiver<Report>>)> {
+        let place = grid.place(self.identity.rank);
+        let mut inboxes = Vec::new();
+        let mut link = |peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
+            let peer = peer?;
+            let (sender, inbox) = sync_channel(capacity);
+            inboxes.push(Inbox { from: grid.rank(peer), content, sender });
+            let commands = self.commands.clone();
+            Some(Box::new(MpiLink { grid, me: place, peer, commands, inbox, permits: Permits::new(capacity) }))
+        };
+        let upstream = link(grid.upstream(place), Content::Activation);
+        let downstream = link(grid.downstream(place), Content::Gradient);
+        let (reports, received) = match self.identity.rank {
+            0 => {
+                let (sender, receiver) = channel();
+                (Some(sender), Some(receiver))
+            }
+            _ => (None, None),
+        };
+        let (reply, answer) = channel();
+        let (color, key) = (place.stage as i32, place.replica as i32);
+        self.command(Command::Connect { color, key, inboxes, reports, reply })?;
+        let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
+        connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
+        let group: Option<Box<dyn ReplicaGroup>> = match grid.replicas {
+            1 => None,
+            _ => Some(Box::new(MpiGroup { place, commands: self.commands.clone() })),
+        };
+        let commands = self.commands.clone();
+        let reporter = Reporter::new(move |report| {
+            let bytes = serde_json::to_vec(&report).map_err(|error| Error::Internal(error.to_string()))?;
+            let gone = |_| Error::Internal("the MPI thread is gone".into());
+            commands.send(Command::Report(bytes)).map_err(gone)
+        });
+        Ok((Ends { upstream, downstream, group, reports: reporter }, received))
+    }
+
+    /// Ends all ranks with this exit code. The message must have been printed.
+    pub fn abort(&self, code: u8) -> ! {
+        let _ = self.command(Command::Abort(i32::from(code)));
+        // The driver ends the process. If it is held up in a collective call, end without it: the launcher sees the
+        // exit code and ends the others.
+        std::thread::park_timeout(ABORT_TIME);
+        std::process::exit(i32::from(code))
+    }
+
+    /// Waits for all ranks and leaves MPI.
+    pub fn finish(self) {
+        let (reply, answer) = channel();
+        if self.command(Command::Finish(reply)).is_ok() {
+            let _ = answer.recv();
+        }
+        let _ = self.thread.join();
+    }
+}
+
+struct MpiLink {
+    grid: Grid,
+    me: Place,
+    peer: Place,
+    commands: Sender<Command>,
+    inbox: Receiver<Arrival>,
+    permits: Permits,
+}
+
+impl MpiLink {
+    fn lost(&self, doing: String) -> Error {
+        Error::Lost { peer: self.peer, doing }
+    }
+}
+
+impl Link for MpiLink {
+    fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
+        let permit = self.permits.acquire();
+        let command = Command::Send { to: self.grid.rank(self.peer), header, tensor, permit };
+        self.commands.send(command).map_err(|_| self.lost(format!("{} sends {header}", self.me)))
+    }
+
+    fn receive(&mut self, expected: Header) -> Result<Tensor> {
+        let arrival = self.inbox.recv().map_err(|_| self.lost(format!("{} waits for {expected}", self.me)))?;
+        let (found, tensor) = arrival.map_err(|e| self.lost(format!("{} waits for {expected} ({e})", self.me)))?;
+        checked(self.peer, self.me, expected, found)?;
+        Ok(tensor)
+    }
+}
+
+struct MpiGroup {
+    place: Place,
+    commands: Sender<Command>,
+}
+
+impl ReplicaGroup for MpiGroup {
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        let peer = Place { replica: usize::from(self.place.replica == 0), ..self.place };
+        let lost = move |error: String| Error::Lost {
+            peer,
+            doing: format!("the gradient of step {step} is reduced ({error})"),
+        };
+        let (reply, done) = channel();
+        self.commands.send(Command::Reduce { flat, reply }).map_err(|error| lost(error.to_string()))?;
+        Ok(Reduction::new(move || done.recv().map_err(|error| lost(error.to_string()))?.map_err(lost)))
+    }
+}

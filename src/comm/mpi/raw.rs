@@ -1,0 +1,247 @@
+//! Non-blocking MPI calls that own their buffers. The only file that calls MPI by its C names.
+//!
+//! Every call here must be made on the thread that initialised MPI (`Threading::Funneled`); the types are not `Send`.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::OnceLock;
+
+use mpi::ffi;
+use mpi::raw::AsRaw;
+use mpi::topology::SimpleCommunicator;
+use tch::Tensor;
+
+use crate::comm::Header;
+use crate::params::zeros;
+
+/// An MPI error as text.
+pub type MpiResult<T> = std::result::Result<T, String>;
+
+/// Values of one all-reduce call: counts are C ints.
+const MOST_VALUES: usize = 1 << 30;
+
+/// Operations under way and the buffer that they read or write; the buffer comes back when they are complete.
+pub struct Pending<B> {
+    requests: Vec<ffi::MPI_Request>,
+    buffer: Option<B>,
+}
+
+impl<B> Pending<B> {
+    /// The buffer, if the operations are complete; never waits.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn test(&mut self) -> MpiResult<Option<B>> {
+        let mut flag: c_int = 0;
+        // SAFETY: `requests` are live requests of this thread; completed ones are set to MPI_REQUEST_NULL by the call.
+        let code = unsafe {
+            ffi::MPI_Testall(
+                self.requests.len() as c_int,
+                self.requests.as_mut_ptr(),
+                &mut flag,
+                ffi::RSMPI_STATUSES_IGNORE,
+            )
+        };
+        ok(code)?;
+        Ok(if flag != 0 { self.buffer.take() } else { None })
+    }
+
+    /// Takes back receives that nothing will match any more.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn cancel(mut self) -> MpiResult<()> {
+        for request in &mut self.requests {
+            // SAFETY: a live receive request of this thread, cancelled and then completed.
+            unsafe {
+                ok(ffi::MPI_Cancel(request))?;
+                ok(ffi::MPI_Wait(request, ffi::RSMPI_STATUS_IGNORE))?;
+            }
+        }
+        self.buffer = None;
+        Ok(())
+    }
+}
+
+impl<B> Drop for Pending<B> {
+    fn drop(&mut self) {
+        // MPI may still write there: better lost than freed. Happens only when the run is being ended by an error.
+        std::mem::forget(self.buffer.take());
+    }
+}
+
+/// Whom to talk to.
+#[derive(Clone, Copy)]
+pub struct Address<'a> {
+    pub comm: &'a SimpleCommunicator,
+    pub rank: usize,
+    pub tag: c_int,
+}
+
+/// Makes errors of this communicator come back as values instead of ending the process.
+///
+/// # Errors
+/// What MPI reports.
+pub fn return_errors(comm: &SimpleCommunicator) -> MpiResult<()> {
+    // SAFETY: a valid communicator and a predefined handler.
+    ok(unsafe { ffi::MPI_Comm_set_errhandler(comm.as_raw(), ffi::RSMPI_ERRORS_RETURN) })
+}
+
+/// Sends a header.
+///
+/// # Errors
+/// What MPI reports.
+pub fn send_header(to: Address, header: &Header) -> MpiResult<Pending<Box<[i64; Header::WORDS]>>> {
+    let buffer = Box::new(header.encode());
+    let data = buffer.as_ptr().cast::<c_void>();
+    // SAFETY: `buffer` holds WORDS i64 and lives in the Pending until the send is complete.
+    let request = unsafe { isend(to, data, Header::WORDS, ffi::RSMPI_INT64_T)? };
+    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+}
+
+/// Sends bytes.
+///
+/// # Errors
+/// What MPI reports.
+pub fn send_bytes(to: Address, buffer: Vec<u8>) -> MpiResult<Pending<Vec<u8>>> {
+    // SAFETY: the heap block of `buffer` does not move with the Vec and lives until the send is complete.
+    let request = unsafe { isend(to, buffer.as_ptr().cast(), buffer.len(), ffi::RSMPI_UINT8_T)? };
+    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+}
+
+/// Sends the values of a contiguous f32 tensor on the CPU.
+///
+/// # Errors
+/// What MPI reports.
+pub fn send_tensor(to: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
+    let tensor = tensor.f_contiguous().map_err(|error| error.to_string())?;
+    // SAFETY: contiguous, so `numel` values lie at `data_ptr`; the handle in the Pending keeps the storage alive.
+    let request = unsafe { isend(to, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
+    Ok(Pending { requests: vec![request], buffer: Some(tensor) })
+}
+
+/// Posts the receive of a header.
+///
+/// # Errors
+/// What MPI reports.
+pub fn receive_header(from: Address) -> MpiResult<Pending<Box<[i64; Header::WORDS]>>> {
+    let mut buffer = Box::new([0i64; Header::WORDS]);
+    let data = buffer.as_mut_ptr().cast::<c_void>();
+    // SAFETY: room for WORDS i64, kept in the Pending until the receive is complete.
+    let request = unsafe { irecv(from, data, Header::WORDS, ffi::RSMPI_INT64_T)? };
+    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+}
+
+/// Posts the receive of a header's tensor.
+///
+/// # Errors
+/// What MPI or libtorch reports.
+pub fn receive_tensor(from: Address, header: &Header) -> MpiResult<Pending<Tensor>> {
+    let tensor = zeros(header.values()).and_then(|flat| Ok(flat.f_view(header.shape)?));
+    let tensor = tensor.map_err(|error| error.to_string())?;
+    // SAFETY: a fresh contiguous f32 tensor of that many values, kept in the Pending until the receive is complete.
+    let request = unsafe { irecv(from, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
+    Ok(Pending { requests: vec![request], buffer: Some(tensor) })
+}
+
+/// Starts the sum of a flat f32 buffer over a communicator, in place.
+///
+/// # Errors
+/// What MPI reports.
+pub fn all_reduce(comm: &SimpleCommunicator, flat: Tensor) -> MpiResult<Pending<Tensor>> {
+    let mut requests = Vec::new();
+    let (data, len) = (flat.data_ptr().cast::<f32>(), flat.numel());
+    for start in (0..len).step_by(MOST_VALUES) {
+        let count = (len - start).min(MOST_VALUES) as c_int;
+        let mut request = null();
+        // SAFETY: `start + count` values lie at `data`; the handle in the Pending keeps them alive, and the schedule
+        // keeps everybody else off the gradient buffer until the reduction has been waited for.
+        let code = unsafe {
+            let place = data.add(start).cast::<c_void>();
+            let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
+            ffi::MPI_Iallreduce(in_place(), place, count, float, sum, comm.as_raw(), &mut request)
+        };
+        ok(code)?;
+        requests.push(request);
+    }
+    Ok(Pending { requests, buffer: Some(flat) })
+}
+
+/// A message of bytes with this tag from anybody, if one is there.
+///
+/// # Errors
+/// What MPI reports.
+pub fn poll_bytes(comm: &SimpleCommunicator, tag: c_int) -> MpiResult<Option<Vec<u8>>> {
+    let (mut flag, mut count): (c_int, c_int) = (0, 0);
+    // SAFETY: every out-parameter is a live local; the matched message is received at once, with the length that MPI
+    // gives for it.
+    unsafe {
+        let mut message: ffi::MPI_Message = std::mem::zeroed();
+        let mut status: ffi::MPI_Status = std::mem::zeroed();
+        let any = ffi::RSMPI_ANY_SOURCE;
+        ok(ffi::MPI_Improbe(any, tag, comm.as_raw(), &mut flag, &mut message, &mut status))?;
+        if flag == 0 {
+            return Ok(None);
+        }
+        ok(ffi::MPI_Get_count(&status, ffi::RSMPI_UINT8_T, &mut count))?;
+        let mut bytes = vec![0u8; count as usize];
+        let data = bytes.as_mut_ptr().cast::<c_void>();
+        ok(ffi::MPI_Mrecv(data, count, ffi::RSMPI_UINT8_T, &mut message, ffi::RSMPI_STATUS_IGNORE))?;
+        Ok(Some(bytes))
+    }
+}
+
+/// SAFETY for the caller: `count` values of `kind` lie at `data` until the request is complete.
+unsafe fn isend(
+    to: Address,
+    data: *const c_void,
+    count: usize,
+    kind: ffi::MPI_Datatype,
+) -> MpiResult<ffi::MPI_Request> {
+    let mut request = null();
+    // SAFETY: the caller's promise.
+    let code = unsafe {
+        ffi::MPI_Isend(data, count as c_int, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request)
+    };
+    ok(code).map(|()| request)
+}
+
+/// SAFETY for the caller: there is room for `count` values of `kind` at `data` until the request is complete.
+unsafe fn irecv(
+    from: Address,
+    data: *mut c_void,
+    count: usize,
+    kind: ffi::MPI_Datatype,
+) -> MpiResult<ffi::MPI_Request> {
+    let mut request = null();
+    // SAFETY: the caller's promise.
+    let code = unsafe {
+        ffi::MPI_Irecv(data, count as c_int, kind, from.rank as c_int, from.tag, from.comm.as_raw(), &mut request)
+    };
+    ok(code).map(|()| request)
+}
+
+fn null() -> ffi::MPI_Request {
+    // SAFETY: a constant of the MPI library.
+    unsafe { ffi::RSMPI_REQUEST_NULL }
+}
+
+/// MPI_IN_PLACE, which the bindings lack: `(void *) 1` in Open MPI, `(void *) -1` in MPICH and its relatives.
+fn in_place() -> *const c_void {
+    static ADDRESS: OnceLock<usize> = OnceLock::new();
+    let address = ADDRESS.get_or_init(|| {
+        let version = mpi::environment::library_version().unwrap_or_default();
+        if version.contains("Open MPI") { 1 } else { usize::MAX }
+    });
+    std::ptr::without_provenance(*address)
+}
+
+fn ok(code: c_int) -> MpiResult<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let mut text = [0u8; 512]; // MPI_MAX_ERROR_STRING is 256 in Open MPI, 512 in MPICH.
+    let mut length: c_int = 0;
+    // SAFETY: room for the longest error text of either library.
+    unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast::<c_char>(), &mut length) };
+    Err(String::from_utf8_lossy(&text[..(length.max(0) as usize).min(text.len())]).into_owned())
+}

@@ -1,0 +1,11 @@
+//! The commands besides `train`: each prints its answer.
+
+mod doctor;
+mod eval;
+mod generate;
+mod schedule;
+
+pub use doctor::doctor;
+pub use eval::eval;
+pub use generate::generate;
+pub use schedule::schedule;

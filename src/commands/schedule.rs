@@ -1,0 +1,43 @@
+//! `ouroboros schedule`: delays, memory and ideal speed-up of a schedule, and its drawing.
+
+use crate::cli::ScheduleArgs;
+use crate::delay::SyncPoints;
+use crate::error::{Error, Result};
+use crate::schedule::{Costs, Schedule, draw, summary};
+
+/// Prints the summary and the drawing.
+///
+/// # Errors
+/// [`Error::Config`] for numbers that make no schedule.
+pub fn schedule(args: &ScheduleArgs) -> Result<()> {
+    let costs = times(&args.times)?;
+    for (name, value) in [("--microbatches", args.microbatches), ("--slack", args.slack)] {
+        if value == 0 {
+            return Err(Error::config(name, value, "must be at least 1"));
+        }
+    }
+    let ends = SyncPoints::ends(args.steps);
+    let schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
+    let fault = |fault: crate::schedule::Fault| Error::Internal(format!("schedule: {fault}"));
+    print!("{}", summary(&schedule, args.grid, costs).map_err(fault)?);
+    if args.steps > 0 {
+        // A row is the shortest action; messages move between rows.
+        let unit = costs.forward.min(costs.backward);
+        println!("\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n");
+        print!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);
+    }
+    Ok(())
+}
+
+fn times(text: &str) -> Result<Costs> {
+    let wrong = || Error::config("--times", format!("`{text}`"), "write forward:backward:message, as in 1:2:0.1");
+    let numbers: Vec<f64> = text.split(':').map(|n| n.parse().map_err(|_| wrong())).collect::<Result<_>>()?;
+    match numbers[..] {
+        [forward, backward, message]
+            if forward > 0.0 && backward > 0.0 && message >= 0.0 && numbers.iter().all(|n| n.is_finite()) =>
+        {
+            Ok(Costs { forward, backward, message })
+        }
+        _ => Err(wrong()),
+    }
+}

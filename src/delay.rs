@@ -1,0 +1,111 @@
+//! Lags, delays, versions and sync points: the formulas of the algorithm, nothing else.
+//!
+//! Let `W_k[n]` be the weights of stage k after its first n updates and `s` the last sync point at or before step t.
+//! Stage k runs the forward and the backward of step t at the version
+//!
+//! ```text
+//! w_k^t = W_k[ max(s, t - D_k) ],      D_k >= ceil(q_k / m),      q_k = h * (K - 1 - k)
+//! ```
+//!
+//! with slack h per hop, lag `q_k` in microbatches, delay `D_k` in updates, m microbatches a step. Every step makes
+//! exactly one update on every stage.
+
+use std::collections::BTreeSet;
+
+/// `q_k = h (K-1-k)`: how many microbatches stage k forwards before the first backward comes back.
+pub fn lag(slack: usize, stages: usize, stage: usize) -> usize {
+    slack * (stages - 1 - stage)
+}
+
+/// The least `D_k` that a lag allows: `ceil(q_k / m)`.
+pub fn least_delay(lag: usize, microbatches: usize) -> usize {
+    lag.div_ceil(microbatches)
+}
+
+/// The number n of the version `W_k[n]` that a stage with delay `delay` uses for step `t`; `sync` is the last sync
+/// point at or before t.
+pub fn version(sync: usize, t: usize, delay: usize) -> usize {
+    sync.max(t.saturating_sub(delay))
+}
+
+/// The sync points of a run: step boundaries at which the pipeline is drained. 0 and the end always are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SyncPoints {
+    /// Steps of the run; the end is a sync point.
+    pub steps: usize,
+    /// Every step a sync point: ordinary back-propagation.
+    pub every_step: bool,
+    /// Synchronous warm-up: the first steps are sync points.
+    pub warm_up: usize,
+    /// Every multiple of each of these is a sync point (evaluation, checkpoints).
+    pub periods: Vec<usize>,
+    /// Sync points given one by one.
+    pub at: BTreeSet<usize>,
+}
+
+impl SyncPoints {
+    /// Only the start and the end of a run of `steps` steps.
+    pub fn ends(steps: usize) -> SyncPoints {
+        SyncPoints { steps, every_step: false, warm_up: 0, periods: Vec::new(), at: BTreeSet::new() }
+    }
+
+    /// Whether the boundary before step `t` is a sync point.
+    pub fn contains(&self, t: usize) -> bool {
+        t == 0
+            || t == self.steps
+            || self.every_step
+            || t < self.warm_up
+            || self.at.contains(&t)
+            || self.periods.iter().any(|p| t.is_multiple_of(*p))
+    }
+
+    /// The first sync point after step boundary `t`, at most the end of the run.
+    pub fn after(&self, t: usize) -> usize {
+        (t + 1..self.steps).find(|u| self.contains(*u)).unwrap_or(self.steps)
+    }
+
+    /// The last sync point at or before `t`.
+    pub fn before(&self, t: usize) -> usize {
+        (0..=t).rev().find(|u| self.contains(*u)).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delays(slack: usize, stages: usize, microbatches: usize) -> Vec<usize> {
+        (0..stages).map(|k| least_delay(lag(slack, stages, k), microbatches)).collect()
+    }
+
+    #[test]
+    fn delays_of_the_design() {
+        assert_eq!(delays(1, 4, 1), [3, 2, 1, 0]); // the paper's algorithm
+        assert_eq!(delays(1, 4, 4), [1, 1, 1, 0]); // m >= K-1: one everywhere, none on the last
+        assert_eq!(delays(1, 11, 8), [2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 0]);
+        assert_eq!(delays(2, 4, 1), [6, 4, 2, 0]);
+        assert_eq!(delays(2, 4, 4), [2, 1, 1, 0]);
+        assert_eq!(delays(1, 1, 3), [0]);
+    }
+
+    #[test]
+    fn versions_restart_at_a_sync_point() {
+        let table = [(0, 0, 3, 0), (0, 2, 3, 0), (0, 3, 3, 0), (0, 4, 3, 1), (5, 5, 3, 5), (5, 7, 3, 5), (5, 9, 3, 6)];
+        for (sync, t, delay, expected) in table {
+            assert_eq!(version(sync, t, delay), expected, "s={sync} t={t} D={delay}");
+        }
+        assert_eq!(version(0, 9, 0), 9);
+    }
+
+    #[test]
+    fn sync_points_come_from_warm_up_periods_and_lists() {
+        let mut sync = SyncPoints::ends(12);
+        sync.warm_up = 3;
+        sync.periods = vec![5];
+        sync.at.insert(7);
+        let points: Vec<_> = (0..=12).filter(|t| sync.contains(*t)).collect();
+        assert_eq!(points, [0, 1, 2, 5, 7, 10, 12]);
+        assert_eq!((sync.after(2), sync.after(5), sync.after(10)), (5, 7, 12));
+        assert_eq!((sync.before(4), sync.before(7), sync.before(11)), (2, 7, 10));
+    }
+}

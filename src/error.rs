@@ -1,0 +1,98 @@
+//! What can go wrong, in the user's words, and the exit code of each.
+
+use crate::grid::Place;
+
+/// Everything that ends a run. The text names the setting or file, the value found and the remedy.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The command line cannot be understood.
+    #[error("{0}")]
+    Usage(String),
+    /// A setting has a value that cannot be used.
+    #[error("setting `{setting}`: found {found}; {remedy}")]
+    Config { setting: String, found: String, remedy: String },
+    /// A corpus or another input file cannot be used.
+    #[error("data {path}: {problem}; {remedy}")]
+    Data { path: String, problem: String, remedy: String },
+    /// A neighbour or a member of the replica group is gone.
+    #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
+    Lost { peer: Place, doing: String },
+    /// A message arrived that is not the one which the schedule calls for.
+    #[error("wrong message from {from} to {to}: expected {expected}, found {found}; do all ranks run the same program and config?")]
+    Message { from: Place, to: Place, expected: String, found: String },
+    /// A loss, an activation or a gradient holds inf or NaN.
+    #[error(
+        "not finite: {tensor} at step {step} on {place}; lower optimizer.lr, set optimizer.clip or lengthen \
+         optimizer.warmup (no weights were written)"
+    )]
+    NotFinite { tensor: String, step: usize, place: Place },
+    /// A folder of weights is not usable.
+    #[error("checkpoint {path}: {problem}")]
+    Checkpoint { path: String, problem: String },
+    /// A fault of the program itself, a panic among them.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// The result of everything that can end a run.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The exit code of the process that this error ends.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::Config { .. } => 2,
+            Error::Data { .. } => 3,
+            Error::Lost { .. } | Error::Message { .. } => 4,
+            Error::NotFinite { .. } => 5,
+            Error::Checkpoint { .. } => 6,
+            Error::Internal(_) => 70,
+        }
+    }
+
+    /// A setting, the value found in it, and what to do.
+    pub fn config(setting: impl Into<String>, found: impl ToString, remedy: impl Into<String>) -> Error {
+        Error::Config { setting: setting.into(), found: found.to_string(), remedy: remedy.into() }
+    }
+
+    /// A file of input, what is wrong with it, and what to do.
+    pub fn data(path: impl ToString, problem: impl ToString, remedy: impl Into<String>) -> Error {
+        Error::Data { path: path.to_string(), problem: problem.to_string(), remedy: remedy.into() }
+    }
+
+    /// A folder of weights and what is wrong with it.
+    pub fn checkpoint(path: &std::path::Path, problem: impl ToString) -> Error {
+        Error::Checkpoint { path: path.display().to_string(), problem: problem.to_string() }
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Error {
+        // libtorch appends a C++ stack; the first line is the message.
+        let text = error.to_string();
+        Error::Internal(format!("libtorch: {}", text.lines().next().unwrap_or_default()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_of_the_documentation() {
+        let place = Place { stage: 1, replica: 0 };
+        let table = [
+            (Error::Usage("x".into()), 2),
+            (Error::config("a", 1, "b"), 2),
+            (Error::data("a", "b", "c"), 3),
+            (Error::Lost { peer: place, doing: "x".into() }, 4),
+            (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
+            (Error::NotFinite { tensor: "x".into(), step: 0, place }, 5),
+            (Error::checkpoint(std::path::Path::new("x"), "y"), 6),
+            (Error::Internal("x".into()), 70),
+        ];
+        for (error, code) in table {
+            assert_eq!(error.exit_code(), code, "{error}");
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Makes the world of a training run: the places, as threads of this process, as the ranks of MPI, or emulated one
+//! after the other. The first error wins: it is shown once, with its place, and ends everybody.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::comm::mpi::World;
+use crate::comm::{Reporter, local, mpi};
+use crate::config::Config;
+use crate::emulator::Emulator;
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Place};
+use crate::inject::Injection;
+use crate::metrics::{Recorder, Summary};
+use crate::runtime;
+use crate::setup::Setup;
+use crate::worker::Worker;
+
+/// Between the message of a failing rank and the end of all: the launcher forwards what ranks print by and by, and
+/// its own notice must not come first.
+const MESSAGE_TIME: Duration = Duration::from_millis(200);
+
+/// What carries tensors between places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// Threads of one process.
+    Local,
+    /// The ranks of mpirun.
+    Mpi,
+}
+
+/// What `train` is asked to do.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub config: PathBuf,
+    pub sets: Vec<String>,
+    pub grid: Option<Grid>,
+    pub out: Option<PathBuf>,
+    pub transport: Option<Transport>,
+    pub emulate: bool,
+    pub inject: Option<Injection>,
+}
+
+impl Job {
+    fn setup(&self) -> Result<Arc<Setup>> {
+        runtime::check_libtorch()?;
+        Ok(Arc::new(Setup::new(Config::load(&self.config, &self.sets, self.grid)?)?))
+    }
+
+    fn out(&self, setup: &Setup) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| Path::new("runs").join(&setup.config.name))
+    }
+}
+
+/// Runs a job on whatever carries it; the exit code. Errors have been printed.
+pub fn train(job: &Job) -> u8 {
+    hush_panics();
+    let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
+    let transport = match job.transport {
+        _ if job.emulate && launched => return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into())),
+        Some(Transport::Local) if launched => {
+            return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
+        }
+        Some(transport) => transport,
+        None if mpi::launched().is_some() && !job.emulate => Transport::Mpi,
+        None => Transport::Local,
+    };
+    let result = match transport {
+        _ if job.emulate => emulate(job),
+        Transport::Local => local(job),
+        Transport::Mpi => return over_mpi(job),
+    };
+    match result {
+        Ok(_) => 0,
+        Err((place, error)) => {
+            show(place.map(|place| place.to_string()), &error);
+            error.exit_code()
+        }
+    }
+}
+
+/// Shows an error that all ranks have found, once, and leaves; under mpirun all ranks must come here.
+pub fn refuse(error: &Error) -> u8 {
+    if mpi::launched().is_some_and(|(size, _)| size > 1)
+        && let Ok(world) = World::start()
+    {
+        let _ = agree(&world, Some(error));
+        world.finish();
+    } else {
+        show(None, error);
+    }
+    error.exit_code()
+}
+
+fn show(place: Option<String>, error: &Error) {
+    match place {
+        Some(place) => eprintln!("error: {place}: {error}"),
+        None => eprintln!("error: {error}"),
+    }
+}
+
+/// A panic becomes an error with its place; the hook would print it a second time.
+fn hush_panics() {
+    std::panic::set_hook(Box::new(|info| tracing::error!("{info}")));
+}
+
+/// Runs `work`, turning a panic into an error.
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panic: {}", text.unwrap_or("no message"))
+}
+
+/// An error and the place that found it.
+type Placed<T> = std::result::Result<T, (Option<Place>, Error)>;
+
+/// The error to show: the first one that is not only the loss of a peer that had an error itself.
+#[derive(Default)]
+struct FirstError(Mutex<Option<(Option<Place>, Error)>>);
+
+impl FirstError {
+    fn set(&self, place: Option<Place>, error: Error) {
+        let mut first = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let consequence = |error: &Error| matches!(error, Error::Lost { .. });
+        let replace = match &*first {
+            None => true,
+            Some((_, held)) => consequence(held) && !consequence(&error),
+        };
+        if replace {
+            *first = Some((place, error));
+        }
+    }
+
+    fn take(self) -> Option<(Option<Place>, Error)> {
+        self.0.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The grid as threads of this process.
+fn local(job: &Job) -> Placed<Summary> {
+    let (setup, out, recorder) = prepare(job).map_err(|error| (None, error))?;
+    announce(&setup, "threads of one process");
+    run_local(&setup, &out, recorder, job.inject)
+}
+
+/// Folder, log and recorder of a run in one process.
+fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
+    let setup = job.setup()?;
+    let out = job.out(&setup);
+    let recorder = Recorder::new(Arc::clone(&setup), &out)?;
+    runtime::log_to(&out, 0)?;
+    Ok((setup, out, recorder))
+}
+
+/// Trains `setup` on threads of this process; what `train --transport local` and the tests run.
+///
+/// # Errors
+/// The first error of any place, with the place.
+pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Option<Injection>) -> Placed<Summary> {
+    let (reports, received) = channel();
+    let grid = setup.grid;
+    let ends = local::connect(grid, setup.schedule.link_capacity(), &reports);
+    drop(reports);
+    let first = FirstError::default();
+    let summary = std::thread::scope(|scope| {
+        for (place, ends) in grid.places().zip(ends) {
+            let first = &first;
+            scope.spawn(move || {
+                let work = || Worker::new(Arc::clone(setup), place, ends, out.to_owned(), inject)?.run();
+                if let Err(error) = caught(work) {
+                    first.set(Some(place), error);
+                }
+            });
+        }
+        let summary = caught(|| recorder.run(&received, grid.size(), grid.size() > 1));
+        // Whoever still wants to report finds the recorder gone.
+        drop(received);
+        summary
+    });
+    match (first.take(), summary) {
+        (None, Ok(summary)) => Ok(summary),
+        (Some((_, Error::Lost { .. })), Err(error)) | (None, Err(error)) => Err((None, error)),
+        (Some(first), _) => Err(first),
+    }
+}
+
+/// The oracle.
+fn emulate(job: &Job) -> Placed<Summary> {
+    let (setup, out, recorder) = prepare(job).map_err(|error| (None, error))?;
+    announce(&setup, "emulated in one process");
+    run_emulated(&setup, &out, recorder)
+}
+
+/// Trains `setup` with the oracle.
+///
+/// # Errors
+/// What the oracle finds.
+pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder) -> Placed<Summary> {
+    let (reports, received) = channel();
+    let reporter = Reporter::new(move |report| {
+        reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into()))
+    });
+    let (outcome, summary) = std::thread::scope(|scope| {
+        let oracle = scope.spawn(|| caught(|| Emulator::new(Arc::clone(setup), reporter, out.to_owned())?.run()));
+        let summary = caught(|| recorder.run(&received, setup.grid.stages, false));
+        drop(received);
+        (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
+    });
+    outcome.and(summary).map_err(|error| (None, error))
+}
+
+/// This rank of the grid under mpirun.
+fn over_mpi(job: &Job) -> u8 {
+    let world = match World::start() {
+        Ok(world) => world,
+        Err(error) => {
+            show(None, &error);
+            return error.exit_code();
+        }
+    };
+    let rank = world.identity.rank;
+    let prepared = caught(|| prepare_rank(job, &world));
+    if let Some(code) = agree(&world, prepared.as_ref().err()) {
+        world.finish();
+        return code;
+    }
+    let Ok((setup, out, recorder)) = prepared else { return Error::Internal(String::new()).exit_code() };
+    if rank == 0 {
+        announce(&setup, "MPI ranks");
+    }
+    let place = setup.grid.place(rank);
+    tracing::info!(%place, rank, host = world.identity.host, pid = std::process::id(), "started");
+    if let Err(error) = run_rank(job, &world, &setup, &out, recorder) {
+        show(Some(format!("{place} (rank {rank} on {})", world.identity.host)), &error);
+        tracing::error!(%error, "ended");
+        std::thread::sleep(MESSAGE_TIME);
+        world.abort(error.exit_code());
+    }
+    world.finish();
+    0
+}
+
+/// Everything that can be known to be wrong before any rank trains.
+fn prepare_rank(job: &Job, world: &World) -> Result<(Arc<Setup>, PathBuf, Option<Recorder>)> {
+    let setup = job.setup()?;
+    let (size, grid) = (world.identity.size, setup.grid);
+    if grid.size() != size {
+        let remedy = format!("run mpirun -n {}, or give --grid KxR with K * R = {size}", grid.size());
+        return Err(Error::config("grid", format!("{grid} = {} places and {size} ranks", grid.size()), remedy));
+    }
+    let out = job.out(&setup);
+    let recorder = if world.identity.rank == 0 { Some(Recorder::new(Arc::clone(&setup), &out)?) } else { None };
+    runtime::log_to(&out, world.identity.rank)?;
+    Ok((setup, out, recorder))
+}
+
+/// The worker on a thread of its own, the recorder (rank 0) on this one.
+fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Result<()> {
+    let place = setup.grid.place(world.identity.rank);
+    let (ends, reports) = world.connect(setup.grid, setup.schedule.link_capacity())?;
+    let (inject, out) = (job.inject, out.to_owned());
+    let (failed, failure) = channel();
+    let worker = std::thread::Builder::new().name("worker".into()).spawn({
+        let setup = Arc::clone(setup);
+        move || {
+            let result = caught(|| Worker::new(setup, place, ends, out, inject)?.run());
+            let _ = failed.send(result);
+        }
+    });
+    worker.map_err(|error| Error::Internal(format!("no thread for the worker ({error})")))?;
+    let ended = || failure.recv().unwrap_or_else(|_| Err(Error::Internal("the worker is gone".into())));
+    match (recorder, reports) {
+        (Some(recorder), Some(reports)) => {
+            let size = setup.grid.size();
+            // The recorder waits for all ranks; an error of this rank's worker must not wait for them.
+            let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {
+                caught(|| recorder.run(&reports, size, false)).map(|_| ())
+            });
+            let recording = recording.map_err(|error| Error::Internal(format!("no thread for the recorder ({error})")))?;
+            watch(&ended, recording)
+        }
+        _ => ended(),
+    }
+}
+
+/// The worker's error as soon as it has one, else the recorder's.
+fn watch(ended: &dyn Fn() -> Result<()>, recording: std::thread::JoinHandle<Result<()>>) -> Result<()> {
+    ended()?;
+    recording.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
+}
+
+/// Tells all ranks of each other's errors; rank 0 shows every different one once. The exit code, if there is an error.
+fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
+    let mine = error.map(|error| (error.exit_code(), error.to_string()));
+    let bytes = serde_json::to_vec(&mine).unwrap_or_default();
+    let all = match world.all_gather(bytes) {
+        Ok(all) => all,
+        Err(error) => {
+            show(None, &error);
+            return Some(error.exit_code());
+        }
+    };
+    let errors: Vec<Option<(u8, String)>> =
+        all.iter().map(|bytes| serde_json::from_slice(bytes).unwrap_or(None)).collect();
+    let first = errors.iter().flatten().next()?;
+    if world.identity.rank == 0 {
+        let mut shown: Vec<&str> = Vec::new();
+        for (rank, (_, text)) in errors.iter().enumerate().filter_map(|(rank, e)| e.as_ref().map(|e| (rank, e))) {
+            if !shown.contains(&text.as_str()) {
+                let everywhere = errors.iter().all(|e| e.as_ref().is_some_and(|(_, t)| t == text));
+                let place = if everywhere { String::new() } else { format!("rank {rank}: ") };
+                eprintln!("error: {place}{text}");
+                shown.push(text);
+            }
+        }
+    }
+    Some(first.0)
+}
+
+fn announce(setup: &Setup, how: &str) {
+    println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
+    print!("{}", setup.picture());
+    if let Some(floor) = setup.corpus.floor {
+        println!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
+    }
+}

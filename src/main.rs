@@ -1,0 +1,40 @@
+//! The `ouroboros` program: reads the command line, runs a command, chooses the exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use ouroboros::cli::{Cli, Command};
+use ouroboros::error::{Error, Result};
+use ouroboros::{commands, launch};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            let text = error.render().to_string();
+            return ExitCode::from(launch::refuse(&Error::Usage(text.trim_start_matches("error: ").trim_end().into())));
+        }
+    };
+    ExitCode::from(match cli.command {
+        Command::Train(args) => launch::train(&args.job()),
+        Command::Eval(args) => answer(commands::eval(&args)),
+        Command::Generate(args) => answer(commands::generate(&args)),
+        Command::Schedule(args) => answer(commands::schedule(&args)),
+        Command::Doctor => answer(commands::doctor()),
+    })
+}
+
+fn answer(result: Result<()>) -> u8 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("error: {error}");
+            error.exit_code()
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Progress for people: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Lines of a whole run where there is no terminal.
+const LINES: usize = 20;
+
+/// What a line of progress shows.
+#[derive(Debug, Clone, Copy)]
+pub struct State {
+    /// Updates made.
+    pub step: usize,
+    pub loss: f64,
+    pub tokens_per_s: f64,
+}
+
+pub struct Progress {
+    steps: usize,
+    bar: Option<ProgressBar>,
+    started: Instant,
+}
+
+impl Progress {
+    pub fn new(steps: usize) -> Progress {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(steps as u64);
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Progress { steps, bar, started: Instant::now() }
+    }
+
+    /// A step is over.
+    pub fn step(&self, state: State) {
+        let State { step, loss, tokens_per_s } = state;
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("loss {loss:.4}  {} tokens/s", thousands(tokens_per_s as u64)));
+            bar.set_position(step as u64);
+            return;
+        }
+        if step == 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
+            let left = self.started.elapsed().div_f64(step as f64).mul_f64((self.steps - step) as f64);
+            let rate = thousands(tokens_per_s as u64);
+            println!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
+        }
+    }
+
+    /// A line that stays.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => println!("{text}"),
+        }
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+}
+
+/// `1234567` as `1,234,567`.
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Minutes and seconds.
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs_f64().round() as u64;
+    format!("{}:{:02}", seconds / 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_people() {
+        assert_eq!([0, 999, 1000, 1234567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!(clock(Duration::from_millis(61_600)), "1:02");
+    }
+}

@@ -1,0 +1,260 @@
+//! The recorder on rank 0: puts the reports of all places together, step by step.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::Report;
+use super::memory::Prediction;
+use super::progress::{Progress, State, thousands};
+use crate::checkpoint::{self, Shard};
+use crate::error::{Error, Result};
+use crate::grid::Place;
+use crate::optim::learning_rate;
+use crate::setup::Setup;
+
+/// A line of `metrics.jsonl` about a step. `step` counts the updates made; `tokens` those read so far.
+#[derive(Serialize)]
+struct StepLine<'a> {
+    step: usize,
+    loss: f64,
+    lr: f64,
+    tokens: u64,
+    step_s: f64,
+    tokens_per_s: f64,
+    /// Before clipping, one a stage.
+    grad_norm: &'a [f64],
+}
+
+/// A line of `metrics.jsonl` about an evaluation after `step` updates.
+#[derive(Serialize)]
+struct EvalLine {
+    step: usize,
+    eval_loss: f64,
+    /// Bits per byte.
+    eval_bpc: f64,
+}
+
+/// What has been reported of a step so far: a loss a replica, a norm a stage.
+#[derive(Default)]
+struct Partial {
+    losses: BTreeMap<usize, f64>,
+    norms: BTreeMap<usize, f64>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Mean over the last tenth of the steps.
+    pub loss: f64,
+    pub eval_loss: Option<f64>,
+    /// Tokens over the median time of a step.
+    pub tokens_per_s: f64,
+    pub checkpoint: PathBuf,
+}
+
+/// Collects reports until every place is done.
+pub struct Recorder {
+    setup: Arc<Setup>,
+    out: PathBuf,
+    metrics: BufWriter<File>,
+    progress: Progress,
+    steps: BTreeMap<usize, Partial>,
+    /// step -> replica -> (sum of losses, tokens).
+    evals: BTreeMap<usize, BTreeMap<usize, (f64, usize)>>,
+    done: Vec<(Place, Option<u64>)>,
+    shards: Vec<Shard>,
+    last: Instant,
+    losses: Vec<f64>,
+    seconds: Vec<f64>,
+    eval_loss: Option<f64>,
+}
+
+impl Recorder {
+    /// Prepares the run's folder: `config.toml`, an empty `metrics.jsonl` (one of an earlier run is kept as
+    /// `metrics.previous.jsonl`), `checkpoints/`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out` if the folder cannot be written.
+    pub fn new(setup: Arc<Setup>, out: &Path) -> Result<Recorder> {
+        let wrong = |error: std::io::Error| {
+            Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
+        };
+        std::fs::create_dir_all(out.join("checkpoints")).map_err(wrong)?;
+        std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
+        let path = out.join("metrics.jsonl");
+        if path.exists() {
+            std::fs::rename(&path, out.join("metrics.previous.jsonl")).map_err(wrong)?;
+        }
+        let metrics = BufWriter::new(File::create(path).map_err(wrong)?);
+        checkpoint::clear(out, setup.config.steps).map_err(wrong)?;
+        Ok(Recorder {
+            progress: Progress::new(setup.config.steps),
+            setup,
+            out: out.to_owned(),
+            metrics,
+            steps: BTreeMap::new(),
+            evals: BTreeMap::new(),
+            done: Vec::new(),
+            shards: Vec::new(),
+            last: Instant::now(),
+            losses: Vec::new(),
+            seconds: Vec::new(),
+            eval_loss: None,
+        })
+    }
+
+    /// Takes reports until `places` places are done, then completes the checkpoint. `shared` says that the places
+    /// are threads of this process, so that only their sum can be measured.
+    ///
+    /// # Errors
+    /// If the reports end early, or a file cannot be written.
+    pub fn run(mut self, reports: &Receiver<Report>, places: usize, shared: bool) -> Result<Summary> {
+        self.last = Instant::now();
+        while self.done.len() < places {
+            let report = reports.recv().map_err(|_| Error::Internal("the places ended before they were done".into()))?;
+            self.take(report)?;
+        }
+        self.progress.finish();
+        self.metrics.flush().map_err(|error| self.disk(error))?;
+        let checkpoint = checkpoint::complete(&self.setup, &self.out, std::mem::take(&mut self.shards))?;
+        self.print_memory(shared);
+        let summary = self.summary(checkpoint);
+        self.print_summary(&summary);
+        Ok(summary)
+    }
+
+    fn take(&mut self, report: Report) -> Result<()> {
+        match report {
+            Report::Step { place, step, loss, grad_norm } => {
+                let partial = self.steps.entry(step).or_default();
+                partial.losses.extend(loss.map(|loss| (place.replica, loss)));
+                partial.norms.extend(grad_norm.map(|norm| (place.stage, norm)));
+                let grid = self.setup.grid;
+                if partial.losses.len() == grid.replicas && partial.norms.len() == grid.stages {
+                    let partial = self.steps.remove(&step).unwrap_or_default();
+                    self.step(step, &partial)?;
+                }
+            }
+            Report::Eval { place, step, loss_sum, tokens } => {
+                let replicas = self.evals.entry(step).or_default();
+                replicas.insert(place.replica, (loss_sum, tokens));
+                if replicas.len() == self.setup.grid.replicas {
+                    let replicas = self.evals.remove(&step).unwrap_or_default();
+                    self.eval(step, &replicas)?;
+                }
+            }
+            Report::Done { place, shard, peak_bytes } => {
+                self.shards.extend(shard);
+                self.done.push((place, peak_bytes));
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, step: usize, partial: &Partial) -> Result<()> {
+        let config = &self.setup.config;
+        // In the order of the replicas, so that the digits do not depend on who reported first.
+        let loss = partial.losses.values().sum::<f64>() / partial.losses.len() as f64;
+        let norms: Vec<f64> = partial.norms.values().copied().collect();
+        let now = Instant::now();
+        let seconds = now.duration_since(self.last).as_secs_f64();
+        self.last = now;
+        let tokens = (config.batch * config.data.sequence) as u64;
+        let line = StepLine {
+            step: step + 1,
+            loss,
+            lr: learning_rate(&config.optimizer, step, config.steps),
+            tokens: tokens * (step as u64 + 1),
+            step_s: seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            grad_norm: &norms,
+        };
+        let rate = line.tokens_per_s;
+        let text = serde_json::to_string(&line).map_err(|error| Error::Internal(error.to_string()))?;
+        self.write(&text)?;
+        self.losses.push(loss);
+        self.seconds.push(seconds);
+        self.progress.step(State { step: step + 1, loss, tokens_per_s: rate });
+        Ok(())
+    }
+
+    fn eval(&mut self, step: usize, replicas: &BTreeMap<usize, (f64, usize)>) -> Result<()> {
+        let (sum, tokens) = replicas.values().fold((0.0, 0), |(s, n), (sum, tokens)| (s + sum, n + tokens));
+        let eval_loss = sum / tokens as f64;
+        let line = EvalLine { step, eval_loss, eval_bpc: eval_loss / std::f64::consts::LN_2 };
+        let text = serde_json::to_string(&line).map_err(|error| Error::Internal(error.to_string()))?;
+        self.write(&text)?;
+        self.progress.line(&format!("step {step:>6}  eval loss {eval_loss:.4}  {:.4} bits per byte", line.eval_bpc));
+        self.eval_loss = Some(eval_loss);
+        // The time of an evaluation is not that of the next step.
+        self.last = Instant::now();
+        Ok(())
+    }
+
+    fn write(&mut self, line: &str) -> Result<()> {
+        writeln!(self.metrics, "{line}").and_then(|()| self.metrics.flush()).map_err(|error| self.disk(error))
+    }
+
+    fn disk(&self, error: std::io::Error) -> Error {
+        Error::config("--out", self.out.display(), format!("metrics.jsonl cannot be written ({error})"))
+    }
+
+    fn summary(&self, checkpoint: PathBuf) -> Summary {
+        let tail = &self.losses[self.losses.len() - self.losses.len().div_ceil(10)..];
+        let mut seconds = self.seconds.clone();
+        seconds.sort_by(f64::total_cmp);
+        let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
+        let tokens = (self.setup.config.batch * self.setup.config.data.sequence) as f64;
+        Summary {
+            loss: tail.iter().sum::<f64>() / tail.len() as f64,
+            eval_loss: self.eval_loss,
+            tokens_per_s: tokens / median,
+            checkpoint,
+        }
+    }
+
+    fn print_memory(&self, shared: bool) {
+        let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+        println!("\npeak memory, MiB       weights  gradient  optimizer  activations  transient  predicted  measured");
+        let mut total = 0;
+        for (place, peak) in &self.done {
+            let p = Prediction::new(&self.setup, *place);
+            total += p.total();
+            let measured = peak.map_or("-".to_owned(), mib);
+            println!(
+                "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>10} {measured:>9}",
+                place.to_string(),
+                mib(p.weights),
+                mib(p.gradient),
+                mib(p.optimizer),
+                mib(p.activations),
+                mib(p.transient),
+                mib(p.total())
+            );
+        }
+        if shared {
+            println!("places are threads of one process, so each shows the peak of all: {} predicted", mib(total));
+        }
+    }
+
+    fn print_summary(&self, summary: &Summary) {
+        println!();
+        println!("loss (last tenth)   {:.4} nats per byte", summary.loss);
+        if let Some(eval) = summary.eval_loss {
+            println!("held-out loss       {eval:.4} nats, {:.4} bits per byte", eval / std::f64::consts::LN_2);
+        }
+        if let Some(floor) = self.setup.corpus.floor {
+            let best = summary.eval_loss.unwrap_or(summary.loss);
+            println!("entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it", (best / floor - 1.0) * 100.0);
+        }
+        println!("tokens/s            {}", thousands(summary.tokens_per_s as u64));
+        println!("weights             {}", summary.checkpoint.display());
+    }
+}

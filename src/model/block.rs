@@ -1,0 +1,97 @@
+//! One pre-LN Transformer layer, as in GPT-2 (Radford et al. 2019): `x += attention(norm(x)); x += mlp(norm(x))`.
+
+use tch::Tensor;
+
+use super::{Dimensions, Dropout, Init, Layer, Parameter, layer_norm};
+use crate::error::Result;
+
+pub(super) struct Block {
+    d: Dimensions,
+    /// Number of the layer in the whole model, from 0.
+    layer: usize,
+}
+
+impl Block {
+    pub(super) fn new(dimensions: &Dimensions, layer: usize) -> Block {
+        Block { d: dimensions.clone(), layer }
+    }
+
+    /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(D/H)) v` a head.
+    fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };
+        let (b, t) = (x.size()[0], x.size()[1]);
+        let heads = x.f_linear(qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_model / self.d.heads])?;
+        let part = |i| heads.f_select(2, i)?.f_transpose(1, 2); // [B, H, T, D/H]
+        let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
+            &part(0)?,
+            &part(1)?,
+            &part(2)?,
+            None,
+            0.0,
+            true,
+            None,
+            false,
+        )?;
+        let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
+        Ok(y.f_linear(out, Some(out_bias))?)
+    }
+
+    fn mlp(weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        let [up, up_bias, down, down_bias] = weights else { unreachable!("the mlp has four parameters") };
+        Ok(x.f_linear(up, Some(up_bias))?.f_gelu("none")?.f_linear(down, Some(down_bias))?)
+    }
+}
+
+impl Layer for Block {
+    fn name(&self) -> String {
+        format!("layers.{}", self.layer)
+    }
+
+    /// Matrices are normal with deviation 0.02, those that end a residual branch smaller by sqrt(2 L), as in GPT-2.
+    fn parameters(&self) -> Vec<Parameter> {
+        let (d, f) = (self.d.d_model, self.d.d_ff);
+        let normal = Init::Normal(0.02);
+        let residual = Init::Normal(0.02 / (2.0 * self.d.layers as f64).sqrt());
+        let shapes: [(&str, &[i64], Init); 12] = [
+            ("norm1.weight", &[d], Init::Ones),
+            ("norm1.bias", &[d], Init::Zeros),
+            ("attention.qkv.weight", &[3 * d, d], normal),
+            ("attention.qkv.bias", &[3 * d], Init::Zeros),
+            ("attention.out.weight", &[d, d], residual),
+            ("attention.out.bias", &[d], Init::Zeros),
+            ("norm2.weight", &[d], Init::Ones),
+            ("norm2.bias", &[d], Init::Zeros),
+            ("mlp.up.weight", &[f, d], normal),
+            ("mlp.up.bias", &[f], Init::Zeros),
+            ("mlp.down.weight", &[d, f], residual),
+            ("mlp.down.bias", &[d], Init::Zeros),
+        ];
+        let name = |short: &str| format!("layers.{}.{short}", self.layer);
+        shapes.into_iter().map(|(short, shape, init)| Parameter::new(name(short), shape, init)).collect()
+    }
+
+    /// `x`: [B, T, D] -> [B, T, D].
+    fn forward(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        let drop = |y: Tensor, site| match dropout {
+            Some(dropout) => dropout.apply(y, self.layer + 1, site),
+            None => Ok(y),
+        };
+        let y = self.attention(&weights[2..6], &layer_norm(x, &weights[0], &weights[1])?)?;
+        let x = x.f_add(&drop(y, 0)?)?;
+        let y = Block::mlp(&weights[8..12], &layer_norm(&x, &weights[6], &weights[7])?)?;
+        Ok(x.f_add(&drop(y, 1)?)?)
+    }
+
+    /// The input, norm1, q k v, the attention's output, its log-sum (H), the middle state, norm2: 8 D; both sides of
+    /// the GELU: 2 F; mean and deviation of two norms: 4; with dropout two masks: 2 D.
+    fn saved_per_token(&self) -> usize {
+        let (d, f) = (self.d.d_model as usize, self.d.d_ff as usize);
+        let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
+        7 * d + 2 * f + self.d.heads as usize + 4 + masks
+    }
+
+    /// Backward of the mlp: gradients of both sides of the GELU beside those of the residual stream.
+    fn transient_per_token(&self) -> usize {
+        2 * self.d.d_ff as usize + 3 * self.d.d_model as usize
+    }
+}

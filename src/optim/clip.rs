@@ -1,0 +1,51 @@
+//! The norm of a gradient, and clipping by it.
+
+/// Values whose squares are added up before they join the total: the order of the sum does not depend on threads.
+const CHUNK: usize = 4096;
+/// Independent partial sums, so that the additions do not wait for each other.
+const LANES: usize = 8;
+
+/// Euclidean norm, summed in f64.
+pub fn norm(values: &[f32]) -> f64 {
+    values.chunks(CHUNK).map(sum_of_squares).sum::<f64>().sqrt()
+}
+
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest: f64 = chunks.remainder().iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(*value) * f64::from(*value);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest
+}
+
+/// What a gradient of this norm is multiplied by so that its norm is at most `clip` (as PyTorch's `clip_grad_norm_`).
+pub fn clip_factor(norm: f64, clip: Option<f64>) -> f64 {
+    clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn norms() {
+        assert_eq!(norm(&[3.0, 4.0]), 5.0);
+        assert_eq!(norm(&[]), 0.0);
+        assert_eq!(norm(&vec![2.0; 10_000]), 200.0);
+        assert!(norm(&[1.0, f32::NAN]).is_nan());
+        assert!(norm(&[f32::INFINITY]).is_infinite());
+        // Larger than f32 holds when squared.
+        assert_eq!(norm(&[3e30, 4e30]) as f32, 5e30);
+    }
+
+    #[test]
+    fn clipping() {
+        assert_eq!(clip_factor(10.0, None), 1.0);
+        assert_eq!(clip_factor(0.5, Some(1.0)), 1.0);
+        assert!((clip_factor(10.0, Some(1.0)) - 0.1).abs() < 1e-7);
+    }
+}

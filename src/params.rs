@@ -1,0 +1,281 @@
+//! The weights of a stage: one flat f32 buffer per version, one flat buffer of gradients; parameters are views.
+//!
+//! ```text
+//! version n lives in buffer n mod (D + 1)
+//!
+//! buffer 0   [ norm1 | qkv | ... ]   version 3     <- update 2 wrote it over version 0
+//! buffer 1   [ norm1 | qkv | ... ]   version 1     <- step 4 runs on it, its graph points here
+//! buffer 2   [ norm1 | qkv | ... ]   version 2
+//! gradient   [ norm1 | qkv | ... ]                 every version's parameters add theirs into this one
+//! ```
+//!
+//! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
+//! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
+//!
+//! Every parameter starts at a multiple of 64 bytes, as libtorch's own tensors do: matrix products may take another
+//! path (and so round in another way) for other alignments, and the oracle must see the same numbers.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::{Parameter, initial};
+
+/// 64 bytes of f32.
+const ALIGN: usize = 16;
+
+/// Where one parameter stands in the flat buffers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    pub parameter: Parameter,
+    pub offset: usize,
+}
+
+/// The order of the parameters in the flat buffers of a stage.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout {
+    pub entries: Vec<Entry>,
+    /// Length of a flat buffer, padding included (always 0).
+    pub len: usize,
+}
+
+impl Layout {
+    /// Parameters one after the other, each aligned.
+    pub fn new(parameters: &[Parameter]) -> Layout {
+        let mut len: usize = 0;
+        let entries = parameters
+            .iter()
+            .map(|parameter| {
+                let offset = len;
+                len = (offset + parameter.count()).next_multiple_of(ALIGN);
+                Entry { parameter: parameter.clone(), offset }
+            })
+            .collect();
+        Layout { entries, len }
+    }
+
+    /// Values of all parameters, padding not counted.
+    pub fn count(&self) -> usize {
+        self.entries.iter().map(|entry| entry.parameter.count()).sum()
+    }
+
+    /// Views of a flat buffer, one a parameter.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn views(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
+        let view = |entry: &Entry| -> Result<Tensor> {
+            let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
+            Ok(flat.f_narrow(0, offset, count)?.f_view(&entry.parameter.shape[..])?)
+        };
+        self.entries.iter().map(view).collect()
+    }
+
+    /// A flat buffer of the initial weights.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn initial(&self, seed: u64) -> Result<Tensor> {
+        let mut flat = zeros(self.len)?;
+        let values = slice_mut(&mut flat);
+        for Entry { parameter, offset } in &self.entries {
+            values[*offset..offset + parameter.count()].copy_from_slice(&initial(parameter, seed));
+        }
+        Ok(flat)
+    }
+}
+
+/// A flat f32 buffer of zeros on the CPU.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn zeros(len: usize) -> Result<Tensor> {
+    Ok(Tensor::f_zeros([len as i64], (Kind::Float, Device::Cpu))?)
+}
+
+/// The values of a flat buffer.
+///
+/// # Panics
+/// Unless `flat` is one-dimensional, contiguous, f32 and on the CPU.
+pub fn slice(flat: &Tensor) -> &[f32] {
+    check_flat(flat);
+    // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
+    // handles of the storage exist (parameters are views), but libtorch only runs inside calls of the thread that owns
+    // the stage, and that thread holds this borrow.
+    unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
+}
+
+/// The values of a flat buffer, to be changed.
+///
+/// # Panics
+/// As [`slice`].
+pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
+    check_flat(flat);
+    // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
+    // passes by libtorch's version counter, on purpose: no graph that is still to be run backward points at this
+    // buffer (the schedule's `check` proves it for every action list).
+    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast::<f32>(), flat.numel()) }
+}
+
+fn check_flat(flat: &Tensor) {
+    assert!(
+        flat.dim() == 1 && flat.is_contiguous() && flat.kind() == Kind::Float && flat.device() == Device::Cpu,
+        "a flat buffer is one contiguous row of f32 on the CPU"
+    );
+}
+
+/// The versions of a stage's weights that are held, and its gradient.
+pub struct Versions {
+    layout: Layout,
+    /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
+    buffers: Vec<Tensor>,
+    /// The parameters of every buffer, leaves of autograd.
+    parameters: Vec<Vec<Tensor>>,
+    gradient: Tensor,
+    /// The newest version: how many updates have been made.
+    newest: usize,
+}
+
+impl Versions {
+    /// Version 0 is `initial`; `held` = D + 1 buffers.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn new(layout: Layout, initial: Tensor, held: usize) -> Result<Versions> {
+        let gradient = zeros(layout.len)?;
+        let gradients = layout.views(&gradient)?;
+        let mut buffers = vec![initial];
+        while buffers.len() < held {
+            buffers.push(zeros(layout.len)?);
+        }
+        let parameters = buffers
+            .iter()
+            .map(|flat| {
+                let views = layout.views(flat)?;
+                views.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Versions { layout, buffers, parameters, gradient, newest: 0 })
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn newest(&self) -> usize {
+        self.newest
+    }
+
+    /// The parameters of a version.
+    ///
+    /// # Panics
+    /// If the version is not written yet or no longer held: a fault of the schedule.
+    pub fn parameters(&self, version: usize) -> &[Tensor] {
+        let held = self.buffers.len();
+        assert!(
+            version <= self.newest && self.newest - version < held,
+            "version {version} is not held: the newest is {} of {held}",
+            self.newest
+        );
+        &self.parameters[version % held]
+    }
+
+    /// The flat buffer of the newest version.
+    pub fn flat(&self) -> &Tensor {
+        &self.buffers[self.newest % self.buffers.len()]
+    }
+
+    /// The flat gradient. The handle shares its memory with the parameters' gradients.
+    pub fn gradient(&mut self) -> &mut Tensor {
+        &mut self.gradient
+    }
+
+    /// What an update works on: the newest weights if they are to be kept (D > 0), the buffer of the next version
+    /// (with D = 0 it holds the newest weights, to be changed in place), and the gradient.
+    pub fn next(&mut self) -> (Option<&[f32]>, &mut [f32], &mut [f32]) {
+        let held = self.buffers.len();
+        let (old, new) = (self.newest % held, (self.newest + 1) % held);
+        self.newest += 1;
+        let gradient = slice_mut(&mut self.gradient);
+        if held == 1 {
+            return (None, slice_mut(&mut self.buffers[0]), gradient);
+        }
+        let (low, high) = self.buffers.split_at_mut(old.max(new));
+        let (old, new) = if old < new { (&low[old], &mut high[0]) } else { (&high[0], &mut low[new]) };
+        (Some(slice(old)), slice_mut(new), gradient)
+    }
+}
+
+/// A leaf of autograd that reads its value from `view` and adds its gradient into `gradient`.
+fn leaf(view: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let leaf = view.f_detach()?.f_set_requires_grad(true)?;
+    // libtorch adds into `.grad` in place once it is there, but tch cannot set it. An empty backward makes one, whose
+    // data is then exchanged for the view of the flat buffer.
+    leaf.f_mul_scalar(0.0)?.f_sum(Kind::Float)?.f_backward()?;
+    leaf.f_grad()?.f_set_data(gradient)?;
+    Ok(leaf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Init;
+
+    fn layout() -> Layout {
+        let parameter =
+            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0) };
+        Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
+    }
+
+    #[test]
+    fn parameters_are_aligned_views() {
+        let layout = layout();
+        assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 16, 32]);
+        assert_eq!((layout.len, layout.count()), (48, 26));
+        let flat = layout.initial(1).unwrap();
+        for view in layout.views(&flat).unwrap() {
+            assert_eq!(view.data_ptr().addr() % 64, 0);
+        }
+        assert_eq!(slice(&flat)[15], 0.0);
+    }
+
+    #[test]
+    fn gradients_of_all_versions_add_up_in_the_flat_buffer() {
+        let layout = layout();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2).unwrap();
+        let address = versions.gradient().data_ptr();
+        let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
+        square(versions.parameters(0)).backward();
+        let (old, new, _) = versions.next();
+        new.copy_from_slice(old.unwrap());
+        new[0] = 10.0;
+        square(versions.parameters(0)).backward();
+        square(versions.parameters(1)).backward();
+        let first = slice(&layout.initial(1).unwrap()).to_vec();
+        assert_eq!(versions.gradient().data_ptr(), address);
+        let gradient = slice(versions.gradient());
+        assert_eq!(gradient[0], 4.0 * first[0] + 20.0);
+        assert_eq!(gradient[1], 6.0 * first[1]);
+        assert_eq!(gradient[16], 0.0);
+    }
+
+    #[test]
+    fn a_graph_keeps_its_version_when_the_next_is_written() {
+        let layout = layout();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2).unwrap();
+        let loss = (&versions.parameters(0)[0] * &versions.parameters(0)[0]).sum(Kind::Float);
+        let (_, new, _) = versions.next();
+        new.fill(100.0);
+        loss.backward();
+        let first = slice(&layout.initial(1).unwrap()).to_vec();
+        assert_eq!(slice(versions.gradient())[3], 2.0 * first[3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "version 0 is not held")]
+    fn a_version_that_is_overwritten_cannot_be_used() {
+        let layout = layout();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1).unwrap();
+        versions.next();
+        versions.parameters(0);
+    }
+}

@@ -1,0 +1,119 @@
+//! Which layers stand on which stage: contiguous runs, balanced by cost or given by hand.
+
+use std::ops::Range;
+
+/// Cuts `costs` (one per layer, any unit) into `stages` contiguous, non-empty runs so that the dearest run is as cheap
+/// as it can be; among those cuts the one with the least sum of squares, then the one with the shorter first runs.
+///
+/// `first` and `last` are the costs that the first and the last run carry besides their layers (embedding, head).
+///
+/// # Panics
+/// If there are more stages than layers: the config has been checked by then.
+pub fn balanced(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec<Range<usize>> {
+    let layers = costs.len();
+    assert!(stages >= 1 && stages <= layers, "{stages} stages for {layers} layers");
+    let mut sums = vec![0.0];
+    for cost in costs {
+        sums.push(sums.last().unwrap() + cost);
+    }
+    let cost = |stage: usize, a: usize, b: usize| {
+        let ends = if stage == 0 { first } else { 0.0 } + if stage == stages - 1 { last } else { 0.0 };
+        sums[b] - sums[a] + ends
+    };
+    // best[b]: for the stages so far over the layers 0..b, (dearest run, sum of squares, the cuts).
+    let mut best: Vec<Option<(f64, f64, Vec<usize>)>> = vec![None; layers + 1];
+    best[0] = Some((0.0, 0.0, vec![0]));
+    for stage in 0..stages {
+        let mut next: Vec<Option<(f64, f64, Vec<usize>)>> = vec![None; layers + 1];
+        for b in stage + 1..=layers {
+            for a in stage..b {
+                let Some((dearest, squares, cuts)) = &best[a] else { continue };
+                let c = cost(stage, a, b);
+                let candidate = (dearest.max(c), squares + c * c);
+                if next[b].as_ref().is_none_or(|(d, s, _)| candidate < (*d, *s)) {
+                    let mut cuts = cuts.clone();
+                    cuts.push(b);
+                    next[b] = Some((candidate.0, candidate.1, cuts));
+                }
+            }
+        }
+        best = next;
+    }
+    let (_, _, cuts) = best[layers].take().expect("a cut exists when there are no more stages than layers");
+    cuts.windows(2).map(|w| w[0]..w[1]).collect()
+}
+
+/// The runs of a hand-written list of layer counts, `None` unless every count is at least 1 and they add up to `layers`.
+pub fn by_hand(counts: &[usize], layers: usize) -> Option<Vec<Range<usize>>> {
+    if counts.contains(&0) || counts.iter().sum::<usize>() != layers {
+        return None;
+    }
+    let mut start = 0;
+    Some(
+        counts
+            .iter()
+            .map(|count| {
+                start += count;
+                start - count..start
+            })
+            .collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(runs: &[Range<usize>]) -> Vec<usize> {
+        runs.iter().map(|r| r.len()).collect()
+    }
+
+    #[test]
+    fn equal_layers_are_spread_evenly() {
+        let table: [(usize, usize, &[usize]); 5] = [
+            (4, 1, &[4]),
+            (4, 2, &[2, 2]),
+            (4, 4, &[1, 1, 1, 1]),
+            (8, 3, &[2, 3, 3]),
+            (12, 11, &[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]),
+        ];
+        for (layers, stages, expected) in table {
+            let runs = balanced(&vec![1.0; layers], 0.0, 0.0, stages);
+            assert_eq!(counts(&runs), expected, "{layers} layers on {stages} stages");
+            assert_eq!(runs[0].start, 0);
+            assert_eq!(runs[stages - 1].end, layers);
+            assert!(runs.windows(2).all(|w| w[0].end == w[1].start));
+        }
+    }
+
+    #[test]
+    fn a_dear_head_takes_layers_off_the_last_stage() {
+        assert_eq!(counts(&balanced(&[1.0; 8], 0.0, 2.0, 2)), [5, 3]);
+        assert_eq!(counts(&balanced(&[1.0; 8], 2.0, 0.0, 2)), [3, 5]);
+        assert_eq!(counts(&balanced(&[1.0, 1.0, 4.0, 1.0, 1.0], 0.0, 0.0, 3)), [2, 1, 2]);
+    }
+
+    #[test]
+    fn the_dearest_stage_is_as_cheap_as_any_cut_allows() {
+        let costs = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0];
+        let dearest = |cuts: &[usize]| {
+            let sums = cuts.windows(2).map(|w| costs[w[0]..w[1]].iter().sum::<f64>());
+            sums.fold(0.0, f64::max)
+        };
+        let mut least = f64::INFINITY;
+        for a in 1..7 {
+            for b in a + 1..8 {
+                least = least.min(dearest(&[0, a, b, 8]));
+            }
+        }
+        let runs = balanced(&costs, 0.0, 0.0, 3);
+        assert_eq!(dearest(&[0, runs[0].end, runs[1].end, 8]), least);
+    }
+
+    #[test]
+    fn a_hand_list_must_cover_the_layers() {
+        assert_eq!(by_hand(&[1, 3, 2], 6), Some(vec![0..1, 1..4, 4..6]));
+        assert_eq!(by_hand(&[1, 3, 2], 7), None);
+        assert_eq!(by_hand(&[0, 6], 6), None);
+    }
+}

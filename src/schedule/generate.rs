@@ -1,0 +1,170 @@
+//! The generator: the rule of the module above, turned into one stage's list of actions.
+
+use std::collections::VecDeque;
+
+use super::{Action, Op, Pass, Schedule};
+use crate::delay::version;
+
+/// The actions of one stage, in order, made a microbatch at a time.
+pub struct Actions<'a> {
+    schedule: &'a Schedule,
+    stage: usize,
+    /// The last sync point and the next one.
+    segment: (usize, usize),
+    /// The next microbatch to forward, counted from the last sync point; `None` before the segment has begun.
+    next: Option<usize>,
+    /// The step whose reduced gradient still waits for its update.
+    pending_update: Option<usize>,
+    queue: VecDeque<Action>,
+    done: bool,
+}
+
+impl<'a> Actions<'a> {
+    pub(super) fn new(schedule: &'a Schedule, stage: usize) -> Actions<'a> {
+        let segment = (0, if schedule.sync.steps == 0 { 0 } else { schedule.sync.after(0) });
+        Actions { schedule, stage, segment, next: None, pending_update: None, queue: VecDeque::new(), done: false }
+    }
+
+    fn push(&mut self, op: Op, pass: Pass, step: usize, microbatch: usize) {
+        self.queue.push_back(Action { stage: self.stage, op, pass, step, microbatch });
+    }
+
+    /// One round of the rule: the evaluation at a sync point, or forward i and backward i - a.
+    fn round(&mut self) {
+        let (start, end) = self.segment;
+        let Some(i) = self.next else {
+            if self.schedule.evaluates_at(start) {
+                self.evaluation(start);
+            }
+            self.next = Some(0);
+            self.done = start == self.schedule.sync.steps;
+            return;
+        };
+        let m = self.schedule.microbatches;
+        let (count, ahead) = ((end - start) * m, self.schedule.ahead[self.stage]);
+        if i < count {
+            self.forward(start + i / m, i % m);
+        }
+        if i >= ahead && i - ahead < count {
+            self.backward(start + (i - ahead) / m, (i - ahead) % m);
+        }
+        self.next = Some(i + 1);
+        if i + 1 == count + ahead {
+            self.update_now();
+            self.segment = (end, self.schedule.sync.after(end));
+            self.next = None;
+        }
+    }
+
+    fn evaluation(&mut self, step: usize) {
+        let microbatches = self.schedule.evals.map_or(0, |e| e.microbatches);
+        for j in 0..microbatches {
+            self.through(Pass::Eval, step, j);
+        }
+    }
+
+    /// A microbatch on its way down: loaded at the ends, received in the middle, forwarded, sent on.
+    fn through(&mut self, pass: Pass, step: usize, j: usize) {
+        let (first, last) = (self.stage == 0, self.stage == self.schedule.stages - 1);
+        if first || last {
+            self.push(Op::Load, pass, step, j);
+        }
+        if !first {
+            self.push(Op::RecvActivation, pass, step, j);
+        }
+        self.push(Op::Forward, pass, step, j);
+        if !last {
+            self.push(Op::SendActivation, pass, step, j);
+        }
+    }
+
+    fn forward(&mut self, step: usize, j: usize) {
+        let needed = version(self.segment.0, step, self.schedule.delays[self.stage]);
+        if self.pending_update.is_some_and(|t| t < needed) {
+            self.update_now();
+        }
+        self.through(Pass::Train, step, j);
+    }
+
+    fn backward(&mut self, step: usize, j: usize) {
+        if self.pending_update.is_some_and(|t| t < step) {
+            self.update_now();
+        }
+        if self.stage < self.schedule.stages - 1 {
+            self.push(Op::RecvGradient, Pass::Train, step, j);
+        }
+        self.push(Op::Backward, Pass::Train, step, j);
+        if self.stage > 0 {
+            self.push(Op::SendGradient, Pass::Train, step, j);
+        }
+        if j == self.schedule.microbatches - 1 {
+            self.push(Op::Reduce, Pass::Train, step, 0);
+            self.pending_update = Some(step);
+        }
+    }
+
+    fn update_now(&mut self) {
+        if let Some(step) = self.pending_update.take() {
+            self.push(Op::Update, Pass::Train, step, 0);
+        }
+    }
+}
+
+impl Iterator for Actions<'_> {
+    type Item = Action;
+
+    fn next(&mut self) -> Option<Action> {
+        while self.queue.is_empty() && !self.done {
+            self.round();
+        }
+        self.queue.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::delay::SyncPoints;
+    use crate::schedule::{Evals, Kind, Schedule};
+
+    fn list(schedule: &Schedule, stage: usize) -> String {
+        schedule.actions(stage).map(|a| a.to_string()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn every_message_and_update_of_a_small_grid() {
+        let schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
+        assert_eq!(
+            list(&schedule, 0),
+            "0L0.0 0F0.0 0SA0.0 0L1.0 0F1.0 0SA1.0 0RG0.0 0B0.0 0R0 0U0 0L2.0 0F2.0 0SA2.0 0RG1.0 0B1.0 0R1 \
+             0U1 0RG2.0 0B2.0 0R2 0U2"
+        );
+        assert_eq!(
+            list(&schedule, 1),
+            "1L0.0 1RA0.0 1F0.0 1B0.0 1SG0.0 1R0 1U0 1L1.0 1RA1.0 1F1.0 1B1.0 1SG1.0 1R1 1U1 1L2.0 1RA2.0 1F2.0 \
+             1B2.0 1SG2.0 1R2 1U2"
+        );
+    }
+
+    #[test]
+    fn the_update_waits_until_its_gradient_buffer_or_version_is_needed() {
+        let schedule = Schedule::new(Kind::Decoupled, 2, 2, 1, SyncPoints::ends(2));
+        assert_eq!(
+            list(&schedule, 0),
+            "0L0.0 0F0.0 0SA0.0 0L0.1 0F0.1 0SA0.1 0RG0.0 0B0.0 0L1.0 0F1.0 0SA1.0 0RG0.1 0B0.1 0R0 0L1.1 0F1.1 \
+             0SA1.1 0U0 0RG1.0 0B1.0 0RG1.1 0B1.1 0R1 0U1"
+        );
+    }
+
+    #[test]
+    fn evaluations_stand_at_drained_boundaries() {
+        let mut sync = SyncPoints::ends(3);
+        sync.periods.push(2);
+        let mut schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, sync);
+        schedule.evals = Some(Evals { every: 2, microbatches: 1 });
+        assert_eq!(
+            list(&schedule, 0),
+            "0L0.0 0F0.0 0SA0.0 0L1.0 0F1.0 0SA1.0 0RG0.0 0B0.0 0R0 0U0 0RG1.0 0B1.0 0R1 0U1 0eL2.0 0eF2.0 0eSA2.0 \
+             0L2.0 0F2.0 0SA2.0 0RG2.0 0B2.0 0R2 0U2 0eL3.0 0eF3.0 0eSA3.0"
+        );
+    }
+}

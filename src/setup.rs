@@ -1,0 +1,297 @@
+//! What is true: a config checked once, with everything that follows from it. Nobody checks again.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::config::{Config, HeldOut, LayersPerStage, OptimizerConfig};
+use crate::data::{self, Corpus};
+use crate::delay::{SyncPoints, lag, least_delay};
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Place};
+use crate::model::{self, Dimensions, Stack};
+use crate::partition;
+use crate::schedule::{Evals, Schedule, check};
+
+/// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
+const CHECKED_STEPS: usize = 64;
+
+/// A run, ready to be started.
+#[derive(Debug)]
+pub struct Setup {
+    pub config: Config,
+    pub grid: Grid,
+    pub dimensions: Dimensions,
+    /// The layers of every stage.
+    pub partition: Vec<Range<usize>>,
+    pub schedule: Schedule,
+    pub corpus: Arc<Corpus>,
+    /// Rows of a microbatch, b.
+    pub rows: usize,
+    /// Held-out windows of one evaluation, a replica.
+    pub eval_windows: usize,
+}
+
+impl Setup {
+    /// Checks a config and opens its corpus.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Data`], naming setting, value and remedy.
+    pub fn new(config: Config) -> Result<Setup> {
+        check_numbers(&config)?;
+        check_model(&config)?;
+        check_optimizer(&config.optimizer)?;
+        check_data(&config)?;
+        let grid = config.grid();
+        let rows = rows(&config)?;
+        let dimensions = Dimensions::new(&config.model, data::VOCABULARY, config.data.sequence);
+        let partition = layers(&config, &dimensions)?;
+        let mut schedule = schedule(&config)?;
+        let corpus = Arc::new(Corpus::open(&config.data, config.seed)?);
+        let mut eval_windows = 0;
+        if let Some(eval) = &config.eval {
+            let windows = data::held_out_windows(&corpus.held_out, config.data.sequence);
+            let wanted = eval.tokens.map_or(windows, |tokens| tokens.div_ceil(config.data.sequence).min(windows));
+            eval_windows = wanted / grid.replicas;
+            if eval_windows == 0 {
+                let remedy = format!("{} replicas need a window of {} tokens each", grid.replicas, config.data.sequence);
+                let found = format!("{wanted} windows");
+                return Err(Error::config("eval.tokens and data.held_out", found, remedy));
+            }
+            schedule.evals = Some(Evals { every: eval.every, microbatches: eval_windows.div_ceil(rows) });
+        }
+        check_schedule(&schedule, grid)?;
+        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_windows })
+    }
+
+    /// The layers of one stage.
+    pub fn stack(&self, stage: usize) -> Stack {
+        Stack::new(&self.dimensions, self.partition[stage].clone())
+    }
+
+    /// Values of all parameters.
+    pub fn parameters(&self) -> usize {
+        let whole = Stack::new(&self.dimensions, 0..self.dimensions.layers);
+        whole.parameters().iter().map(model::Parameter::count).sum()
+    }
+
+    /// Rows of the global batch that make up a microbatch of a replica.
+    pub fn train_rows(&self, replica: usize, microbatch: usize) -> Range<usize> {
+        let start = (replica * self.config.microbatches + microbatch) * self.rows;
+        start..start + self.rows
+    }
+
+    /// Held-out windows that make up a microbatch of an evaluation: the replica's share, evenly cut.
+    pub fn eval_rows(&self, replica: usize, microbatch: usize) -> Range<usize> {
+        let microbatches = self.schedule.evals.map_or(1, |evals| evals.microbatches);
+        let cut = |i: usize| replica * self.eval_windows + i * self.eval_windows / microbatches;
+        cut(microbatch)..cut(microbatch + 1)
+    }
+
+    /// A picture of the grid: ranks, layers and delays of every stage.
+    pub fn picture(&self) -> String {
+        let mut out = String::new();
+        for replica in 0..self.grid.replicas {
+            let cells: Vec<String> = (0..self.grid.stages)
+                .map(|stage| format!("[rank {}]", self.grid.rank(Place { stage, replica })))
+                .collect();
+            out.push_str(&format!("replica {replica}  {}\n", cells.join(" -- ")));
+        }
+        for (stage, layers) in self.partition.iter().enumerate() {
+            let (delay, versions) = (self.schedule.delays[stage], self.schedule.versions_held(stage));
+            let last = layers.end - 1;
+            out.push_str(&format!("stage {stage}: layers {}..{last}, delay {delay}, versions {versions}\n", layers.start));
+        }
+        out
+    }
+}
+
+fn at_least_one(setting: &str, value: usize) -> Result<()> {
+    if value >= 1 { Ok(()) } else { Err(Error::config(setting, value, "must be at least 1")) }
+}
+
+fn within(setting: &str, value: f64, good: bool, remedy: &str) -> Result<()> {
+    if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
+}
+
+fn check_numbers(config: &Config) -> Result<()> {
+    at_least_one("steps", config.steps)?;
+    at_least_one("batch", config.batch)?;
+    at_least_one("microbatches", config.microbatches)?;
+    at_least_one("slack", config.slack)?;
+    at_least_one("threads", config.threads)?;
+    at_least_one("grid.stages", config.grid.stages)?;
+    at_least_one("grid.replicas", config.grid.replicas)?;
+    if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
+        return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
+    }
+    match &config.eval {
+        Some(eval) => at_least_one("eval.every", eval.every).and(at_least_one("eval.tokens", eval.tokens.unwrap_or(1))),
+        None => Ok(()),
+    }
+}
+
+fn check_model(config: &Config) -> Result<()> {
+    let model = &config.model;
+    at_least_one("model.layers", model.layers)?;
+    at_least_one("model.d_model", model.d_model)?;
+    at_least_one("model.heads", model.heads)?;
+    at_least_one("model.d_ff", model.d_ff)?;
+    if !model.d_model.is_multiple_of(model.heads) {
+        let remedy = format!("must be a multiple of model.heads = {}", model.heads);
+        return Err(Error::config("model.d_model", model.d_model, remedy));
+    }
+    within("model.dropout", model.dropout, (0.0..1.0).contains(&model.dropout), "must be at least 0 and below 1")?;
+    if config.grid.stages > model.layers {
+        let remedy = format!("at most model.layers = {} stages, one layer each", model.layers);
+        return Err(Error::config("grid.stages", config.grid.stages, remedy));
+    }
+    Ok(())
+}
+
+fn check_optimizer(o: &OptimizerConfig) -> Result<()> {
+    within("optimizer.lr", o.lr, o.lr > 0.0, "must be above 0")?;
+    within("optimizer.min_lr", o.min_lr, o.min_lr >= 0.0 && o.min_lr <= o.lr, "must lie between 0 and optimizer.lr")?;
+    for beta in o.betas {
+        within("optimizer.betas", beta, (0.0..1.0).contains(&beta), "must be at least 0 and below 1")?;
+    }
+    within("optimizer.eps", o.eps, o.eps > 0.0, "must be above 0")?;
+    let momentum = (0.0..1.0).contains(&o.momentum);
+    within("optimizer.momentum", o.momentum, momentum, "must be at least 0 and below 1")?;
+    within("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "must be 0 or more")?;
+    let clip = o.clip.unwrap_or(1.0);
+    within("optimizer.clip", clip, clip > 0.0, "must be above 0; leave it out for no clipping")
+}
+
+fn check_data(config: &Config) -> Result<()> {
+    let data = &config.data;
+    at_least_one("data.sequence", data.sequence)?;
+    let named = usize::from(data.path.is_some()) + usize::from(data.paths.is_some()) + usize::from(data.synthetic.is_some());
+    if named > 1 {
+        return Err(Error::config("data", "more than one of path, paths, synthetic", "keep one of them"));
+    }
+    match data.held_out {
+        HeldOut::Fraction(f) => within("data.held_out", f, f > 0.0 && f < 1.0, "a fraction lies between 0 and 1"),
+        HeldOut::File(_) => Ok(()),
+    }
+}
+
+fn rows(config: &Config) -> Result<usize> {
+    let parts = config.grid.replicas * config.microbatches;
+    if config.batch.is_multiple_of(parts) {
+        return Ok(config.batch / parts);
+    }
+    let remedy = format!(
+        "must be a multiple of grid.replicas * microbatches = {} * {}; the next ones are {} and {}",
+        config.grid.replicas,
+        config.microbatches,
+        (config.batch / parts).max(1) * parts,
+        (config.batch / parts + 1).max(2) * parts
+    );
+    Err(Error::config("batch", config.batch, remedy))
+}
+
+fn layers(config: &Config, dimensions: &Dimensions) -> Result<Vec<Range<usize>>> {
+    let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else {
+        let costs = model::costs(dimensions);
+        let blocks = vec![costs.block; config.model.layers];
+        return Ok(partition::balanced(&blocks, costs.embedding, costs.head, config.grid.stages));
+    };
+    let wrong = |remedy| Error::config("grid.layers_per_stage", format!("{counts:?}"), remedy);
+    if counts.len() != config.grid.stages {
+        return Err(wrong(format!("needs one number for each of grid.stages = {}", config.grid.stages)));
+    }
+    let remedy = || format!("every number at least 1, together model.layers = {}", config.model.layers);
+    partition::by_hand(counts, config.model.layers).ok_or_else(|| wrong(remedy()))
+}
+
+fn schedule(config: &Config) -> Result<Schedule> {
+    let mut sync = SyncPoints::ends(config.steps);
+    sync.warm_up = config.sync_steps;
+    sync.at.extend(&config.sync_at);
+    sync.periods.extend(config.eval.as_ref().map(|eval| eval.every));
+    let stages = config.grid.stages;
+    let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
+    let Some(delays) = &config.grid.delays else { return Ok(schedule) };
+    if config.schedule.synchronous() {
+        return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));
+    }
+    if delays.len() != stages {
+        let remedy = format!("needs one number for each of grid.stages = {stages}");
+        return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
+    }
+    for (stage, delay) in delays.iter().enumerate() {
+        let least = least_delay(lag(config.slack, stages, stage), config.microbatches);
+        if *delay < least {
+            let remedy = format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)");
+            return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
+        }
+    }
+    schedule.delays.clone_from(delays);
+    Ok(schedule)
+}
+
+/// Runs `check` over the first steps of the run: a fault here is one of the generator.
+fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
+    let mut short = schedule.clone();
+    short.sync.steps = schedule.sync.steps.min(CHECKED_STEPS);
+    short.sync.at.retain(|at| *at < short.sync.steps);
+    short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
+    let lists: Vec<_> = grid.places().map(|place| short.actions(place.stage).collect()).collect();
+    check(&short, grid, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        Setup::new(Config::parse(text, &[]).unwrap()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_default_config_can_be_run() {
+        let setup = Setup::new(Config::default()).unwrap();
+        assert_eq!(setup.partition, [0..4]);
+        assert_eq!(setup.rows, 8);
+    }
+
+    #[test]
+    fn every_row_is_read_once() {
+        let text = "batch = 24\nmicrobatches = 3\n[grid]\nreplicas = 2\n[eval]\nevery = 5\ntokens = 2900";
+        let setup = Setup::new(Config::parse(text, &[]).unwrap()).unwrap();
+        let rows = |f: &dyn Fn(usize, usize) -> Range<usize>, m: usize| -> Vec<usize> {
+            (0..2).flat_map(|r| (0..m).map(move |j| (r, j))).flat_map(|(r, j)| f(r, j)).collect()
+        };
+        assert_eq!(rows(&|r, j| setup.train_rows(r, j), 3), (0..24).collect::<Vec<_>>());
+        let microbatches = setup.schedule.evals.unwrap().microbatches;
+        assert_eq!((setup.eval_windows, microbatches), (11, 3));
+        assert_eq!(rows(&|r, j| setup.eval_rows(r, j), microbatches), (0..22).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn bad_settings_are_named_with_value_and_remedy() {
+        let table = [
+            ("[grid]\nstages = 5", "`grid.stages`: found 5; at most model.layers = 4"),
+            ("batch = 30", "`batch`: found 30; must be a multiple of grid.replicas * microbatches = 1 * 4; the next ones are 28 and 32"),
+            ("[model]\nd_model = 130", "`model.d_model`: found 130; must be a multiple of model.heads = 4"),
+            ("microbatches = 1\n[grid]\nstages = 4\ndelays = [2, 2, 1, 0]", "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3"),
+            ("schedule = \"gpipe\"\n[grid]\ndelays = [1]", "`grid.delays`: found [1]; only schedule"),
+            ("[grid]\nstages = 2\nlayers_per_stage = [1, 2]", "`grid.layers_per_stage`: found [1, 2]; every number at least 1, together model.layers = 4"),
+            ("[grid]\nstages = 2\nlayers_per_stage = [4]", "needs one number for each of grid.stages = 2"),
+            ("steps = 0", "`steps`: found 0; must be at least 1"),
+            ("[model]\ndropout = 1.0", "`model.dropout`: found 1;"),
+            ("[optimizer]\nlr = 0.0", "`optimizer.lr`: found 0; must be above 0"),
+            ("[optimizer]\nclip = -1.0", "`optimizer.clip`: found -1;"),
+            ("[data]\nheld_out = 1.5", "`data.held_out`: found 1.5;"),
+            ("[data]\npath = \"a\"\nsynthetic = 5", "`data`: found more than one of path, paths, synthetic"),
+            ("[data]\nsynthetic = 100", "data synthetic: 95 bytes, one window needs 129"),
+            ("[data]\npaths = []", "`data.paths`: found an empty list"),
+            ("[data]\npath = \"no/such.txt\"", "data no/such.txt: cannot be opened"),
+            ("sync_at = [500]", "`sync_at`: found 500; must be below steps = 500"),
+        ];
+        for (text, expected) in table {
+            let found = error(text);
+            assert!(found.contains(expected), "{text}\n  gives     {found}\n  expected  {expected}");
+        }
+    }
+}
