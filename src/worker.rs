@@ -14,6 +14,7 @@ use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
 use crate::metrics::Report;
 use crate::metrics::memory::Gauge;
+use crate::model::{self, Dimensions, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::params::{Layout, Versions, slice};
 use crate::schedule::{Action, Op, Pass};
@@ -57,6 +58,7 @@ impl Worker {
     pub fn new(setup: Arc<Setup>, place: Place, ends: Ends, out: PathBuf, inject: Option<Injection>) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
+        warm_up()?;
         let gauge = Gauge::start();
         let config = &setup.config;
         let stack = setup.stack(place.stage);
@@ -277,6 +279,18 @@ impl Worker {
         let step = if self.injected(Fault::CorruptMessage, header.step) { header.step + 1 } else { header.step };
         Header { step, ..header }
     }
+}
+
+/// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
+/// measured after it is the stage's, and the first step is as fast as the others.
+fn warm_up() -> Result<()> {
+    let d = Dimensions { layers: 1, d_model: 64, heads: 2, d_ff: 256, vocabulary: 256, sequence: 64, dropout: 0.0 };
+    let stack = Stack::new(&d, 0..1);
+    let layout = Layout::new(stack.parameters());
+    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1)?;
+    let tokens = Tensor::f_zeros([4, d.sequence], (tch::Kind::Int64, tch::Device::Cpu))?;
+    let logits = stack.forward(versions.parameters(0), &tokens, None)?;
+    Ok(model::loss(&logits, &tokens)?.f_backward()?)
 }
 
 fn taken(register: &mut Option<Tensor>, action: &Action) -> Result<Tensor> {

@@ -31,12 +31,13 @@ impl Prediction {
         let schedule = &setup.schedule;
         let tokens = (setup.rows * setup.config.data.sequence) as u64;
         let hidden = tokens * setup.config.model.d_model as u64 * VALUE;
-        let saved = tokens * stack.saved_per_token() as u64 * VALUE + hidden;
+        let saved = tokens * stack.saved_per_token() as u64 * VALUE;
         let held = schedule.activations_held(place.stage) as u64;
         let activations = if setup.config.recompute { held * hidden + saved } else { held * saved };
         let state = Optimizer::state_buffers(setup.config.optimizer.kind) as u64;
-        // A message each way on either side.
-        let messages = 4 * hidden;
+        // A message each way to every neighbour.
+        let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
+        let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
         Prediction {
             weights: schedule.versions_held(place.stage) as u64 * flat,
             gradient: flat,

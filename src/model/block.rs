@@ -82,16 +82,16 @@ impl Layer for Block {
         Ok(x.f_add(&drop(y, 1)?)?)
     }
 
-    /// The input, norm1, q k v, the attention's output, its log-sum (H), the middle state, norm2: 8 D; both sides of
-    /// the GELU: 2 F; mean and deviation of two norms: 4; with dropout two masks: 2 D.
+    /// The input, norm1, q k v, the attention's output, the middle state, norm2: 8 D; both sides of the GELU: 2 F; the
+    /// attention's log-sums: H; mean and deviation of two norms: 4; with dropout two masks: 2 D.
     fn saved_per_token(&self) -> usize {
         let (d, f) = (self.d.d_model as usize, self.d.d_ff as usize);
         let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
-        7 * d + 2 * f + self.d.heads as usize + 4 + masks
+        8 * d + 2 * f + self.d.heads as usize + 4 + masks
     }
 
-    /// Backward of the mlp: gradients of both sides of the GELU beside those of the residual stream.
+    /// Backward of the mlp: the gradient of one side of the GELU beside those of output and input.
     fn transient_per_token(&self) -> usize {
-        2 * self.d.d_ff as usize + 3 * self.d.d_model as usize
+        self.d.d_ff as usize + 2 * self.d.d_model as usize
     }
 }

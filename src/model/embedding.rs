@@ -42,7 +42,7 @@ impl Layer for Embedding {
         }
     }
 
-    /// The mask and what it multiplies; the tokens are half as wide again and do not depend on D.
+    /// The tokens, int64, and the mask; the sum that it multiplies is not kept.
     fn saved_per_token(&self) -> usize {
         2 + if self.dropout > 0.0 { self.d_model as usize } else { 0 }
     }

@@ -35,7 +35,7 @@ impl Layer for Head {
         Ok(layer_norm(x, norm, bias)?.f_linear::<Tensor>(matrix, None)?)
     }
 
-    /// The input and its normalised form; the logarithm of the softmax.
+    /// The input and its normalised form: 2 D; the logarithm of the softmax: V; mean and deviation.
     fn saved_per_token(&self) -> usize {
         2 * self.d_model as usize + self.vocabulary as usize + 4
     }

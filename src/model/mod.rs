@@ -113,9 +113,9 @@ trait Layer: Send + Sync {
     fn name(&self) -> String;
     fn parameters(&self) -> Vec<Parameter>;
     fn forward(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor>;
-    /// f32 values a token that autograd keeps of a forward, the layer's output not counted.
+    /// f32 values a token that autograd keeps of a forward: the layer's input, not its output.
     fn saved_per_token(&self) -> usize;
-    /// f32 values a token that are alive for a moment besides those that are kept.
+    /// f32 values a token that its backward needs for a moment besides those that are kept.
     fn transient_per_token(&self) -> usize;
 }
 
@@ -140,13 +140,14 @@ pub struct Stack {
     layers: Vec<(Box<dyn Layer>, Range<usize>)>,
     parameters: Vec<Parameter>,
     has_head: bool,
+    d_model: usize,
 }
 
 impl Stack {
     /// The blocks `run` of a model of `dimensions`.
     pub fn new(dimensions: &Dimensions, run: Range<usize>) -> Stack {
         let (first, last) = (run.start == 0, run.end == dimensions.layers);
-        let mut stack = Stack { layers: Vec::new(), parameters: Vec::new(), has_head: last };
+        let mut stack = Stack { layers: Vec::new(), parameters: Vec::new(), has_head: last, d_model: dimensions.d_model as usize };
         if first {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }
@@ -204,12 +205,19 @@ impl Stack {
 
     /// f32 values a token that a microbatch keeps from its forward to its backward.
     pub fn saved_per_token(&self) -> usize {
-        self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum()
+        let output = if self.has_head { 0 } else { self.d_model };
+        self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum::<usize>() + output
     }
 
-    /// f32 values a token that a forward or backward needs for a moment on top.
+    /// f32 values a token that a backward holds at most beyond what its forward kept: from the last layer to the first,
+    /// those that are not through yet still keep theirs.
     pub fn transient_per_token(&self) -> usize {
-        self.layers.iter().map(|(layer, _)| layer.transient_per_token()).max().unwrap_or(0)
+        let (mut kept, mut most) = (0, 0);
+        for (layer, _) in &self.layers {
+            kept += layer.saved_per_token();
+            most = most.max(kept + layer.transient_per_token());
+        }
+        most.saturating_sub(self.saved_per_token())
     }
 }
 

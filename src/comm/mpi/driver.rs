@@ -29,6 +29,12 @@ const ROUNDS_AWAKE: u32 = 20;
 const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 
+/// Values of one call of an all-reduce, 4 MiB: MPI keeps a copy of what is under way, which must not be a second
+/// gradient.
+const REDUCE_VALUES: usize = 1 << 20;
+/// Calls of one all-reduce under way, so that the next part moves while one is added up.
+const REDUCE_CALLS: usize = 2;
+
 const TAG_REPORT: i32 = 9;
 
 /// Tags of a header; its tensor has the next one.
@@ -142,6 +148,15 @@ struct Incoming {
     failed: bool,
 }
 
+/// An all-reduce under way, part by part; all members of the group cut it alike.
+struct Reducing {
+    flat: Tensor,
+    /// Values whose sum has been started.
+    started: usize,
+    calls: VecDeque<Pending<Tensor>>,
+    reply: Sender<MpiResult<()>>,
+}
+
 struct Grids {
     links: SimpleCommunicator,
     group: SimpleCommunicator,
@@ -153,7 +168,7 @@ struct Driver {
     grids: Option<Grids>,
     outgoing: Vec<Outgoing>,
     incoming: Vec<Incoming>,
-    reduces: VecDeque<(Pending<Tensor>, Sender<MpiResult<()>>)>,
+    reduces: VecDeque<Reducing>,
     own_reports: Vec<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
     failure: Option<String>,
@@ -214,7 +229,10 @@ impl Driver {
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Command::Reduce { flat, reply } => self.reduce(flat, reply),
+            Command::Reduce { flat, reply } => {
+                self.reduces.push_back(Reducing { flat, started: 0, calls: VecDeque::new(), reply });
+                Ok(())
+            }
             Command::Report(bytes) => self.report(bytes),
             Command::Abort(code) => self.world.abort(code),
             Command::Finish(_) => Ok(()),
@@ -246,17 +264,6 @@ impl Driver {
         let first = raw::send_header(address(links, to, tag), header)?;
         let second = raw::send_tensor(address(links, to, tag + 1), tensor)?;
         self.outgoing.push(Outgoing { header: first, tensor: Some(second), permit: Some(permit) });
-        Ok(())
-    }
-
-    fn reduce(&mut self, flat: Tensor, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
-        let grids = self.grids.as_ref().ok_or("the grid is not connected")?;
-        match raw::all_reduce(&grids.group, flat) {
-            Ok(pending) => self.reduces.push_back((pending, reply)),
-            Err(error) => {
-                let _ = reply.send(Err(error));
-            }
-        }
         Ok(())
     }
 
@@ -292,14 +299,13 @@ impl Driver {
                 i += 1;
             }
         }
-        while let Some((pending, reply)) = self.reduces.front_mut() {
-            // In the order of their start: the next one cannot be waited for before this one is over.
-            if pending.test()?.is_none() {
-                break;
+        // One after the other: calls on a communicator must come in the same order on all its ranks.
+        if let Some(reducing) = self.reduces.front_mut() {
+            moved |= reducing.advance(&grids.group)?;
+            if reducing.is_over() {
+                let _ = reducing.reply.send(Ok(()));
+                self.reduces.pop_front();
             }
-            let _ = reply.send(Ok(()));
-            self.reduces.pop_front();
-            moved = true;
         }
         while let Some(pending) = self.own_reports.first_mut() {
             if pending.test()?.is_none() {
@@ -326,8 +332,8 @@ impl Driver {
             incoming.failed = true;
             let _ = incoming.inbox.sender.try_send(Err(error.to_owned()));
         }
-        for (_, reply) in self.reduces.drain(..) {
-            let _ = reply.send(Err(error.to_owned()));
+        for reducing in self.reduces.drain(..) {
+            let _ = reducing.reply.send(Err(error.to_owned()));
         }
         self.reports = None;
     }
@@ -360,6 +366,30 @@ impl Outgoing {
             self.permit = None;
         }
         Ok(self.tensor.is_none() && self.header.test()?.is_some())
+    }
+}
+
+impl Reducing {
+    fn advance(&mut self, group: &SimpleCommunicator) -> MpiResult<bool> {
+        let mut moved = false;
+        while let Some(call) = self.calls.front_mut() {
+            if call.test()?.is_none() {
+                break;
+            }
+            self.calls.pop_front();
+            moved = true;
+        }
+        while self.calls.len() < REDUCE_CALLS && self.started < self.flat.numel() {
+            let count = (self.flat.numel() - self.started).min(REDUCE_VALUES);
+            self.calls.push_back(raw::all_reduce(group, &self.flat, self.started, count)?);
+            self.started += count;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    fn is_over(&self) -> bool {
+        self.calls.is_empty() && self.started == self.flat.numel()
     }
 }
 

@@ -16,12 +16,9 @@ use crate::params::zeros;
 /// An MPI error as text.
 pub type MpiResult<T> = std::result::Result<T, String>;
 
-/// Values of one all-reduce call: counts are C ints.
-const MOST_VALUES: usize = 1 << 30;
-
-/// Operations under way and the buffer that they read or write; the buffer comes back when they are complete.
+/// An operation under way and the buffer that it reads or writes; the buffer comes back when it is complete.
 pub struct Pending<B> {
-    requests: Vec<ffi::MPI_Request>,
+    request: ffi::MPI_Request,
     buffer: Option<B>,
 }
 
@@ -32,16 +29,8 @@ impl<B> Pending<B> {
     /// What MPI reports.
     pub fn test(&mut self) -> MpiResult<Option<B>> {
         let mut flag: c_int = 0;
-        // SAFETY: `requests` are live requests of this thread; completed ones are set to MPI_REQUEST_NULL by the call.
-        let code = unsafe {
-            ffi::MPI_Testall(
-                self.requests.len() as c_int,
-                self.requests.as_mut_ptr(),
-                &mut flag,
-                ffi::RSMPI_STATUSES_IGNORE,
-            )
-        };
-        ok(code)?;
+        // SAFETY: a request of this thread; a completed one is set to MPI_REQUEST_NULL by the call.
+        ok(unsafe { ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE) })?;
         Ok(if flag != 0 { self.buffer.take() } else { None })
     }
 
@@ -50,12 +39,10 @@ impl<B> Pending<B> {
     /// # Errors
     /// What MPI reports.
     pub fn cancel(mut self) -> MpiResult<()> {
-        for request in &mut self.requests {
-            // SAFETY: a live receive request of this thread, cancelled and then completed.
-            unsafe {
-                ok(ffi::MPI_Cancel(request))?;
-                ok(ffi::MPI_Wait(request, ffi::RSMPI_STATUS_IGNORE))?;
-            }
+        // SAFETY: a live receive request of this thread, cancelled and then completed.
+        unsafe {
+            ok(ffi::MPI_Cancel(&mut self.request))?;
+            ok(ffi::MPI_Wait(&mut self.request, ffi::RSMPI_STATUS_IGNORE))?;
         }
         self.buffer = None;
         Ok(())
@@ -95,7 +82,7 @@ pub fn send_header(to: Address, header: &Header) -> MpiResult<Pending<Box<[i64; 
     let data = buffer.as_ptr().cast::<c_void>();
     // SAFETY: `buffer` holds WORDS i64 and lives in the Pending until the send is complete.
     let request = unsafe { isend(to, data, Header::WORDS, ffi::RSMPI_INT64_T)? };
-    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+    Ok(Pending { request, buffer: Some(buffer) })
 }
 
 /// Sends bytes.
@@ -105,7 +92,7 @@ pub fn send_header(to: Address, header: &Header) -> MpiResult<Pending<Box<[i64; 
 pub fn send_bytes(to: Address, buffer: Vec<u8>) -> MpiResult<Pending<Vec<u8>>> {
     // SAFETY: the heap block of `buffer` does not move with the Vec and lives until the send is complete.
     let request = unsafe { isend(to, buffer.as_ptr().cast(), buffer.len(), ffi::RSMPI_UINT8_T)? };
-    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+    Ok(Pending { request, buffer: Some(buffer) })
 }
 
 /// Sends the values of a contiguous f32 tensor on the CPU.
@@ -116,7 +103,7 @@ pub fn send_tensor(to: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
     let tensor = tensor.f_contiguous().map_err(|error| error.to_string())?;
     // SAFETY: contiguous, so `numel` values lie at `data_ptr`; the handle in the Pending keeps the storage alive.
     let request = unsafe { isend(to, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
-    Ok(Pending { requests: vec![request], buffer: Some(tensor) })
+    Ok(Pending { request, buffer: Some(tensor) })
 }
 
 /// Posts the receive of a header.
@@ -128,7 +115,7 @@ pub fn receive_header(from: Address) -> MpiResult<Pending<Box<[i64; Header::WORD
     let data = buffer.as_mut_ptr().cast::<c_void>();
     // SAFETY: room for WORDS i64, kept in the Pending until the receive is complete.
     let request = unsafe { irecv(from, data, Header::WORDS, ffi::RSMPI_INT64_T)? };
-    Ok(Pending { requests: vec![request], buffer: Some(buffer) })
+    Ok(Pending { request, buffer: Some(buffer) })
 }
 
 /// Posts the receive of a header's tensor.
@@ -140,30 +127,29 @@ pub fn receive_tensor(from: Address, header: &Header) -> MpiResult<Pending<Tenso
     let tensor = tensor.map_err(|error| error.to_string())?;
     // SAFETY: a fresh contiguous f32 tensor of that many values, kept in the Pending until the receive is complete.
     let request = unsafe { irecv(from, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
-    Ok(Pending { requests: vec![request], buffer: Some(tensor) })
+    Ok(Pending { request, buffer: Some(tensor) })
 }
 
-/// Starts the sum of a flat f32 buffer over a communicator, in place.
+/// Starts the sum over a communicator of a part of a flat f32 buffer, in place: `count` values from `start`.
 ///
 /// # Errors
 /// What MPI reports.
-pub fn all_reduce(comm: &SimpleCommunicator, flat: Tensor) -> MpiResult<Pending<Tensor>> {
-    let mut requests = Vec::new();
-    let (data, len) = (flat.data_ptr().cast::<f32>(), flat.numel());
-    for start in (0..len).step_by(MOST_VALUES) {
-        let count = (len - start).min(MOST_VALUES) as c_int;
-        let mut request = null();
-        // SAFETY: `start + count` values lie at `data`; the handle in the Pending keeps them alive, and the schedule
-        // keeps everybody else off the gradient buffer until the reduction has been waited for.
-        let code = unsafe {
-            let place = data.add(start).cast::<c_void>();
-            let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
-            ffi::MPI_Iallreduce(in_place(), place, count, float, sum, comm.as_raw(), &mut request)
-        };
-        ok(code)?;
-        requests.push(request);
-    }
-    Ok(Pending { requests, buffer: Some(flat) })
+///
+/// # Panics
+/// If the part reaches past the end of the buffer.
+pub fn all_reduce(comm: &SimpleCommunicator, flat: &Tensor, start: usize, count: usize) -> MpiResult<Pending<Tensor>> {
+    assert!(start + count <= flat.numel(), "{start} + {count} of {} values", flat.numel());
+    let mut request = null();
+    let buffer = flat.shallow_clone();
+    // SAFETY: `start + count` values lie at `data_ptr`; the handle in the Pending keeps them alive, and the schedule
+    // keeps everybody else off the gradient buffer until the reduction has been waited for.
+    let code = unsafe {
+        let data = buffer.data_ptr().cast::<f32>().add(start).cast::<c_void>();
+        let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
+        ffi::MPI_Iallreduce(in_place(), data, count as c_int, float, sum, comm.as_raw(), &mut request)
+    };
+    ok(code)?;
+    Ok(Pending { request, buffer: Some(buffer) })
 }
 
 /// A message of bytes with this tag from anybody, if one is there.
