@@ -38,7 +38,7 @@ pub enum Command {
 pub struct TrainArgs {
     /// A config file, as in configs/.
     pub config: PathBuf,
-    /// Stages x replicas, as in 4x2; over the config's [grid].
+    /// Stages x replicas, as in 4x2; over the config's grid.
     #[arg(long, value_name = "KxR")]
     pub grid: Option<Grid>,
     /// What carries tensors; mpi under mpirun, else local.

@@ -142,9 +142,8 @@ impl Emulator {
                 let _ = sum.f_add_(gradient)?;
             }
         }
-        let place = Place { stage: self.setup.grid.stages - 1, replica };
-        let loss = Some(total / config.microbatches as f64);
-        self.reports.send(Report::Step { place, step: t, loss, grad_norm: None })?;
+        let loss = total / config.microbatches as f64;
+        self.reports.send(Report::Loss { replica, step: t, loss })?;
         Ok(flats)
     }
 
@@ -158,10 +157,10 @@ impl Emulator {
 
     fn update(&mut self, t: usize, k: usize, sum: &mut Tensor) -> Result<()> {
         let config = &self.setup.config;
-        let place = Place { stage: k, replica: 0 };
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64;
         let norm = norm(slice(sum)) * mean;
         if !norm.is_finite() {
+            let place = Place { stage: k, replica: 0 };
             return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place });
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
@@ -173,7 +172,7 @@ impl Emulator {
         stage.versions.insert(t + 1, new);
         let oldest = (t + 1).saturating_sub(self.setup.schedule.delays[k]);
         stage.versions.retain(|number, _| *number >= oldest);
-        self.reports.send(Report::Step { place, step: t, loss: None, grad_norm: Some(norm) })
+        self.reports.send(Report::Norm { stage: k, step: t, norm })
     }
 
     fn evaluate(&mut self, t: usize) -> Result<()> {
@@ -190,8 +189,7 @@ impl Emulator {
                 loss_sum += mean * batch.targets.numel() as f64;
                 tokens += batch.targets.numel();
             }
-            let place = Place { stage: self.setup.grid.stages - 1, replica };
-            self.reports.send(Report::Eval { place, step: t, loss_sum, tokens })?;
+            self.reports.send(Report::Eval { replica, step: t, loss_sum, tokens })?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::grid::Place;
 
 /// Everything that ends a run. The text names the setting or file, the value found and the remedy.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 pub enum Error {
     /// The command line cannot be understood.
     #[error("{0}")]
@@ -18,7 +18,9 @@ pub enum Error {
     #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
     Lost { peer: Place, doing: String },
     /// A message arrived that is not the one which the schedule calls for.
-    #[error("wrong message from {from} to {to}: expected {expected}, found {found}; do all ranks run the same program and config?")]
+    #[error(
+        "wrong message from {from} to {to}: expected {expected}, found {found}; do all ranks run the same program and config?"
+    )]
     Message { from: Place, to: Place, expected: String, found: String },
     /// A loss, an activation or a gradient holds inf or NaN.
     #[error(
@@ -36,6 +38,9 @@ pub enum Error {
 
 /// The result of everything that can end a run.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// The result of a whole run: an error, and where it was found if that was at one place.
+pub type Placed<T> = std::result::Result<T, (Option<String>, Error)>;
 
 impl Error {
     /// The exit code of the process that this error ends.

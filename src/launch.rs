@@ -12,17 +12,20 @@ use crate::comm::mpi::World;
 use crate::comm::{Reporter, local, mpi};
 use crate::config::Config;
 use crate::emulator::Emulator;
-use crate::error::{Error, Result};
+use crate::error::{Error, Placed, Result};
 use crate::grid::{Grid, Place};
 use crate::inject::Injection;
-use crate::metrics::{Recorder, Summary};
+use crate::metrics::{Recorder, Report, Summary};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
 
-/// Between the message of a failing rank and the end of all: the launcher forwards what ranks print by and by, and
-/// its own notice must not come first.
+/// Between the message of a failing run and its end: the launcher forwards what ranks print by and by, and its own
+/// notice must not come first.
 const MESSAGE_TIME: Duration = Duration::from_millis(200);
+
+/// How long a failed rank waits for rank 0 to tell the error and end the run, before it does so itself.
+const END_TIME: Duration = Duration::from_secs(3);
 
 /// What carries tensors between places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -61,7 +64,9 @@ pub fn train(job: &Job) -> u8 {
     hush_panics();
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
-        _ if job.emulate && launched => return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into())),
+        _ if job.emulate && launched => {
+            return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into()));
+        }
         Some(Transport::Local) if launched => {
             return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
         }
@@ -76,8 +81,8 @@ pub fn train(job: &Job) -> u8 {
     };
     match result {
         Ok(_) => 0,
-        Err((place, error)) => {
-            show(place.map(|place| place.to_string()), &error);
+        Err((origin, error)) => {
+            show(origin.as_deref(), &error);
             error.exit_code()
         }
     }
@@ -96,9 +101,9 @@ pub fn refuse(error: &Error) -> u8 {
     error.exit_code()
 }
 
-fn show(place: Option<String>, error: &Error) {
-    match place {
-        Some(place) => eprintln!("error: {place}: {error}"),
+fn show(origin: Option<&str>, error: &Error) {
+    match origin {
+        Some(origin) => eprintln!("error: {origin}: {error}"),
         None => eprintln!("error: {error}"),
     }
 }
@@ -118,15 +123,12 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
     format!("panic: {}", text.unwrap_or("no message"))
 }
 
-/// An error and the place that found it.
-type Placed<T> = std::result::Result<T, (Option<Place>, Error)>;
-
 /// The error to show: the first one that is not only the loss of a peer that had an error itself.
 #[derive(Default)]
-struct FirstError(Mutex<Option<(Option<Place>, Error)>>);
+struct FirstError(Mutex<Option<(Place, Error)>>);
 
 impl FirstError {
-    fn set(&self, place: Option<Place>, error: Error) {
+    fn set(&self, place: Place, error: Error) {
         let mut first = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let consequence = |error: &Error| matches!(error, Error::Lost { .. });
         let replace = match &*first {
@@ -138,7 +140,7 @@ impl FirstError {
         }
     }
 
-    fn take(self) -> Option<(Option<Place>, Error)> {
+    fn take(self) -> Option<(Place, Error)> {
         self.0.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -175,19 +177,20 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Opt
             scope.spawn(move || {
                 let work = || Worker::new(Arc::clone(setup), place, ends, out.to_owned(), inject)?.run();
                 if let Err(error) = caught(work) {
-                    first.set(Some(place), error);
+                    first.set(place, error);
                 }
             });
         }
-        let summary = caught(|| recorder.run(&received, grid.size(), grid.size() > 1));
+        let summary = recorder.run(&received, grid.size(), grid.size() > 1);
         // Whoever still wants to report finds the recorder gone.
         drop(received);
         summary
     });
     match (first.take(), summary) {
-        (None, Ok(summary)) => Ok(summary),
-        (Some((_, Error::Lost { .. })), Err(error)) | (None, Err(error)) => Err((None, error)),
-        (Some(first), _) => Err(first),
+        (None, summary) => summary,
+        // The recorder's own error, which took the reports away from the places.
+        (Some((_, Error::Lost { .. })), Err(error)) => Err(error),
+        (Some((place, error)), _) => Err((Some(place.to_string()), error)),
     }
 }
 
@@ -204,16 +207,15 @@ fn emulate(job: &Job) -> Placed<Summary> {
 /// What the oracle finds.
 pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder) -> Placed<Summary> {
     let (reports, received) = channel();
-    let reporter = Reporter::new(move |report| {
-        reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into()))
-    });
+    let reporter =
+        Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into())));
     let (outcome, summary) = std::thread::scope(|scope| {
         let oracle = scope.spawn(|| caught(|| Emulator::new(Arc::clone(setup), reporter, out.to_owned())?.run()));
-        let summary = caught(|| recorder.run(&received, setup.grid.stages, false));
+        let summary = recorder.run(&received, setup.grid.stages, false);
         drop(received);
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
     });
-    outcome.and(summary).map_err(|error| (None, error))
+    outcome.map_err(|error| (None, error)).and(summary)
 }
 
 /// This rank of the grid under mpirun.
@@ -237,8 +239,8 @@ fn over_mpi(job: &Job) -> u8 {
     }
     let place = setup.grid.place(rank);
     tracing::info!(%place, rank, host = world.identity.host, pid = std::process::id(), "started");
-    if let Err(error) = run_rank(job, &world, &setup, &out, recorder) {
-        show(Some(format!("{place} (rank {rank} on {})", world.identity.host)), &error);
+    if let Err((origin, error)) = run_rank(job, &world, &setup, &out, recorder) {
+        show(origin.as_deref(), &error);
         tracing::error!(%error, "ended");
         std::thread::sleep(MESSAGE_TIME);
         world.abort(error.exit_code());
@@ -261,42 +263,33 @@ fn prepare_rank(job: &Job, world: &World) -> Result<(Arc<Setup>, PathBuf, Option
     Ok((setup, out, recorder))
 }
 
-/// The worker on a thread of its own, the recorder (rank 0) on this one.
-fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Result<()> {
+/// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;
+/// another rank that fails tells rank 0, and speaks for itself only if it is not ended.
+fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Placed<()> {
     let place = setup.grid.place(world.identity.rank);
-    let (ends, reports) = world.connect(setup.grid, setup.schedule.link_capacity())?;
-    let (inject, out) = (job.inject, out.to_owned());
-    let (failed, failure) = channel();
-    let worker = std::thread::Builder::new().name("worker".into()).spawn({
-        let setup = Arc::clone(setup);
-        move || {
-            let result = caught(|| Worker::new(setup, place, ends, out, inject)?.run());
-            let _ = failed.send(result);
-        }
-    });
-    worker.map_err(|error| Error::Internal(format!("no thread for the worker ({error})")))?;
-    let ended = || failure.recv().unwrap_or_else(|_| Err(Error::Internal("the worker is gone".into())));
-    match (recorder, reports) {
-        (Some(recorder), Some(reports)) => {
-            let size = setup.grid.size();
-            // The recorder waits for all ranks; an error of this rank's worker must not wait for them.
-            let recording = std::thread::Builder::new().name("recorder".into()).spawn(move || {
-                caught(|| recorder.run(&reports, size, false)).map(|_| ())
-            });
-            let recording = recording.map_err(|error| Error::Internal(format!("no thread for the recorder ({error})")))?;
-            watch(&ended, recording)
-        }
-        _ => ended(),
+    let origin = format!("{place} (rank {} on {})", world.identity.rank, world.identity.host);
+    let (ends, reports) = world.connect(setup.grid, setup.schedule.link_capacity()).map_err(|error| (None, error))?;
+    let mut reporter = world.reporter();
+    let (inject, out, worker_setup) = (job.inject, out.to_owned(), Arc::clone(setup));
+    let work = move || -> Placed<()> {
+        let result = caught(|| Worker::new(worker_setup, place, ends, out, inject)?.run());
+        result.map_err(|error| {
+            let told = reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
+            if told.is_ok() {
+                std::thread::sleep(END_TIME);
+            }
+            (Some(origin), error)
+        })
+    };
+    let worker = std::thread::Builder::new().name("worker".into()).spawn(work);
+    let worker = worker.map_err(|error| (None, Error::Internal(format!("no thread for the worker ({error})"))))?;
+    if let (Some(recorder), Some(reports)) = (recorder, reports) {
+        recorder.run(&reports, setup.grid.size(), false)?;
     }
+    worker.join().unwrap_or_else(|panic| Err((None, Error::Internal(panic_text(panic.as_ref())))))
 }
 
-/// The worker's error as soon as it has one, else the recorder's.
-fn watch(ended: &dyn Fn() -> Result<()>, recording: std::thread::JoinHandle<Result<()>>) -> Result<()> {
-    ended()?;
-    recording.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
-}
-
-/// Tells all ranks of each other's errors; rank 0 shows every different one once. The exit code, if there is an error.
+/// Tells all ranks of each other's errors; rank 0 shows the first, once. The exit code, if there is an error.
 fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
     let mine = error.map(|error| (error.exit_code(), error.to_string()));
     let bytes = serde_json::to_vec(&mine).unwrap_or_default();
@@ -311,15 +304,11 @@ fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
         all.iter().map(|bytes| serde_json::from_slice(bytes).unwrap_or(None)).collect();
     let first = errors.iter().flatten().next()?;
     if world.identity.rank == 0 {
-        let mut shown: Vec<&str> = Vec::new();
-        for (rank, (_, text)) in errors.iter().enumerate().filter_map(|(rank, e)| e.as_ref().map(|e| (rank, e))) {
-            if !shown.contains(&text.as_str()) {
-                let everywhere = errors.iter().all(|e| e.as_ref().is_some_and(|(_, t)| t == text));
-                let place = if everywhere { String::new() } else { format!("rank {rank}: ") };
-                eprintln!("error: {place}{text}");
-                shown.push(text);
-            }
-        }
+        // What other ranks say besides is most often the same thing seen from there.
+        let everywhere = errors.iter().all(|error| error.as_ref().is_some_and(|(_, text)| *text == first.1));
+        let rank = errors.iter().position(Option::is_some).unwrap_or(0);
+        let origin = if everywhere || rank == 0 { String::new() } else { format!("rank {rank}: ") };
+        eprintln!("error: {origin}{}", first.1);
     }
     Some(first.0)
 }

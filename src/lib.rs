@@ -1,19 +1,47 @@
-pub mod error;
+//! Ouroboros trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel
+//! replicas. Each stage applies gradients that are a known number of updates old, so no stage waits for the whole
+//! pipeline.
+//!
+//! The way of a batch, in the order of the modules below; a file uses only what stands above it:
+//!
+//! ```text
+//! config     what is asked            -> setup   what is true
+//! grid       K x R places             -> partition   layers of each stage
+//! delay      versions, sync points    -> schedule    what each stage does, in which order
+//!
+//! worker:    for action in schedule.actions(stage):
+//!                Load                    data::Batches
+//!                Forward, Backward       stage::Stage       at the step's version of the weights (params::Versions)
+//!                Send*, Recv*            comm::Link         activations down, gradients up
+//!                Reduce                  comm::ReplicaGroup sum over the replicas
+//!                Update                  optim::Optimizer   the next version
+//!
+//! metrics    what the places report      checkpoint   what is saved
+//! emulator   the same arithmetic in one process: the definition of correct
+//! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
+//! ```
+//!
+//! Whoever reads [`delay`], [`schedule`] and [`worker`] has read the algorithm.
+//!
+//! Letters used everywhere: stage k of K, replica r of R, step t, microbatch j of m; rows B (b in a microbatch), tokens
+//! T, hidden size D, vocabulary V.
+
 pub mod grid;
-pub mod delay;
+pub mod error;
 pub mod partition;
+pub mod delay;
 pub mod schedule;
 pub mod config;
 pub mod random;
 pub mod data;
 pub mod model;
 pub mod params;
+pub mod setup;
 pub mod optim;
 pub mod stage;
-pub mod setup;
-pub mod comm;
 pub mod checkpoint;
 pub mod metrics;
+pub mod comm;
 pub mod inject;
 pub mod worker;
 pub mod emulator;

@@ -107,7 +107,7 @@ pub fn slice(flat: &Tensor) -> &[f32] {
 /// The values of a flat buffer, to be changed.
 ///
 /// # Panics
-/// As [`slice`].
+/// As [`slice()`].
 pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
     check_flat(flat);
     // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
@@ -191,7 +191,7 @@ impl Versions {
 
     /// What an update works on: the newest weights if they are to be kept (D > 0), the buffer of the next version
     /// (with D = 0 it holds the newest weights, to be changed in place), and the gradient.
-    pub fn next(&mut self) -> (Option<&[f32]>, &mut [f32], &mut [f32]) {
+    pub fn advance(&mut self) -> (Option<&[f32]>, &mut [f32], &mut [f32]) {
         let held = self.buffers.len();
         let (old, new) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
@@ -245,7 +245,7 @@ mod tests {
         let address = versions.gradient().data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
         square(versions.parameters(0)).backward();
-        let (old, new, _) = versions.next();
+        let (old, new, _) = versions.advance();
         new.copy_from_slice(old.unwrap());
         new[0] = 10.0;
         square(versions.parameters(0)).backward();
@@ -263,7 +263,7 @@ mod tests {
         let layout = layout();
         let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2).unwrap();
         let loss = (&versions.parameters(0)[0] * &versions.parameters(0)[0]).sum(Kind::Float);
-        let (_, new, _) = versions.next();
+        let (_, new, _) = versions.advance();
         new.fill(100.0);
         loss.backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
@@ -275,7 +275,7 @@ mod tests {
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
         let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1).unwrap();
-        versions.next();
+        versions.advance();
         versions.parameters(0);
     }
 }

@@ -20,27 +20,46 @@ pub fn balanced(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec<Rang
         let ends = if stage == 0 { first } else { 0.0 } + if stage == stages - 1 { last } else { 0.0 };
         sums[b] - sums[a] + ends
     };
-    // best[b]: for the stages so far over the layers 0..b, (dearest run, sum of squares, the cuts).
-    let mut best: Vec<Option<(f64, f64, Vec<usize>)>> = vec![None; layers + 1];
-    best[0] = Some((0.0, 0.0, vec![0]));
+    // best[b]: the best cut of the layers 0..b into the stages so far.
+    let mut best: Vec<Option<Cut>> = vec![None; layers + 1];
+    best[0] = Some(Cut { dearest: 0.0, squares: 0.0, ends: vec![0] });
     for stage in 0..stages {
-        let mut next: Vec<Option<(f64, f64, Vec<usize>)>> = vec![None; layers + 1];
-        for b in stage + 1..=layers {
-            for a in stage..b {
-                let Some((dearest, squares, cuts)) = &best[a] else { continue };
-                let c = cost(stage, a, b);
-                let candidate = (dearest.max(c), squares + c * c);
-                if next[b].as_ref().is_none_or(|(d, s, _)| candidate < (*d, *s)) {
-                    let mut cuts = cuts.clone();
-                    cuts.push(b);
-                    next[b] = Some((candidate.0, candidate.1, cuts));
+        let extended = |b: usize| {
+            let mut least: Option<Cut> = None;
+            for (a, cut) in best.iter().enumerate().take(b) {
+                let Some(cut) = cut else { continue };
+                let candidate = cut.with(b, cost(stage, a, b));
+                if least.as_ref().is_none_or(|least| candidate.key() < least.key()) {
+                    least = Some(candidate);
                 }
             }
-        }
-        best = next;
+            least
+        };
+        best = (0..=layers).map(extended).collect();
     }
-    let (_, _, cuts) = best[layers].take().expect("a cut exists when there are no more stages than layers");
-    cuts.windows(2).map(|w| w[0]..w[1]).collect()
+    let cut = best[layers].take().expect("a cut exists when there are no more stages than layers");
+    cut.ends.windows(2).map(|w| w[0]..w[1]).collect()
+}
+
+/// A way to cut a prefix of the layers.
+#[derive(Clone)]
+struct Cut {
+    dearest: f64,
+    squares: f64,
+    /// 0, then the end of every run.
+    ends: Vec<usize>,
+}
+
+impl Cut {
+    fn with(&self, end: usize, cost: f64) -> Cut {
+        let mut ends = self.ends.clone();
+        ends.push(end);
+        Cut { dearest: self.dearest.max(cost), squares: self.squares + cost * cost, ends }
+    }
+
+    fn key(&self) -> (f64, f64) {
+        (self.dearest, self.squares)
+    }
 }
 
 /// The runs of a hand-written list of layer counts, `None` unless every count is at least 1 and they add up to `layers`.

@@ -47,7 +47,9 @@ fn fits(path: &Path, found: Option<&str>) -> Result<()> {
         Some(found) if found != BUILT_FOR => Err(Error::config(
             "libtorch",
             format!("release {found} in {}", path.display()),
-            format!("this program was built for {BUILT_FOR}: take it out of LD_LIBRARY_PATH, or run scripts/setup.sh and build again"),
+            format!(
+                "this program was built for {BUILT_FOR}: take it out of LD_LIBRARY_PATH, or run scripts/setup.sh and build again"
+            ),
         )),
         _ => Ok(()),
     }

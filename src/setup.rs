@@ -53,7 +53,8 @@ impl Setup {
             let wanted = eval.tokens.map_or(windows, |tokens| tokens.div_ceil(config.data.sequence).min(windows));
             eval_windows = wanted / grid.replicas;
             if eval_windows == 0 {
-                let remedy = format!("{} replicas need a window of {} tokens each", grid.replicas, config.data.sequence);
+                let remedy =
+                    format!("{} replicas need a window of {} tokens each", grid.replicas, config.data.sequence);
                 let found = format!("{wanted} windows");
                 return Err(Error::config("eval.tokens and data.held_out", found, remedy));
             }
@@ -99,7 +100,10 @@ impl Setup {
         for (stage, layers) in self.partition.iter().enumerate() {
             let (delay, versions) = (self.schedule.delays[stage], self.schedule.versions_held(stage));
             let last = layers.end - 1;
-            out.push_str(&format!("stage {stage}: layers {}..{last}, delay {delay}, versions {versions}\n", layers.start));
+            out.push_str(&format!(
+                "stage {stage}: layers {}..{last}, delay {delay}, versions {versions}\n",
+                layers.start
+            ));
         }
         out
     }
@@ -165,7 +169,8 @@ fn check_optimizer(o: &OptimizerConfig) -> Result<()> {
 fn check_data(config: &Config) -> Result<()> {
     let data = &config.data;
     at_least_one("data.sequence", data.sequence)?;
-    let named = usize::from(data.path.is_some()) + usize::from(data.paths.is_some()) + usize::from(data.synthetic.is_some());
+    let named =
+        usize::from(data.path.is_some()) + usize::from(data.paths.is_some()) + usize::from(data.synthetic.is_some());
     if named > 1 {
         return Err(Error::config("data", "more than one of path, paths, synthetic", "keep one of them"));
     }
@@ -222,7 +227,8 @@ fn schedule(config: &Config) -> Result<Schedule> {
     for (stage, delay) in delays.iter().enumerate() {
         let least = least_delay(lag(config.slack, stages, stage), config.microbatches);
         if *delay < least {
-            let remedy = format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)");
+            let remedy =
+                format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)");
             return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
         }
     }
@@ -251,7 +257,7 @@ mod tests {
     #[test]
     fn the_default_config_can_be_run() {
         let setup = Setup::new(Config::default()).unwrap();
-        assert_eq!(setup.partition, [0..4]);
+        assert_eq!((setup.partition.len(), setup.partition[0].clone()), (1, 0..4));
         assert_eq!(setup.rows, 8);
     }
 
@@ -272,11 +278,20 @@ mod tests {
     fn bad_settings_are_named_with_value_and_remedy() {
         let table = [
             ("[grid]\nstages = 5", "`grid.stages`: found 5; at most model.layers = 4"),
-            ("batch = 30", "`batch`: found 30; must be a multiple of grid.replicas * microbatches = 1 * 4; the next ones are 28 and 32"),
+            (
+                "batch = 30",
+                "`batch`: found 30; must be a multiple of grid.replicas * microbatches = 1 * 4; the next ones are 28 and 32",
+            ),
             ("[model]\nd_model = 130", "`model.d_model`: found 130; must be a multiple of model.heads = 4"),
-            ("microbatches = 1\n[grid]\nstages = 4\ndelays = [2, 2, 1, 0]", "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3"),
+            (
+                "microbatches = 1\n[grid]\nstages = 4\ndelays = [2, 2, 1, 0]",
+                "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3",
+            ),
             ("schedule = \"gpipe\"\n[grid]\ndelays = [1]", "`grid.delays`: found [1]; only schedule"),
-            ("[grid]\nstages = 2\nlayers_per_stage = [1, 2]", "`grid.layers_per_stage`: found [1, 2]; every number at least 1, together model.layers = 4"),
+            (
+                "[grid]\nstages = 2\nlayers_per_stage = [1, 2]",
+                "`grid.layers_per_stage`: found [1, 2]; every number at least 1, together model.layers = 4",
+            ),
             ("[grid]\nstages = 2\nlayers_per_stage = [4]", "needs one number for each of grid.stages = 2"),
             ("steps = 0", "`steps`: found 0; must be at least 1"),
             ("[model]\ndropout = 1.0", "`model.dropout`: found 1;"),

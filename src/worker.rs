@@ -178,10 +178,20 @@ impl Worker {
         };
         match output {
             Output::Hidden(y) => self.registers.activation = Some(y),
-            Output::Loss(loss) if action.pass == Pass::Train => self.loss += loss,
+            Output::Loss(loss) if action.pass == Pass::Train => self.add_loss(action, loss)?,
             Output::Loss(sum) => self.add_evaluation(action, sum)?,
         }
         Ok(())
+    }
+
+    fn add_loss(&mut self, action: &Action, loss: f64) -> Result<()> {
+        self.loss += loss;
+        let microbatches = self.setup.config.microbatches;
+        if action.microbatch + 1 < microbatches {
+            return Ok(());
+        }
+        let loss = std::mem::take(&mut self.loss) / microbatches as f64;
+        self.ends.reports.send(Report::Loss { replica: self.place.replica, step: action.step, loss })
     }
 
     fn add_evaluation(&mut self, action: &Action, sum: f64) -> Result<()> {
@@ -190,7 +200,12 @@ impl Worker {
         self.eval.1 += rows * self.setup.config.data.sequence;
         if self.setup.schedule.evals.is_some_and(|evals| action.microbatch + 1 == evals.microbatches) {
             let (loss_sum, tokens) = std::mem::take(&mut self.eval);
-            self.ends.reports.send(Report::Eval { place: self.place, step: action.step, loss_sum, tokens })?;
+            self.ends.reports.send(Report::Eval {
+                replica: self.place.replica,
+                step: action.step,
+                loss_sum,
+                tokens,
+            })?;
         }
         Ok(())
     }
@@ -221,19 +236,12 @@ impl Worker {
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
-        let (old, new, gradient) = self.stage.versions.next();
+        let (old, new, gradient) = self.stage.versions.advance();
         self.optimizer.update(Update { old, new, gradient, lr, scale });
-        self.report_step(action.step, norm)
-    }
-
-    fn report_step(&mut self, step: usize, norm: f64) -> Result<()> {
-        let loss = std::mem::take(&mut self.loss) / self.setup.config.microbatches as f64;
-        let loss = self.is_last().then_some(loss);
-        let grad_norm = (self.place.replica == 0).then_some(norm);
-        if loss.is_none() && grad_norm.is_none() {
+        if self.place.replica > 0 {
             return Ok(());
         }
-        self.ends.reports.send(Report::Step { place: self.place, step, loss, grad_norm })
+        self.ends.reports.send(Report::Norm { stage: self.place.stage, step: action.step, norm })
     }
 
     /// Names the first parameter whose gradient is not finite.

@@ -66,7 +66,9 @@ fn launcher(lines: &mut Vec<String>, advice: &mut Vec<String>) {
 fn machine(lines: &mut Vec<String>, advice: &mut Vec<String>) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let free = memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse().ok());
+    let free = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse().ok());
     let free: Option<u64> = free;
     let free_text = free.map_or("unknown".into(), |kib| format!("{:.1} GiB", kib as f64 / f64::from(1 << 20)));
     lines.push(format!("machine     {cores} cores for this process, {free_text} of memory free"));

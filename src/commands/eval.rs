@@ -46,7 +46,10 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     println!("bits per byte   {:.4}", loss / std::f64::consts::LN_2);
     println!("perplexity      {:.3} per byte", loss.exp());
     if let Some(floor) = floor {
-        println!("entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it", (loss / floor - 1.0) * 100.0);
+        println!(
+            "entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it",
+            (loss / floor - 1.0) * 100.0
+        );
     }
     Ok(())
 }

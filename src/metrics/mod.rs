@@ -11,15 +11,20 @@ pub use progress::thousands;
 pub use recorder::{Recorder, Summary};
 
 use crate::checkpoint::Shard;
+use crate::error::Error;
 use crate::grid::Place;
 
 /// What a place tells the recorder. Losses are in nats per token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
-    /// An update was made. `loss` comes from the last stage, `grad_norm` (before clipping) from replica 0.
-    Step { place: Place, step: usize, loss: Option<f64>, grad_norm: Option<f64> },
-    /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens.
-    Eval { place: Place, step: usize, loss_sum: f64, tokens: usize },
+    /// All forwards of a step are made: the mean over the microbatches of a replica. From the last stage.
+    Loss { replica: usize, step: usize, loss: f64 },
+    /// An update is made: the norm of the stage's gradient before clipping. From replica 0.
+    Norm { stage: usize, step: usize, norm: f64 },
+    /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
+    Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
     /// The place has finished; replica 0 has written its weights.
     Done { place: Place, shard: Option<Shard>, peak_bytes: Option<u64> },
+    /// The place has failed, and waits to be ended.
+    Failed { origin: String, error: Error },
 }

@@ -14,7 +14,7 @@ use super::Report;
 use super::memory::Prediction;
 use super::progress::{Progress, State, thousands};
 use crate::checkpoint::{self, Shard};
-use crate::error::{Error, Result};
+use crate::error::{Error, Placed, Result};
 use crate::grid::Place;
 use crate::optim::learning_rate;
 use crate::setup::Setup;
@@ -66,6 +66,8 @@ pub struct Recorder {
     metrics: BufWriter<File>,
     progress: Progress,
     steps: BTreeMap<usize, Partial>,
+    /// Steps written so far: an evaluation after n updates stands behind n steps.
+    written: usize,
     /// step -> replica -> (sum of losses, tokens).
     evals: BTreeMap<usize, BTreeMap<usize, (f64, usize)>>,
     done: Vec<(Place, Option<u64>)>,
@@ -100,6 +102,7 @@ impl Recorder {
             out: out.to_owned(),
             metrics,
             steps: BTreeMap::new(),
+            written: 0,
             evals: BTreeMap::new(),
             done: Vec::new(),
             shards: Vec::new(),
@@ -114,13 +117,20 @@ impl Recorder {
     /// are threads of this process, so that only their sum can be measured.
     ///
     /// # Errors
-    /// If the reports end early, or a file cannot be written.
-    pub fn run(mut self, reports: &Receiver<Report>, places: usize, shared: bool) -> Result<Summary> {
+    /// What a place reports, reports that end early, or a file that cannot be written.
+    pub fn run(mut self, reports: &Receiver<Report>, places: usize, shared: bool) -> Placed<Summary> {
         self.last = Instant::now();
         while self.done.len() < places {
-            let report = reports.recv().map_err(|_| Error::Internal("the places ended before they were done".into()))?;
-            self.take(report)?;
+            match reports.recv() {
+                Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
+                Ok(report) => self.take(report).map_err(|error| (None, error))?,
+                Err(_) => return Err((None, Error::Internal("the places ended before they were done".into()))),
+            }
         }
+        self.finish(shared).map_err(|error| (None, error))
+    }
+
+    fn finish(mut self, shared: bool) -> Result<Summary> {
         self.progress.finish();
         self.metrics.flush().map_err(|error| self.disk(error))?;
         let checkpoint = checkpoint::complete(&self.setup, &self.out, std::mem::take(&mut self.shards))?;
@@ -132,30 +142,42 @@ impl Recorder {
 
     fn take(&mut self, report: Report) -> Result<()> {
         match report {
-            Report::Step { place, step, loss, grad_norm } => {
-                let partial = self.steps.entry(step).or_default();
-                partial.losses.extend(loss.map(|loss| (place.replica, loss)));
-                partial.norms.extend(grad_norm.map(|norm| (place.stage, norm)));
-                let grid = self.setup.grid;
-                if partial.losses.len() == grid.replicas && partial.norms.len() == grid.stages {
-                    let partial = self.steps.remove(&step).unwrap_or_default();
-                    self.step(step, &partial)?;
-                }
+            Report::Loss { replica, step, loss } => {
+                self.steps.entry(step).or_default().losses.insert(replica, loss);
             }
-            Report::Eval { place, step, loss_sum, tokens } => {
-                let replicas = self.evals.entry(step).or_default();
-                replicas.insert(place.replica, (loss_sum, tokens));
-                if replicas.len() == self.setup.grid.replicas {
-                    let replicas = self.evals.remove(&step).unwrap_or_default();
-                    self.eval(step, &replicas)?;
-                }
+            Report::Norm { stage, step, norm } => {
+                self.steps.entry(step).or_default().norms.insert(stage, norm);
+            }
+            Report::Eval { replica, step, loss_sum, tokens } => {
+                self.evals.entry(step).or_default().insert(replica, (loss_sum, tokens));
             }
             Report::Done { place, shard, peak_bytes } => {
                 self.shards.extend(shard);
                 self.done.push((place, peak_bytes));
+                self.done.sort();
             }
+            Report::Failed { .. } => {}
         }
-        Ok(())
+        self.write_complete()
+    }
+
+    /// Writes what all places have reported, in the order of the run, whoever came first.
+    fn write_complete(&mut self) -> Result<()> {
+        let grid = self.setup.grid;
+        loop {
+            let next = self.written;
+            if self.evals.get(&next).is_some_and(|replicas| replicas.len() == grid.replicas) {
+                let replicas = self.evals.remove(&next).unwrap_or_default();
+                self.eval(next, &replicas)?;
+            }
+            let complete = |p: &Partial| p.losses.len() == grid.replicas && p.norms.len() == grid.stages;
+            if !self.steps.get(&next).is_some_and(complete) {
+                return Ok(());
+            }
+            let partial = self.steps.remove(&next).unwrap_or_default();
+            self.step(next, &partial)?;
+            self.written += 1;
+        }
     }
 
     fn step(&mut self, step: usize, partial: &Partial) -> Result<()> {
@@ -252,7 +274,10 @@ impl Recorder {
         }
         if let Some(floor) = self.setup.corpus.floor {
             let best = summary.eval_loss.unwrap_or(summary.loss);
-            println!("entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it", (best / floor - 1.0) * 100.0);
+            println!(
+                "entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it",
+                (best / floor - 1.0) * 100.0
+            );
         }
         println!("tokens/s            {}", thousands(summary.tokens_per_s as u64));
         println!("weights             {}", summary.checkpoint.display());

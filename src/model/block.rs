@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Dimensions, Dropout, Init, Layer, Parameter, layer_norm};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, layer_norm, matrix_std};
 use crate::error::Result;
 
 pub(super) struct Block {
@@ -47,11 +47,11 @@ impl Layer for Block {
         format!("layers.{}", self.layer)
     }
 
-    /// Matrices are normal with deviation 0.02, those that end a residual branch smaller by sqrt(2 L), as in GPT-2.
+    /// Matrices that end a residual branch begin smaller by sqrt(2 L), as in GPT-2.
     fn parameters(&self) -> Vec<Parameter> {
         let (d, f) = (self.d.d_model, self.d.d_ff);
-        let normal = Init::Normal(0.02);
-        let residual = Init::Normal(0.02 / (2.0 * self.d.layers as f64).sqrt());
+        let normal = Init::Normal(matrix_std(d));
+        let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
         let shapes: [(&str, &[i64], Init); 12] = [
             ("norm1.weight", &[d], Init::Ones),
             ("norm1.bias", &[d], Init::Zeros),

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Dimensions, Dropout, Init, Layer, Parameter};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, TABLE_STD};
 use crate::error::Result;
 
 /// Layer 0 of the dropout keys.
@@ -27,7 +27,9 @@ impl Layer for Embedding {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let table = |name: &str, rows| Parameter::new(format!("embedding.{name}"), &[rows, self.d_model], Init::Normal(0.02));
+        let table = |name: &str, rows| {
+            Parameter::new(format!("embedding.{name}"), &[rows, self.d_model], Init::Normal(TABLE_STD))
+        };
         vec![table("tokens", self.vocabulary), table("positions", self.sequence)]
     }
 

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Dimensions, Dropout, Init, Layer, Parameter, layer_norm};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, TABLE_STD, layer_norm};
 use crate::error::Result;
 
 pub(super) struct Head {
@@ -25,7 +25,7 @@ impl Layer for Head {
         vec![
             Parameter::new("head.norm.weight".into(), &[self.d_model], Init::Ones),
             Parameter::new("head.norm.bias".into(), &[self.d_model], Init::Zeros),
-            Parameter::new("head.weight".into(), &[self.vocabulary, self.d_model], Init::Normal(0.02)),
+            Parameter::new("head.weight".into(), &[self.vocabulary, self.d_model], Init::Normal(TABLE_STD)),
         ]
     }
 

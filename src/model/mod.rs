@@ -107,6 +107,15 @@ impl Dropout {
     }
 }
 
+/// Standard deviation of the first values of tables and of the head, as in GPT-2 (Radford et al. 2019).
+const TABLE_STD: f64 = 0.02;
+
+/// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small init" of Nguyen and
+/// Salazar 2019. It is GPT-2's 0.02 at D = 1000, and learns faster where D is small.
+fn matrix_std(d_model: i64) -> f64 {
+    (2.0 / (5.0 * d_model as f64)).sqrt()
+}
+
 /// One layer of the model; its parameters are handed to it, in the order of `parameters`.
 trait Layer: Send + Sync {
     /// As in the names of its parameters.
@@ -147,7 +156,8 @@ impl Stack {
     /// The blocks `run` of a model of `dimensions`.
     pub fn new(dimensions: &Dimensions, run: Range<usize>) -> Stack {
         let (first, last) = (run.start == 0, run.end == dimensions.layers);
-        let mut stack = Stack { layers: Vec::new(), parameters: Vec::new(), has_head: last, d_model: dimensions.d_model as usize };
+        let mut stack =
+            Stack { layers: Vec::new(), parameters: Vec::new(), has_head: last, d_model: dimensions.d_model as usize };
         if first {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }

@@ -177,7 +177,8 @@ mod tests {
     use crate::model::{Init, Parameter};
 
     fn layout() -> Layout {
-        let parameter = |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Ones };
+        let parameter =
+            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Ones };
         Layout::new(&[parameter("matrix", &[160, 128]), parameter("vector", &[9]), parameter("other", &[4, 4])])
     }
 

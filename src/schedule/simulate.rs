@@ -72,8 +72,8 @@ pub fn simulate(grid: Grid, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<V
     };
     loop {
         let mut moved = false;
-        for rank in 0..n {
-            while let Some(action) = lists[rank].get(world.next[rank]) {
+        for (rank, list) in lists.iter().enumerate() {
+            while let Some(action) = list.get(world.next[rank]) {
                 let Some(end) = world.run(rank, *action)? else { break };
                 let start = world.clock[rank];
                 world.spans[rank].push(Span { action: *action, start, end });

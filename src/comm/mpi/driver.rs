@@ -11,8 +11,7 @@
 //! time up to `LONGEST_SLEEP`, so a waiting rank does not burn a core; a command wakes it at once.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use mpi::Threading;
@@ -20,8 +19,10 @@ use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 use tch::Tensor;
 
-use super::raw::{self, Address, MpiResult, Pending};
-use crate::comm::{Content, Header};
+use super::permits::Permit;
+use super::raw::{self, MpiResult, Pending};
+use super::traffic::{Inbox, Incoming, Outgoing, Reducing, address};
+use crate::comm::Header;
 use crate::metrics::Report;
 
 /// Rounds without progress before the driver begins to sleep.
@@ -29,76 +30,38 @@ const ROUNDS_AWAKE: u32 = 20;
 const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 
-/// Values of one call of an all-reduce, 4 MiB: MPI keeps a copy of what is under way, which must not be a second
-/// gradient.
-const REDUCE_VALUES: usize = 1 << 20;
-/// Calls of one all-reduce under way, so that the next part moves while one is added up.
-const REDUCE_CALLS: usize = 2;
-
 const TAG_REPORT: i32 = 9;
-
-/// Tags of a header; its tensor has the next one.
-fn tag(content: Content) -> i32 {
-    match content {
-        Content::Activation => 1,
-        Content::Gradient => 3,
-    }
-}
-
-/// What arrives on a link.
-pub type Arrival = Result<(Header, Tensor), String>;
 
 /// What the other threads ask of the driver.
 pub enum Command {
     /// Everybody's bytes, in the order of the ranks; all ranks must ask. Blocks the driver.
-    AllGather { bytes: Vec<u8>, reply: Sender<Vec<Vec<u8>>> },
+    AllGather {
+        bytes: Vec<u8>,
+        reply: Sender<Vec<Vec<u8>>>,
+    },
     /// Makes the communicators of the grid and posts the first receives; all ranks must ask.
-    Connect { color: i32, key: i32, inboxes: Vec<Inbox>, reports: Option<Sender<Report>>, reply: Sender<MpiResult<()>> },
-    Send { to: usize, header: Header, tensor: Tensor, permit: Permit },
-    Reduce { flat: Tensor, reply: Sender<MpiResult<()>> },
+    Connect {
+        color: i32,
+        key: i32,
+        inboxes: Vec<Inbox>,
+        reports: Option<Sender<Report>>,
+        reply: Sender<MpiResult<()>>,
+    },
+    Send {
+        to: usize,
+        header: Header,
+        tensor: Tensor,
+        permit: Permit,
+    },
+    Reduce {
+        flat: Tensor,
+        reply: Sender<MpiResult<()>>,
+    },
     Report(Vec<u8>),
     /// Ends all ranks.
     Abort(i32),
     /// Completes what is under way, then MPI_Finalize; all ranks must ask.
     Finish(Sender<()>),
-}
-
-/// Where the messages of one neighbour go.
-pub struct Inbox {
-    pub from: usize,
-    pub content: Content,
-    pub sender: SyncSender<Arrival>,
-}
-
-/// Bounds the messages under way on a link.
-#[derive(Clone)]
-pub struct Permits(Arc<(Mutex<usize>, Condvar)>);
-
-/// One message under way; dropping it makes room for another.
-pub struct Permit(Permits);
-
-impl Permits {
-    pub fn new(count: usize) -> Permits {
-        Permits(Arc::new((Mutex::new(count), Condvar::new())))
-    }
-
-    /// Sleeps until there is room.
-    pub fn acquire(&self) -> Permit {
-        let (count, changed) = &*self.0;
-        let guard = count.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut guard = changed.wait_while(guard, |n| *n == 0).unwrap_or_else(|poisoned| poisoned.into_inner());
-        *guard -= 1;
-        drop(guard);
-        Permit(self.clone())
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let (count, changed) = &*self.0.0;
-        *count.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
-        changed.notify_one();
-    }
 }
 
 /// What a rank learns when MPI has started.
@@ -129,32 +92,6 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
     if let Some(reply) = finished {
         let _ = reply.send(());
     }
-}
-
-/// A message on its way out.
-struct Outgoing {
-    header: Pending<Box<[i64; Header::WORDS]>>,
-    tensor: Option<Pending<Tensor>>,
-    permit: Option<Permit>,
-}
-
-/// One neighbour's messages on their way in.
-struct Incoming {
-    inbox: Inbox,
-    header: Pending<Box<[i64; Header::WORDS]>>,
-    tensor: Option<(Header, Pending<Tensor>)>,
-    /// An arrival that finds its inbox full.
-    held: Option<Arrival>,
-    failed: bool,
-}
-
-/// An all-reduce under way, part by part; all members of the group cut it alike.
-struct Reducing {
-    flat: Tensor,
-    /// Values whose sum has been started.
-    started: usize,
-    calls: VecDeque<Pending<Tensor>>,
-    reply: Sender<MpiResult<()>>,
 }
 
 struct Grids {
@@ -218,6 +155,9 @@ impl Driver {
     }
 
     fn obey(&mut self, command: Command) {
+        if self.failure.is_some() && !matches!(command, Command::Abort(_)) {
+            return; // Dropping the command tells whoever waits for its answer.
+        }
         let result = match command {
             Command::AllGather { bytes, reply } => {
                 let _ = reply.send(all_gather(&self.world, &bytes));
@@ -230,7 +170,7 @@ impl Driver {
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
             Command::Reduce { flat, reply } => {
-                self.reduces.push_back(Reducing { flat, started: 0, calls: VecDeque::new(), reply });
+                self.reduces.push_back(Reducing::new(flat, reply));
                 Ok(())
             }
             Command::Report(bytes) => self.report(bytes),
@@ -244,12 +184,12 @@ impl Driver {
 
     fn connect(&mut self, color: i32, key: i32, inboxes: Vec<Inbox>) -> MpiResult<()> {
         let group = self.world.split_by_color_with_key(Color::with_value(color), key);
-        let grids = Grids { links: self.world.duplicate(), group: group.ok_or("no communicator for the replica group")? };
+        let grids =
+            Grids { links: self.world.duplicate(), group: group.ok_or("no communicator for the replica group")? };
         raw::return_errors(&grids.links)?;
         raw::return_errors(&grids.group)?;
         for inbox in inboxes {
-            let header = raw::receive_header(address(&grids.links, inbox.from, tag(inbox.content)))?;
-            self.incoming.push(Incoming { inbox, header, tensor: None, held: None, failed: false });
+            self.incoming.push(Incoming::start(&grids.links, inbox)?);
         }
         self.grids = Some(grids);
         Ok(())
@@ -260,10 +200,7 @@ impl Driver {
     }
 
     fn send(&mut self, to: usize, header: &Header, tensor: Tensor, permit: Permit) -> MpiResult<()> {
-        let (links, tag) = (self.links()?, tag(header.content));
-        let first = raw::send_header(address(links, to, tag), header)?;
-        let second = raw::send_tensor(address(links, to, tag + 1), tensor)?;
-        self.outgoing.push(Outgoing { header: first, tensor: Some(second), permit: Some(permit) });
+        self.outgoing.push(Outgoing::start(self.links()?, to, header, tensor, permit)?);
         Ok(())
     }
 
@@ -276,7 +213,8 @@ impl Driver {
     }
 
     fn deliver(&mut self, bytes: &[u8]) -> MpiResult<()> {
-        let report = serde_json::from_slice(bytes).map_err(|error| format!("a report that cannot be read ({error})"))?;
+        let report =
+            serde_json::from_slice(bytes).map_err(|error| format!("a report that cannot be read ({error})"))?;
         if let Some(reports) = &self.reports {
             let _ = reports.send(report); // A recorder that is gone has said why.
         }
@@ -328,13 +266,14 @@ impl Driver {
             return;
         }
         self.failure = Some(error.to_owned());
-        for incoming in &mut self.incoming {
-            incoming.failed = true;
-            let _ = incoming.inbox.sender.try_send(Err(error.to_owned()));
+        tracing::error!(error, "MPI");
+        for incoming in self.incoming.drain(..) {
+            incoming.fail(error);
         }
         for reducing in self.reduces.drain(..) {
             let _ = reducing.reply.send(Err(error.to_owned()));
         }
+        self.outgoing.clear();
         self.reports = None;
     }
 
@@ -348,93 +287,12 @@ impl Driver {
             }
         }
         for incoming in self.incoming.drain(..) {
-            if let Err(error) = incoming.header.cancel() {
+            if let Err(error) = incoming.stop() {
                 tracing::warn!(error, "a posted receive cannot be taken back");
             }
         }
         self.grids = None;
     }
-}
-
-impl Outgoing {
-    /// True when the whole message has left.
-    fn advance(&mut self) -> MpiResult<bool> {
-        if let Some(tensor) = &mut self.tensor
-            && tensor.test()?.is_some()
-        {
-            self.tensor = None;
-            self.permit = None;
-        }
-        Ok(self.tensor.is_none() && self.header.test()?.is_some())
-    }
-}
-
-impl Reducing {
-    fn advance(&mut self, group: &SimpleCommunicator) -> MpiResult<bool> {
-        let mut moved = false;
-        while let Some(call) = self.calls.front_mut() {
-            if call.test()?.is_none() {
-                break;
-            }
-            self.calls.pop_front();
-            moved = true;
-        }
-        while self.calls.len() < REDUCE_CALLS && self.started < self.flat.numel() {
-            let count = (self.flat.numel() - self.started).min(REDUCE_VALUES);
-            self.calls.push_back(raw::all_reduce(group, &self.flat, self.started, count)?);
-            self.started += count;
-            moved = true;
-        }
-        Ok(moved)
-    }
-
-    fn is_over(&self) -> bool {
-        self.calls.is_empty() && self.started == self.flat.numel()
-    }
-}
-
-impl Incoming {
-    fn advance(&mut self, links: &SimpleCommunicator) -> MpiResult<bool> {
-        if self.failed {
-            return Ok(false);
-        }
-        if let Some(arrival) = self.held.take() {
-            return Ok(self.hand_over(arrival));
-        }
-        let (from, tag) = (self.inbox.from, tag(self.inbox.content));
-        if let Some((header, pending)) = &mut self.tensor {
-            let Some(tensor) = pending.test()? else { return Ok(false) };
-            let arrival = Ok((*header, tensor));
-            self.tensor = None;
-            self.header = raw::receive_header(address(links, from, tag))?;
-            self.hand_over(arrival);
-            return Ok(true);
-        }
-        let Some(words) = self.header.test()? else { return Ok(false) };
-        let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
-        self.tensor = Some((header, raw::receive_tensor(address(links, from, tag + 1), &header)?));
-        Ok(true)
-    }
-
-    /// True if the inbox had room.
-    fn hand_over(&mut self, arrival: Arrival) -> bool {
-        match self.inbox.sender.try_send(arrival) {
-            Ok(()) => true,
-            Err(TrySendError::Full(arrival)) => {
-                self.held = Some(arrival);
-                false
-            }
-            // The worker has ended; its error is on its way.
-            Err(TrySendError::Disconnected(_)) => {
-                self.failed = true;
-                false
-            }
-        }
-    }
-}
-
-fn address(comm: &SimpleCommunicator, rank: usize, tag: i32) -> Address<'_> {
-    Address { comm, rank, tag }
 }
 
 /// Bytes of all ranks: their lengths first, then the bytes, padded to the longest.
@@ -451,23 +309,4 @@ fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut all = vec![0u8; longest * size];
     world.all_gather_into(&mine[..], &mut all[..]);
     all.chunks(longest).zip(lengths).map(|(chunk, length)| chunk[..length as usize].to_vec()).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn permits_bound_what_is_under_way() {
-        let permits = Permits::new(2);
-        let (first, _second) = (permits.acquire(), permits.acquire());
-        let third = std::thread::spawn({
-            let permits = permits.clone();
-            move || drop(permits.acquire())
-        });
-        assert_eq!(*permits.0.0.lock().unwrap(), 0);
-        drop(first);
-        third.join().unwrap();
-        assert_eq!(*permits.0.0.lock().unwrap(), 1);
-    }
 }

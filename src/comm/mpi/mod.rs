@@ -1,7 +1,9 @@
 //! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of it.
 
-mod driver;
 mod raw;
+mod permits;
+mod traffic;
+mod driver;
 
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread::JoinHandle;
@@ -13,8 +15,10 @@ use super::{Content, Ends, Header, Link, Reduction, ReplicaGroup, Reporter, chec
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
-use driver::{Arrival, Command, Inbox, Permits};
+use driver::Command;
 pub use driver::Identity;
+use permits::Permits;
+use traffic::{Arrival, Inbox};
 
 /// How long MPI_Abort may take before the process ends by itself.
 const ABORT_TIME: Duration = Duration::from_secs(3);
@@ -104,13 +108,17 @@ impl World {
             1 => None,
             _ => Some(Box::new(MpiGroup { place, commands: self.commands.clone() })),
         };
+        Ok((Ends { upstream, downstream, group, reports: self.reporter() }, received))
+    }
+
+    /// Takes reports to rank 0, once the grid is connected.
+    pub fn reporter(&self) -> Reporter {
         let commands = self.commands.clone();
-        let reporter = Reporter::new(move |report| {
+        Reporter::new(move |report| {
             let bytes = serde_json::to_vec(&report).map_err(|error| Error::Internal(error.to_string()))?;
             let gone = |_| Error::Internal("the MPI thread is gone".into());
             commands.send(Command::Report(bytes)).map_err(gone)
-        });
-        Ok((Ends { upstream, downstream, group, reports: reporter }, received))
+        })
     }
 
     /// Ends all ranks with this exit code. The message must have been printed.

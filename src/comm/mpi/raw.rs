@@ -185,9 +185,8 @@ unsafe fn isend(
 ) -> MpiResult<ffi::MPI_Request> {
     let mut request = null();
     // SAFETY: the caller's promise.
-    let code = unsafe {
-        ffi::MPI_Isend(data, count as c_int, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request)
-    };
+    let code =
+        unsafe { ffi::MPI_Isend(data, count as c_int, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request) };
     ok(code).map(|()| request)
 }
 

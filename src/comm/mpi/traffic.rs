@@ -1,0 +1,199 @@
+//! What is under way: messages out, messages in, all-reduces. Each is a small state machine that the driver advances.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Sender, SyncSender, TrySendError};
+
+use mpi::topology::SimpleCommunicator;
+use tch::Tensor;
+
+use super::permits::Permit;
+use super::raw::{self, Address, MpiResult, Pending};
+use crate::comm::{Content, Header};
+
+/// Values of one call of an all-reduce, 4 MiB: MPI keeps a copy of what is under way, which must not be a second
+/// gradient.
+const REDUCE_VALUES: usize = 1 << 20;
+/// Calls of one all-reduce under way, so that the next part moves while one is added up.
+const REDUCE_CALLS: usize = 2;
+
+/// Tags of a header; its tensor has the next one.
+fn tag(content: Content) -> i32 {
+    match content {
+        Content::Activation => 1,
+        Content::Gradient => 3,
+    }
+}
+
+/// What arrives on a link.
+pub type Arrival = Result<(Header, Tensor), String>;
+
+/// Where the messages of one neighbour go.
+pub struct Inbox {
+    pub from: usize,
+    pub content: Content,
+    pub sender: SyncSender<Arrival>,
+}
+
+/// A message on its way out.
+pub struct Outgoing {
+    header: Pending<Box<[i64; Header::WORDS]>>,
+    tensor: Option<Pending<Tensor>>,
+    permit: Option<Permit>,
+}
+
+/// One neighbour's messages on their way in.
+pub struct Incoming {
+    inbox: Inbox,
+    header: Pending<Box<[i64; Header::WORDS]>>,
+    tensor: Option<(Header, Pending<Tensor>)>,
+    /// An arrival that finds its inbox full.
+    held: Option<Arrival>,
+    /// The worker has ended; its error is on its way.
+    deserted: bool,
+}
+
+/// An all-reduce under way, part by part; all members of the group cut it alike.
+pub struct Reducing {
+    flat: Tensor,
+    /// Values whose sum has been started.
+    started: usize,
+    calls: VecDeque<Pending<Tensor>>,
+    pub reply: Sender<MpiResult<()>>,
+}
+
+impl Outgoing {
+    /// Starts to send a message; `permit` is given back when its tensor has left.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn start(
+        links: &SimpleCommunicator,
+        to: usize,
+        header: &Header,
+        tensor: Tensor,
+        permit: Permit,
+    ) -> MpiResult<Outgoing> {
+        let tag = tag(header.content);
+        let first = raw::send_header(address(links, to, tag), header)?;
+        let second = raw::send_tensor(address(links, to, tag + 1), tensor)?;
+        Ok(Outgoing { header: first, tensor: Some(second), permit: Some(permit) })
+    }
+
+    /// True when the whole message has left.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn advance(&mut self) -> MpiResult<bool> {
+        if let Some(tensor) = &mut self.tensor
+            && tensor.test()?.is_some()
+        {
+            self.tensor = None;
+            self.permit = None;
+        }
+        Ok(self.tensor.is_none() && self.header.test()?.is_some())
+    }
+}
+
+impl Reducing {
+    /// An all-reduce of `flat`, not yet started.
+    pub fn new(flat: Tensor, reply: Sender<MpiResult<()>>) -> Reducing {
+        Reducing { flat, started: 0, calls: VecDeque::new(), reply }
+    }
+
+    /// True if anything moved.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn advance(&mut self, group: &SimpleCommunicator) -> MpiResult<bool> {
+        let mut moved = false;
+        while let Some(call) = self.calls.front_mut() {
+            if call.test()?.is_none() {
+                break;
+            }
+            self.calls.pop_front();
+            moved = true;
+        }
+        while self.calls.len() < REDUCE_CALLS && self.started < self.flat.numel() {
+            let count = (self.flat.numel() - self.started).min(REDUCE_VALUES);
+            self.calls.push_back(raw::all_reduce(group, &self.flat, self.started, count)?);
+            self.started += count;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Whether the whole sum is there.
+    pub fn is_over(&self) -> bool {
+        self.calls.is_empty() && self.started == self.flat.numel()
+    }
+}
+
+impl Incoming {
+    /// Posts the first receive of a neighbour's messages.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn start(links: &SimpleCommunicator, inbox: Inbox) -> MpiResult<Incoming> {
+        let header = raw::receive_header(address(links, inbox.from, tag(inbox.content)))?;
+        Ok(Incoming { inbox, header, tensor: None, held: None, deserted: false })
+    }
+
+    /// Tells whoever waits that nothing will come any more.
+    pub fn fail(self, error: &str) {
+        let _ = self.inbox.sender.try_send(Err(error.to_owned()));
+    }
+
+    /// Takes back the receive of a header that nobody will send.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn stop(self) -> MpiResult<()> {
+        self.header.cancel()
+    }
+
+    /// True if anything moved.
+    ///
+    /// # Errors
+    /// What MPI reports.
+    pub fn advance(&mut self, links: &SimpleCommunicator) -> MpiResult<bool> {
+        if self.deserted {
+            return Ok(false);
+        }
+        if let Some(arrival) = self.held.take() {
+            return Ok(self.hand_over(arrival));
+        }
+        let (from, tag) = (self.inbox.from, tag(self.inbox.content));
+        if let Some((header, pending)) = &mut self.tensor {
+            let Some(tensor) = pending.test()? else { return Ok(false) };
+            let arrival = Ok((*header, tensor));
+            self.tensor = None;
+            self.header = raw::receive_header(address(links, from, tag))?;
+            self.hand_over(arrival);
+            return Ok(true);
+        }
+        let Some(words) = self.header.test()? else { return Ok(false) };
+        let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
+        self.tensor = Some((header, raw::receive_tensor(address(links, from, tag + 1), &header)?));
+        Ok(true)
+    }
+
+    /// True if the inbox had room.
+    fn hand_over(&mut self, arrival: Arrival) -> bool {
+        match self.inbox.sender.try_send(arrival) {
+            Ok(()) => true,
+            Err(TrySendError::Full(arrival)) => {
+                self.held = Some(arrival);
+                false
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                self.deserted = true;
+                false
+            }
+        }
+    }
+}
+
+/// A rank and a tag on a communicator.
+pub fn address(comm: &SimpleCommunicator, rank: usize, tag: i32) -> Address<'_> {
+    Address { comm, rank, tag }
+}

@@ -1,0 +1,66 @@
+//! A failing place ends the whole run at once, and its message comes first.
+
+use std::time::Duration;
+
+use crate::harness::{Finished, Folder, mpirun, ouroboros, run, slices};
+
+/// All ranks gone.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A run that would take far longer than the limit, with a fault in it.
+fn long_run(folder: &Folder, fault: &str, ranks: Option<usize>) -> Finished {
+    let sets = ["grid.stages=2", "grid.replicas=2", "steps=1000000"];
+    let args = folder.train("out", &sets, &["--inject", fault]);
+    let command = match ranks {
+        Some(ranks) => mpirun(ranks, &slices(&args)),
+        None => ouroboros(&slices(&args)),
+    };
+    let finished = run(command, 60);
+    assert!(!finished.timed_out && finished.time < LIMIT, "{finished}");
+    assert!(!folder.path("out/checkpoints/step-1000000").exists(), "{finished}");
+    finished
+}
+
+fn first_line(finished: &Finished) -> &str {
+    finished.stderr.lines().find(|line| !line.trim().is_empty()).unwrap_or("")
+}
+
+#[test]
+fn a_panic_ends_all_ranks_and_is_shown_first() {
+    for ranks in [Some(4), None] {
+        let finished = long_run(&Folder::new(), "panic@1,0:5", ranks).expect_code(70);
+        let line = first_line(&finished);
+        assert!(line.starts_with("error: stage 1, replica 0"), "{finished}");
+        assert!(line.ends_with("internal error: panic: injected panic at 1L5.0"), "{finished}");
+        assert_eq!(finished.errors().len(), 1, "{finished}");
+    }
+}
+
+#[test]
+fn a_panic_of_rank_0_ends_all_ranks() {
+    let finished = long_run(&Folder::new(), "panic@0,0:5", Some(4)).expect_code(70);
+    assert!(first_line(&finished).starts_with("error: stage 0, replica 0 (rank 0 on "), "{finished}");
+}
+
+#[test]
+fn a_wrong_message_names_both_ends() {
+    for ranks in [Some(4), None] {
+        let finished = long_run(&Folder::new(), "corrupt-message@0,1:5", ranks).expect_code(4);
+        let line = first_line(&finished);
+        assert!(line.starts_with("error: stage 1, replica 1"), "{finished}");
+        let told = "wrong message from stage 0, replica 1 to stage 1, replica 1: expected activation 5.0 f32 [12, 8, 16], \
+                    found activation 6.0 f32 [12, 8, 16]";
+        assert!(line.contains(told), "{finished}");
+        assert_eq!(finished.errors().len(), 1, "{finished}");
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_the_others() {
+    let finished = long_run(&Folder::new(), "crash@1,1:5", Some(4));
+    assert_ne!(finished.code, Some(0), "{finished}");
+    let told = finished.stderr.lines().find(|line| line.contains("rank") || line.contains("error"));
+    // mpirun sees the death of a rank before any other rank can.
+    assert!(told.is_some_and(|line| line.contains("rank 3")), "{finished}");
+    assert!(finished.stderr.contains("signal 9"), "{finished}");
+}

@@ -1,0 +1,9 @@
+//! Whole runs: threads against the oracle, against plain training, real mpirun, faults, the command line.
+
+mod command_line;
+mod faults;
+mod harness;
+mod mpirun;
+mod oracle;
+mod plain;
+mod real_text;

@@ -1,0 +1,145 @@
+//! Threads against the oracle, bit for bit: every metric and every byte of the weights, over drawn configurations.
+
+use std::collections::BTreeSet;
+
+use crate::harness::{as_threads, by_oracle, tiny};
+
+/// Drawn configurations.
+const DRAWN: usize = 72;
+const LAYERS: usize = 6;
+
+/// A small generator: the draws are the same for ever.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// The keys of configuration `number`, and the names of what it covers.
+fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
+    let mut draw = Draw(number as u64 * 7919 + 13);
+    let (mut sets, mut covers) = (Vec::new(), BTreeSet::new());
+    let mut cover = |name: &'static str, set: String| {
+        covers.insert(name);
+        sets.push(set);
+    };
+    let stages = [1, 2, 2, 3, 3, 4, 5, LAYERS, LAYERS][draw.below(9)];
+    let replicas = [1, 1, 2, 2, 3][draw.below(5)];
+    let microbatches = [1, 1, 2, 4][draw.below(4)];
+    let steps = 6 + draw.below(5);
+    cover(["one replica", "replicas", "replicas"][replicas - 1], format!("grid.replicas={replicas}"));
+    cover(if stages == LAYERS { "K = layers" } else { "K < layers" }, format!("grid.stages={stages}"));
+    cover(if microbatches > 1 { "m > 1" } else { "m = 1" }, format!("microbatches={microbatches}"));
+    cover("steps", format!("steps={steps}"));
+    let kind = ["decoupled", "decoupled", "decoupled", "1f1b", "gpipe", "sequential"][draw.below(6)];
+    cover(kind, format!("schedule={kind}"));
+    let slack = [1, 1, 2, 3][draw.below(4)];
+    cover(if slack > 1 { "slack" } else { "no slack" }, format!("slack={slack}"));
+    if kind == "decoupled" && draw.one_in(4) {
+        let least = |k: usize| (slack * (stages - 1 - k)).div_ceil(microbatches);
+        let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
+        cover("hand-made delays", format!("grid.delays=[{}]", delays.join(", ")));
+    }
+    if draw.one_in(3) {
+        cover("recompute", "recompute=true".into());
+    }
+    if draw.one_in(3) {
+        cover("dropout", "model.dropout=0.2".into());
+    }
+    if draw.one_in(2) {
+        cover("clipping", "optimizer.clip=0.05".into());
+    }
+    if draw.one_in(3) {
+        cover("sgd", "optimizer.kind=sgd".into());
+    }
+    if draw.one_in(3) {
+        cover("odd sync points", format!("sync_at=[{}, {}]", 1 + draw.below(2), 3 + draw.below(3)));
+    }
+    if draw.one_in(3) {
+        cover("synchronous warm-up", format!("sync_steps={}", 1 + draw.below(4)));
+    }
+    if draw.one_in(3) {
+        cover("evaluation", format!("eval.every={}", 1 + draw.below(4)));
+        cover("evaluation", format!("eval.tokens={}", 24 + draw.below(80)));
+    }
+    if stages > 1 && stages < LAYERS && draw.one_in(2) {
+        let mut counts = vec![1; stages];
+        for _ in stages..LAYERS {
+            counts[draw.below(stages)] += 1;
+        }
+        cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
+    }
+    (sets, covers)
+}
+
+#[test]
+fn drawn_grids_equal_the_oracle_bit_for_bit() {
+    for number in 0..DRAWN {
+        let (sets, _) = drawn(number);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let setup = tiny(&sets);
+        let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
+        assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
+        assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
+        assert_eq!(grid.losses().len(), setup.config.steps, "{sets:?}");
+        assert_eq!(grid.weights.len(), setup.grid.stages, "{sets:?}");
+    }
+}
+
+/// The draws cover what they are meant to cover, each at least four times.
+#[test]
+fn the_draws_cover_everything() {
+    let wanted = [
+        "one replica",
+        "replicas",
+        "K = layers",
+        "K < layers",
+        "m = 1",
+        "m > 1",
+        "decoupled",
+        "1f1b",
+        "gpipe",
+        "sequential",
+        "slack",
+        "hand-made delays",
+        "recompute",
+        "dropout",
+        "clipping",
+        "sgd",
+        "odd sync points",
+        "synchronous warm-up",
+        "evaluation",
+        "uneven layers",
+    ];
+    for name in wanted {
+        let count = (0..DRAWN).filter(|number| drawn(*number).1.contains(name)).count();
+        assert!(count >= 4, "{name}: {count} of {DRAWN}");
+    }
+}
+
+/// The comparison can fail: a delay of one more on one stage changes the losses from the first step that feels it.
+#[test]
+fn a_wrong_delay_would_be_seen() {
+    let right = as_threads(&tiny(&["grid.stages=3", "steps=8"])).losses();
+    let wrong = by_oracle(&tiny(&["grid.stages=3", "steps=8", "grid.delays=[3, 1, 0]"])).losses();
+    // Step 3 is the first whose version differs: max(0, 3 - 2) against max(0, 3 - 3).
+    assert_eq!(right[..3], wrong[..3]);
+    assert_ne!(right[3], wrong[3]);
+}
+
+/// Losses depend on delays, not on how the run is cut into messages: recompute changes no bit, nor does slack that
+/// leaves the delays as they are.
+#[test]
+fn machinery_does_not_change_numbers() {
+    let keys = ["grid.stages=3", "microbatches=4", "model.dropout=0.1"];
+    let plain = as_threads(&tiny(&keys));
+    assert_eq!(as_threads(&tiny(&[&keys[..], &["recompute=true"]].concat())), plain);
+    assert_eq!(as_threads(&tiny(&[&keys[..], &["slack=2"]].concat())), plain, "ceil(2 q / 4) = ceil(q / 4) here");
+}

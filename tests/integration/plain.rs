@@ -1,0 +1,163 @@
+//! Against training that knows nothing of grids: a loop of libtorch calls, and a gradient computed by hand.
+
+use ouroboros::data::Batches;
+use ouroboros::grid::Place;
+use ouroboros::model::{Stack, initial, loss};
+use ouroboros::params::{Layout, Versions, slice, slice_mut};
+use ouroboros::stage::{Output, Slot, Stage};
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+use crate::harness::{as_threads, tiny};
+
+/// Without clipping (whose norms belong to stages) a synchronous grid is plain training, bit for bit.
+#[test]
+fn synchronous_grids_equal_one_device() {
+    let free = "optimizer.clip=1e9";
+    for kind in ["1f1b", "gpipe", "sequential"] {
+        let schedule = format!("schedule={kind}");
+        let one = as_threads(&tiny(&[&schedule, free, "microbatches=2"])).losses();
+        for stages in ["grid.stages=2", "grid.stages=3", "grid.stages=6"] {
+            assert_eq!(
+                as_threads(&tiny(&[&schedule, free, "microbatches=2", stages])).losses(),
+                one,
+                "{kind} {stages}"
+            );
+        }
+        // Two replicas of one microbatch add up what one replica of two microbatches adds up.
+        let replicas = tiny(&[&schedule, free, "grid.stages=3", "grid.replicas=2"]);
+        assert_eq!(as_threads(&replicas).losses(), one, "{kind}, replicas");
+    }
+}
+
+/// A decoupled run of one stage has no delay: it is plain training too.
+#[test]
+fn a_synchronous_grid_agrees_with_a_plain_loop() {
+    let setup = tiny(&[
+        "schedule=1f1b",
+        "grid.stages=3",
+        "grid.replicas=2",
+        "microbatches=2",
+        "optimizer.clip=1e9",
+        "steps=12",
+    ]);
+    let grid = as_threads(&setup).losses();
+    let plain = plain_loop(12);
+    for (t, (a, b)) in grid.iter().zip(&plain).enumerate() {
+        assert!((a / b - 1.0).abs() < 2e-5, "step {t}: {a} on the grid, {b} in the loop\n{grid:?}\n{plain:?}");
+    }
+}
+
+/// The whole batch at once, AdamW written with tensor operations in f64.
+fn plain_loop(steps: usize) -> Vec<f64> {
+    let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12"]);
+    let config = &setup.config;
+    let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+    let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
+    let mut weights: Vec<Tensor> = model
+        .parameters()
+        .iter()
+        .map(|p| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true))
+        .collect();
+    let zeros = || weights.iter().map(|w| w.zeros_like().to_kind(Kind::Double)).collect::<Vec<_>>();
+    let (mut first, mut second) = (zeros(), zeros());
+    let [b1, b2] = config.optimizer.betas;
+    let mut losses = Vec::new();
+    for t in 0..steps {
+        let batch = batches.train(t, 0..config.batch);
+        let loss = loss(&model.forward(&weights, &batch.tokens, None).unwrap(), &batch.targets).unwrap();
+        losses.push(loss.double_value(&[]));
+        let gradients = Tensor::run_backward(&[loss], &weights, false, false);
+        // The rule of the config by hand: two steps of warm-up, then half a cosine to 0.
+        let lr = match t {
+            0 | 1 => config.optimizer.lr * (t + 1) as f64 / 2.0,
+            _ => config.optimizer.lr * 0.5 * (1.0 + (std::f64::consts::PI * (t - 2) as f64 / 10.0).cos()),
+        };
+        let n = (t + 1) as i32;
+        weights = weights
+            .iter()
+            .enumerate()
+            .map(|(i, w)| {
+                let (w, g) = (w.detach().to_kind(Kind::Double), gradients[i].to_kind(Kind::Double));
+                let decay = if w.dim() >= 2 { config.optimizer.weight_decay } else { 0.0 };
+                first[i] = &first[i] * b1 + &g * (1.0 - b1);
+                second[i] = &second[i] * b2 + &g * &g * (1.0 - b2);
+                let mean = &first[i] / (1.0 - b1.powi(n));
+                let root = (&second[i] / (1.0 - b2.powi(n))).sqrt() + config.optimizer.eps;
+                let w = &w * (1.0 - lr * decay) - mean / root * lr;
+                w.to_kind(Kind::Float).set_requires_grad(true)
+            })
+            .collect();
+    }
+    losses
+}
+
+/// A 1x1 model whose residual branches are closed (their last matrices are 0), so that its gradient can be written
+/// down: hidden states are `e = tokens[x] + positions`, logits `W n(e)` with `n` the normalisation,
+/// `dL/dlogits = (softmax - onehot) / N`, `dL/dW = sum dlogits n'`, and `dL/de` is the normalisation's backward.
+#[test]
+fn a_gradient_computed_by_hand() {
+    let setup = tiny(&["model.layers=1", "data.sequence=4", "batch=2"]);
+    let (d, vocabulary, sequence) = (16, 256, 4);
+    let stack = setup.stack(0);
+    let layout = Layout::new(stack.parameters());
+    let mut flat = layout.initial(5).unwrap();
+    for entry in &layout.entries {
+        if entry.parameter.name.ends_with("out.weight") || entry.parameter.name.ends_with("down.weight") {
+            slice_mut(&mut flat)[entry.offset..entry.offset + entry.parameter.count()].fill(0.0);
+        }
+    }
+    let value = |name: &str| {
+        let entry = layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap();
+        slice(&flat)[entry.offset..entry.offset + entry.parameter.count()]
+            .iter()
+            .map(|v| f64::from(*v))
+            .collect::<Vec<f64>>()
+    };
+    let (tokens, positions, matrix) = (value("embedding.tokens"), value("embedding.positions"), value("head.weight"));
+    let inputs: [i64; 8] = [3, 7, 3, 250, 7, 7, 0, 12];
+    let targets: [i64; 8] = [7, 3, 250, 1, 7, 0, 12, 3];
+
+    let n = inputs.len() as f64;
+    let (mut expected_loss, mut d_matrix, mut d_tokens) = (0.0, vec![0.0; vocabulary * d], vec![0.0; vocabulary * d]);
+    for (i, (x, y)) in inputs.iter().zip(targets).enumerate() {
+        let e: Vec<f64> = (0..d).map(|c| tokens[*x as usize * d + c] + positions[i % sequence * d + c]).collect();
+        let mean = e.iter().sum::<f64>() / d as f64;
+        let deviation = (e.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64 + 1e-5).sqrt();
+        let normal: Vec<f64> = e.iter().map(|v| (v - mean) / deviation).collect();
+        let logits: Vec<f64> = (0..vocabulary).map(|v| (0..d).map(|c| matrix[v * d + c] * normal[c]).sum()).collect();
+        let total: f64 = logits.iter().map(|l| l.exp()).sum();
+        expected_loss -= (logits[y as usize].exp() / total).ln() / n;
+        let mut d_normal = vec![0.0; d];
+        for v in 0..vocabulary {
+            let d_logit = (logits[v].exp() / total - f64::from(v == y as usize)) / n;
+            for c in 0..d {
+                d_matrix[v * d + c] += d_logit * normal[c];
+                d_normal[c] += d_logit * matrix[v * d + c];
+            }
+        }
+        let (a, b) = (d_normal.iter().sum::<f64>(), d_normal.iter().zip(&normal).map(|(g, z)| g * z).sum::<f64>());
+        for c in 0..d {
+            d_tokens[*x as usize * d + c] += (d_normal[c] - a / d as f64 - normal[c] * b / d as f64) / deviation;
+        }
+    }
+
+    let place = Place { stage: 0, replica: 0 };
+    let versions = Versions::new(layout.clone(), flat.copy(), 1).unwrap();
+    let mut stage = Stage::new(place, stack, versions, false, 0.0, 1);
+    let slot = Slot { step: 0, microbatch: 0 };
+    let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
+    let output = stage.forward(slot, 0, shaped(&inputs), Some(shaped(&targets))).unwrap();
+    let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
+    assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");
+    assert!(stage.backward(slot, None).unwrap().is_none());
+    let gradient = slice(stage.versions.gradient()).to_vec();
+    for (name, expected) in [("head.weight", d_matrix), ("embedding.tokens", d_tokens)] {
+        let offset = layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap().offset;
+        let largest = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+        for (i, e) in expected.iter().enumerate() {
+            let found = f64::from(gradient[offset + i]);
+            assert!((found - e).abs() < 2e-5 * largest, "{name}[{i}]: {found}, by hand {e}");
+        }
+    }
+}
