@@ -7,5 +7,5 @@ say "build"
 cargo build --release --quiet
 say "training on a 2x2 grid: two stages, two replicas, four ranks"
 mpirun -n 4 --oversubscribe target/release/ouroboros train configs/quickstart.toml
-say "a sample (a sentence names its topic first and last)"
+say "a sample"
 target/release/ouroboros generate runs/quickstart --prompt $'\n' --tokens 300

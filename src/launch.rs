@@ -2,6 +2,7 @@
 //! after the other. The first error wins: it is shown once, with its place, and ends everybody.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
@@ -61,7 +62,6 @@ impl Job {
 
 /// Runs a job on whatever carries it; the exit code. Errors have been printed.
 pub fn train(job: &Job) -> u8 {
-    hush_panics();
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
         _ if job.emulate && launched => {
@@ -108,19 +108,31 @@ fn show(origin: Option<&str>, error: &Error) {
     }
 }
 
-/// A panic becomes an error with its place; the hook would print it a second time.
-fn hush_panics() {
-    std::panic::set_hook(Box::new(|info| tracing::error!("{info}")));
+thread_local! {
+    /// Where this thread panicked last.
+    static PANIC_PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Turns panics into errors: from here on they print nothing by themselves, and [`caught`] knows where they were.
+pub fn hush_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        tracing::error!("{info}");
+        PANIC_PLACE.set(info.location().map(ToString::to_string));
+    }));
 }
 
 /// Runs `work`, turning a panic into an error.
-fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+///
+/// # Errors
+/// Those of `work`, and [`Error::Internal`] for a panic.
+pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    format!("panic: {}", text.unwrap_or("no message"))
+    let place = PANIC_PLACE.take().unwrap_or_else(|| "an unknown place".to_owned());
+    format!("panic at {place}: {}", text.unwrap_or("no message"))
 }
 
 /// The error to show: the first one that is not only the loss of a peer that had an error itself.

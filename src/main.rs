@@ -9,6 +9,7 @@ use ouroboros::error::{Error, Result};
 use ouroboros::{commands, launch};
 
 fn main() -> ExitCode {
+    launch::hush_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -22,15 +23,15 @@ fn main() -> ExitCode {
     };
     ExitCode::from(match cli.command {
         Command::Train(args) => launch::train(&args.job()),
-        Command::Eval(args) => answer(commands::eval(&args)),
-        Command::Generate(args) => answer(commands::generate(&args)),
-        Command::Schedule(args) => answer(commands::schedule(&args)),
-        Command::Doctor => answer(commands::doctor()),
+        Command::Eval(args) => answer(|| commands::eval(&args)),
+        Command::Generate(args) => answer(|| commands::generate(&args)),
+        Command::Schedule(args) => answer(|| commands::schedule(&args)),
+        Command::Doctor => answer(commands::doctor),
     })
 }
 
-fn answer(result: Result<()>) -> u8 {
-    match result {
+fn answer(command: impl FnOnce() -> Result<()>) -> u8 {
+    match launch::caught(command) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("error: {error}");

@@ -1,5 +1,8 @@
 //! What a user types and gets: commands, exit codes, messages that come once.
 
+use ouroboros::config::Config;
+use ouroboros::setup::Setup;
+
 use crate::harness::{Finished, Folder, mpirun, ouroboros, run, slices};
 
 const LIMIT: u64 = 60;
@@ -171,4 +174,22 @@ fn usage_errors_have_code_2() {
     }
     program(&["--help"]).expect_code(0);
     program(&["--version"]).expect_code(0);
+}
+
+/// The configs of the repository and the one in the README say what the program understands.
+#[test]
+fn documented_configs_are_valid() {
+    let readme = include_str!("../../README.md");
+    let block = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    Config::parse(block, &[]).unwrap_or_else(|error| panic!("README: {error}"));
+    for entry in std::fs::read_dir("configs").unwrap().flatten() {
+        let path = entry.path();
+        let config = Config::load(&path, &[], None).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let here = config.data.path.as_ref().is_none_or(|path| path.exists());
+        if !here {
+            eprintln!("skipped: the text of {} is not here", path.display());
+        } else if let Err(error) = Setup::new(config) {
+            panic!("{}: {error}", path.display());
+        }
+    }
 }

@@ -31,7 +31,10 @@ fn a_panic_ends_all_ranks_and_is_shown_first() {
         let finished = long_run(&Folder::new(), "panic@1,0:5", ranks).expect_code(70);
         let line = first_line(&finished);
         assert!(line.starts_with("error: stage 1, replica 0"), "{finished}");
-        assert!(line.ends_with("internal error: panic: injected panic at 1L5.0"), "{finished}");
+        assert!(
+            line.contains("internal error: panic at src/worker.rs:") && line.ends_with(": injected panic at 1L5.0"),
+            "{finished}"
+        );
         assert_eq!(finished.errors().len(), 1, "{finished}");
     }
 }

@@ -73,8 +73,13 @@ impl Outcome {
 
 /// The checked setup of `TINY` with `sets` over it.
 pub fn tiny(sets: &[&str]) -> Arc<Setup> {
+    setup_of(TINY, sets)
+}
+
+/// The checked setup of a config's text with `sets` over it.
+pub fn setup_of(text: &str, sets: &[&str]) -> Arc<Setup> {
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-    let config = Config::parse(TINY, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"));
+    let config = Config::parse(text, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"));
     Arc::new(Setup::new(config).unwrap_or_else(|error| panic!("{sets:?}: {error}")))
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::harness::{as_threads, by_oracle, tiny};
+use crate::harness::{TINY, as_threads, by_oracle, setup_of};
 
 const SHAKESPEARE: &str = "../shared/data/tinyshakespeare.txt";
 
@@ -15,18 +15,9 @@ fn shakespeare_on_a_grid_equals_the_oracle() {
     let path = format!("data.path={SHAKESPEARE}");
     let keys = ["data.sequence=32", "steps=30", "microbatches=2", "eval.every=15", "eval.tokens=2000", "grid.stages=3"];
     let sets: Vec<&str> = keys.into_iter().chain([path.as_str(), "grid.replicas=2"]).collect();
-    // `synthetic` of the tiny config gives way to the file.
-    let setup = tiny_without_synthetic(&sets);
+    let setup = setup_of(&TINY.replace("synthetic = 4000\n", ""), &sets);
     let grid = as_threads(&setup);
     assert_eq!(grid, by_oracle(&setup));
     let losses = grid.losses();
     assert!(losses[29] < losses[0] - 1.0, "{losses:?}");
-}
-
-fn tiny_without_synthetic(sets: &[&str]) -> std::sync::Arc<ouroboros::setup::Setup> {
-    let text = crate::harness::TINY.replace("synthetic = 4000\n", "");
-    let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-    let config = ouroboros::config::Config::parse(&text, &sets).unwrap();
-    let _ = tiny; // the same keys otherwise
-    std::sync::Arc::new(ouroboros::setup::Setup::new(config).unwrap())
 }

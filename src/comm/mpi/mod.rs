@@ -23,13 +23,13 @@ use traffic::{Arrival, Inbox};
 /// How long MPI_Abort may take before the process ends by itself.
 const ABORT_TIME: Duration = Duration::from_secs(3);
 
-/// The size of the world and this rank, as the launcher's environment tells before MPI has started; `None` when not
-/// under a launcher.
+/// The size of the world and this rank, as the launcher's environment tells before MPI has started (Open MPI's mpirun,
+/// launchers that speak PMI, srun with PMIx); `None` when not under a launcher.
 pub fn launched() -> Option<(usize, usize)> {
-    let number = |names: [&str; 3]| names.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok());
-    let size = number(["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"])?;
-    let rank = number(["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"])?;
-    Some((size, rank))
+    let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+    [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"), ("SLURM_NTASKS", "PMIX_RANK")]
+        .into_iter()
+        .find_map(|(size, rank)| Some((number(size)?, number(rank)?)))
 }
 
 /// The version of the MPI library, which need not be started.
