@@ -4,12 +4,15 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 torch=2.11.0
-packages=(libopenmpi-dev openmpi-bin libclang-dev pkg-config)
+packages=(libopenmpi-dev openmpi-bin libclang-dev pkg-config g++ procps)
 
 has_packages() {
-    command -v mpicc mpirun pkg-config >/dev/null || return 1
-    local pattern
-    for pattern in "/usr/lib/llvm-*/lib/libclang*.so*" "/usr/lib*/libclang*.so*" "/usr/lib/*/libclang*.so*"; do
+    local name pattern
+    for name in mpicc mpirun pkg-config c++ kill; do
+        type -P "$name" >/dev/null || return 1
+    done
+    for pattern in /usr/lib/llvm-*/lib /usr/lib /usr/lib64 /usr/lib/x86_64-linux-gnu; do
+        pattern="$pattern/libclang[.-][s0-9]*"
         if compgen -G "$pattern" >/dev/null; then return 0; fi
     done
     return 1

@@ -52,7 +52,17 @@ fn folder(out: &Path, step: usize, suffix: &str) -> PathBuf {
 /// # Errors
 /// If it cannot be removed.
 pub fn clear(out: &Path, step: usize) -> io::Result<()> {
-    match fs::remove_dir_all(folder(out, step, ".tmp")) {
+    let (last, old) = (folder(out, step, ""), folder(out, step, ".old"));
+    if old.exists() && !last.exists() {
+        // The run ended between the two renames of `complete`: the earlier weights are the last good ones.
+        fs::rename(&old, &last)?;
+    }
+    remove(&old)?;
+    remove(&folder(out, step, ".tmp"))
+}
+
+fn remove(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
@@ -100,13 +110,16 @@ pub fn complete(setup: &Setup, out: &Path, mut shards: Vec<Shard>) -> Result<Pat
         fs::write(tmp.join(MANIFEST), text)?;
         fs::File::open(tmp.join(MANIFEST))?.sync_all()?;
         if last.exists() {
+            remove(&old)?;
             fs::rename(&last, &old)?;
         }
         fs::rename(&tmp, &last)?;
-        fs::File::open(out.join("checkpoints"))?.sync_all()?;
-        if old.exists() { fs::remove_dir_all(&old) } else { Ok(()) }
+        fs::File::open(out.join("checkpoints"))?.sync_all()
     };
     written().map_err(|error| Error::checkpoint(&last, format!("cannot be written ({error})")))?;
+    if let Err(error) = remove(&old) {
+        tracing::warn!(%error, "the weights that were replaced cannot be removed");
+    }
     Ok(last)
 }
 

@@ -45,7 +45,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub transport: Option<Transport>,
     /// Compute the whole grid's arithmetic in one process, in order: the definition of correct.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["transport", "inject"])]
     pub emulate: bool,
     /// Folder of the run [default: runs/NAME].
     #[arg(long, value_name = "DIR")]

@@ -248,10 +248,15 @@ impl Default for OptimizerConfig {
 #[serde(deny_unknown_fields)]
 pub struct EvalConfig {
     /// Steps between two evaluations; one more stands at the end of the run.
+    #[serde(default = "default_every")]
     pub every: usize,
     /// Tokens of the held-out text to read; none: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<usize>,
+}
+
+fn default_every() -> usize {
+    100
 }
 
 impl Config {

@@ -17,6 +17,9 @@ pub enum Error {
     /// A neighbour or a member of the replica group is gone.
     #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
     Lost { peer: Place, doing: String },
+    /// The transport itself failed.
+    #[error("MPI: {0}")]
+    Transport(String),
     /// A message arrived that is not the one which the schedule calls for.
     #[error(
         "wrong message from {from} to {to}: expected {expected}, found {found}; do all ranks run the same program and config?"
@@ -48,7 +51,7 @@ impl Error {
         match self {
             Error::Usage(_) | Error::Config { .. } => 2,
             Error::Data { .. } => 3,
-            Error::Lost { .. } | Error::Message { .. } => 4,
+            Error::Lost { .. } | Error::Transport(_) | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
             Error::Checkpoint { .. } => 6,
             Error::Internal(_) => 70,
@@ -91,6 +94,7 @@ mod tests {
             (Error::config("a", 1, "b"), 2),
             (Error::data("a", "b", "c"), 3),
             (Error::Lost { peer: place, doing: "x".into() }, 4),
+            (Error::Transport("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
             (Error::NotFinite { tensor: "x".into(), step: 0, place }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),

@@ -52,7 +52,14 @@ pub struct Job {
 impl Job {
     fn setup(&self) -> Result<Arc<Setup>> {
         runtime::check_libtorch()?;
-        Ok(Arc::new(Setup::new(Config::load(&self.config, &self.sets, self.grid)?)?))
+        let setup = Setup::new(Config::load(&self.config, &self.sets, self.grid)?)?;
+        if let Some(Injection { place, step, .. }) = self.inject
+            && (place.stage >= setup.grid.stages || place.replica >= setup.grid.replicas || step >= setup.config.steps)
+        {
+            let remedy = format!("the grid is {} and the run has {} steps", setup.grid, setup.config.steps);
+            return Err(Error::config("--inject", format!("{place}, step {step}"), remedy));
+        }
+        Ok(Arc::new(setup))
     }
 
     fn out(&self, setup: &Setup) -> PathBuf {
@@ -62,6 +69,13 @@ impl Job {
 
 /// Runs a job on whatever carries it; the exit code. Errors have been printed.
 pub fn train(job: &Job) -> u8 {
+    caught(|| Ok(run_job(job))).unwrap_or_else(|error| {
+        show(None, &error);
+        error.exit_code()
+    })
+}
+
+fn run_job(job: &Job) -> u8 {
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
         _ if job.emulate && launched => {
@@ -239,40 +253,73 @@ fn over_mpi(job: &Job) -> u8 {
             return error.exit_code();
         }
     };
+    let code = train_rank(job, &world).err().unwrap_or(0);
+    world.finish();
+    code
+}
+
+/// Checks, then trains, this rank's place; the exit code of an error that all ranks know of.
+fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     let rank = world.identity.rank;
-    let prepared = caught(|| prepare_rank(job, &world));
-    if let Some(code) = agree(&world, prepared.as_ref().err()) {
-        world.finish();
-        return code;
-    }
-    let Ok((setup, out, recorder)) = prepared else { return Error::Internal(String::new()).exit_code() };
+    // One after the other, so that nothing is written before every rank has found its settings and data in order.
+    let setup = together(world, || setup_of_rank(job, world))?;
+    together(world, || same_everywhere(world, &setup))?;
+    let out = job.out(&setup);
+    let recorder = together(world, || match rank {
+        0 => Ok(Some(Recorder::new(Arc::clone(&setup), &out)?)),
+        _ => Ok(None),
+    })?;
+    together(world, || runtime::log_to(&out, rank))?;
     if rank == 0 {
         announce(&setup, "MPI ranks");
     }
     let place = setup.grid.place(rank);
     tracing::info!(%place, rank, host = world.identity.host, pid = std::process::id(), "started");
-    if let Err((origin, error)) = run_rank(job, &world, &setup, &out, recorder) {
+    if let Err((origin, error)) = run_rank(job, world, &setup, &out, recorder) {
         show(origin.as_deref(), &error);
         tracing::error!(%error, "ended");
         std::thread::sleep(MESSAGE_TIME);
         world.abort(error.exit_code());
     }
-    world.finish();
-    0
+    Ok(())
 }
 
-/// Everything that can be known to be wrong before any rank trains.
-fn prepare_rank(job: &Job, world: &World) -> Result<(Arc<Setup>, PathBuf, Option<Recorder>)> {
+/// Does `work` on every rank, then tells all ranks whether it went well on all of them.
+fn together<T>(world: &World, work: impl FnOnce() -> Result<T>) -> std::result::Result<T, u8> {
+    let result = caught(work);
+    let code = agree(world, result.as_ref().err());
+    result.map_err(|error| error.exit_code()).and_then(|value| code.map_or(Ok(value), Err))
+}
+
+/// The setup, checked against the world.
+fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
     let setup = job.setup()?;
     let (size, grid) = (world.identity.size, setup.grid);
+    if let Some((launched, _)) = mpi::launched()
+        && launched != size
+    {
+        let found = format!("{launched} processes started and {size} ranks in MPI's world");
+        return Err(Error::config("launcher", found, format!("use the mpirun of {}", mpi::library_version())));
+    }
     if grid.size() != size {
         let remedy = format!("run mpirun -n {}, or give --grid KxR with K * R = {size}", grid.size());
         return Err(Error::config("grid", format!("{grid} = {} places and {size} ranks", grid.size()), remedy));
     }
-    let out = job.out(&setup);
-    let recorder = if world.identity.rank == 0 { Some(Recorder::new(Arc::clone(&setup), &out)?) } else { None };
-    runtime::log_to(&out, world.identity.rank)?;
-    Ok((setup, out, recorder))
+    Ok(setup)
+}
+
+/// Refuses a world whose ranks have read different configs, or texts of different length.
+fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
+    let (train, held_out) = (setup.corpus.train.len(), setup.corpus.held_out.len());
+    let mine = format!("{}\n# {train} + {held_out} bytes of text", setup.config.to_toml());
+    let all = world.all_gather(mine.into_bytes())?;
+    match all.iter().position(|other| *other != all[0]) {
+        None => Ok(()),
+        Some(rank) => {
+            let found = format!("another config or text on rank {rank} than on rank 0");
+            Err(Error::config("CONFIG", found, "give all nodes the same files"))
+        }
+    }
 }
 
 /// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;
@@ -296,7 +343,9 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     let worker = std::thread::Builder::new().name("worker".into()).spawn(work);
     let worker = worker.map_err(|error| (None, Error::Internal(format!("no thread for the worker ({error})"))))?;
     if let (Some(recorder), Some(reports)) = (recorder, reports) {
-        recorder.run(&reports, setup.grid.size(), false)?;
+        let size = setup.grid.size();
+        // A panic while recording must reach the end of this function, or the other ranks would wait for ever.
+        caught(|| Ok(recorder.run(&reports, size, false))).unwrap_or_else(|error| Err((None, error)))?;
     }
     worker.join().unwrap_or_else(|panic| Err((None, Error::Internal(panic_text(panic.as_ref())))))
 }

@@ -37,10 +37,7 @@ impl Setup {
     /// # Errors
     /// [`Error::Config`] and [`Error::Data`], naming setting, value and remedy.
     pub fn new(config: Config) -> Result<Setup> {
-        check_numbers(&config)?;
-        check_model(&config)?;
-        check_optimizer(&config.optimizer)?;
-        check_data(&config)?;
+        check_settings(&config)?;
         let grid = config.grid();
         let rows = rows(&config)?;
         let dimensions = Dimensions::new(&config.model, data::VOCABULARY, config.data.sequence);
@@ -107,6 +104,17 @@ impl Setup {
         }
         out
     }
+}
+
+/// Checks every setting by itself.
+///
+/// # Errors
+/// [`Error::Config`] for the first that cannot be used.
+pub fn check_settings(config: &Config) -> Result<()> {
+    check_numbers(config)?;
+    check_model(config)?;
+    check_optimizer(&config.optimizer)?;
+    check_data(config)
 }
 
 fn at_least_one(setting: &str, value: usize) -> Result<()> {
@@ -236,10 +244,13 @@ fn schedule(config: &Config) -> Result<Schedule> {
     Ok(schedule)
 }
 
-/// Runs `check` over the first steps of the run: a fault here is one of the generator.
+/// Runs `check` over the first steps of the run, with the synchronous warm-up cut short so that delayed steps are among
+/// them: a fault here is one of the generator.
 fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
     let mut short = schedule.clone();
-    short.sync.steps = schedule.sync.steps.min(CHECKED_STEPS);
+    let longest = schedule.delays.iter().max().copied().unwrap_or(0);
+    short.sync.steps = schedule.sync.steps.min(CHECKED_STEPS + 2 * longest);
+    short.sync.warm_up = schedule.sync.warm_up.min(2);
     short.sync.at.retain(|at| *at < short.sync.steps);
     short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
     let lists: Vec<_> = grid.places().map(|place| short.actions(place.stage).collect()).collect();

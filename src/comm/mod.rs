@@ -52,7 +52,7 @@ impl Header {
     /// The first word: tells a header from stray bytes, and one layout of headers from the next.
     const MAGIC: i64 = 0x6f75_726f_0001;
 
-    /// Bytes of the tensor.
+    /// Values of the tensor.
     pub fn values(&self) -> usize {
         self.shape.iter().product::<i64>() as usize
     }

@@ -9,6 +9,7 @@ use crate::data::{self, Corpus, held_out, held_out_windows};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use crate::model::{self, Dimensions, Stack};
+use crate::setup::check_settings;
 
 /// Rows of one forward.
 const ROWS: usize = 16;
@@ -20,6 +21,7 @@ const ROWS: usize = 16;
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = Config::parse(&checkpoint.manifest.config.to_toml(), &args.set)?;
+    check_settings(&config)?;
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
     let sequence = config.data.sequence;

@@ -166,6 +166,35 @@ fn a_loss_that_is_not_finite_writes_nothing() {
     }
 }
 
+/// What an interrupted exchange of weights leaves behind does not stand in the way of the next run.
+#[test]
+fn weights_set_aside_by_an_interrupted_run_are_handled() {
+    let folder = Folder::new();
+    let args = folder.train("out", &[], &[]);
+    program(&slices(&args)).expect_code(0);
+    let (last, old) = (folder.path("out/checkpoints/step-6"), folder.path("out/checkpoints/step-6.old"));
+    std::fs::rename(&last, &old).unwrap();
+    std::fs::create_dir_all(folder.path("out/checkpoints/step-6.tmp")).unwrap();
+    // A failing run brings the earlier weights back; one that succeeds replaces them.
+    program(&slices(&folder.train("out", &["optimizer.lr=1e30", "optimizer.weight_decay=0"], &[]))).expect_code(5);
+    assert!(last.join("manifest.json").exists() && !old.exists());
+    std::fs::create_dir_all(&old).unwrap();
+    std::fs::write(old.join("stale"), b"x").unwrap();
+    program(&slices(&args)).expect_code(0);
+    assert!(last.join("manifest.json").exists() && !old.exists());
+}
+
+#[test]
+fn a_drill_that_cannot_happen_is_refused() {
+    let folder = Folder::new();
+    for more in
+        [&["--inject", "panic@1,0:2"][..], &["--inject", "panic@0,0:6"], &["--emulate", "--inject", "panic@0,0:2"]]
+    {
+        let finished = program(&slices(&folder.train("out", &[], more))).expect_code(2);
+        assert!(finished.stderr.contains("--inject"), "{finished}");
+    }
+}
+
 #[test]
 fn usage_errors_have_code_2() {
     for args in [&["fly"][..], &["train"][..], &["train", "x.toml", "--grid", "2"][..], &["train", "no-such.toml"][..]]

@@ -36,6 +36,7 @@ fn three_replicas_agree_with_the_oracle() {
     let args = folder.train("out", &sets, &[]);
     run(mpirun(3, &slices(&args)), LIMIT).expect_code(0);
     let (ranks, oracle) = (Outcome::read(&folder.path("out")).losses(), by_oracle(&tiny(&sets)).losses());
+    assert_eq!((ranks.len(), oracle.len()), (6, 6));
     for (a, b) in ranks.iter().zip(&oracle) {
         assert!((a / b - 1.0).abs() < 1e-6, "{ranks:?}\n{oracle:?}");
     }

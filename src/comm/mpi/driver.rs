@@ -23,6 +23,7 @@ use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
 use super::traffic::{Inbox, Incoming, Outgoing, Reducing, address};
 use crate::comm::Header;
+use crate::error::Error;
 use crate::metrics::Report;
 
 /// Rounds without progress before the driver begins to sleep.
@@ -274,7 +275,10 @@ impl Driver {
             let _ = reducing.reply.send(Err(error.to_owned()));
         }
         self.outgoing.clear();
-        self.reports = None;
+        if let Some(reports) = self.reports.take() {
+            let error = Error::Transport(error.to_owned());
+            let _ = reports.send(Report::Failed { origin: format!("rank {}", self.rank), error });
+        }
     }
 
     /// Everything that was sent is on its way before the headers that nobody will send are taken back.

@@ -183,10 +183,9 @@ unsafe fn isend(
     count: usize,
     kind: ffi::MPI_Datatype,
 ) -> MpiResult<ffi::MPI_Request> {
-    let mut request = null();
+    let (mut request, count) = (null(), c_count(count)?);
     // SAFETY: the caller's promise.
-    let code =
-        unsafe { ffi::MPI_Isend(data, count as c_int, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request) };
+    let code = unsafe { ffi::MPI_Isend(data, count, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request) };
     ok(code).map(|()| request)
 }
 
@@ -197,12 +196,15 @@ unsafe fn irecv(
     count: usize,
     kind: ffi::MPI_Datatype,
 ) -> MpiResult<ffi::MPI_Request> {
-    let mut request = null();
+    let (mut request, count) = (null(), c_count(count)?);
     // SAFETY: the caller's promise.
-    let code = unsafe {
-        ffi::MPI_Irecv(data, count as c_int, kind, from.rank as c_int, from.tag, from.comm.as_raw(), &mut request)
-    };
+    let code =
+        unsafe { ffi::MPI_Irecv(data, count, kind, from.rank as c_int, from.tag, from.comm.as_raw(), &mut request) };
     ok(code).map(|()| request)
+}
+
+fn c_count(count: usize) -> MpiResult<c_int> {
+    c_int::try_from(count).map_err(|_| format!("a message of {count} values, more than MPI can count"))
 }
 
 fn null() -> ffi::MPI_Request {
