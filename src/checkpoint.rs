@@ -68,18 +68,21 @@ fn remove(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes the weights of one stage.
+/// Writes the weights of one stage: every layout with its flat buffer.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the file cannot be written.
-pub fn write_shard(out: &Path, step: usize, stage: usize, layout: &Layout, flat: &Tensor) -> Result<Shard> {
+pub fn write_shard(out: &Path, step: usize, stage: usize, weights: &[(&Layout, &Tensor)]) -> Result<Shard> {
     let folder = folder(out, step, ".tmp");
     let file = format!("stage-{stage}.safetensors");
     let path = folder.join(&file);
     let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path, format!("cannot be written ({error})"));
     fs::create_dir_all(&folder).map_err(|error| wrong(&error))?;
-    let names = layout.entries.iter().map(|entry| entry.parameter.name.as_str());
-    let named: Vec<(&str, Tensor)> = names.zip(layout.views(flat)?).collect();
+    let mut named: Vec<(&str, Tensor)> = Vec::new();
+    for (layout, flat) in weights {
+        let names = layout.entries.iter().map(|entry| entry.parameter.name.as_str());
+        named.extend(names.zip(layout.views(flat)?));
+    }
     Tensor::write_safetensors(&named, &path).map_err(|error| wrong(&error))?;
     let bytes = fs::File::open(&path)
         .and_then(|file| file.sync_all().and_then(|()| file.metadata()))

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::grid::Grid;
+use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
-use crate::schedule::Kind;
+use crate::schedule::{Kind, Tie};
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
 #[derive(Debug, Parser)]
@@ -53,7 +53,7 @@ pub struct TrainArgs {
     /// Overrides a key of the config, as in model.d_model=256; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Fail on purpose, as a drill: panic|crash|corrupt-message@STAGE,REPLICA:STEP.
+    /// Fail on purpose, as a drill: panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
 }
@@ -112,6 +112,12 @@ pub struct ScheduleArgs {
     /// Slack per hop.
     #[arg(long, default_value_t = 1)]
     pub slack: usize,
+    /// One stage a device, or the last stage on the first one's device.
+    #[arg(long, value_enum, default_value = "line")]
+    pub placement: Placement,
+    /// The rule of the tied embedding.
+    #[arg(long, value_enum, default_value = "aligned")]
+    pub tie: Tie,
     /// Times of forward, backward and message of one microbatch on one stage.
     #[arg(long, value_name = "F:B:C", default_value = "1:2:0")]
     pub times: String,

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::grid::Grid;
-use crate::schedule::Kind;
+use crate::grid::{Grid, Placement};
+use crate::schedule::{Kind, Tie};
 
 /// A run. Every key has a default, so a config file holds only what differs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ impl Default for Config {
 pub struct GridConfig {
     pub stages: usize,
     pub replicas: usize,
+    /// `line`, or `ring`: the last stage on the first one's device.
+    pub placement: Placement,
     pub layers_per_stage: LayersPerStage,
     /// Delays `D_k`, one a stage, where the least ones are not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,7 +80,13 @@ pub struct GridConfig {
 
 impl Default for GridConfig {
     fn default() -> GridConfig {
-        GridConfig { stages: 1, replicas: 1, layers_per_stage: LayersPerStage::Word(Balanced::Balanced), delays: None }
+        GridConfig {
+            stages: 1,
+            replicas: 1,
+            placement: Placement::Line,
+            layers_per_stage: LayersPerStage::Word(Balanced::Balanced),
+            delays: None,
+        }
     }
 }
 
@@ -116,11 +124,34 @@ pub struct ModelConfig {
     pub d_ff: usize,
     /// After the embedding and on both branches of every layer.
     pub dropout: f64,
+    /// Whether embedding and head share one table, and how it is updated under delay.
+    pub tie: Tie,
+    /// What a tied table's gradient is made of its two parts.
+    pub tie_gradient: TieGradient,
+}
+
+/// How the two parts of a tied table's gradient are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TieGradient {
+    /// The true gradient.
+    Sum,
+    /// Half of it, as in the paper.
+    Mean,
 }
 
 impl Default for ModelConfig {
     fn default() -> ModelConfig {
-        ModelConfig { arch: Arch::Transformer, layers: 4, d_model: 128, heads: 4, d_ff: 512, dropout: 0.0 }
+        ModelConfig {
+            arch: Arch::Transformer,
+            layers: 4,
+            d_model: 128,
+            heads: 4,
+            d_ff: 512,
+            dropout: 0.0,
+            tie: Tie::Aligned,
+            tie_gradient: TieGradient::Sum,
+        }
     }
 }
 
@@ -303,7 +334,7 @@ impl Config {
 
     /// The grid that is asked for.
     pub fn grid(&self) -> Grid {
-        Grid { stages: self.grid.stages, replicas: self.grid.replicas }
+        Grid { placement: self.grid.placement, ..Grid::line(self.grid.stages, self.grid.replicas) }
     }
 }
 

@@ -1,11 +1,13 @@
 //! The oracle: the whole grid's arithmetic in one process, one autograd graph over the whole model per microbatch,
 //! replicas one after the other. It is the definition of correct: it shares the layers, the formulas of `delay` and
-//! the optimizers with the grid, but neither `stage` nor `worker` nor any message.
+//! the optimizers with the grid, but neither `stage`, `table` nor `worker` nor any message.
 //!
 //! ```text
-//! for t:   w_k = W_k[max(s, t - D_k)]  for every stage k
-//!          for r: for j:  gradients of loss(x^{t,r,j}; w_0, ..., w_{K-1}),  added up over j, then over r
-//!          W_k[t+1] = W_k[t] + optimizer_k(mean gradient)
+//! for t:   w_k = W_k[max(s, t - D_k)]  for every stage k;  v = V[max(s, t - D_0)], or V[t] under tie = "fresh"
+//!          for r: for j:  gradients of loss(x^{t,r,j}; w_0, ..., w_{K-1}, v as input, v as output),  added up over j
+//!                 layer l's memory for (t+1, r, j) is its own input here
+//!                 the table's parts put together, then everything added up over r
+//!          W_k[t+1] = W_k[t] + optimizer_k(mean gradient);  V[t+1] = V[t] + optimizer(mean gradient)
 //! ```
 
 use std::collections::BTreeMap;
@@ -16,29 +18,44 @@ use tch::Tensor;
 
 use crate::checkpoint;
 use crate::comm::Reporter;
-use crate::data::{Batch, Batches};
+use crate::data::Batches;
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::metrics::Report;
-use crate::model::{self, Dropout, Stack};
+use crate::model::{self, Dropout, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::params::{Layout, slice, slice_mut, zeros};
+use crate::schedule::Tie;
 use crate::setup::Setup;
 
-/// What one stage of the grid would hold.
-struct EmulatedStage {
+/// A set of weights with its versions: what one stage of the grid would hold, or the tied table.
+struct Weights {
     layout: Layout,
     optimizer: Optimizer,
     /// Version number -> flat weights.
     versions: BTreeMap<usize, Tensor>,
 }
 
+/// The gradients of one replica's step, added up over its microbatches.
+struct Gradients {
+    stages: Vec<Tensor>,
+    /// Of the tied table: as the embedding uses it, as the head does.
+    input: Tensor,
+    output: Tensor,
+}
+
 /// The oracle of one run.
 pub struct Emulator {
     setup: Arc<Setup>,
     model: Stack,
-    stages: Vec<EmulatedStage>,
+    stages: Vec<Weights>,
+    /// Without parameters where nothing is tied.
+    table: Weights,
+    /// (step, replica) -> a part of the table's gradient that has not joined an update yet.
+    inputs: BTreeMap<(usize, usize), Tensor>,
+    /// (replica, microbatch) -> what the layers remember of its rows.
+    memories: BTreeMap<(usize, usize), Memory>,
     batches: Batches,
     reports: Reporter,
     out: PathBuf,
@@ -52,16 +69,18 @@ impl Emulator {
     pub fn new(setup: Arc<Setup>, reports: Reporter, out: PathBuf) -> Result<Emulator> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
-        let stage = |stage: usize| -> Result<EmulatedStage> {
-            let layout = Layout::new(setup.stack(stage).parameters());
+        let weights = |parameters: &[model::Parameter]| -> Result<Weights> {
+            let layout = Layout::new(parameters);
             let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
             let versions = BTreeMap::from([(0, layout.initial(config.seed)?)]);
-            Ok(EmulatedStage { layout, optimizer, versions })
+            Ok(Weights { layout, optimizer, versions })
         };
-        let stages = (0..setup.grid.stages).map(stage).collect::<Result<_>>()?;
+        let stages = (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own())).collect::<Result<_>>()?;
+        let table = weights(&model::table(&setup.dimensions))?;
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
         let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
-        Ok(Emulator { model, stages, batches, reports, out, setup })
+        let (inputs, memories) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, out, setup })
     }
 
     /// The whole run.
@@ -83,68 +102,115 @@ impl Emulator {
         if setup.schedule.evaluates_at(setup.config.steps) {
             self.evaluate(setup.config.steps)?;
         }
-        for (stage, emulated) in self.stages.iter().enumerate() {
-            let steps = setup.config.steps;
-            let newest = emulated.newest()?;
-            let shard = checkpoint::write_shard(&self.out, steps, stage, &emulated.layout, newest)?;
-            let place = Place { stage, replica: 0 };
-            self.reports.send(Report::Done { place, shard: Some(shard), peak_bytes: None })?;
+        let mut shards = Vec::new();
+        for (stage, weights) in self.stages.iter().enumerate() {
+            let own = (&weights.layout, weights.newest()?);
+            let table = (&self.table.layout, self.table.newest()?);
+            let saved: Vec<_> = Some(table).filter(|_| stage == 0 && setup.dimensions.tied).into_iter().chain([own]).collect();
+            shards.push(checkpoint::write_shard(&self.out, setup.config.steps, stage, &saved)?);
         }
-        Ok(())
+        self.reports.send(Report::Done { rank: 0, shards, peak_bytes: None })
     }
 
     fn step(&mut self, t: usize, sync: usize) -> Result<()> {
-        let replicas = self.setup.grid.replicas;
-        let numbers: Vec<usize> = self.setup.schedule.delays.iter().map(|delay| version(sync, t, *delay)).collect();
-        let mut sums = self.gradients(t, 0, &numbers)?;
-        for replica in 1..replicas {
-            for (sum, gradient) in sums.iter_mut().zip(self.gradients(t, replica, &numbers)?) {
-                let _ = sum.f_add_(&gradient)?;
+        let setup = Arc::clone(&self.setup);
+        let at = |delay: usize| version(sync, t, delay);
+        let numbers: Vec<usize> = setup.schedule.delays.iter().map(|delay| at(*delay)).collect();
+        let table_delay = match setup.config.model.tie {
+            Tie::Aligned => setup.schedule.delays[0],
+            _ => 0,
+        };
+        let (mut sums, mut table_sum) = (Vec::new(), None);
+        for replica in 0..setup.grid.replicas {
+            let gradients = self.gradients(t, replica, &numbers, at(table_delay))?;
+            let table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
+            match &mut table_sum {
+                None => (sums, table_sum) = (gradients.stages, Some(table)),
+                Some(table_sum) => {
+                    let _ = table_sum.f_add_(&table)?;
+                    for (sum, gradient) in sums.iter_mut().zip(gradients.stages) {
+                        let _ = sum.f_add_(&gradient)?;
+                    }
+                }
             }
         }
-        for (k, sum) in sums.iter_mut().enumerate() {
-            self.update(t, k, sum)?;
+        for (stage, sum) in sums.iter_mut().enumerate() {
+            let norm = self.update(t, Some(stage), sum)?;
+            self.reports.send(Report::Norm { stage, step: t, norm })?;
+        }
+        if let Some(mut sum) = table_sum.filter(|_| setup.dimensions.tied) {
+            let norm = self.update(t, None, &mut sum)?;
+            self.reports.send(Report::TableNorm { step: t, norm })?;
         }
         Ok(())
     }
 
-    /// The parameters of the whole model at the given version of every stage, as leaves.
-    fn parameters(&self, numbers: &[usize]) -> Result<Vec<Tensor>> {
-        let mut parameters = Vec::new();
-        for (stage, number) in self.stages.iter().zip(numbers) {
-            let flat = stage.versions.get(number);
-            let flat = flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))?;
-            for view in stage.layout.views(flat)? {
-                parameters.push(view.f_detach()?.f_set_requires_grad(true)?);
-            }
+    /// The gradient of the tied table that one replica brings to the update of step t.
+    fn joined(&mut self, t: usize, sync: usize, replica: usize, input: Tensor, output: Tensor) -> Result<Tensor> {
+        let schedule = &self.setup.schedule;
+        self.inputs.insert((t, replica), input);
+        let mut sum = output;
+        let last_of_segment = schedule.sync.contains(t + 1);
+        let steps: Vec<usize> = match self.setup.config.model.tie {
+            // D_0 steps old, and at a sync point whatever is still under way.
+            Tie::Fresh if !last_of_segment => t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync).into_iter().collect(),
+            Tie::Fresh => (t.saturating_sub(schedule.delays[0]).max(sync)..=t).collect(),
+            _ => vec![t],
+        };
+        for step in steps {
+            let part = self.inputs.remove(&(step, replica));
+            let part = part.ok_or_else(|| Error::Internal(format!("the oracle has no part of step {step}")))?;
+            let _ = sum.f_add_(&part)?;
         }
-        Ok(parameters)
+        Ok(sum)
     }
 
-    /// Flat gradients of every stage, added up over the microbatches of one replica.
-    fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize]) -> Result<Vec<Tensor>> {
-        let parameters = self.parameters(numbers)?;
-        let flats = self.stages.iter().map(|stage| zeros(stage.layout.len)).collect::<Result<Vec<_>>>()?;
+    /// The parameters of the whole model at the given versions, as leaves: those of the stages, those of the table as
+    /// the embedding uses it and as the head does.
+    fn leaves(&self, numbers: &[usize], table: usize) -> Result<[Vec<Tensor>; 3]> {
+        let mut own = Vec::new();
+        for (stage, number) in self.stages.iter().zip(numbers) {
+            own.extend(stage.leaves(*number)?);
+        }
+        // Without a tie the table is empty and never updated.
+        let table = if self.setup.dimensions.tied { table } else { 0 };
+        Ok([own, self.table.leaves(table)?, self.table.leaves(table)?])
+    }
+
+    /// Gradients of one replica, added up over its microbatches.
+    fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize], table: usize) -> Result<Gradients> {
+        let setup = Arc::clone(&self.setup);
+        let config = &setup.config;
+        let leaves = self.leaves(numbers, table)?;
+        let weights = self.model.weights(&leaves[0], &leaves[1], &leaves[2]);
+        let stages = self.stages.iter().map(|stage| zeros(stage.layout.len)).collect::<Result<Vec<_>>>()?;
+        let (input, output) = (zeros(self.table.layout.len)?, zeros(self.table.layout.len)?);
         let mut sums = Vec::new();
-        for (stage, flat) in self.stages.iter().zip(&flats) {
+        for (stage, flat) in self.stages.iter().zip(&stages) {
             sums.extend(stage.layout.views(flat)?);
         }
-        let config = &self.setup.config;
+        sums.extend(self.table.layout.views(&input)?);
+        sums.extend(self.table.layout.views(&output)?);
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
-            let Batch { tokens, targets } = self.batches.train(t, self.setup.train_rows(replica, microbatch));
+            let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
             let (rate, seed) = (config.model.dropout, config.seed);
             let dropout = (rate > 0.0).then_some(Dropout { rate, seed, step: t, replica, microbatch });
-            let loss = model::loss(&self.model.forward(&parameters, &tokens, dropout)?, &targets)?;
+            let remembered = self.memories.remove(&(replica, microbatch));
+            let mut memory = remembered.filter(|_| !self.batches.restarts(t)).unwrap_or_default();
+            let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, dropout)?;
+            self.memories.insert((replica, microbatch), memory);
+            let loss = self.model.loss(&weights, &hidden, &batch.targets, dropout)?;
             total += self.finite(t, replica, loss.f_double_value(&[])?)?;
-            let gradients = Tensor::f_run_backward(&[&loss], &parameters, false, false)?;
+            let leaves: Vec<&Tensor> = leaves.iter().flatten().collect();
+            let gradients = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
             for (sum, gradient) in sums.iter_mut().zip(&gradients) {
                 let _ = sum.f_add_(gradient)?;
             }
         }
         let loss = total / config.microbatches as f64;
         self.reports.send(Report::Loss { replica, step: t, loss })?;
-        Ok(flats)
+        Ok(Gradients { stages, input, output })
     }
 
     fn finite(&self, step: usize, replica: usize, loss: f64) -> Result<f64> {
@@ -155,36 +221,40 @@ impl Emulator {
         Err(Error::NotFinite { tensor: "the loss".into(), step, place })
     }
 
-    fn update(&mut self, t: usize, k: usize, sum: &mut Tensor) -> Result<()> {
+    /// Updates a stage, or the table, by the sum of its gradients; the norm of the mean.
+    fn update(&mut self, t: usize, stage: Option<usize>, sum: &mut Tensor) -> Result<f64> {
         let config = &self.setup.config;
-        let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64;
+        let (weights, delay, factor) = match stage {
+            Some(stage) => (&mut self.stages[stage], self.setup.schedule.delays[stage], 1.0),
+            None => (&mut self.table, self.setup.schedule.delays[0], self.setup.tie_factor()),
+        };
+        let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
         let norm = norm(slice(sum)) * mean;
         if !norm.is_finite() {
-            let place = Place { stage: k, replica: 0 };
+            let place = Place { stage: stage.unwrap_or(0), replica: 0 };
             return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place });
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
-        let stage = &mut self.stages[k];
-        let mut new = stage.newest()?.f_detach_copy()?;
+        let mut new = weights.newest()?.f_detach_copy()?;
         let update = Update { old: None, new: slice_mut(&mut new), gradient: slice_mut(sum), lr, scale };
-        stage.optimizer.update(update);
-        stage.versions.insert(t + 1, new);
-        let oldest = (t + 1).saturating_sub(self.setup.schedule.delays[k]);
-        stage.versions.retain(|number, _| *number >= oldest);
-        self.reports.send(Report::Norm { stage: k, step: t, norm })
+        weights.optimizer.update(update);
+        weights.versions.insert(t + 1, new);
+        weights.versions.retain(|number, _| number + delay > t);
+        Ok(norm)
     }
 
     fn evaluate(&mut self, t: usize) -> Result<()> {
-        let numbers = vec![t; self.stages.len()];
-        let parameters = self.parameters(&numbers)?;
+        let leaves = self.leaves(&vec![t; self.stages.len()], t)?;
+        let weights = self.model.weights(&leaves[0], &leaves[1], &leaves[2]);
         for replica in 0..self.setup.grid.replicas {
             let (mut loss_sum, mut tokens) = (0.0, 0);
+            let mut memory = Memory::default();
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
                 let batch = self.batches.held_out(self.setup.eval_rows(replica, microbatch));
                 let mean = tch::no_grad(|| -> Result<f64> {
-                    let logits = self.model.forward(&parameters, &batch.tokens, None)?;
-                    Ok(model::loss(&logits, &batch.targets)?.f_double_value(&[])?)
+                    let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, None)?;
+                    Ok(self.model.loss(&weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
                 })?;
                 loss_sum += mean * batch.targets.numel() as f64;
                 tokens += batch.targets.numel();
@@ -195,9 +265,16 @@ impl Emulator {
     }
 }
 
-impl EmulatedStage {
+impl Weights {
     fn newest(&self) -> Result<&Tensor> {
         let newest = self.versions.last_key_value().map(|(_, flat)| flat);
         newest.ok_or_else(|| Error::Internal("the oracle holds no version".into()))
+    }
+
+    fn leaves(&self, number: usize) -> Result<Vec<Tensor>> {
+        let flat = self.versions.get(&number);
+        let flat = flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))?;
+        let leaf = |view: Tensor| Ok(view.f_detach()?.f_set_requires_grad(true)?);
+        self.layout.views(flat)?.into_iter().map(leaf).collect()
     }
 }

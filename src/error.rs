@@ -31,6 +31,12 @@ pub enum Error {
          optimizer.warmup (no weights were written)"
     )]
     NotFinite { tensor: String, step: usize, place: Place },
+    /// Copies of the same weights are not the same any more.
+    #[error(
+        "the copies of the tied embedding differ after step {step}: {digests}; a fault of the program or of a machine's \
+         memory (no weights were written)"
+    )]
+    CopiesDiffer { step: usize, digests: String },
     /// A folder of weights is not usable.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint { path: String, problem: String },
@@ -54,7 +60,7 @@ impl Error {
             Error::Lost { .. } | Error::Transport(_) | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
             Error::Checkpoint { .. } => 6,
-            Error::Internal(_) => 70,
+            Error::CopiesDiffer { .. } | Error::Internal(_) => 70,
         }
     }
 
@@ -99,6 +105,7 @@ mod tests {
             (Error::NotFinite { tensor: "x".into(), step: 0, place }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),
             (Error::Internal("x".into()), 70),
+            (Error::CopiesDiffer { step: 1, digests: "x".into() }, 70),
         ];
         for (error, code) in table {
             assert_eq!(error.exit_code(), code, "{error}");

@@ -13,6 +13,8 @@ pub enum Fault {
     Crash,
     /// The place sends a message that claims to be another.
     CorruptMessage,
+    /// A bit of the place's copy of the tied table changes, right before the copies are compared after the step.
+    AlterTable,
 }
 
 /// One fault at one place, at the first action of a step.
@@ -27,7 +29,7 @@ impl FromStr for Injection {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Injection, String> {
-        let wrong = || format!("`{text}` is not a fault; write panic|crash|corrupt-message@STAGE,REPLICA:STEP");
+        let wrong = || format!("`{text}` is not a fault; write panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP");
         let (kind, rest) = text.split_once('@').ok_or_else(wrong)?;
         let (place, step) = rest.split_once(':').ok_or_else(wrong)?;
         let (stage, replica) = place.split_once(',').ok_or_else(wrong)?;
@@ -36,6 +38,7 @@ impl FromStr for Injection {
             "panic" => Fault::Panic,
             "crash" => Fault::Crash,
             "corrupt-message" => Fault::CorruptMessage,
+            "alter-table" => Fault::AlterTable,
             _ => return Err(wrong()),
         };
         let place = Place { stage: number(stage)?, replica: number(replica)? };

@@ -14,7 +14,7 @@ use crate::comm::{Reporter, local, mpi};
 use crate::config::Config;
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
-use crate::grid::{Grid, Place};
+use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::metrics::{Recorder, Report, Summary};
 use crate::runtime;
@@ -151,10 +151,10 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 
 /// The error to show: the first one that is not only the loss of a peer that had an error itself.
 #[derive(Default)]
-struct FirstError(Mutex<Option<(Place, Error)>>);
+struct FirstError(Mutex<Option<(usize, Error)>>);
 
 impl FirstError {
-    fn set(&self, place: Place, error: Error) {
+    fn set(&self, rank: usize, error: Error) {
         let mut first = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let consequence = |error: &Error| matches!(error, Error::Lost { .. });
         let replace = match &*first {
@@ -162,11 +162,11 @@ impl FirstError {
             Some((_, held)) => consequence(held) && !consequence(&error),
         };
         if replace {
-            *first = Some((place, error));
+            *first = Some((rank, error));
         }
     }
 
-    fn take(self) -> Option<(Place, Error)> {
+    fn take(self) -> Option<(usize, Error)> {
         self.0.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -194,16 +194,16 @@ fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
 pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Option<Injection>) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
-    let ends = local::connect(grid, setup.schedule.link_capacity(), &reports);
+    let ports = local::connect(grid, setup.schedule.link_capacity(), &reports);
     drop(reports);
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
-        for (place, ends) in grid.places().zip(ends) {
+        for (rank, ports) in ports.into_iter().enumerate() {
             let first = &first;
             scope.spawn(move || {
-                let work = || Worker::new(Arc::clone(setup), place, ends, out.to_owned(), inject)?.run();
+                let work = || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), inject)?.run();
                 if let Err(error) = caught(work) {
-                    first.set(place, error);
+                    first.set(rank, error);
                 }
             });
         }
@@ -216,7 +216,7 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Opt
         (None, summary) => summary,
         // The recorder's own error, which took the reports away from the places.
         (Some((_, Error::Lost { .. })), Err(error)) => Err(error),
-        (Some((place, error)), _) => Err((Some(place.to_string()), error)),
+        (Some((rank, error)), _) => Err((Some(grid.name(rank)), error)),
     }
 }
 
@@ -237,7 +237,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder) -> Place
         Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into())));
     let (outcome, summary) = std::thread::scope(|scope| {
         let oracle = scope.spawn(|| caught(|| Emulator::new(Arc::clone(setup), reporter, out.to_owned())?.run()));
-        let summary = recorder.run(&received, setup.grid.stages, false);
+        let summary = recorder.run(&received, 1, false);
         drop(received);
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
     });
@@ -273,8 +273,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     if rank == 0 {
         announce(&setup, "MPI ranks");
     }
-    let place = setup.grid.place(rank);
-    tracing::info!(%place, rank, host = world.identity.host, pid = std::process::id(), "started");
+    tracing::info!(place = setup.grid.name(rank), rank, host = world.identity.host, pid = std::process::id(), "started");
     if let Err((origin, error)) = run_rank(job, world, &setup, &out, recorder) {
         show(origin.as_deref(), &error);
         tracing::error!(%error, "ended");
@@ -302,8 +301,12 @@ fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
         return Err(Error::config("launcher", found, format!("use the mpirun of {}", mpi::library_version())));
     }
     if grid.size() != size {
-        let remedy = format!("run mpirun -n {}, or give --grid KxR with K * R = {size}", grid.size());
-        return Err(Error::config("grid", format!("{grid} = {} places and {size} ranks", grid.size()), remedy));
+        let devices = match grid.placement {
+            Placement::Line => "K * R",
+            Placement::Ring => "(K - 1) * R",
+        };
+        let remedy = format!("run mpirun -n {}, or give --grid KxR with {devices} = {size}", grid.size());
+        return Err(Error::config("grid", format!("{grid} = {} devices and {size} ranks", grid.size()), remedy));
     }
     Ok(setup)
 }
@@ -325,13 +328,13 @@ fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
 /// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;
 /// another rank that fails tells rank 0, and speaks for itself only if it is not ended.
 fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Placed<()> {
-    let place = setup.grid.place(world.identity.rank);
-    let origin = format!("{place} (rank {} on {})", world.identity.rank, world.identity.host);
-    let (ends, reports) = world.connect(setup.grid, setup.schedule.link_capacity()).map_err(|error| (None, error))?;
+    let rank = world.identity.rank;
+    let origin = format!("{} (rank {rank} on {})", setup.grid.name(rank), world.identity.host);
+    let (ports, reports) = world.connect(setup.grid, setup.schedule.link_capacity()).map_err(|error| (None, error))?;
     let mut reporter = world.reporter();
     let (inject, out, worker_setup) = (job.inject, out.to_owned(), Arc::clone(setup));
     let work = move || -> Placed<()> {
-        let result = caught(|| Worker::new(worker_setup, place, ends, out, inject)?.run());
+        let result = caught(|| Worker::new(worker_setup, rank, ports, out, inject)?.run());
         result.map_err(|error| {
             let told = reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
             if told.is_ok() {

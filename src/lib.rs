@@ -9,12 +9,13 @@
 //! grid       K x R places             -> partition   layers of each stage
 //! delay      versions, sync points    -> schedule    what each stage does, in which order
 //!
-//! worker:    for action in schedule.actions(stage):
+//! worker:    for action in schedule.device_actions(device):
 //!                Load                    data::Batches
 //!                Forward, Backward       stage::Stage       at the step's version of the weights (params::Versions)
 //!                Send*, Recv*            comm::Link         activations down, gradients up
 //!                Reduce                  comm::ReplicaGroup sum over the replicas
 //!                Update                  optim::Optimizer   the next version
+//!                Part ... UpdateTable    table::Table       the tied embedding, at both ends of the pipeline
 //!
 //! metrics    what the places report      checkpoint   what is saved
 //! emulator   the same arithmetic in one process: the definition of correct
@@ -36,8 +37,9 @@ pub mod random;
 pub mod data;
 pub mod model;
 pub mod params;
-pub mod setup;
 pub mod optim;
+pub mod table;
+pub mod setup;
 pub mod stage;
 pub mod checkpoint;
 pub mod metrics;

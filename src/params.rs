@@ -9,6 +9,8 @@
 //! gradient   [ norm1 | qkv | ... ]                 every version's parameters add theirs into this one
 //! ```
 //!
+//! A table that two ends use has a side for each: its own leaves over the same buffers, its own gradient.
+//!
 //! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
 //!
@@ -98,10 +100,23 @@ pub fn zeros(len: usize) -> Result<Tensor> {
 /// Unless `flat` is one-dimensional, contiguous, f32 and on the CPU.
 pub fn slice(flat: &Tensor) -> &[f32] {
     check_flat(flat);
+    if flat.numel() == 0 {
+        return &[]; // libtorch has no address for it.
+    }
     // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
     // handles of the storage exist (parameters are views), but libtorch only runs inside calls of the thread that owns
     // the stage, and that thread holds this borrow.
     unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
+}
+
+/// The bytes of a flat buffer's values.
+///
+/// # Panics
+/// As [`slice()`].
+pub fn bytes(flat: &Tensor) -> &[u8] {
+    let values = slice(flat);
+    // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as long.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
 }
 
 /// The values of a flat buffer, to be changed.
@@ -110,6 +125,9 @@ pub fn slice(flat: &Tensor) -> &[f32] {
 /// As [`slice()`].
 pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
     check_flat(flat);
+    if flat.numel() == 0 {
+        return &mut [];
+    }
     // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
     // passes by libtorch's version counter, on purpose: no graph that is still to be run backward points at this
     // buffer (the schedule's `check` proves it for every action list).
@@ -123,38 +141,43 @@ fn check_flat(flat: &Tensor) {
     );
 }
 
-/// The versions of a stage's weights that are held, and its gradient.
+/// The versions of a set of weights that are held, and their gradient.
 pub struct Versions {
     layout: Layout,
     /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
     buffers: Vec<Tensor>,
-    /// The parameters of every buffer, leaves of autograd.
-    parameters: Vec<Vec<Tensor>>,
-    gradient: Tensor,
+    sides: Vec<Side>,
     /// The newest version: how many updates have been made.
     newest: usize,
 }
 
+/// One use of the weights.
+struct Side {
+    /// The parameters of every buffer, leaves of autograd.
+    leaves: Vec<Vec<Tensor>>,
+    gradient: Tensor,
+}
+
 impl Versions {
-    /// Version 0 is `initial`; `held` = D + 1 buffers.
+    /// Version 0 is `initial`; `held` = D + 1 buffers, with `sides` uses of their own gradients.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn new(layout: Layout, initial: Tensor, held: usize) -> Result<Versions> {
-        let gradient = zeros(layout.len)?;
-        let gradients = layout.views(&gradient)?;
+    pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize) -> Result<Versions> {
         let mut buffers = vec![initial];
         while buffers.len() < held {
             buffers.push(zeros(layout.len)?);
         }
-        let parameters = buffers
-            .iter()
-            .map(|flat| {
-                let views = layout.views(flat)?;
-                views.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Versions { layout, buffers, parameters, gradient, newest: 0 })
+        let side = |_| -> Result<Side> {
+            let gradient = zeros(layout.len)?;
+            let gradients = layout.views(&gradient)?;
+            let of_buffer = |flat| -> Result<Vec<Tensor>> {
+                layout.views(flat)?.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
+            };
+            Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient })
+        };
+        let sides = (0..sides).map(side).collect::<Result<_>>()?;
+        Ok(Versions { layout, buffers, sides, newest: 0 })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -165,18 +188,18 @@ impl Versions {
         self.newest
     }
 
-    /// The parameters of a version.
+    /// The parameters of a version, as one side uses them.
     ///
     /// # Panics
     /// If the version is not written yet or no longer held: a fault of the schedule.
-    pub fn parameters(&self, version: usize) -> &[Tensor] {
+    pub fn parameters(&self, version: usize, side: usize) -> &[Tensor] {
         let held = self.buffers.len();
         assert!(
             version <= self.newest && self.newest - version < held,
             "version {version} is not held: the newest is {} of {held}",
             self.newest
         );
-        &self.parameters[version % held]
+        &self.sides[side].leaves[version % held]
     }
 
     /// The flat buffer of the newest version.
@@ -184,18 +207,24 @@ impl Versions {
         &self.buffers[self.newest % self.buffers.len()]
     }
 
-    /// The flat gradient. The handle shares its memory with the parameters' gradients.
-    pub fn gradient(&mut self) -> &mut Tensor {
-        &mut self.gradient
+    /// The same, to be changed.
+    pub fn flat_mut(&mut self) -> &mut Tensor {
+        let held = self.buffers.len();
+        &mut self.buffers[self.newest % held]
+    }
+
+    /// The flat gradient of a side. The handle shares its memory with the parameters' gradients.
+    pub fn gradient(&mut self, side: usize) -> &mut Tensor {
+        &mut self.sides[side].gradient
     }
 
     /// What an update works on: the newest weights if they are to be kept (D > 0), the buffer of the next version
-    /// (with D = 0 it holds the newest weights, to be changed in place), and the gradient.
+    /// (with D = 0 it holds the newest weights, to be changed in place), and the gradient of the first side.
     pub fn advance(&mut self) -> (Option<&[f32]>, &mut [f32], &mut [f32]) {
         let held = self.buffers.len();
         let (old, new) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
-        let gradient = slice_mut(&mut self.gradient);
+        let gradient = slice_mut(&mut self.sides[0].gradient);
         if held == 1 {
             return (None, slice_mut(&mut self.buffers[0]), gradient);
         }
@@ -222,7 +251,7 @@ mod tests {
 
     fn layout() -> Layout {
         let parameter =
-            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0) };
+            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0), tied: false };
         Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
     }
 
@@ -241,41 +270,51 @@ mod tests {
     #[test]
     fn gradients_of_all_versions_add_up_in_the_flat_buffer() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2).unwrap();
-        let address = versions.gradient().data_ptr();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1).unwrap();
+        let address = versions.gradient(0).data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
-        square(versions.parameters(0)).backward();
+        square(versions.parameters(0, 0)).backward();
         let (old, new, _) = versions.advance();
         new.copy_from_slice(old.unwrap());
         new[0] = 10.0;
-        square(versions.parameters(0)).backward();
-        square(versions.parameters(1)).backward();
+        square(versions.parameters(0, 0)).backward();
+        square(versions.parameters(1, 0)).backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
-        assert_eq!(versions.gradient().data_ptr(), address);
-        let gradient = slice(versions.gradient());
+        assert_eq!(versions.gradient(0).data_ptr(), address);
+        let gradient = slice(versions.gradient(0));
         assert_eq!(gradient[0], 4.0 * first[0] + 20.0);
         assert_eq!(gradient[1], 6.0 * first[1]);
         assert_eq!(gradient[16], 0.0);
     }
 
     #[test]
+    fn two_sides_share_the_weights_and_not_the_gradient() {
+        let layout = layout();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2).unwrap();
+        assert_eq!(versions.parameters(0, 0)[1].data_ptr(), versions.parameters(0, 1)[1].data_ptr());
+        versions.parameters(0, 1)[1].sum(Kind::Float).backward();
+        assert_eq!(slice(versions.gradient(0)), [0.0; 48]);
+        assert_eq!(slice(versions.gradient(1))[16..23], [1.0; 7]);
+    }
+
+    #[test]
     fn a_graph_keeps_its_version_when_the_next_is_written() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2).unwrap();
-        let loss = (&versions.parameters(0)[0] * &versions.parameters(0)[0]).sum(Kind::Float);
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1).unwrap();
+        let loss = (&versions.parameters(0, 0)[0] * &versions.parameters(0, 0)[0]).sum(Kind::Float);
         let (_, new, _) = versions.advance();
         new.fill(100.0);
         loss.backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
-        assert_eq!(slice(versions.gradient())[3], 2.0 * first[3]);
+        assert_eq!(slice(versions.gradient(0))[3], 2.0 * first[3]);
     }
 
     #[test]
     #[should_panic(expected = "version 0 is not held")]
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1).unwrap();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1).unwrap();
         versions.advance();
-        versions.parameters(0);
+        versions.parameters(0, 0);
     }
 }

@@ -12,33 +12,65 @@ use std::ops::Range;
 pub fn balanced(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec<Range<usize>> {
     let layers = costs.len();
     assert!(stages >= 1 && stages <= layers, "{stages} stages for {layers} layers");
+    let sum = |a: usize, b: usize| costs[a..b].iter().sum::<f64>();
+    let before = prefixes(costs, first, stages - 1);
+    let first = if stages == 1 { first } else { 0.0 };
+    let whole = |a: usize, cut: &Cut| cut.with(layers, sum(a, layers) + first + last);
+    let cuts = before.iter().enumerate().take(layers).filter_map(|(a, cut)| Some(whole(a, cut.as_ref()?)));
+    cheapest(cuts).expect("a cut exists when there are no more stages than layers").runs()
+}
+
+/// The same for a ring, whose first and last run share a device: the dearest device is as cheap as it can be, and the
+/// two runs that share one differ as little as they can.
+///
+/// # Panics
+/// As [`balanced`], or with fewer than 3 stages.
+pub fn balanced_ring(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec<Range<usize>> {
+    let layers = costs.len();
+    assert!(stages >= 3 && stages <= layers, "{stages} stages of a ring for {layers} layers");
+    let sum = |a: usize, b: usize| costs[a..b].iter().sum::<f64>();
+    let mut best: Option<(Cut, f64)> = None;
+    for a in 1..=layers + 1 - stages {
+        let middles = prefixes(&costs[a..], 0.0, stages - 2);
+        for b in a + stages - 2..layers {
+            let Some(middle) = &middles[b - a] else { continue };
+            let (head, tail) = (first + sum(0, a), last + sum(b, layers));
+            let mut cut = middle.with(layers - a, head + tail);
+            cut.ends.iter_mut().for_each(|end| *end += a);
+            cut.ends.insert(0, 0);
+            let apart = (head - tail).abs();
+            let key = |(cut, apart): &(Cut, f64)| (cut.dearest, cut.squares, *apart);
+            if best.as_ref().is_none_or(|held| (cut.dearest, cut.squares, apart) < key(held)) {
+                best = Some((cut, apart));
+            }
+        }
+    }
+    best.expect("a cut exists when there are no more stages than layers").0.runs()
+}
+
+/// The best cut of every prefix of the layers into exactly `stages` runs, by the prefix's length; the first run also
+/// carries `first`.
+fn prefixes(costs: &[f64], first: f64, stages: usize) -> Vec<Option<Cut>> {
     let mut sums = vec![0.0];
     for cost in costs {
-        sums.push(sums.last().unwrap() + cost);
+        sums.push(sums[sums.len() - 1] + cost);
     }
-    let cost = |stage: usize, a: usize, b: usize| {
-        let ends = if stage == 0 { first } else { 0.0 } + if stage == stages - 1 { last } else { 0.0 };
-        sums[b] - sums[a] + ends
-    };
-    // best[b]: the best cut of the layers 0..b into the stages so far.
-    let mut best: Vec<Option<Cut>> = vec![None; layers + 1];
+    let mut best: Vec<Option<Cut>> = vec![None; costs.len() + 1];
     best[0] = Some(Cut { dearest: 0.0, squares: 0.0, ends: vec![0] });
     for stage in 0..stages {
+        let more = if stage == 0 { first } else { 0.0 };
         let extended = |b: usize| {
-            let mut least: Option<Cut> = None;
-            for (a, cut) in best.iter().enumerate().take(b) {
-                let Some(cut) = cut else { continue };
-                let candidate = cut.with(b, cost(stage, a, b));
-                if least.as_ref().is_none_or(|least| candidate.key() < least.key()) {
-                    least = Some(candidate);
-                }
-            }
-            least
+            let shorter = best.iter().enumerate().take(b);
+            cheapest(shorter.filter_map(|(a, cut)| Some(cut.as_ref()?.with(b, sums[b] - sums[a] + more))))
         };
-        best = (0..=layers).map(extended).collect();
+        best = (0..=costs.len()).map(extended).collect();
     }
-    let cut = best[layers].take().expect("a cut exists when there are no more stages than layers");
-    cut.ends.windows(2).map(|w| w[0]..w[1]).collect()
+    best
+}
+
+/// The first of the cheapest cuts.
+fn cheapest(cuts: impl Iterator<Item = Cut>) -> Option<Cut> {
+    cuts.reduce(|least, cut| if (cut.dearest, cut.squares) < (least.dearest, least.squares) { cut } else { least })
 }
 
 /// A way to cut a prefix of the layers.
@@ -57,8 +89,8 @@ impl Cut {
         Cut { dearest: self.dearest.max(cost), squares: self.squares + cost * cost, ends }
     }
 
-    fn key(&self) -> (f64, f64) {
-        (self.dearest, self.squares)
+    fn runs(&self) -> Vec<Range<usize>> {
+        self.ends.windows(2).map(|w| w[0]..w[1]).collect()
     }
 }
 
@@ -110,6 +142,22 @@ mod tests {
         assert_eq!(counts(&balanced(&[1.0; 8], 0.0, 2.0, 2)), [5, 3]);
         assert_eq!(counts(&balanced(&[1.0; 8], 2.0, 0.0, 2)), [3, 5]);
         assert_eq!(counts(&balanced(&[1.0, 1.0, 4.0, 1.0, 1.0], 0.0, 0.0, 3)), [2, 1, 2]);
+    }
+
+    #[test]
+    fn a_ring_gives_its_doubled_device_a_fair_share() {
+        let table: [(usize, usize, f64, &[usize]); 4] = [
+            (12, 3, 0.0, &[3, 6, 3]),
+            (12, 4, 0.0, &[2, 4, 4, 2]),
+            (8, 4, 2.0, &[1, 3, 3, 1]), // the head is worth two layers: the first device has 1 + 1 + 2
+            (4, 4, 0.0, &[1, 1, 1, 1]),
+        ];
+        for (layers, stages, head, expected) in table {
+            let runs = balanced_ring(&vec![1.0; layers], 0.0, head, stages);
+            assert_eq!(counts(&runs), expected, "{layers} layers on {stages} stages");
+            assert_eq!((runs[0].start, runs[stages - 1].end), (0, layers));
+            assert!(runs.windows(2).all(|w| w[0].end == w[1].start));
+        }
     }
 
     #[test]

@@ -3,14 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::config::{Config, HeldOut, LayersPerStage, OptimizerConfig};
+use crate::config::{Config, HeldOut, LayersPerStage, OptimizerConfig, TieGradient};
 use crate::data::{self, Corpus};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
-use crate::grid::{Grid, Place};
+use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Stack};
 use crate::partition;
 use crate::schedule::{Evals, Schedule, check};
+use crate::table::End;
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
 const CHECKED_STEPS: usize = 64;
@@ -68,8 +69,22 @@ impl Setup {
 
     /// Values of all parameters.
     pub fn parameters(&self) -> usize {
-        let whole = Stack::new(&self.dimensions, 0..self.dimensions.layers);
-        whole.parameters().iter().map(model::Parameter::count).sum()
+        model::count(&self.dimensions)
+    }
+
+    /// The ends of the tied table that a stage has; none without a tie.
+    pub fn table_ends(&self, stage: usize) -> Vec<End> {
+        let input = (stage == 0).then_some(End::Input);
+        let output = (stage == self.grid.stages - 1).then_some(End::Output);
+        input.into_iter().chain(output).filter(|_| self.dimensions.tied).collect()
+    }
+
+    /// What the sum of a tied table's parts is multiplied by.
+    pub fn tie_factor(&self) -> f64 {
+        match self.config.model.tie_gradient {
+            TieGradient::Sum => 1.0,
+            TieGradient::Mean => 0.5,
+        }
     }
 
     /// Rows of the global batch that make up a microbatch of a replica.
@@ -117,6 +132,17 @@ pub fn check_settings(config: &Config) -> Result<()> {
     check_data(config)
 }
 
+/// Whether K stages can be placed so; what to do if not.
+///
+/// # Errors
+/// The remedy.
+pub fn check_placement(placement: Placement, stages: usize) -> std::result::Result<(), String> {
+    match placement {
+        Placement::Ring if stages < 3 => Err(format!("needs at least 3 stages, there are {stages}; take more or `line`")),
+        _ => Ok(()),
+    }
+}
+
 fn at_least_one(setting: &str, value: usize) -> Result<()> {
     if value >= 1 { Ok(()) } else { Err(Error::config(setting, value, "must be at least 1")) }
 }
@@ -133,6 +159,8 @@ fn check_numbers(config: &Config) -> Result<()> {
     at_least_one("threads", config.threads)?;
     at_least_one("grid.stages", config.grid.stages)?;
     at_least_one("grid.replicas", config.grid.replicas)?;
+    check_placement(config.grid.placement, config.grid.stages)
+        .map_err(|remedy| Error::config("grid.placement", "`ring`", remedy))?;
     if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
         return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
     }
@@ -207,7 +235,11 @@ fn layers(config: &Config, dimensions: &Dimensions) -> Result<Vec<Range<usize>>>
     let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else {
         let costs = model::costs(dimensions);
         let blocks = vec![costs.block; config.model.layers];
-        return Ok(partition::balanced(&blocks, costs.embedding, costs.head, config.grid.stages));
+        let cut = match config.grid.placement {
+            Placement::Line => partition::balanced,
+            Placement::Ring => partition::balanced_ring,
+        };
+        return Ok(cut(&blocks, costs.embedding, costs.head, config.grid.stages));
     };
     let wrong = |remedy| Error::config("grid.layers_per_stage", format!("{counts:?}"), remedy);
     if counts.len() != config.grid.stages {
@@ -224,6 +256,7 @@ fn schedule(config: &Config) -> Result<Schedule> {
     sync.periods.extend(config.eval.as_ref().map(|eval| eval.every));
     let stages = config.grid.stages;
     let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
+    (schedule.placement, schedule.tie) = (config.grid.placement, config.model.tie);
     let Some(delays) = &config.grid.delays else { return Ok(schedule) };
     if config.schedule.synchronous() {
         return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));
@@ -253,8 +286,9 @@ fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
     short.sync.warm_up = schedule.sync.warm_up.min(2);
     short.sync.at.retain(|at| *at < short.sync.steps);
     short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
-    let lists: Vec<_> = grid.places().map(|place| short.actions(place.stage).collect()).collect();
-    check(&short, grid, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
+    let devices = grid.devices();
+    let lists: Vec<_> = (0..grid.size()).map(|rank| short.device_actions(rank % devices).collect()).collect();
+    check(&short, grid.replicas, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
 }
 
 #[cfg(test)]

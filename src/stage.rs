@@ -1,14 +1,15 @@
 //! One stage at work: forward and backward of microbatches at a version of its weights. The only caller of autograd
 //! besides the oracle.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{self, Dropout, Stack};
+use crate::model::{Dropout, Memory, Stack};
 use crate::params::Versions;
+use crate::table::{End, Table};
 
 /// Which microbatch of which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,13 +27,33 @@ pub enum Output {
     Loss(f64),
 }
 
+/// The versions that a step uses: of the stage's own weights, of the tied table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct At {
+    pub own: usize,
+    pub table: usize,
+}
+
+/// What a microbatch brings to a stage.
+#[derive(Debug)]
+pub struct Input {
+    /// Tokens [b, T] on the first stage, else hidden states [b, T, D].
+    pub x: Tensor,
+    /// [b, T], on the last stage.
+    pub targets: Option<Tensor>,
+    /// The rows begin anew: nothing is remembered of the segment before.
+    pub restart: bool,
+}
+
 /// A forward that waits for its backward.
 struct Saved {
     slot: Slot,
-    version: usize,
+    at: At,
     /// The stage input, a leaf unless it is tokens.
     input: Tensor,
     targets: Option<Tensor>,
+    /// What the layers remembered before: the forward that is run again sees the same.
+    memory: Memory,
     /// Hidden states or loss with the graph behind them; none under recompute.
     output: Option<Tensor>,
 }
@@ -46,27 +67,43 @@ pub struct Stage {
     dropout: f64,
     seed: u64,
     saved: VecDeque<Saved>,
+    /// What the layers remember, a microbatch of rows each; of the evaluation.
+    memories: BTreeMap<usize, Memory>,
+    eval_memory: Memory,
 }
 
 impl Stage {
     /// A stage without microbatches under way. `dropout` is the rate.
     pub fn new(place: Place, stack: Stack, versions: Versions, recompute: bool, dropout: f64, seed: u64) -> Stage {
-        Stage { place, stack, versions, recompute, dropout, seed, saved: VecDeque::new() }
+        Stage {
+            place,
+            stack,
+            versions,
+            recompute,
+            dropout,
+            seed,
+            saved: VecDeque::new(),
+            memories: BTreeMap::new(),
+            eval_memory: Memory::default(),
+        }
     }
 
-    /// Forward of a microbatch at a version of the weights. `x` is tokens [b, T] on the first stage, else hidden states
-    /// [b, T, D]; `targets` [b, T] are needed on the last stage.
+    /// Forward of a microbatch at the given versions. `table` is the tied table if this stage uses one.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if the output is not, and what libtorch reports.
-    pub fn forward(&mut self, slot: Slot, version: usize, x: Tensor, targets: Option<Tensor>) -> Result<Output> {
+    pub fn forward(&mut self, slot: Slot, at: At, table: Option<&Table>, input: Input) -> Result<Output> {
+        let Input { x, targets, restart } = input;
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
-        let mut saved = Saved { slot, version, input, targets, output: None };
+        let memory = self.memories.remove(&slot.microbatch).filter(|_| !restart).unwrap_or_default();
+        let mut saved = Saved { slot, at, input, targets, memory, output: None };
+        let mut memory = saved.memory.shallow_clone();
         let output = match self.recompute {
-            true => tch::no_grad(|| self.run(&saved))?,
-            false => self.run(&saved)?,
+            true => tch::no_grad(|| self.run(&saved, &mut memory, table))?,
+            false => self.run(&saved, &mut memory, table)?,
         };
-        let result = self.checked(&saved, &output)?;
+        self.memories.insert(slot.microbatch, memory);
+        let result = self.checked(&saved, &output, table)?;
         if !self.recompute {
             saved.output = Some(output);
         }
@@ -74,17 +111,17 @@ impl Stage {
         Ok(result)
     }
 
-    /// Backward of the oldest microbatch under way: adds to the gradient, gives the gradient of the stage input.
+    /// Backward of the oldest microbatch under way: adds to the gradients, gives the gradient of the stage input.
     /// `dy` is the gradient of its output, none on the last stage.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn backward(&mut self, slot: Slot, dy: Option<Tensor>) -> Result<Option<Tensor>> {
+    pub fn backward(&mut self, slot: Slot, table: Option<&Table>, dy: Option<Tensor>) -> Result<Option<Tensor>> {
         let saved = self.saved.pop_front().filter(|saved| saved.slot == slot);
-        let saved = saved.ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
-        let output = match &saved.output {
-            Some(output) => output.shallow_clone(),
-            None => self.run(&saved)?,
+        let mut saved = saved.ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
+        let output = match saved.output.take() {
+            Some(output) => output,
+            None => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,
         };
         match dy {
             // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
@@ -94,21 +131,34 @@ impl Stage {
         if self.place.stage == 0 { Ok(None) } else { Ok(Some(saved.input.f_grad()?)) }
     }
 
-    /// Forward of an evaluation at the newest version: hidden states, or the sum of the losses of all tokens.
+    /// Forward of an evaluation at the newest versions: hidden states, or the sum of the losses of all tokens.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn evaluate(&self, x: &Tensor, targets: Option<&Tensor>) -> Result<Output> {
-        tch::no_grad(|| {
-            let y = self.stack.forward(self.versions.parameters(self.versions.newest()), x, None)?;
-            match targets {
+    pub fn evaluate(&mut self, table: Option<&Table>, input: &Input) -> Result<Output> {
+        let at = At { own: self.versions.newest(), table: table.map_or(0, Table::newest) };
+        let mut memory = std::mem::take(&mut self.eval_memory);
+        if input.restart {
+            memory = Memory::default();
+        }
+        let output = tch::no_grad(|| {
+            let weights = self.weights(at, table);
+            let y = self.stack.forward(&weights, &input.x, &mut memory, None)?;
+            match &input.targets {
                 None => Ok(Output::Hidden(y)),
                 Some(targets) => {
-                    let mean = model::loss(&y, targets)?.f_double_value(&[])?;
+                    let mean = self.stack.loss(&weights, &y, targets, None)?.f_double_value(&[])?;
                     Ok(Output::Loss(mean * targets.numel() as f64))
                 }
             }
-        })
+        });
+        self.eval_memory = memory;
+        output
+    }
+
+    /// Forgets what an evaluation has remembered.
+    pub fn end_evaluation(&mut self) {
+        self.eval_memory = Memory::default();
     }
 
     fn dropout(&self, slot: Slot) -> Option<Dropout> {
@@ -122,18 +172,24 @@ impl Stage {
         })
     }
 
-    /// Hidden states or loss of a microbatch, the same every time it is run.
-    fn run(&self, saved: &Saved) -> Result<Tensor> {
-        let weights = self.versions.parameters(saved.version);
-        let y = self.stack.forward(weights, &saved.input, self.dropout(saved.slot))?;
+    /// The values of all parameters of the layers, as leaves.
+    fn weights(&self, at: At, table: Option<&Table>) -> Vec<Tensor> {
+        let end = |end| table.map_or(&[][..], |table| table.parameters(at.table, end));
+        self.stack.weights(self.versions.parameters(at.own, 0), end(End::Input), end(End::Output))
+    }
+
+    /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
+    fn run(&self, saved: &Saved, memory: &mut Memory, table: Option<&Table>) -> Result<Tensor> {
+        let (weights, dropout) = (self.weights(saved.at, table), self.dropout(saved.slot));
+        let y = self.stack.forward(&weights, &saved.input, memory, dropout)?;
         match &saved.targets {
-            Some(targets) => model::loss(&y, targets),
+            Some(targets) => self.stack.loss(&weights, &y, targets, dropout),
             None => Ok(y),
         }
     }
 
     /// Looks at every output before it is sent, so that the first stage with a bad tensor is the one that says so.
-    fn checked(&self, saved: &Saved, output: &Tensor) -> Result<Output> {
+    fn checked(&self, saved: &Saved, output: &Tensor, table: Option<&Table>) -> Result<Output> {
         let (result, finite) = match saved.targets {
             Some(_) => {
                 let loss = output.f_double_value(&[])?;
@@ -144,21 +200,21 @@ impl Stage {
         if finite {
             return Ok(result);
         }
-        let weights = self.versions.parameters(saved.version);
-        let named = self.versions.layout().entries.iter().zip(weights);
-        let mut tensor = None;
-        for (entry, weight) in named {
+        let tensor = tch::no_grad(|| self.bad_tensor(saved, table))?;
+        Err(Error::NotFinite { tensor, step: saved.slot.step, place: self.place })
+    }
+
+    /// The first weight, layer or memory that is not finite.
+    fn bad_tensor(&self, saved: &Saved, table: Option<&Table>) -> Result<String> {
+        let weights = self.weights(saved.at, table);
+        for (parameter, weight) in self.stack.parameters().iter().zip(&weights) {
             if !is_finite(weight)? {
-                tensor = Some(format!("weight {}", entry.parameter.name));
-                break;
+                return Ok(format!("weight {}", parameter.name));
             }
         }
-        if tensor.is_none() {
-            let dropout = self.dropout(saved.slot);
-            tensor = tch::no_grad(|| self.stack.first_not_finite(weights, &saved.input, dropout))?;
-        }
-        let tensor = tensor.unwrap_or_else(|| "the loss".to_owned());
-        Err(Error::NotFinite { tensor, step: saved.slot.step, place: self.place })
+        let dropout = self.dropout(saved.slot);
+        let layer = self.stack.first_not_finite(&weights, &saved.input, &saved.memory, dropout)?;
+        Ok(layer.unwrap_or_else(|| "the loss".to_owned()))
     }
 }
 

@@ -1,4 +1,4 @@
-//! One place at work: takes its action list and does what each action says.
+//! One device at work: takes its action list and does what each action says.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tch::Tensor;
 
 use crate::checkpoint;
-use crate::comm::{Content, Ends, Header, Link, Reduction};
+use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
 use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
@@ -14,24 +14,36 @@ use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
 use crate::metrics::Report;
 use crate::metrics::memory::Gauge;
-use crate::model::{self, Dimensions, Stack};
+use crate::model::{self, Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
-use crate::params::{Layout, Versions, slice};
+use crate::params::{Layout, Versions, slice, slice_mut};
 use crate::schedule::{Action, Op, Pass};
 use crate::setup::Setup;
-use crate::stage::{Output, Slot, Stage, is_finite};
+use crate::stage::{At, Input, Output, Slot, Stage, is_finite};
+use crate::table::{End, Table};
 
-/// A place with everything it needs; the registers hold what one action leaves for the next.
+/// A device with everything it needs.
 pub struct Worker {
     setup: Arc<Setup>,
-    place: Place,
+    rank: usize,
     out: PathBuf,
-    ends: Ends,
-    stage: Stage,
-    optimizer: Optimizer,
+    /// One, or two on the first device of a ring.
+    posts: Vec<Post>,
+    /// The tied table, if a place here uses it, and its all-reduce under way.
+    table: Option<Table>,
+    table_reduction: Option<Reduction>,
+    reports: Reporter,
     batches: Batches,
     inject: Option<Injection>,
     gauge: Option<Gauge>,
+}
+
+/// A place with what is its own; the registers hold what one action leaves for the next.
+struct Post {
+    place: Place,
+    ends: Ends,
+    stage: Stage,
+    optimizer: Optimizer,
     /// The last sync point at or before the step that is being forwarded.
     sync: usize,
     reduction: Option<Reduction>,
@@ -51,39 +63,22 @@ struct Registers {
 }
 
 impl Worker {
-    /// Builds the stage of `place` with its initial weights. `out` is the run's folder.
+    /// Builds the stages of `rank` with their initial weights. `out` is the run's folder.
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, place: Place, ends: Ends, out: PathBuf, inject: Option<Injection>) -> Result<Worker> {
+    pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, inject: Option<Injection>) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up()?;
         let gauge = Gauge::start();
         let config = &setup.config;
-        let stack = setup.stack(place.stage);
-        let layout = Layout::new(stack.parameters());
-        let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
-        let initial = layout.initial(config.seed)?;
-        let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage))?;
-        let stage = Stage::new(place, stack, versions, config.recompute, config.model.dropout, config.seed);
+        let held = setup.grid.held(rank);
+        let posts = held.iter().zip(ports.places).map(|(place, ends)| Post::new(&setup, *place, ends)).collect::<Result<_>>()?;
+        let table = table_of(&setup, rank)?;
         let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
-        Ok(Worker {
-            place,
-            out,
-            ends,
-            stage,
-            optimizer,
-            batches,
-            inject,
-            gauge,
-            sync: 0,
-            reduction: None,
-            registers: Registers::default(),
-            loss: 0.0,
-            eval: (0.0, 0),
-            setup,
-        })
+        let reports = ports.reports;
+        Ok(Worker { rank, out, posts, table, table_reduction: None, reports, batches, inject, gauge, setup })
     }
 
     /// Runs the whole action list, then writes the weights (replica 0) and says goodbye.
@@ -92,7 +87,7 @@ impl Worker {
     /// The first thing that goes wrong here, or the loss of a peer.
     pub fn run(mut self) -> Result<()> {
         let setup = Arc::clone(&self.setup);
-        for action in setup.schedule.actions(self.place.stage) {
+        for action in setup.schedule.device_actions(self.rank % setup.grid.devices()) {
             tracing::trace!(%action);
             self.run_injection(&action);
             match action.op {
@@ -105,29 +100,37 @@ impl Worker {
                 Op::SendGradient => self.send_gradient(&action)?,
                 Op::Reduce => self.reduce(&action)?,
                 Op::Update => self.update(&action)?,
+                Op::Part => self.close_part(&action)?,
+                Op::RecvPart => self.receive_part(&action)?,
+                Op::ReduceTable => self.reduce_table(&action)?,
+                Op::UpdateTable => self.update_table(&action)?,
+                Op::AwaitTable => self.await_table(&action)?,
+                Op::Digest => self.digest(&action)?,
             }
         }
         self.finish()
     }
 
-    fn is_last(&self) -> bool {
-        self.place.stage == self.setup.grid.stages - 1
+    /// The place that an action belongs to.
+    fn post(&mut self, action: &Action) -> &mut Post {
+        let devices = self.setup.grid.devices();
+        &mut self.posts[action.stage / devices]
     }
 
     fn load(&mut self, action: &Action) {
-        self.registers.batch = Some(match action.pass {
-            Pass::Train => {
-                self.batches.train(action.step, self.setup.train_rows(self.place.replica, action.microbatch))
-            }
-            Pass::Eval => self.batches.held_out(self.setup.eval_rows(self.place.replica, action.microbatch)),
-        });
+        let replica = self.posts[0].place.replica;
+        let batch = match action.pass {
+            Pass::Train => self.batches.train(action.step, self.setup.train_rows(replica, action.microbatch)),
+            Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch)),
+        };
+        self.post(action).registers.batch = Some(batch);
     }
 
-    /// What a message about this action must look like.
+    /// What a message of hidden states or their gradients about this action must look like.
     fn header(&self, content: Content, action: &Action) -> Header {
         let rows = match action.pass {
             Pass::Train => self.setup.rows,
-            Pass::Eval => self.setup.eval_rows(self.place.replica, action.microbatch).len(),
+            Pass::Eval => self.setup.eval_rows(self.posts[0].place.replica, action.microbatch).len(),
         };
         let shape = [rows as i64, self.setup.config.data.sequence as i64, self.setup.dimensions.d_model];
         Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape }
@@ -135,49 +138,62 @@ impl Worker {
 
     fn receive_activation(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Activation, action);
-        self.registers.activation = Some(link(&mut self.ends.upstream, action)?.receive(header)?);
+        let post = self.post(action);
+        post.registers.activation = Some(link(&mut post.ends.upstream, action)?.receive(header)?);
         Ok(())
     }
 
     fn send_activation(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Activation, action));
-        let tensor = taken(&mut self.registers.activation, action)?;
-        link(&mut self.ends.downstream, action)?.send(header, tensor)
+        let header = self.disguised(self.header(Content::Activation, action), action);
+        let post = self.post(action);
+        let tensor = taken(&mut post.registers.activation, action)?;
+        link(&mut post.ends.downstream, action)?.send(header, tensor)
     }
 
     fn receive_gradient(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Gradient, action);
-        self.registers.gradient = Some(link(&mut self.ends.downstream, action)?.receive(header)?);
+        let post = self.post(action);
+        post.registers.gradient = Some(link(&mut post.ends.downstream, action)?.receive(header)?);
         Ok(())
     }
 
     fn send_gradient(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Gradient, action));
-        let tensor = taken(&mut self.registers.gradient, action)?;
-        link(&mut self.ends.upstream, action)?.send(header, tensor)
+        let header = self.disguised(self.header(Content::Gradient, action), action);
+        let post = self.post(action);
+        let tensor = taken(&mut post.registers.gradient, action)?;
+        link(&mut post.ends.upstream, action)?.send(header, tensor)
     }
 
     fn forward(&mut self, action: &Action) -> Result<()> {
-        let mut batch = self.registers.batch.take();
-        let x = match &mut batch {
-            Some(batch) if self.place.stage == 0 => batch.tokens.shallow_clone(),
-            _ => taken(&mut self.registers.activation, action)?,
+        let setup = Arc::clone(&self.setup);
+        let restart = match action.pass {
+            Pass::Train => self.batches.restarts(action.step),
+            Pass::Eval => action.microbatch == 0,
         };
-        let targets = if self.is_last() { batch.map(|batch| batch.targets) } else { None };
+        let table = self.table.as_ref();
+        let post = &mut self.posts[action.stage / setup.grid.devices()];
+        let mut batch = post.registers.batch.take();
+        let x = match &mut batch {
+            Some(batch) if post.place.stage == 0 => batch.tokens.shallow_clone(),
+            _ => taken(&mut post.registers.activation, action)?,
+        };
+        let last = post.place.stage == setup.grid.stages - 1;
+        let input = Input { x, targets: batch.filter(|_| last).map(|batch| batch.targets), restart };
         let output = match action.pass {
             Pass::Train => {
-                let schedule = &self.setup.schedule;
+                let schedule = &setup.schedule;
                 if action.microbatch == 0 && schedule.sync.contains(action.step) {
-                    self.sync = action.step;
+                    post.sync = action.step;
                 }
-                let version = version(self.sync, action.step, schedule.delays[self.place.stage]);
+                let at = |delay| version(post.sync, action.step, delay);
+                let at = At { own: at(schedule.delays[post.place.stage]), table: at(schedule.table_delay()) };
                 let slot = Slot { step: action.step, microbatch: action.microbatch };
-                self.stage.forward(slot, version, x, targets)?
+                post.stage.forward(slot, at, table, input)?
             }
-            Pass::Eval => self.stage.evaluate(&x, targets.as_ref())?,
+            Pass::Eval => post.stage.evaluate(table, &input)?,
         };
         match output {
-            Output::Hidden(y) => self.registers.activation = Some(y),
+            Output::Hidden(y) => post.registers.activation = Some(y),
             Output::Loss(loss) if action.pass == Pass::Train => self.add_loss(action, loss)?,
             Output::Loss(sum) => self.add_evaluation(action, sum)?,
         }
@@ -185,69 +201,212 @@ impl Worker {
     }
 
     fn add_loss(&mut self, action: &Action, loss: f64) -> Result<()> {
-        self.loss += loss;
         let microbatches = self.setup.config.microbatches;
+        let post = self.post(action);
+        post.loss += loss;
         if action.microbatch + 1 < microbatches {
             return Ok(());
         }
-        let loss = std::mem::take(&mut self.loss) / microbatches as f64;
-        self.ends.reports.send(Report::Loss { replica: self.place.replica, step: action.step, loss })
+        let loss = std::mem::take(&mut post.loss) / microbatches as f64;
+        let replica = post.place.replica;
+        self.reports.send(Report::Loss { replica, step: action.step, loss })
     }
 
     fn add_evaluation(&mut self, action: &Action, sum: f64) -> Result<()> {
-        let rows = self.setup.eval_rows(self.place.replica, action.microbatch).len();
-        self.eval.0 += sum;
-        self.eval.1 += rows * self.setup.config.data.sequence;
-        if self.setup.schedule.evals.is_some_and(|evals| action.microbatch + 1 == evals.microbatches) {
-            let (loss_sum, tokens) = std::mem::take(&mut self.eval);
-            self.ends.reports.send(Report::Eval {
-                replica: self.place.replica,
-                step: action.step,
-                loss_sum,
-                tokens,
-            })?;
+        let setup = Arc::clone(&self.setup);
+        let post = self.post(action);
+        let replica = post.place.replica;
+        post.eval.0 += sum;
+        post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.data.sequence;
+        if setup.schedule.evals.is_some_and(|evals| action.microbatch + 1 == evals.microbatches) {
+            let (loss_sum, tokens) = std::mem::take(&mut post.eval);
+            self.reports.send(Report::Eval { replica, step: action.step, loss_sum, tokens })?;
         }
         Ok(())
     }
 
     fn backward(&mut self, action: &Action) -> Result<()> {
         let slot = Slot { step: action.step, microbatch: action.microbatch };
-        self.registers.gradient = self.stage.backward(slot, self.registers.gradient.take())?;
+        let table = self.table.as_ref();
+        let post = &mut self.posts[action.stage / self.setup.grid.devices()];
+        post.registers.gradient = post.stage.backward(slot, table, post.registers.gradient.take())?;
         Ok(())
     }
 
     fn reduce(&mut self, action: &Action) -> Result<()> {
-        if let Some(group) = &mut self.ends.group {
-            self.reduction = Some(group.all_reduce(action.step, self.stage.versions.gradient().shallow_clone())?);
+        let post = self.post(action);
+        if let Some(group) = &mut post.ends.group {
+            post.reduction = Some(group.all_reduce(action.step, post.stage.versions.gradient(0).shallow_clone())?);
         }
         Ok(())
     }
 
+    /// What makes the mean of a sum over microbatches and replicas.
+    fn mean(&self) -> f64 {
+        1.0 / (self.setup.config.microbatches * self.setup.grid.replicas) as f64
+    }
+
     /// `W[t+1] = W[t] + optimizer(mean over microbatches and replicas)`.
     fn update(&mut self, action: &Action) -> Result<()> {
-        if let Some(reduction) = self.reduction.take() {
+        let (setup, mean) = (Arc::clone(&self.setup), self.mean());
+        let config = &setup.config;
+        let post = self.post(action);
+        if let Some(reduction) = post.reduction.take() {
             reduction.wait()?;
         }
-        let config = &self.setup.config;
-        let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64;
-        let norm = norm(slice(self.stage.versions.gradient())) * mean;
+        let norm = norm(slice(post.stage.versions.gradient(0))) * mean;
         if !norm.is_finite() {
-            return Err(self.bad_gradient(action.step)?);
+            return Err(post.bad_gradient(action.step)?);
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
-        let (old, new, gradient) = self.stage.versions.advance();
-        self.optimizer.update(Update { old, new, gradient, lr, scale });
-        if self.place.replica > 0 {
+        let (old, new, gradient) = post.stage.versions.advance();
+        post.optimizer.update(Update { old, new, gradient, lr, scale });
+        if post.place.replica > 0 {
             return Ok(());
         }
-        self.ends.reports.send(Report::Norm { stage: self.place.stage, step: action.step, norm })
+        self.reports.send(Report::Norm { stage: action.stage, step: action.step, norm })
+    }
+
+    fn table(&mut self, action: &Action) -> Result<&mut Table> {
+        self.table.as_mut().ok_or_else(|| Error::Internal(format!("{action} finds no table")))
+    }
+
+    /// The step's parts of the table's gradient are complete here.
+    fn close_part(&mut self, action: &Action) -> Result<()> {
+        let setup = Arc::clone(&self.setup);
+        for end in setup.table_ends(action.stage) {
+            let part = self.table(action)?.close(end, action.step)?;
+            let header = self.part_header(action)?;
+            if let Some(twin) = &mut self.post(action).ends.twin {
+                twin.send(header, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn part_header(&mut self, action: &Action) -> Result<Header> {
+        let shape = [1, 1, self.table(action)?.layout().len as i64];
+        Ok(Header { content: Content::Part, pass: Pass::Train, step: action.step, microbatch: 0, shape })
+    }
+
+    fn receive_part(&mut self, action: &Action) -> Result<()> {
+        let header = self.part_header(action)?;
+        let end = if action.stage == 0 { End::Output } else { End::Input };
+        let part = match &mut self.post(action).ends.twin {
+            Some(twin) => Some(twin.receive(header)?),
+            None => None,
+        };
+        let table = self.table(action)?;
+        if let Some(part) = part {
+            table.receive(end, action.step, part);
+        }
+        // Without a twin the other end is on this device, and has closed its part already.
+        let here = table.has(end, action.step);
+        if here { Ok(()) } else { Err(Error::Internal(format!("{action} finds no part"))) }
+    }
+
+    fn reduce_table(&mut self, action: &Action) -> Result<()> {
+        let setup = Arc::clone(&self.setup);
+        let sync = &setup.schedule.sync;
+        let inputs = setup.schedule.table_inputs(action.step, sync.before(action.step), sync.after(action.step));
+        let whole = self.table(action)?.join(action.step, inputs)?;
+        if let Some(group) = &mut self.post(action).ends.group {
+            self.table_reduction = Some(group.all_reduce(action.step, whole)?);
+        }
+        Ok(())
+    }
+
+    /// `V[t+1] = V[t] + optimizer(mean of the parts' sum over microbatches and replicas)`.
+    fn update_table(&mut self, action: &Action) -> Result<()> {
+        if let Some(reduction) = self.table_reduction.take() {
+            reduction.wait()?;
+        }
+        let (setup, mean) = (Arc::clone(&self.setup), self.mean() * self.setup.tie_factor());
+        let config = &setup.config;
+        let lr = learning_rate(&config.optimizer, action.step, config.steps);
+        let norm = self.table(action)?.update(lr, mean, config.optimizer.clip)?;
+        let place = self.post(action).place;
+        if !norm.is_finite() {
+            let tensor = "gradient of the tied embedding".to_owned();
+            return Err(Error::NotFinite { tensor, step: action.step, place });
+        }
+        match place {
+            Place { stage: 0, replica: 0 } => self.reports.send(Report::TableNorm { step: action.step, norm }),
+            _ => Ok(()),
+        }
+    }
+
+    fn await_table(&mut self, action: &Action) -> Result<()> {
+        let newest = self.table(action)?.newest();
+        if newest > action.step { Ok(()) } else { Err(Error::Internal(format!("{action} finds version {newest}"))) }
+    }
+
+    fn digest(&mut self, action: &Action) -> Result<()> {
+        let place = self.post(action).place;
+        let altered = self.injected(Fault::AlterTable, place, action.step.saturating_sub(1));
+        let table = self.table(action)?;
+        if altered {
+            let weight = &mut slice_mut(table.flat_mut())[0];
+            *weight = f32::from_bits(weight.to_bits() ^ 1);
+        }
+        let digest = table.digest();
+        self.reports.send(Report::Digest { place, step: action.step, digest })
+    }
+
+    fn finish(mut self) -> Result<()> {
+        let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
+        let mut shards = Vec::new();
+        for post in &self.posts {
+            if post.place.replica > 0 {
+                continue;
+            }
+            let table = self.table.as_ref().filter(|_| post.place.stage == 0).map(|table| (table.layout(), table.flat()));
+            let own = (post.stage.versions.layout(), post.stage.versions.flat());
+            let weights: Vec<_> = table.into_iter().chain([own]).collect();
+            shards.push(checkpoint::write_shard(&self.out, self.setup.config.steps, post.place.stage, &weights)?);
+        }
+        self.reports.send(Report::Done { rank: self.rank, shards, peak_bytes })
+    }
+
+    fn injected(&self, fault: Fault, place: Place, step: usize) -> bool {
+        self.inject == Some(Injection { fault, place, step })
+    }
+
+    fn run_injection(&self, action: &Action) {
+        let place = Place { stage: action.stage, ..self.posts[0].place };
+        if self.injected(Fault::Panic, place, action.step) {
+            panic!("injected panic at {action}");
+        }
+        if self.injected(Fault::Crash, place, action.step) {
+            crash();
+        }
+    }
+
+    fn disguised(&self, header: Header, action: &Action) -> Header {
+        let place = Place { stage: action.stage, ..self.posts[0].place };
+        let wrong = self.injected(Fault::CorruptMessage, place, header.step);
+        Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
+    }
+}
+
+impl Post {
+    fn new(setup: &Setup, place: Place, ends: Ends) -> Result<Post> {
+        let config = &setup.config;
+        let stack = setup.stack(place.stage);
+        let layout = Layout::new(&stack.own());
+        let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
+        let initial = layout.initial(config.seed)?;
+        let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage), 1)?;
+        let stage = Stage::new(place, stack, versions, config.recompute, config.model.dropout, config.seed);
+        let registers = Registers::default();
+        Ok(Post { place, ends, stage, optimizer, sync: 0, reduction: None, registers, loss: 0.0, eval: (0.0, 0) })
     }
 
     /// Names the first parameter whose gradient is not finite.
     fn bad_gradient(&mut self, step: usize) -> Result<Error> {
         let layout = self.stage.versions.layout().clone();
-        let views = layout.views(self.stage.versions.gradient())?;
+        let views = layout.views(self.stage.versions.gradient(0))?;
         for (entry, view) in layout.entries.iter().zip(&views) {
             if !is_finite(view)? {
                 let tensor = format!("gradient of {}", entry.parameter.name);
@@ -256,49 +415,32 @@ impl Worker {
         }
         Ok(Error::NotFinite { tensor: "norm of the gradient".into(), step, place: self.place })
     }
+}
 
-    fn finish(mut self) -> Result<()> {
-        let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
-        let versions = &self.stage.versions;
-        let shard = match self.place.replica {
-            0 => {
-                let (steps, stage) = (self.setup.config.steps, self.place.stage);
-                Some(checkpoint::write_shard(&self.out, steps, stage, versions.layout(), versions.flat())?)
-            }
-            _ => None,
-        };
-        self.ends.reports.send(Report::Done { place: self.place, shard, peak_bytes })
+/// The tied table of a rank, if its stages use one.
+fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
+    let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
+    if ends.is_empty() {
+        return Ok(None);
     }
-
-    fn injected(&self, fault: Fault, step: usize) -> bool {
-        self.inject == Some(Injection { fault, place: self.place, step })
-    }
-
-    fn run_injection(&self, action: &Action) {
-        if self.injected(Fault::Panic, action.step) {
-            panic!("injected panic at {action}");
-        }
-        if self.injected(Fault::Crash, action.step) {
-            crash();
-        }
-    }
-
-    fn disguised(&self, header: Header) -> Header {
-        let step = if self.injected(Fault::CorruptMessage, header.step) { header.step + 1 } else { header.step };
-        Header { step, ..header }
-    }
+    let layout = Layout::new(&model::table(&setup.dimensions));
+    let optimizer = Optimizer::new(&setup.config.optimizer, &layout, setup.config.threads)?;
+    let held = setup.schedule.tables_held(rank % setup.grid.devices());
+    Table::new(layout, setup.config.seed, held, ends, optimizer).map(Some)
 }
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
 /// measured after it is the stage's, and the first step is as fast as the others.
 fn warm_up() -> Result<()> {
-    let d = Dimensions { layers: 1, d_model: 64, heads: 2, d_ff: 256, vocabulary: 256, sequence: 64, dropout: 0.0 };
+    let (layers, d_model, heads, d_ff, vocabulary, sequence) = (1, 64, 2, 256, 256, 64);
+    let d = Dimensions { layers, d_model, heads, d_ff, vocabulary, sequence, dropout: 0.0, tied: false };
     let stack = Stack::new(&d, 0..1);
     let layout = Layout::new(stack.parameters());
-    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1)?;
+    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1, 1)?;
     let tokens = Tensor::f_zeros([4, d.sequence], (tch::Kind::Int64, tch::Device::Cpu))?;
-    let logits = stack.forward(versions.parameters(0), &tokens, None)?;
-    Ok(model::loss(&logits, &tokens)?.f_backward()?)
+    let weights = versions.parameters(0, 0);
+    let hidden = stack.forward(weights, &tokens, &mut Memory::default(), None)?;
+    Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
 }
 
 fn taken(register: &mut Option<Tensor>, action: &Action) -> Result<Tensor> {

@@ -2,12 +2,13 @@
 //!
 //! A thread that ends drops its ends of the channels, so whoever waits for it wakes with an error at once.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
-use super::{Ends, Header, Link, Reduction, ReplicaGroup, Reporter, checked};
+use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checked};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
@@ -15,35 +16,47 @@ use crate::params::{slice, slice_mut};
 
 type Message = (Header, Tensor);
 
-/// The ends of all places, in the order of their ranks. `capacity` bounds the messages under way on a link.
-pub fn connect(grid: Grid, capacity: usize, reports: &Sender<Report>) -> Vec<Ends> {
-    let mut ends: Vec<Ends> = grid
-        .places()
-        .map(|place| {
-            let reports = reports.clone();
-            let gone = move |_| Error::Lost { peer: grid.place(0), doing: format!("{place} reports") };
-            let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
-            Ends { upstream: None, downstream: None, group: None, reports: reporter }
-        })
-        .collect();
+/// The ports of all ranks, in their order. `capacity` bounds the messages under way on a link.
+pub fn connect(grid: Grid, capacity: usize, reports: &Sender<Report>) -> Vec<Ports> {
+    let mut ends: BTreeMap<Place, Ends> = grid.places().map(|place| (place, Ends::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
-            let (down, from_above) = sync_channel(capacity);
-            let (up, from_below) = sync_channel(capacity);
-            let above = LocalLink { me: place, peer: next, sender: down, receiver: from_below };
-            let below = LocalLink { me: next, peer: place, sender: up, receiver: from_above };
-            ends[grid.rank(place)].downstream = Some(Box::new(above));
-            ends[grid.rank(next)].upstream = Some(Box::new(below));
+            let (above, below) = link(place, next, capacity);
+            ends.entry(place).or_default().downstream = Some(above);
+            ends.entry(next).or_default().upstream = Some(below);
+        }
+        if place.stage == 0
+            && let Some(twin) = grid.twin(place)
+        {
+            let (first, last) = link(place, twin, capacity);
+            ends.entry(place).or_default().twin = Some(first);
+            ends.entry(twin).or_default().twin = Some(last);
         }
     }
     if grid.replicas > 1 {
         for stage in 0..grid.stages {
             for (place, group) in grid.group(stage).zip(groups(grid, stage)) {
-                ends[grid.rank(place)].group = Some(group);
+                ends.entry(place).or_default().group = Some(group);
             }
         }
     }
-    ends
+    let ports = |rank: usize| {
+        let reports = reports.clone();
+        let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
+        let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
+        let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
+        Ports { places, reports: reporter }
+    };
+    (0..grid.size()).map(ports).collect()
+}
+
+/// Both ends of a link between two places.
+fn link(a: Place, b: Place, capacity: usize) -> (Box<dyn Link>, Box<dyn Link>) {
+    let (down, from_a) = sync_channel(capacity);
+    let (up, from_b) = sync_channel(capacity);
+    let first = LocalLink { me: a, peer: b, sender: down, receiver: from_b };
+    let second = LocalLink { me: b, peer: a, sender: up, receiver: from_a };
+    (Box::new(first), Box::new(second))
 }
 
 struct LocalLink {
@@ -67,22 +80,47 @@ impl Link for LocalLink {
     }
 }
 
+/// What travels in a replica group: the number of the all-reduce among those of its group, and values.
+type Numbered<T> = (u64, T);
+
+/// Values from one member, by the number of their all-reduce: two may be under way, and be waited for in any order.
+struct Mailbox<T> {
+    receiver: Receiver<Numbered<T>>,
+    early: BTreeMap<u64, T>,
+}
+
+impl<T> Mailbox<T> {
+    fn new(receiver: Receiver<Numbered<T>>) -> Mailbox<T> {
+        Mailbox { receiver, early: BTreeMap::new() }
+    }
+
+    fn take(&mut self, number: u64) -> Option<T> {
+        while !self.early.contains_key(&number) {
+            let (found, values) = self.receiver.recv().ok()?;
+            self.early.insert(found, values);
+        }
+        self.early.remove(&number)
+    }
+}
+
 /// Replica 0 adds up, in the order of the replicas, so the sum is the same for every run and every R.
 struct Leader {
     stage: usize,
     members: Arc<Mutex<Vec<Member>>>,
+    started: u64,
 }
 
 /// Replica 0's ends towards another replica.
 struct Member {
-    receiver: Receiver<Vec<f32>>,
-    sender: Sender<Arc<Vec<f32>>>,
+    mailbox: Mailbox<Vec<f32>>,
+    sender: Sender<Numbered<Arc<Vec<f32>>>>,
 }
 
 struct Follower {
     place: Place,
-    sender: Sender<Vec<f32>>,
-    receiver: Arc<Mutex<Receiver<Arc<Vec<f32>>>>>,
+    sender: Sender<Numbered<Vec<f32>>>,
+    mailbox: Arc<Mutex<Mailbox<Arc<Vec<f32>>>>>,
+    started: u64,
 }
 
 fn groups(grid: Grid, stage: usize) -> Vec<Box<dyn ReplicaGroup>> {
@@ -91,31 +129,32 @@ fn groups(grid: Grid, stage: usize) -> Vec<Box<dyn ReplicaGroup>> {
     for place in grid.group(stage).skip(1) {
         let (to_leader, receiver) = channel();
         let (sender, from_leader) = channel();
-        members.push(Member { receiver, sender });
-        let receiver = Arc::new(Mutex::new(from_leader));
-        followers.push(Box::new(Follower { place, sender: to_leader, receiver }));
+        members.push(Member { mailbox: Mailbox::new(receiver), sender });
+        let mailbox = Arc::new(Mutex::new(Mailbox::new(from_leader)));
+        followers.push(Box::new(Follower { place, sender: to_leader, mailbox, started: 0 }));
     }
-    let leader: Box<dyn ReplicaGroup> = Box::new(Leader { stage, members: Arc::new(Mutex::new(members)) });
+    let leader: Box<dyn ReplicaGroup> = Box::new(Leader { stage, members: Arc::new(Mutex::new(members)), started: 0 });
     std::iter::once(leader).chain(followers).collect()
 }
 
 impl ReplicaGroup for Leader {
     fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let (members, stage) = (Arc::clone(&self.members), self.stage);
+        let (members, stage, number) = (Arc::clone(&self.members), self.stage, self.started);
+        self.started += 1;
         let lost = move |replica| Error::Lost {
             peer: Place { stage, replica },
             doing: format!("the gradient of step {step} is reduced"),
         };
         Ok(Reduction::new(move || {
-            let members = members.lock().map_err(|_| lost(0))?;
+            let mut members = members.lock().map_err(|_| lost(0))?;
             let sum = slice_mut(&mut flat);
-            for (i, member) in members.iter().enumerate() {
-                let gradient = member.receiver.recv().map_err(|_| lost(i + 1))?;
+            for (i, member) in members.iter_mut().enumerate() {
+                let gradient = member.mailbox.take(number).ok_or_else(|| lost(i + 1))?;
                 sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g);
             }
             let sum = Arc::new(sum.to_vec());
             for (i, member) in members.iter().enumerate() {
-                member.sender.send(Arc::clone(&sum)).map_err(|_| lost(i + 1))?;
+                member.sender.send((number, Arc::clone(&sum))).map_err(|_| lost(i + 1))?;
             }
             Ok(())
         }))
@@ -124,12 +163,13 @@ impl ReplicaGroup for Leader {
 
 impl ReplicaGroup for Follower {
     fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let peer = Place { replica: 0, ..self.place };
+        let (peer, number) = (Place { replica: 0, ..self.place }, self.started);
+        self.started += 1;
         let lost = move || Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") };
-        self.sender.send(slice(&flat).to_vec()).map_err(|_| lost())?;
-        let receiver = Arc::clone(&self.receiver);
+        self.sender.send((number, slice(&flat).to_vec())).map_err(|_| lost())?;
+        let mailbox = Arc::clone(&self.mailbox);
         Ok(Reduction::new(move || {
-            let sum = receiver.lock().map_err(|_| lost())?.recv().map_err(|_| lost())?;
+            let sum = mailbox.lock().map_err(|_| lost())?.take(number).ok_or_else(lost)?;
             slice_mut(&mut flat).copy_from_slice(&sum);
             Ok(())
         }))
@@ -149,10 +189,9 @@ mod tests {
 
     #[test]
     fn a_link_carries_and_checks() {
-        let grid = Grid { stages: 2, replicas: 1 };
-        let mut ends = connect(grid, 2, &channel().0);
-        let mut below = ends.pop().unwrap().upstream.unwrap();
-        let mut above = ends.pop().unwrap().downstream.unwrap();
+        let mut ports = connect(Grid::line(2, 1), 2, &channel().0);
+        let mut below = ports.pop().unwrap().places.remove(0).upstream.unwrap();
+        let mut above = ports.pop().unwrap().places.remove(0).downstream.unwrap();
         above.send(header(3), Tensor::from_slice(&[1f32, 2.0])).unwrap();
         assert_eq!(below.receive(header(3)).unwrap(), Tensor::from_slice(&[1f32, 2.0]));
         above.send(header(4), Tensor::from_slice(&[1f32, 2.0])).unwrap();
@@ -167,24 +206,30 @@ mod tests {
 
     #[test]
     fn a_group_adds_in_the_order_of_the_replicas() {
-        let grid = Grid { stages: 1, replicas: 3 };
         let values = [1e8f32, 1.0, -1e8];
-        let threads: Vec<_> = connect(grid, 2, &channel().0)
+        let threads: Vec<_> = connect(Grid::line(1, 3), 2, &channel().0)
             .into_iter()
             .zip(values)
-            .map(|(ends, value)| {
+            .enumerate()
+            .map(|(replica, (mut ports, value))| {
                 std::thread::spawn(move || {
-                    let mut flat = zeros(4).unwrap();
-                    slice_mut(&mut flat).fill(value);
-                    let mut group = ends.group.unwrap();
-                    group.all_reduce(0, flat.shallow_clone()).unwrap().wait().unwrap();
-                    slice(&flat)[3]
+                    let (mut first, mut second) = (zeros(4).unwrap(), zeros(2).unwrap());
+                    slice_mut(&mut first).fill(value);
+                    slice_mut(&mut second).fill(1.0);
+                    let mut group = ports.places.remove(0).group.unwrap();
+                    let one = group.all_reduce(0, first.shallow_clone()).unwrap();
+                    let two = group.all_reduce(0, second.shallow_clone()).unwrap();
+                    // Every member may wait in an order of its own.
+                    let (early, late) = if replica == 1 { (two, one) } else { (one, two) };
+                    early.wait().unwrap();
+                    late.wait().unwrap();
+                    (slice(&first)[3], slice(&second)[1])
                 })
             })
             .collect();
         let expected = (values[0] + values[1]) + values[2];
         for thread in threads {
-            assert_eq!(thread.join().unwrap(), expected);
+            assert_eq!(thread.join().unwrap(), (expected, 3.0));
         }
     }
 }

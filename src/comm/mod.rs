@@ -22,6 +22,12 @@ pub enum Content {
     Activation,
     /// Up the pipeline.
     Gradient,
+    /// A part of the tied table's gradient, between the two ends.
+    Part,
+}
+
+impl Content {
+    const ALL: [Content; 3] = [Content::Activation, Content::Gradient, Content::Part];
 }
 
 /// The tag of a message: what it is, so that a wrong one is found where it arrives. All tensors are f32.
@@ -40,6 +46,7 @@ impl fmt::Display for Header {
         let content = match self.content {
             Content::Activation => "activation",
             Content::Gradient => "gradient",
+            Content::Part => "part of the table's gradient",
         };
         let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
         write!(f, "{content}{pass} {}.{} f32 {:?}", self.step, self.microbatch, self.shape)
@@ -50,7 +57,7 @@ impl Header {
     /// Words of the header on the wire.
     pub const WORDS: usize = 8;
     /// The first word: tells a header from stray bytes, and one layout of headers from the next.
-    const MAGIC: i64 = 0x6f75_726f_0001;
+    const MAGIC: i64 = 0x6f75_726f_0002;
 
     /// Values of the tensor.
     pub fn values(&self) -> usize {
@@ -60,7 +67,7 @@ impl Header {
     /// The header as it travels.
     pub fn encode(&self) -> [i64; Header::WORDS] {
         let [b, t, d] = self.shape;
-        let content = i64::from(self.content == Content::Gradient);
+        let content = self.content as i64;
         let pass = i64::from(self.pass == Pass::Eval);
         [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d]
     }
@@ -68,7 +75,7 @@ impl Header {
     /// The header out of what travelled, `None` if that is none.
     pub fn decode(words: [i64; Header::WORDS]) -> Option<Header> {
         let [magic, content, pass, step, microbatch, b, t, d] = words;
-        let content = [Content::Activation, Content::Gradient].get(usize::try_from(content).ok()?).copied()?;
+        let content = Content::ALL.get(usize::try_from(content).ok()?).copied()?;
         let pass = [Pass::Train, Pass::Eval].get(usize::try_from(pass).ok()?).copied()?;
         let header = Header {
             content,
@@ -124,12 +131,21 @@ impl Reduction {
     }
 }
 
-/// Everything that one place talks through.
+/// What one place talks through.
+#[derive(Default)]
 pub struct Ends {
     pub upstream: Option<Box<dyn Link>>,
     pub downstream: Option<Box<dyn Link>>,
+    /// To the other copy of the tied table, where that is on another device.
+    pub twin: Option<Box<dyn Link>>,
     /// None where R = 1.
     pub group: Option<Box<dyn ReplicaGroup>>,
+}
+
+/// Everything that one rank talks through.
+pub struct Ports {
+    /// One for each place that the rank holds.
+    pub places: Vec<Ends>,
     pub reports: Reporter,
 }
 
@@ -165,9 +181,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_travel(gradient: bool, eval: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
+        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
                           shape in prop::array::uniform3(0i64..1 << 31)) {
-            let content = if gradient { Content::Gradient } else { Content::Activation };
             let pass = if eval { Pass::Eval } else { Pass::Train };
             let header = Header { content, pass, step, microbatch, shape };
             prop_assert_eq!(Header::decode(header.encode()), Some(header));

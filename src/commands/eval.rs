@@ -8,7 +8,7 @@ use crate::config::{Config, HeldOut};
 use crate::data::{self, Corpus, held_out, held_out_windows};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
-use crate::model::{self, Dimensions, Stack};
+use crate::model::{Dimensions, Memory, Stack};
 use crate::setup::check_settings;
 
 /// Rows of one forward.
@@ -38,8 +38,11 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let mut sum = 0.0;
     for start in (0..windows).step_by(ROWS) {
         let batch = held_out(&text, sequence, start..(start + ROWS).min(windows));
-        let logits = tch::no_grad(|| model.forward(&weights, &batch.tokens, None))?;
-        sum += model::loss(&logits, &batch.targets)?.f_double_value(&[])? * batch.targets.numel() as f64;
+        let mean = tch::no_grad(|| -> Result<f64> {
+            let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None)?;
+            Ok(model.loss(&weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
+        })?;
+        sum += mean * batch.targets.numel() as f64;
     }
     let loss = sum / (windows * sequence) as f64;
     println!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);

@@ -8,6 +8,7 @@ use super::eval::load;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
 use crate::error::{Error, Result};
+use crate::model::Memory;
 use crate::random;
 
 /// Prints the prompt and what follows it.
@@ -33,7 +34,10 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     for _ in 0..args.tokens {
         let window = &text[text.len().saturating_sub(config.data.sequence)..];
         let tokens = Tensor::f_from_slice(window)?.f_unsqueeze(0)?;
-        let logits = tch::no_grad(|| model.forward(&weights, &tokens, None))?;
+        let logits = tch::no_grad(|| -> Result<Tensor> {
+            let hidden = model.forward(&weights, &tokens, &mut Memory::default(), None)?;
+            model.log_probabilities(&weights, &hidden)
+        })?;
         let last: Vec<f64> =
             logits.f_select(0, 0)?.f_select(0, -1)?.f_to_kind(Kind::Double)?.try_into().map_err(Error::from)?;
         text.push(pick(&last, args.temperature, args.top_k, random::unit(&mut rng)) as i64);

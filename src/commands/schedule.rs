@@ -4,6 +4,7 @@ use crate::cli::ScheduleArgs;
 use crate::delay::SyncPoints;
 use crate::error::{Error, Result};
 use crate::schedule::{Costs, Schedule, draw, summary};
+use crate::setup::check_placement;
 
 /// Prints the summary and the drawing.
 ///
@@ -17,12 +18,15 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         }
     }
     let ends = SyncPoints::ends(args.steps);
-    let schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
+    check_placement(args.placement, args.grid.stages).map_err(|found| Error::config("--placement", "ring", found))?;
+    let mut schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
+    (schedule.placement, schedule.tie) = (args.placement, args.tie);
     let fault = |fault: crate::schedule::Fault| Error::Internal(format!("schedule: {fault}"));
-    print!("{}", summary(&schedule, args.grid, costs).map_err(fault)?);
+    print!("{}", summary(&schedule, args.grid.replicas, costs).map_err(fault)?);
     if args.steps > 0 {
         // A row is the shortest action; messages move between rows.
-        let unit = costs.forward.min(costs.backward);
+        let shares = (0..args.grid.stages).map(|stage| schedule.share(stage));
+        let unit = costs.forward.min(costs.backward) * shares.fold(1.0, f64::min);
         println!("\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n");
         print!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);
     }

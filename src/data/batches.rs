@@ -41,6 +41,11 @@ impl Batches {
         windows(&self.corpus.train, self.sequence, starts)
     }
 
+    /// Whether the rows of `step` have nothing to do with those of the step before.
+    pub fn restarts(&self, _step: usize) -> bool {
+        true
+    }
+
     /// The given windows of the held-out text, which are not shuffled.
     pub fn held_out(&self, range: Range<usize>) -> Batch {
         held_out(&self.corpus.held_out, self.sequence, range)

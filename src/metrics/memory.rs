@@ -1,19 +1,22 @@
-//! Predicted and measured peak memory of a place.
+//! Predicted and measured peak memory of a rank.
 
 use std::fs;
 
 use crate::grid::Place;
+use crate::model;
 use crate::optim::Optimizer;
+use crate::params::Layout;
 use crate::setup::Setup;
 
 /// f32.
 const VALUE: u64 = 4;
 
-/// The parts of a place's predicted peak, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// The parts of a rank's predicted peak, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Prediction {
     /// `D_k + 1` versions.
     pub weights: u64,
+    /// With a tied table also its parts that wait for each other.
     pub gradient: u64,
     pub optimizer: u64,
     /// `a_k + 1` microbatches.
@@ -23,28 +26,42 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    /// The peak of `place` by the formulas of the layers.
-    pub fn new(setup: &Setup, place: Place) -> Prediction {
+    /// The peak of a rank by the formulas of the layers.
+    pub fn new(setup: &Setup, rank: usize) -> Prediction {
+        let mut sum = Prediction::default();
+        let held = setup.grid.held(rank);
+        for place in &held {
+            sum.add_place(setup, *place);
+        }
+        let ends = held.iter().flat_map(|place| setup.table_ends(place.stage)).count() as u64;
+        if ends > 0 {
+            let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
+            let parts = setup.schedule.delays[0] as u64 + 3;
+            sum.weights += setup.schedule.tables_held(rank % setup.grid.devices()) as u64 * table;
+            sum.gradient += (ends + parts) * table;
+            sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
+        }
+        sum
+    }
+
+    fn add_place(&mut self, setup: &Setup, place: Place) {
         let stack = setup.stack(place.stage);
-        let layout = crate::params::Layout::new(stack.parameters());
-        let flat = layout.len as u64 * VALUE;
+        let flat = Layout::new(&stack.own()).len as u64 * VALUE;
         let schedule = &setup.schedule;
         let tokens = (setup.rows * setup.config.data.sequence) as u64;
         let hidden = tokens * setup.config.model.d_model as u64 * VALUE;
         let saved = tokens * stack.saved_per_token() as u64 * VALUE;
         let held = schedule.activations_held(place.stage) as u64;
-        let activations = if setup.config.recompute { held * hidden + saved } else { held * saved };
-        let state = Optimizer::state_buffers(setup.config.optimizer.kind) as u64;
         // A message each way to every neighbour.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
         let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
-        Prediction {
-            weights: schedule.versions_held(place.stage) as u64 * flat,
-            gradient: flat,
-            optimizer: state * flat,
-            activations,
-            transient: tokens * stack.transient_per_token() as u64 * VALUE + messages,
-        }
+        let transient = tokens * stack.transient_per_token() as u64 * VALUE + messages;
+        self.weights += schedule.versions_held(place.stage) as u64 * flat;
+        self.gradient += flat;
+        self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;
+        self.activations += if setup.config.recompute { held * hidden + saved } else { held * saved };
+        // The two stages of a device take turns.
+        self.transient = self.transient.max(transient);
     }
 
     pub fn total(&self) -> u64 {

@@ -21,10 +21,14 @@ pub enum Report {
     Loss { replica: usize, step: usize, loss: f64 },
     /// An update is made: the norm of the stage's gradient before clipping. From replica 0.
     Norm { stage: usize, step: usize, norm: f64 },
+    /// An update of the tied table is made: the norm of its gradient before clipping. From stage 0 of replica 0.
+    TableNorm { step: usize, norm: f64 },
+    /// The digest of a copy of the tied table at sync point `step`.
+    Digest { place: Place, step: usize, digest: u64 },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
     Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
-    /// The place has finished; replica 0 has written its weights.
-    Done { place: Place, shard: Option<Shard>, peak_bytes: Option<u64> },
-    /// The place has failed, and waits to be ended.
+    /// The rank has finished; those of replica 0 have written their weights.
+    Done { rank: usize, shards: Vec<Shard>, peak_bytes: Option<u64> },
+    /// The rank has failed, and waits to be ended.
     Failed { origin: String, error: Error },
 }

@@ -30,6 +30,9 @@ struct StepLine<'a> {
     tokens_per_s: f64,
     /// Before clipping, one a stage.
     grad_norm: &'a [f64],
+    /// Of the tied table, which no stage's norm holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    table_norm: Option<f64>,
 }
 
 /// A line of `metrics.jsonl` about an evaluation after `step` updates.
@@ -46,6 +49,7 @@ struct EvalLine {
 struct Partial {
     losses: BTreeMap<usize, f64>,
     norms: BTreeMap<usize, f64>,
+    table: Option<f64>,
 }
 
 /// How a run ended.
@@ -70,7 +74,9 @@ pub struct Recorder {
     written: usize,
     /// step -> replica -> (sum of losses, tokens).
     evals: BTreeMap<usize, BTreeMap<usize, (f64, usize)>>,
-    done: Vec<(Place, Option<u64>)>,
+    /// step -> copy -> digest of the tied table.
+    digests: BTreeMap<usize, BTreeMap<Place, u64>>,
+    done: Vec<(usize, Option<u64>)>,
     shards: Vec<Shard>,
     last: Instant,
     losses: Vec<f64>,
@@ -104,6 +110,7 @@ impl Recorder {
             steps: BTreeMap::new(),
             written: 0,
             evals: BTreeMap::new(),
+            digests: BTreeMap::new(),
             done: Vec::new(),
             shards: Vec::new(),
             last: Instant::now(),
@@ -113,14 +120,14 @@ impl Recorder {
         })
     }
 
-    /// Takes reports until `places` places are done, then completes the checkpoint. `shared` says that the places
+    /// Takes reports until `ranks` ranks are done, then completes the checkpoint. `shared` says that the ranks
     /// are threads of this process, so that only their sum can be measured.
     ///
     /// # Errors
     /// What a place reports, reports that end early, or a file that cannot be written.
-    pub fn run(mut self, reports: &Receiver<Report>, places: usize, shared: bool) -> Placed<Summary> {
+    pub fn run(mut self, reports: &Receiver<Report>, ranks: usize, shared: bool) -> Placed<Summary> {
         self.last = Instant::now();
-        while self.done.len() < places {
+        while self.done.len() < ranks {
             match reports.recv() {
                 Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
                 Ok(report) => self.take(report).map_err(|error| (None, error))?,
@@ -151,14 +158,32 @@ impl Recorder {
             Report::Eval { replica, step, loss_sum, tokens } => {
                 self.evals.entry(step).or_default().insert(replica, (loss_sum, tokens));
             }
-            Report::Done { place, shard, peak_bytes } => {
-                self.shards.extend(shard);
-                self.done.push((place, peak_bytes));
+            Report::TableNorm { step, norm } => self.steps.entry(step).or_default().table = Some(norm),
+            Report::Digest { place, step, digest } => self.compare(place, step, digest)?,
+            Report::Done { rank, shards, peak_bytes } => {
+                self.shards.extend(shards);
+                self.done.push((rank, peak_bytes));
                 self.done.sort();
             }
             Report::Failed { .. } => {}
         }
         self.write_complete()
+    }
+
+    /// Compares the copies of the tied table once all have told their digests.
+    fn compare(&mut self, place: Place, step: usize, digest: u64) -> Result<()> {
+        let digests = self.digests.entry(step).or_default();
+        digests.insert(place, digest);
+        let copies = 2 * self.setup.grid.replicas;
+        if digests.len() < copies {
+            return Ok(());
+        }
+        let digests = self.digests.remove(&step).unwrap_or_default();
+        if digests.values().all(|other| *other == digest) {
+            return Ok(());
+        }
+        let texts: Vec<String> = digests.iter().map(|(place, digest)| format!("{digest:016x} on {place}")).collect();
+        Err(Error::CopiesDiffer { step, digests: texts.join(", ") })
     }
 
     /// Writes what all places have reported, in the order of the run, whoever came first.
@@ -170,7 +195,10 @@ impl Recorder {
                 let replicas = self.evals.remove(&next).unwrap_or_default();
                 self.eval(next, &replicas)?;
             }
-            let complete = |p: &Partial| p.losses.len() == grid.replicas && p.norms.len() == grid.stages;
+            let tied = self.setup.dimensions.tied;
+            let complete = |p: &Partial| {
+                p.losses.len() == grid.replicas && p.norms.len() == grid.stages && p.table.is_some() == tied
+            };
             if !self.steps.get(&next).is_some_and(complete) {
                 return Ok(());
             }
@@ -197,6 +225,7 @@ impl Recorder {
             step_s: seconds,
             tokens_per_s: tokens as f64 / seconds,
             grad_norm: &norms,
+            table_norm: partial.table,
         };
         let rate = line.tokens_per_s;
         let text = serde_json::to_string(&line).map_err(|error| Error::Internal(error.to_string()))?;
@@ -246,13 +275,13 @@ impl Recorder {
         let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
         println!("\npeak memory, MiB       weights  gradient  optimizer  activations  transient  predicted  measured");
         let mut total = 0;
-        for (place, peak) in &self.done {
-            let p = Prediction::new(&self.setup, *place);
+        for (rank, peak) in &self.done {
+            let p = Prediction::new(&self.setup, *rank);
             total += p.total();
             let measured = peak.map_or("-".to_owned(), mib);
             println!(
                 "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>10} {measured:>9}",
-                place.to_string(),
+                self.setup.grid.name(*rank),
                 mib(p.weights),
                 mib(p.gradient),
                 mib(p.optimizer),
@@ -262,7 +291,7 @@ impl Recorder {
             );
         }
         if shared {
-            println!("places are threads of one process, so each shows the peak of all: {} predicted", mib(total));
+            println!("ranks are threads of one process, so each shows the peak of all: {} predicted", mib(total));
         }
     }
 

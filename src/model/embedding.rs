@@ -13,11 +13,18 @@ pub(super) struct Embedding {
     sequence: i64,
     d_model: i64,
     dropout: f64,
+    tied: bool,
 }
 
 impl Embedding {
     pub(super) fn new(d: &Dimensions) -> Embedding {
-        Embedding { vocabulary: d.vocabulary, sequence: d.sequence, d_model: d.d_model, dropout: d.dropout }
+        Embedding {
+            vocabulary: d.vocabulary,
+            sequence: d.sequence,
+            d_model: d.d_model,
+            dropout: d.dropout,
+            tied: d.tied,
+        }
     }
 }
 
@@ -30,11 +37,11 @@ impl Layer for Embedding {
         let table = |name: &str, rows| {
             Parameter::new(format!("embedding.{name}"), &[rows, self.d_model], Init::Normal(TABLE_STD))
         };
-        vec![table("tokens", self.vocabulary), table("positions", self.sequence)]
+        vec![Parameter { tied: self.tied, ..table("tokens", self.vocabulary) }, table("positions", self.sequence)]
     }
 
     /// `x`: [B, t] with t <= T -> [B, t, D].
-    fn forward(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Option<Tensor>, dropout: Option<Dropout>) -> Result<Tensor> {
         let [tokens, positions] = weights else { unreachable!("embedding has two parameters") };
         let hidden = Tensor::f_embedding(tokens, x, -1, false, false)?;
         let hidden = hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?;

@@ -1,47 +1,59 @@
-//! Hidden states to logits: the last normalisation and an output matrix of its own.
+//! Hidden states to a loss: the last normalisation and an output matrix, which with a tie is the embedding's table.
 
-use tch::Tensor;
+use tch::{Kind, Reduction, Tensor};
 
-use super::{Dimensions, Dropout, Init, Layer, Parameter, TABLE_STD, layer_norm};
+use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
 use crate::error::Result;
 
 pub(super) struct Head {
-    vocabulary: i64,
-    d_model: i64,
+    dimensions: Dimensions,
 }
 
 impl Head {
     pub(super) fn new(d: &Dimensions) -> Head {
-        Head { vocabulary: d.vocabulary, d_model: d.d_model }
-    }
-}
-
-impl Layer for Head {
-    fn name(&self) -> String {
-        "head".to_owned()
+        Head { dimensions: d.clone() }
     }
 
-    fn parameters(&self) -> Vec<Parameter> {
-        vec![
-            Parameter::new("head.norm.weight".into(), &[self.d_model], Init::Ones),
-            Parameter::new("head.norm.bias".into(), &[self.d_model], Init::Zeros),
-            Parameter::new("head.weight".into(), &[self.vocabulary, self.d_model], Init::Normal(TABLE_STD)),
-        ]
+    pub(super) fn parameters(&self) -> Vec<Parameter> {
+        let d = &self.dimensions;
+        let mut parameters = vec![
+            Parameter::new("head.norm.weight".into(), &[d.d_model], Init::Ones),
+            Parameter::new("head.norm.bias".into(), &[d.d_model], Init::Zeros),
+        ];
+        match d.tied {
+            true => parameters.extend(table(d)),
+            false => {
+                parameters.push(Parameter::new("head.weight".into(), &[d.vocabulary, d.d_model], Init::Normal(TABLE_STD)))
+            }
+        }
+        parameters
     }
 
     /// `x`: [B, T, D] -> logits [B, T, V].
-    fn forward(&self, weights: &[Tensor], x: &Tensor, _dropout: Option<Dropout>) -> Result<Tensor> {
+    fn logits(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [norm, bias, matrix] = weights else { unreachable!("the head has three parameters") };
         Ok(layer_norm(x, norm, bias)?.f_linear::<Tensor>(matrix, None)?)
     }
 
+    /// Hidden states [B, T, D], `targets` [B, T] -> the mean cross-entropy in nats per token.
+    pub(super) fn loss(&self, weights: &[Tensor], x: &Tensor, targets: &Tensor, _dropout: Option<Dropout>) -> Result<Tensor> {
+        let logits = self.logits(weights, x)?;
+        let rows = logits.f_view([-1, self.dimensions.vocabulary])?;
+        Ok(rows.f_cross_entropy_loss::<Tensor>(&targets.f_view([-1])?, None, Reduction::Mean, -100, 0.0)?)
+    }
+
+    /// [B, T, D] -> [B, T, V].
+    pub(super) fn log_probabilities(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        Ok(self.logits(weights, x)?.f_log_softmax(-1, Kind::Float)?)
+    }
+
     /// The input and its normalised form: 2 D; the logarithm of the softmax: V; mean and deviation.
-    fn saved_per_token(&self) -> usize {
-        2 * self.d_model as usize + self.vocabulary as usize + 4
+    pub(super) fn saved_per_token(&self) -> usize {
+        2 * self.dimensions.d_model as usize + self.dimensions.vocabulary as usize + 4
     }
 
     /// Logits and their gradient.
-    fn transient_per_token(&self) -> usize {
-        2 * self.vocabulary as usize + self.d_model as usize
+    pub(super) fn transient_per_token(&self) -> usize {
+        2 * self.dimensions.vocabulary as usize + self.dimensions.d_model as usize
     }
 }

@@ -1,8 +1,8 @@
 //! The layers and the stack of them that a stage (or the oracle) holds.
 //!
 //! Shapes: B rows, T tokens a row, D = `d_model`, H heads, F = `d_ff`, V tokens of the vocabulary. A stack's input is
-//! tokens [B, T] (int64) if it holds the embedding, else hidden states [B, T, D]; its output is logits [B, T, V] if it
-//! holds the head, else hidden states.
+//! tokens [B, T] (int64) if it holds the embedding, else hidden states [B, T, D]; its output is hidden states; the head
+//! makes them a loss.
 //!
 //! Parameter names, as in saved weights (l counts layers of the whole model from 0; matrices are [out, in]):
 //!
@@ -10,7 +10,7 @@
 //! embedding.tokens [V, D]          embedding.positions [T, D]
 //! layers.l.norm1.weight, .bias [D] layers.l.attention.qkv.weight [3D, D], .bias     layers.l.attention.out.weight [D, D], .bias
 //! layers.l.norm2.weight, .bias [D] layers.l.mlp.up.weight [F, D], .bias             layers.l.mlp.down.weight [D, F], .bias
-//! head.norm.weight, .bias [D]      head.weight [V, D]
+//! head.norm.weight, .bias [D]      head.weight [V, D]; with a tie there is none: `embedding.tokens` takes its place
 //! ```
 
 mod block;
@@ -19,11 +19,12 @@ mod head;
 
 use std::ops::Range;
 
-use tch::{Reduction, Tensor};
+use tch::Tensor;
 
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::random::{self, DropoutKey};
+use crate::schedule::Tie;
 
 /// How a parameter begins.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,11 +41,13 @@ pub struct Parameter {
     pub name: String,
     pub shape: Vec<i64>,
     pub init: Init,
+    /// Whether it belongs to the table that embedding and head share.
+    pub tied: bool,
 }
 
 impl Parameter {
     fn new(name: String, shape: &[i64], init: Init) -> Parameter {
-        Parameter { name, shape: shape.to_vec(), init }
+        Parameter { name, shape: shape.to_vec(), init, tied: false }
     }
 
     /// Elements.
@@ -68,6 +71,8 @@ pub struct Dimensions {
     pub vocabulary: i64,
     pub sequence: i64,
     pub dropout: f64,
+    /// Whether the head's matrix is the embedding's table.
+    pub tied: bool,
 }
 
 impl Dimensions {
@@ -81,6 +86,7 @@ impl Dimensions {
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
             dropout: model.dropout,
+            tied: model.tie != Tie::Untied,
         }
     }
 }
@@ -121,7 +127,8 @@ trait Layer: Send + Sync {
     /// As in the names of its parameters.
     fn name(&self) -> String;
     fn parameters(&self) -> Vec<Parameter>;
-    fn forward(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor>;
+    /// `memory` is what the layer remembers of earlier segments, and what it will remember.
+    fn forward(&self, weights: &[Tensor], x: &Tensor, memory: &mut Option<Tensor>, dropout: Option<Dropout>) -> Result<Tensor>;
     /// f32 values a token that autograd keeps of a forward: the layer's input, not its output.
     fn saved_per_token(&self) -> usize;
     /// f32 values a token that its backward needs for a moment besides those that are kept.
@@ -143,69 +150,135 @@ pub fn costs(d: &Dimensions) -> LayerCosts {
     LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + t * dm, head: dm * v }
 }
 
+/// What the layers of a stack remember of the segments before, one tensor [b, M, D] a layer; none in the layers that
+/// remember nothing. It carries no gradient.
+#[derive(Debug, Default)]
+pub struct Memory(Vec<Option<Tensor>>);
+
+impl Memory {
+    /// Another handle of the same memory.
+    pub fn shallow_clone(&self) -> Memory {
+        Memory(self.0.iter().map(|m| m.as_ref().map(Tensor::shallow_clone)).collect())
+    }
+}
+
 /// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
 pub struct Stack {
     /// Each with the range of its parameters.
     layers: Vec<(Box<dyn Layer>, Range<usize>)>,
+    head: Option<(head::Head, Range<usize>)>,
     parameters: Vec<Parameter>,
-    has_head: bool,
     d_model: usize,
 }
 
 impl Stack {
     /// The blocks `run` of a model of `dimensions`.
     pub fn new(dimensions: &Dimensions, run: Range<usize>) -> Stack {
-        let (first, last) = (run.start == 0, run.end == dimensions.layers);
-        let mut stack =
-            Stack { layers: Vec::new(), parameters: Vec::new(), has_head: last, d_model: dimensions.d_model as usize };
-        if first {
+        let last = run.end == dimensions.layers;
+        let d_model = dimensions.d_model as usize;
+        let mut stack = Stack { layers: Vec::new(), head: None, parameters: Vec::new(), d_model };
+        if run.start == 0 {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }
         for layer in run {
             stack.push(Box::new(block::Block::new(dimensions, layer)));
         }
         if last {
-            stack.push(Box::new(head::Head::new(dimensions)));
+            let head = head::Head::new(dimensions);
+            let range = stack.add(head.parameters());
+            stack.head = Some((head, range));
         }
         stack
     }
 
     fn push(&mut self, layer: Box<dyn Layer>) {
-        let start = self.parameters.len();
-        self.parameters.extend(layer.parameters());
-        self.layers.push((layer, start..self.parameters.len()));
+        let range = self.add(layer.parameters());
+        self.layers.push((layer, range));
     }
 
-    /// All parameters, in the order in which `forward` takes their values.
+    fn add(&mut self, parameters: Vec<Parameter>) -> Range<usize> {
+        let start = self.parameters.len();
+        self.parameters.extend(parameters);
+        start..self.parameters.len()
+    }
+
+    /// All parameters, in the order in which `forward` and `loss` take their values.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
 
-    /// Whether the output is logits.
-    pub fn has_head(&self) -> bool {
-        self.has_head
+    /// The parameters that are not tied.
+    pub fn own(&self) -> Vec<Parameter> {
+        self.parameters.iter().filter(|p| !p.tied).cloned().collect()
     }
 
-    /// Runs the layers on `x`; `weights` are the values of `parameters`.
+    /// The values of all parameters as `forward` and `loss` take them, from those of `own`, those of the table that the
+    /// embedding uses and those that the head uses ([`table`]; none where the stack has no such end).
+    pub fn weights(&self, own: &[Tensor], input: &[Tensor], output: &[Tensor]) -> Vec<Tensor> {
+        let head = self.head.as_ref().map_or(self.parameters.len(), |(_, range)| range.start);
+        let (mut own, mut input, mut output) = (own.iter(), input.iter(), output.iter());
+        let value = |(i, parameter): (usize, &Parameter)| {
+            let from = match parameter.tied {
+                false => &mut own,
+                true if i < head => &mut input,
+                true => &mut output,
+            };
+            from.next().expect("as many values as parameters").shallow_clone()
+        };
+        self.parameters.iter().enumerate().map(value).collect()
+    }
+
+    /// Whether the stack ends in the loss.
+    pub fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Runs the layers on `x`: tokens [B, T] or hidden states [B, T, D] -> hidden states. `memory` is what the layers
+    /// remember (nothing yet: the default), and afterwards what they will remember.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn forward(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    pub fn forward(&self, weights: &[Tensor], x: &Tensor, memory: &mut Memory, dropout: Option<Dropout>) -> Result<Tensor> {
+        memory.0.resize_with(self.layers.len(), || None);
         let mut x = x.shallow_clone();
-        for (layer, range) in &self.layers {
-            x = layer.forward(&weights[range.clone()], &x, dropout)?;
+        for ((layer, range), memory) in self.layers.iter().zip(&mut memory.0) {
+            x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
         }
         Ok(x)
+    }
+
+    /// Mean cross-entropy in nats per token: hidden states [B, T, D], `targets` [B, T] -> a scalar.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn loss(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        let (head, range) = self.head.as_ref().expect("only a stack with the head has a loss");
+        head.loss(&weights[range.clone()], hidden, targets, dropout)
+    }
+
+    /// Logarithms of the probabilities of the next token: hidden states [B, T, D] -> [B, T, V].
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn log_probabilities(&self, weights: &[Tensor], hidden: &Tensor) -> Result<Tensor> {
+        let (head, range) = self.head.as_ref().expect("only a stack with the head has probabilities");
+        head.log_probabilities(&weights[range.clone()], hidden)
     }
 
     /// Runs the layers one by one and names the first whose output is not finite.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn first_not_finite(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Option<String>> {
+    pub fn first_not_finite(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        memory: &Memory,
+        dropout: Option<Dropout>,
+    ) -> Result<Option<String>> {
         let mut x = x.shallow_clone();
-        for (layer, range) in &self.layers {
-            x = layer.forward(&weights[range.clone()], &x, dropout)?;
+        for ((layer, range), memory) in self.layers.iter().zip(memory.shallow_clone().0.iter_mut()) {
+            x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
             if x.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
                 return Ok(Some(format!("output of {}", layer.name())));
             }
@@ -215,8 +288,8 @@ impl Stack {
 
     /// f32 values a token that a microbatch keeps from its forward to its backward.
     pub fn saved_per_token(&self) -> usize {
-        let output = if self.has_head { 0 } else { self.d_model };
-        self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum::<usize>() + output
+        let end = self.head.as_ref().map_or(self.d_model, |(head, _)| head.saved_per_token());
+        self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum::<usize>() + end
     }
 
     /// f32 values a token that a backward holds at most beyond what its forward kept: from the last layer to the first,
@@ -227,18 +300,27 @@ impl Stack {
             kept += layer.saved_per_token();
             most = most.max(kept + layer.transient_per_token());
         }
+        if let Some((head, _)) = &self.head {
+            most = most.max(kept + head.saved_per_token() + head.transient_per_token());
+        }
         most.saturating_sub(self.saved_per_token())
     }
 }
 
-/// Mean cross-entropy in nats per token: `logits` [B, T, V], `targets` [B, T] -> a scalar.
-///
-/// # Errors
-/// What libtorch reports.
-pub fn loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let vocabulary = logits.size()[2];
-    let rows = logits.f_view([-1, vocabulary])?;
-    Ok(rows.f_cross_entropy_loss::<Tensor>(&targets.f_view([-1])?, None, Reduction::Mean, -100, 0.0)?)
+/// The parameters that embedding and head share, in the order in which both take them; none without a tie.
+pub fn table(dimensions: &Dimensions) -> Vec<Parameter> {
+    embedding::Embedding::new(dimensions).parameters().into_iter().filter(|p| p.tied).collect()
+}
+
+/// Every parameter of the whole model, once.
+pub fn parameters(dimensions: &Dimensions) -> Vec<Parameter> {
+    let whole = Stack::new(dimensions, 0..dimensions.layers);
+    table(dimensions).into_iter().chain(whole.own()).collect()
+}
+
+/// Values of all parameters.
+pub fn count(dimensions: &Dimensions) -> usize {
+    parameters(dimensions).iter().map(Parameter::count).sum()
 }
 
 /// The first values of a parameter: a pure function of the seed and the name.
@@ -264,33 +346,49 @@ mod tests {
     use super::*;
 
     fn dimensions() -> Dimensions {
-        Dimensions { layers: 3, d_model: 8, heads: 2, d_ff: 16, vocabulary: 11, sequence: 5, dropout: 0.0 }
+        Dimensions { layers: 3, d_model: 8, heads: 2, d_ff: 16, vocabulary: 11, sequence: 5, dropout: 0.0, tied: false }
+    }
+
+    fn initial_values(parameters: &[Parameter]) -> Vec<Tensor> {
+        parameters.iter().map(|p| Tensor::from_slice(&initial(p, 3)).view(&p.shape[..])).collect()
     }
 
     fn values(stack: &Stack) -> Vec<Tensor> {
-        stack.parameters().iter().map(|p| Tensor::from_slice(&initial(p, 3)).view(&p.shape[..])).collect()
+        let table = initial_values(&stack.parameters.iter().filter(|p| p.tied).cloned().collect::<Vec<_>>());
+        stack.weights(&initial_values(&stack.own()), &table, &table)
+    }
+
+    fn run(stack: &Stack, x: &Tensor, dropout: Option<Dropout>) -> Tensor {
+        stack.forward(&values(stack), x, &mut Memory::default(), dropout).unwrap()
     }
 
     #[test]
     fn a_model_cut_in_two_is_the_same_model() {
         let whole = Stack::new(&dimensions(), 0..3);
         let (a, b) = (Stack::new(&dimensions(), 0..1), Stack::new(&dimensions(), 1..3));
-        let names = |s: &Stack| s.parameters().iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+        let names = |s: &Stack| s.parameters.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
         assert_eq!(names(&whole), [names(&a), names(&b)].concat());
         let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 10, 9, 8, 7, 6]).view([2, 5]);
-        let y = whole.forward(&values(&whole), &tokens, None).unwrap();
-        let x = a.forward(&values(&a), &tokens, None).unwrap();
-        assert_eq!(b.forward(&values(&b), &x, None).unwrap(), y);
-        assert_eq!(y.size(), [2, 5, 11]);
+        let y = run(&whole, &tokens, None);
+        assert_eq!(run(&b, &run(&a, &tokens, None), None), y);
+        assert_eq!(y.size(), [2, 5, 8]);
+        assert_eq!(whole.log_probabilities(&values(&whole), &y).unwrap().size(), [2, 5, 11]);
+    }
+
+    #[test]
+    fn a_tied_model_has_its_table_once() {
+        let tied = Dimensions { tied: true, ..dimensions() };
+        let names: Vec<String> = parameters(&tied).into_iter().map(|p| p.name).collect();
+        assert_eq!(names.iter().filter(|name| *name == "embedding.tokens").count(), 1);
+        assert!(!names.contains(&"head.weight".to_owned()));
+        assert_eq!(count(&dimensions()) - count(&tied), 11 * 8);
+        assert!(table(&dimensions()).is_empty());
     }
 
     #[test]
     fn a_token_sees_only_those_before_it() {
         let whole = Stack::new(&dimensions(), 0..3);
-        let run = |last: i64| {
-            let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, last]).view([1, 5]);
-            whole.forward(&values(&whole), &tokens, None).unwrap()
-        };
+        let run = |last: i64| run(&whole, &Tensor::from_slice(&[1i64, 2, 3, 4, last]).view([1, 5]), None);
         let (y, z) = (run(5), run(9));
         assert_eq!(y.narrow(1, 0, 4), z.narrow(1, 0, 4));
         assert_ne!(y.narrow(1, 4, 1), z.narrow(1, 4, 1));
@@ -300,10 +398,7 @@ mod tests {
     fn dropout_depends_on_its_key_only() {
         let whole = Stack::new(&dimensions(), 0..3);
         let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5]).view([1, 5]);
-        let run = |step| {
-            let dropout = Dropout { rate: 0.3, seed: 1, step, replica: 0, microbatch: 0 };
-            whole.forward(&values(&whole), &tokens, Some(dropout)).unwrap()
-        };
+        let run = |step| run(&whole, &tokens, Some(Dropout { rate: 0.3, seed: 1, step, replica: 0, microbatch: 0 }));
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
     }

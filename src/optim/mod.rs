@@ -178,7 +178,7 @@ mod tests {
 
     fn layout() -> Layout {
         let parameter =
-            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Ones };
+            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Ones, tied: false };
         Layout::new(&[parameter("matrix", &[160, 128]), parameter("vector", &[9]), parameter("other", &[4, 4])])
     }
 

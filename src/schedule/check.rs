@@ -3,28 +3,30 @@
 
 use super::{Action, Costs, Fault, Op, Pass, Schedule, simulate};
 use crate::delay::version;
-use crate::grid::Grid;
 
-/// Checks the lists of all places (in the order of their ranks) against `schedule`.
+/// Checks the lists of all devices of `replicas` pipelines (in the order of their ranks) against `schedule`.
 ///
 /// # Errors
 /// The first action that breaks a rule, and the rule.
-pub fn check(schedule: &Schedule, grid: Grid, lists: &[Vec<Action>]) -> Result<(), Fault> {
+pub fn check(schedule: &Schedule, replicas: usize, lists: &[Vec<Action>]) -> Result<(), Fault> {
+    let grid = schedule.grid(replicas);
     for (rank, list) in lists.iter().enumerate() {
-        let stage = grid.place(rank).stage;
-        let mut ledger = Ledger { schedule, stage, forwards: 0, backwards: 0, reduced: None, updates: 0 };
+        let held = grid.held(rank);
+        let mut ledgers: Vec<Ledger> = held.iter().map(|place| Ledger::new(schedule, place.stage)).collect();
         for action in list {
-            if action.stage != stage {
-                return Err(Fault(format!("{action} stands in the list of {}", grid.place(rank))));
-            }
-            ledger.take(action).map_err(|rule| Fault(format!("{action} on {}: {rule}", grid.place(rank))))?;
+            let Some(i) = held.iter().position(|place| place.stage == action.stage) else {
+                return Err(Fault(format!("{action} stands in the list of {}", grid.name(rank))));
+            };
+            // On a ring the other stage of this device may update the table.
+            let tables = ledgers[0].tables;
+            let broken = |rule| Fault(format!("{action} on {}: {rule}", held[i]));
+            ledgers[i].take(action, tables).map_err(broken)?;
         }
-        if ledger.updates != schedule.sync.steps {
-            let found = ledger.updates;
-            return Err(Fault(format!("{}: {found} updates in {} steps", grid.place(rank), schedule.sync.steps)));
+        for (ledger, place) in ledgers.iter().zip(&held) {
+            ledger.end().map_err(|rule| Fault(format!("{place}: {rule}")))?;
         }
     }
-    simulate(grid, lists, Costs { forward: 1.0, backward: 2.0, message: 0.0 }).map(|_| ())
+    simulate(schedule, lists, Costs { forward: 1.0, backward: 2.0, message: 0.0 }).map(|_| ())
 }
 
 /// What one place has done so far.
@@ -36,12 +38,41 @@ struct Ledger<'a> {
     /// The step whose gradient is being reduced: its buffer must not be touched.
     reduced: Option<usize>,
     updates: usize,
+    /// Parts of the table's gradient that are complete here, that came from the other end, and those that updates of
+    /// the table have used up.
+    parts: usize,
+    received: usize,
+    /// Steps before this one have their input part in an update.
+    joined: usize,
+    reduced_table: Option<usize>,
+    tables: usize,
 }
 
-impl Ledger<'_> {
-    fn take(&mut self, action: &Action) -> Result<(), String> {
+impl<'a> Ledger<'a> {
+    fn new(schedule: &'a Schedule, stage: usize) -> Ledger<'a> {
+        Ledger {
+            schedule,
+            stage,
+            forwards: 0,
+            backwards: 0,
+            reduced: None,
+            updates: 0,
+            parts: 0,
+            received: 0,
+            joined: 0,
+            reduced_table: None,
+            tables: 0,
+        }
+    }
+
+    /// `tables`: updates of the table that this device's first stage has made.
+    fn take(&mut self, action: &Action, tables: usize) -> Result<(), String> {
+        if !self.updates_table() {
+            self.tables = tables;
+        }
         if action.pass == Pass::Eval {
-            let drained = self.backwards == self.forwards && self.updates == action.step;
+            let tied = !self.schedule.uses_table(self.stage) || self.tables == action.step;
+            let drained = self.backwards == self.forwards && self.updates == action.step && tied;
             return if drained { Ok(()) } else { Err("an evaluation before the pipeline is drained".into()) };
         }
         let m = self.schedule.microbatches;
@@ -54,6 +85,7 @@ impl Ledger<'_> {
                 if held > bound {
                     return Err(format!("{held} microbatches of activations held, {bound} allowed"));
                 }
+                self.table_is_there(action.step, true)?;
                 self.version_is_there(action.step)
             }
             Op::Backward => {
@@ -64,7 +96,11 @@ impl Ledger<'_> {
                 if self.reduced.is_some() {
                     return Err("a backward into a gradient that is being reduced".into());
                 }
+                if self.schedule.uses_table(self.stage) && action.step != self.parts {
+                    return Err(format!("a backward before the part of step {} is complete", self.parts));
+                }
                 self.backwards += 1;
+                self.table_is_there(action.step, false)?;
                 self.version_is_there(action.step)
             }
             Op::Reduce => {
@@ -82,8 +118,96 @@ impl Ledger<'_> {
                 self.updates += 1;
                 Ok(())
             }
-            _ => Ok(()),
+            _ => self.table(action),
         }
+    }
+
+    /// Whether this stage's list holds the updates of the table that it uses.
+    fn updates_table(&self) -> bool {
+        let grid = self.schedule.grid(1);
+        self.schedule.uses_table(self.stage) && grid.device(self.stage) == self.stage
+    }
+
+    fn table(&mut self, action: &Action) -> Result<(), String> {
+        let step = action.step;
+        match action.op {
+            Op::Part => {
+                in_order(step, self.parts)?;
+                if self.backwards != (step + 1) * self.schedule.microbatches {
+                    return Err("a part before the step's last backward".into());
+                }
+                self.parts += 1;
+            }
+            Op::RecvPart => {
+                in_order(step, self.received)?;
+                self.received += 1;
+            }
+            Op::ReduceTable => {
+                in_order(step, self.tables)?;
+                let inputs = self.inputs(step);
+                let (mut input, mut output) = (self.parts, self.received);
+                if self.stage > 0 {
+                    (input, output) = (output, input);
+                } else if self.schedule.stages == 1 {
+                    output = input;
+                }
+                if input < inputs.end || output <= step {
+                    return Err("an all-reduce of the table without its parts".into());
+                }
+                if inputs.start != self.joined {
+                    return Err(format!("the input part of step {} is left out or used twice", self.joined));
+                }
+                self.joined = inputs.end;
+                self.reduced_table = Some(step);
+            }
+            Op::UpdateTable => {
+                if self.reduced_table.take() != Some(step) {
+                    return Err("an update of the table without its all-reduce".into());
+                }
+                self.tables += 1;
+            }
+            Op::AwaitTable if self.tables <= step => return Err("the table is not updated yet".into()),
+            Op::Digest => in_order(step, self.tables)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn inputs(&self, step: usize) -> std::ops::Range<usize> {
+        let sync = &self.schedule.sync;
+        self.schedule.table_inputs(step, sync.before(step), sync.after(step))
+    }
+
+    /// The version of the table that `step` uses exists; on a stage that runs its forward early and its backward late,
+    /// it is still held.
+    fn table_is_there(&self, step: usize, forward: bool) -> Result<(), String> {
+        if !self.schedule.uses_table(self.stage) {
+            return Ok(());
+        }
+        let needed = version(self.schedule.sync.before(step), step, self.schedule.table_delay());
+        if needed > self.tables {
+            return Err(format!("version {needed} of the table is not written yet, only {}", self.tables));
+        }
+        let held = self.schedule.tables_held(self.schedule.grid(1).device(self.stage));
+        if self.tables - needed >= held {
+            return Err(format!("version {needed} of the table is overwritten by version {}", self.tables));
+        }
+        if forward && self.schedule.tie == super::Tie::Fresh && needed != self.tables {
+            return Err(format!("version {needed} of the table is not the newest, {}", self.tables));
+        }
+        Ok(())
+    }
+
+    /// Nothing is left to do.
+    fn end(&self) -> Result<(), String> {
+        let steps = self.schedule.sync.steps;
+        if self.updates != steps {
+            return Err(format!("{} updates in {steps} steps", self.updates));
+        }
+        if self.updates_table() && (self.tables != steps || self.joined != steps) {
+            return Err(format!("{} updates of the table in {steps} steps, {} parts", self.tables, self.joined));
+        }
+        Ok(())
     }
 
     /// The version of `step` exists and has not been overwritten; at a sync point nothing is under way.
@@ -112,11 +236,17 @@ fn in_order(found: usize, expected: usize) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::delay::SyncPoints;
-    use crate::schedule::Kind;
+    use crate::grid::Placement;
+    use crate::schedule::{Kind, Tie};
     use proptest::prelude::*;
 
-    fn lists(schedule: &Schedule, grid: Grid) -> Vec<Vec<Action>> {
-        grid.places().map(|place| schedule.actions(place.stage).collect()).collect()
+    fn lists(schedule: &Schedule, replicas: usize) -> Vec<Vec<Action>> {
+        let grid = schedule.grid(replicas);
+        (0..grid.size()).map(|rank| schedule.device_actions(rank % grid.devices()).collect()).collect()
+    }
+
+    fn any_tie() -> impl Strategy<Value = Tie> {
+        prop_oneof![Just(Tie::Untied), Just(Tie::Aligned), Just(Tie::Fresh)]
     }
 
     fn any_kind() -> impl Strategy<Value = Kind> {
@@ -133,6 +263,7 @@ mod tests {
             kind in any_kind(), k in 1usize..=6, r in 1usize..=3, m in 1usize..=6, h in 1usize..=3,
             steps in 1usize..=12, at in prop::collection::btree_set(1usize..12, 0..4), warm_up in 0usize..4,
             extra in prop::collection::vec(0usize..3, 6), every in prop::option::of(1usize..5),
+            tie in any_tie(), ring: bool,
         ) {
             let mut sync = SyncPoints { at, warm_up, ..SyncPoints::ends(steps) };
             sync.periods.extend(every);
@@ -141,14 +272,20 @@ mod tests {
                 schedule.delays.iter_mut().zip(extra).for_each(|(d, e)| *d += e);
             }
             schedule.evals = every.map(|every| crate::schedule::Evals { every, microbatches: 2 });
-            let grid = Grid { stages: k, replicas: r };
-            prop_assert_eq!(check(&schedule, grid, &lists(&schedule, grid)), Ok(()));
+            schedule.tie = tie;
+            if ring && k >= 3 {
+                schedule.placement = Placement::Ring;
+            }
+            prop_assert_eq!(check(&schedule, r, &lists(&schedule, r)), Ok(()));
         }
 
         /// No idle device in the steady state when messages are free.
         #[test]
-        fn decoupled_stages_are_never_idle(k in 1usize..=6, m in 1usize..=6, h in 1usize..=3, backward in 1u32..4) {
-            let schedule = Schedule::new(Kind::Decoupled, k, m, h, SyncPoints::ends(1));
+        fn decoupled_stages_are_never_idle(
+            k in 1usize..=6, m in 1usize..=6, h in 1usize..=3, backward in 1u32..4, tied: bool,
+        ) {
+            let mut schedule = Schedule::new(Kind::Decoupled, k, m, h, SyncPoints::ends(1));
+            schedule.tie = if tied { Tie::Aligned } else { Tie::Untied };
             let costs = Costs { forward: 1.0, backward: backward as f64, message: 0.0 };
             for share in crate::schedule::ideal(&schedule, costs).unwrap().utilization {
                 prop_assert!((share - 1.0).abs() < 1e-9, "{share}");
@@ -157,24 +294,31 @@ mod tests {
 
         /// Swapping or dropping any action that matters is found.
         #[test]
-        fn a_dropped_action_is_found(k in 2usize..=4, m in 1usize..=3, stage in 0usize..4, which in 0usize..1000) {
-            let schedule = Schedule::new(Kind::Decoupled, k, m, 1, SyncPoints::ends(5));
-            let grid = Grid { stages: k, replicas: 1 };
-            let mut lists = lists(&schedule, grid);
-            let list = &mut lists[stage % k];
-            let matters: Vec<usize> = (0..list.len()).filter(|i| list[*i].op != Op::Load).collect();
+        fn a_dropped_action_is_found(
+            k in 2usize..=4, m in 1usize..=3, stage in 0usize..4, which in 0usize..1000, tie in any_tie(), ring: bool,
+        ) {
+            let mut schedule = Schedule::new(Kind::Decoupled, k, m, 1, SyncPoints::ends(5));
+            schedule.tie = tie;
+            if ring && k >= 3 {
+                schedule.placement = Placement::Ring;
+            }
+            let mut lists = lists(&schedule, 1);
+            let device = stage % lists.len();
+            let list = &mut lists[device];
+            // The batch and the digest are nobody's input, and on a ring stage 0 hands its part to itself.
+            let idle = |a: &Action| matches!(a.op, Op::Load | Op::Digest | Op::AwaitTable);
+            let matters: Vec<usize> = (0..list.len()).filter(|i| !idle(&list[*i])).collect();
             list.remove(matters[which % matters.len()]);
-            prop_assert!(check(&schedule, grid, &lists).is_err());
+            prop_assert!(check(&schedule, 1, &lists).is_err());
         }
     }
 
     #[test]
     fn a_delay_below_its_bound_is_found() {
         let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
-        let grid = Grid { stages: 4, replicas: 1 };
-        let made_with_enough = lists(&schedule, grid);
+        let made_with_enough = lists(&schedule, 1);
         schedule.delays[0] = 2;
-        let fault = check(&schedule, grid, &made_with_enough).unwrap_err();
+        let fault = check(&schedule, 1, &made_with_enough).unwrap_err();
         assert_eq!(fault.0, "0F3.0 on stage 0, replica 0: version 1 is not written yet, only 0");
     }
 

@@ -2,39 +2,53 @@
 
 use std::fmt::Write as _;
 
-use super::{Action, Costs, Fault, Op, Schedule, Span, ideal, simulate};
-use crate::grid::Grid;
+use super::simulate::BEFORE_DRAIN;
+use super::{Action, Costs, Fault, Op, Schedule, Span, Tie, ideal, simulate};
 
-/// Delays, versions and activations held, utilisation of every stage, and the speed-up in the steady state.
+/// Delays, versions and activations held, utilisation of every device, and the speed-up in the steady state.
 ///
 /// # Errors
 /// As [`simulate`].
-pub fn summary(schedule: &Schedule, grid: Grid, costs: Costs) -> Result<String, Fault> {
+pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<String, Fault> {
     let ideal = ideal(schedule, costs)?;
+    let grid = schedule.grid(replicas);
     let mut out = String::new();
     let list = |values: Vec<usize>| values.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     let stages = || 0..schedule.stages;
-    let kind = serde_json::to_string(&schedule.kind).unwrap_or_default();
     let _ = writeln!(
         out,
-        "schedule {}, grid {grid}, microbatches {}; forward : backward : message = {} : {} : {}\n",
-        kind.trim_matches('"'),
+        "schedule {}, grid {grid}, microbatches {}; forward : backward : message = {} : {} : {}",
+        word(&schedule.kind),
         schedule.microbatches,
         costs.forward,
         costs.backward,
         costs.message
     );
+    let tie = word(&schedule.tie);
+    let _ = writeln!(out, "placement {}, tie {tie}\n", word(&schedule.placement));
     let _ = writeln!(out, "stages            {}", list(stages().collect()));
+    if grid.devices() < grid.stages {
+        let _ = writeln!(out, "devices           {}", list(stages().map(|k| grid.device(k)).collect()));
+    }
     let _ = writeln!(out, "delays            {}", list(schedule.delays.clone()));
     let _ = writeln!(out, "versions held     {}", list(stages().map(|k| schedule.versions_held(k)).collect()));
     let _ = writeln!(out, "activations held  {}", list(stages().map(|k| schedule.activations_held(k)).collect()));
+    if schedule.tie != Tie::Untied {
+        let _ = writeln!(out, "table's delay     {}", schedule.table_delay());
+    }
     let shares: Vec<String> = ideal.utilization.iter().map(|u| format!("{u:.2}")).collect();
     let _ = writeln!(out, "utilisation       {}", shares.join(" "));
-    let _ = writeln!(out, "ideal speed-up    {:.2} of {} stages", ideal.speed_up, schedule.stages);
-    if grid.replicas > 1 {
-        let _ = writeln!(out, "with replicas     {:.2} of {}", ideal.speed_up * grid.replicas as f64, grid.size());
+    let _ = writeln!(out, "ideal speed-up    {:.2} of {} devices", ideal.speed_up, grid.devices());
+    let _ = writeln!(out, "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point", ideal.before_drain);
+    if replicas > 1 {
+        let _ = writeln!(out, "with replicas     {:.2} of {}", ideal.speed_up * replicas as f64, grid.size());
     }
     Ok(out)
+}
+
+/// A setting's value as it is written in a config.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default().trim_matches('"').to_owned()
 }
 
 /// The forwards, backwards and updates of one replica over time; every row is one `unit` of time, at most `rows` rows.
@@ -43,10 +57,13 @@ pub fn summary(schedule: &Schedule, grid: Grid, costs: Costs) -> Result<String, 
 /// # Errors
 /// As [`simulate`].
 pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result<String, Fault> {
-    let lists: Vec<Vec<Action>> = (0..schedule.stages).map(|stage| schedule.actions(stage).collect()).collect();
-    let spans = simulate(Grid { stages: schedule.stages, replicas: 1 }, &lists, costs)?;
+    let grid = schedule.grid(1);
+    let lists: Vec<Vec<Action>> = (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();
+    let spans = simulate(schedule, &lists, costs)?;
     let end = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
-    let columns: Vec<Vec<String>> = spans.iter().map(|spans| column(spans, unit, end)).collect();
+    let of = |stage: usize| spans[grid.device(stage)].iter().filter(move |s| s.action.stage == stage);
+    let columns: Vec<Vec<String>> =
+        (0..schedule.stages).map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, end)).collect();
     let width = columns.iter().flatten().map(String::len).max().unwrap_or(1).max(3);
     let mut out = String::from("  time ");
     for stage in 0..schedule.stages {
@@ -238,9 +255,8 @@ mod tests {
 
     #[test]
     fn the_summary_shows_delays_and_speed_up() {
-        let grid = Grid { stages: 11, replicas: 1 };
         let schedule = Schedule::new(Kind::Decoupled, 11, 8, 1, SyncPoints::ends(1));
-        let text = summary(&schedule, grid, Costs { backward: 2.0, ..TIMES }).unwrap();
+        let text = summary(&schedule, 1, Costs { backward: 2.0, ..TIMES }).unwrap();
         assert!(text.contains("delays            2 2 1 1 1 1 1 1 1 1 0"), "{text}");
         assert!(text.contains("ideal speed-up    11.00 of 11"), "{text}");
     }

@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::{Action, Op, Pass, Schedule};
+use super::{Action, Op, Pass, Schedule, Tie};
 use crate::delay::version;
+use crate::grid::Placement;
 
 /// The actions of one stage, in order, made a microbatch at a time.
 pub struct Actions<'a> {
@@ -15,6 +16,9 @@ pub struct Actions<'a> {
     next: Option<usize>,
     /// The step whose reduced gradient still waits for its update.
     pending_update: Option<usize>,
+    /// The next step whose update of the tied table has not been started, and the one that still has to be completed.
+    table: usize,
+    pending_table: Option<usize>,
     queue: VecDeque<Action>,
     done: bool,
 }
@@ -22,7 +26,21 @@ pub struct Actions<'a> {
 impl<'a> Actions<'a> {
     pub(super) fn new(schedule: &'a Schedule, stage: usize) -> Actions<'a> {
         let segment = (0, if schedule.sync.steps == 0 { 0 } else { schedule.sync.after(0) });
-        Actions { schedule, stage, segment, next: None, pending_update: None, queue: VecDeque::new(), done: false }
+        Actions {
+            schedule,
+            stage,
+            segment,
+            next: None,
+            pending_update: None,
+            table: 0,
+            pending_table: None,
+            queue: VecDeque::new(),
+            done: false,
+        }
+    }
+
+    fn is_last(&self) -> bool {
+        self.stage == self.schedule.stages - 1
     }
 
     fn push(&mut self, op: Op, pass: Pass, step: usize, microbatch: usize) {
@@ -43,6 +61,7 @@ impl<'a> Actions<'a> {
         let m = self.schedule.microbatches;
         let (count, ahead) = ((end - start) * m, self.schedule.ahead[self.stage]);
         if i < count {
+            self.table_before_forward(i);
             self.forward(start + i / m, i % m);
         }
         if i >= ahead && i - ahead < count {
@@ -51,6 +70,7 @@ impl<'a> Actions<'a> {
         self.next = Some(i + 1);
         if i + 1 == count + ahead {
             self.update_now();
+            self.table_at_sync(end);
             self.segment = (end, self.schedule.sync.after(end));
             self.next = None;
         }
@@ -65,7 +85,7 @@ impl<'a> Actions<'a> {
 
     /// A microbatch on its way down: loaded at the ends, received in the middle, forwarded, sent on.
     fn through(&mut self, pass: Pass, step: usize, j: usize) {
-        let (first, last) = (self.stage == 0, self.stage == self.schedule.stages - 1);
+        let (first, last) = (self.stage == 0, self.is_last());
         if first || last {
             self.push(Op::Load, pass, step, j);
         }
@@ -100,6 +120,101 @@ impl<'a> Actions<'a> {
         if j == self.schedule.microbatches - 1 {
             self.push(Op::Reduce, Pass::Train, step, 0);
             self.pending_update = Some(step);
+            self.table_after_step(step);
+        }
+    }
+
+    /// Whether another stage of this device updates the table.
+    fn shares_table(&self) -> bool {
+        self.schedule.placement == Placement::Ring && self.stage > 0
+    }
+
+    /// The last backward of a step is over: its part of the table's gradient is complete. The update starts where
+    /// nothing is left to wait for: under `aligned` the input's part is the later one, under `fresh` the head's is.
+    fn table_after_step(&mut self, step: usize) {
+        if !self.schedule.uses_table(self.stage) {
+            return;
+        }
+        self.push(Op::Part, Pass::Train, step, 0);
+        let at_once = match self.schedule.tie {
+            Tie::Fresh => self.is_last(),
+            _ => self.stage == 0,
+        };
+        if at_once && !self.shares_table() {
+            self.start_table(step);
+        }
+    }
+
+    /// What the forward of microbatch `i` of the segment needs of the table.
+    fn table_before_forward(&mut self, i: usize) {
+        if !self.schedule.uses_table(self.stage) {
+            return;
+        }
+        let (m, sync) = (self.schedule.microbatches, self.segment.0);
+        let step = sync + i / m;
+        // The version that the forward uses is written by the update of the step before it.
+        let needed = version(sync, step, self.schedule.table_delay());
+        if self.shares_table() {
+            while self.table < needed {
+                self.push(Op::AwaitTable, Pass::Train, self.table, 0);
+                self.table += 1;
+            }
+            return;
+        }
+        // Where the other end's part has come before the message that this forward waits for, it costs nothing to start
+        // the update already: stage 0 sends the part of step t right before it forwards microbatch (t+1) m + a_0.
+        let early = match self.schedule.tie {
+            Tie::Aligned if self.is_last() => sync + i.saturating_sub(self.schedule.ahead[0]) / m,
+            _ => needed,
+        };
+        while self.table < needed.max(early) {
+            self.start_table(self.table);
+        }
+        if self.pending_table.is_some_and(|t| t < needed) {
+            self.finish_table();
+        }
+    }
+
+    /// At the end of a segment every update is made.
+    fn table_at_sync(&mut self, end: usize) {
+        if !self.schedule.uses_table(self.stage) {
+            return;
+        }
+        while self.table < end {
+            if self.shares_table() {
+                self.push(Op::AwaitTable, Pass::Train, self.table, 0);
+                self.table += 1;
+            } else {
+                self.start_table(self.table);
+            }
+        }
+        self.finish_table();
+        if self.schedule.placement == Placement::Line && self.schedule.stages > 1 {
+            self.push(Op::Digest, Pass::Train, end, 0);
+        }
+    }
+
+    /// Takes the parts of the other end that update `step` needs, and starts its all-reduce.
+    fn start_table(&mut self, step: usize) {
+        self.finish_table();
+        let (from, to) = self.segment;
+        if self.schedule.stages > 1 {
+            let parts = match self.stage {
+                0 => step..step + 1,
+                _ => self.schedule.table_inputs(step, from, to),
+            };
+            for part in parts {
+                self.push(Op::RecvPart, Pass::Train, part, 0);
+            }
+        }
+        self.push(Op::ReduceTable, Pass::Train, step, 0);
+        self.pending_table = Some(step);
+        self.table = step + 1;
+    }
+
+    fn finish_table(&mut self) {
+        if let Some(step) = self.pending_table.take() {
+            self.push(Op::UpdateTable, Pass::Train, step, 0);
         }
     }
 
@@ -124,7 +239,7 @@ impl Iterator for Actions<'_> {
 #[cfg(test)]
 mod tests {
     use crate::delay::SyncPoints;
-    use crate::schedule::{Evals, Kind, Schedule};
+    use crate::schedule::{Evals, Kind, Schedule, Tie};
 
     fn list(schedule: &Schedule, stage: usize) -> String {
         schedule.actions(stage).map(|a| a.to_string()).collect::<Vec<_>>().join(" ")

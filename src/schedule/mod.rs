@@ -24,21 +24,51 @@
 //! Sends and receives are derived from the forwards and backwards, never ordered by hand. The all-reduce of a step is
 //! started right after its last backward and waited for by the update, which stands as late as it may: before the next
 //! backward (which needs the gradient buffer) and before the first forward that needs the new version.
+//!
+//! # The tied table
+//!
+//! With tied embeddings a table V is used by stage 0 (rows of it are the input) and by stage K-1 (the head). Each use
+//! gives a part of its gradient; an update of V needs a part of either. `d_in^t` and `d_out^t` are the parts of step t,
+//! D_0 the delay of stage 0:
+//!
+//! ```text
+//! aligned   V[t+1] = V[t] + optimizer(d_out^t + d_in^t)        used at step t: V[max(s, t - D_0)]
+//! fresh     V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-D_0})  used at step t: V[t]
+//! ```
+//!
+//! (fresh: no input part for the first D_0 steps after a sync point; those still under way at the next one join the
+//! update of the last step before it.) The two ends do, for every step:
+//!
+//! ```text
+//! stage 0     ... B(last)  P ----part----.    RP  TR  TU          P   the part is complete: hand it over
+//!                                         X                       RP  take the other's
+//! stage K-1   ... B(last)  P ----part----'    RP  TR  TU          TR  start the all-reduce of the whole over the replicas
+//!                                                                 TU  wait for it, write the next version
+//! ```
+//!
+//! On a ring there is one table, and stage 0 updates it: the last stage only hands its part over, and before it needs
+//! a version it awaits the update (`AT`) that writes it. Under `aligned` nobody waits for a part: stage 0 takes the
+//! head's long after it was sent, and the head takes the input's before the forward that follows it down the
+//! pipeline, where it has to have arrived.
 
 mod check;
 mod draw;
 mod generate;
+mod merge;
 mod simulate;
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 pub use check::check;
 pub use draw::{draw, summary};
 pub use generate::Actions;
+pub use merge::DeviceActions;
 pub use simulate::{Costs, Fault, Ideal, Span, ideal, simulate};
 
 use crate::delay::{SyncPoints, lag, least_delay};
+use crate::grid::{Grid, Placement};
 
 /// What a stage can do. The letters are those of the printed form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,10 +85,22 @@ pub enum Op {
     Reduce,
     /// Wait for the all-reduce and write the next version of the weights.
     Update,
+    /// The step's part of the tied table's gradient is complete: hand it to the other end.
+    Part,
+    /// Take the other end's part.
+    RecvPart,
+    /// Put the parts of an update together and start their all-reduce.
+    ReduceTable,
+    /// Wait for the all-reduce and write the next version of the table.
+    UpdateTable,
+    /// The other stage of this device has updated the table that both share.
+    AwaitTable,
+    /// At a sync point: tell the digest of this copy of the table.
+    Digest,
 }
 
 impl Op {
-    const CODES: [(Op, &'static str); 9] = [
+    const CODES: [(Op, &'static str); 15] = [
         (Op::Load, "L"),
         (Op::RecvActivation, "RA"),
         (Op::Forward, "F"),
@@ -68,6 +110,12 @@ impl Op {
         (Op::SendGradient, "SG"),
         (Op::Reduce, "R"),
         (Op::Update, "U"),
+        (Op::Part, "P"),
+        (Op::RecvPart, "RP"),
+        (Op::ReduceTable, "TR"),
+        (Op::UpdateTable, "TU"),
+        (Op::AwaitTable, "AT"),
+        (Op::Digest, "D"),
     ];
 
     /// The letters of the printed form.
@@ -77,7 +125,8 @@ impl Op {
 
     /// Whether the action belongs to a whole step instead of one microbatch.
     pub fn whole_step(self) -> bool {
-        matches!(self, Op::Reduce | Op::Update)
+        use Op::*;
+        matches!(self, Reduce | Update | Part | RecvPart | ReduceTable | UpdateTable | AwaitTable | Digest)
     }
 }
 
@@ -154,6 +203,20 @@ impl Kind {
     }
 }
 
+/// Whether the two ends use one table, and which parts of its gradient an update puts together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Tie {
+    /// Both parts of one step.
+    Aligned,
+    /// The head's part of a step with the input's part of `D_0` steps before: the paper's rule, for which stage 0 waits.
+    Fresh,
+    /// Nothing is tied: two tables.
+    #[serde(rename = "none")]
+    #[value(name = "none")]
+    Untied,
+}
+
 /// Evaluations: one before every step that is a multiple of `every` (step 0 apart), and one at the end of the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evals {
@@ -175,11 +238,13 @@ pub struct Schedule {
     pub delays: Vec<usize>,
     pub sync: SyncPoints,
     pub evals: Option<Evals>,
+    pub placement: Placement,
+    pub tie: Tie,
 }
 
 impl Schedule {
     /// The schedule `kind` for K stages, m microbatches, slack h, with the least delays. A synchronous kind makes every
-    /// step of `sync` a sync point; periods of `sync` and of evaluations are the caller's.
+    /// step of `sync` a sync point; periods of `sync`, evaluations, placement and tie are the caller's.
     pub fn new(kind: Kind, stages: usize, microbatches: usize, slack: usize, mut sync: SyncPoints) -> Schedule {
         sync.every_step |= kind.synchronous();
         let lags = (0..stages).map(|k| lag(slack, stages, k));
@@ -194,12 +259,59 @@ impl Schedule {
         } else {
             ahead.iter().map(|a| least_delay(*a, microbatches)).collect()
         };
-        Schedule { kind, stages, microbatches, ahead, delays, sync, evals: None }
+        let (placement, tie) = (Placement::Line, Tie::Untied);
+        Schedule { kind, stages, microbatches, ahead, delays, sync, evals: None, placement, tie }
     }
 
     /// The action list of one stage, made lazily: a run may have millions of actions.
     pub fn actions(&self, stage: usize) -> Actions<'_> {
         Actions::new(self, stage)
+    }
+
+    /// The action list of one device of a replica: that of its stage, or those of its two stages merged.
+    pub fn device_actions(&self, device: usize) -> DeviceActions<'_> {
+        DeviceActions::new(self, device)
+    }
+
+    /// The grid of `replicas` pipelines like this.
+    pub fn grid(&self, replicas: usize) -> Grid {
+        Grid { placement: self.placement, ..Grid::line(self.stages, replicas) }
+    }
+
+    /// The work of a stage as a share of a device's: on a ring the two ends are meant to have half a share each.
+    pub fn share(&self, stage: usize) -> f64 {
+        let grid = self.grid(1);
+        if grid.held(grid.device(stage)).len() == 2 { 0.5 } else { 1.0 }
+    }
+
+    /// Whether a stage uses the tied table.
+    pub fn uses_table(&self, stage: usize) -> bool {
+        self.tie != Tie::Untied && (stage == 0 || stage == self.stages - 1)
+    }
+
+    /// How many updates old the version of the tied table is that a step uses.
+    pub fn table_delay(&self) -> usize {
+        match self.tie {
+            Tie::Aligned => self.delays[0],
+            _ => 0,
+        }
+    }
+
+    /// The versions of the tied table that a device holds at most: an input part is computed at the version of its
+    /// forward.
+    pub fn tables_held(&self, device: usize) -> usize {
+        match self.tie {
+            Tie::Fresh if device != 0 => 1,
+            _ => self.delays[0] + 1,
+        }
+    }
+
+    /// The steps whose input parts join the update of step `t`, between the sync points `from` and `to`.
+    pub fn table_inputs(&self, t: usize, from: usize, to: usize) -> Range<usize> {
+        let delay = if self.tie == Tie::Fresh { self.delays[0] } else { 0 };
+        let first = (t.max(from + delay) - delay).max(from);
+        let past = if t + 1 == to { to } else { (t + 1).saturating_sub(delay).max(from) };
+        first.min(past)..past
     }
 
     /// Whether an evaluation stands before step `t` (at the end of the run: after the last step).
@@ -229,11 +341,22 @@ mod tests {
 
     #[test]
     fn actions_print_and_parse() {
-        for text in ["2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1"] {
+        for text in ["2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9"] {
             assert_eq!(text.parse::<Action>().unwrap().to_string(), text);
         }
         for wrong in ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"] {
             assert!(wrong.parse::<Action>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn every_input_part_joins_one_update() {
+        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
+        schedule.tie = Tie::Aligned;
+        assert_eq!((2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(), [2..3, 3..4, 4..5, 5..6, 6..7, 7..8]);
+        schedule.tie = Tie::Fresh;
+        assert_eq!((2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(), [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]);
+        assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, 4)).collect::<Vec<_>>(), [2..2, 2..4]);
+        assert_eq!(schedule.table_inputs(2, 2, 3), 2..3);
     }
 }

@@ -7,7 +7,7 @@ use std::fmt;
 use super::{Action, Op, Schedule};
 use crate::grid::{Grid, Place};
 
-/// Times of one microbatch on one stage, in any unit.
+/// Times of one microbatch on one device, in any unit; a stage that has half a device takes half of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Costs {
     pub forward: f64,
@@ -39,46 +39,127 @@ struct Message {
     arrives: f64,
 }
 
-/// The state of a running simulation.
-struct World<'a> {
+/// What is known of all places at some moment of a simulation.
+pub(super) struct World<'a> {
+    schedule: &'a Schedule,
     grid: Grid,
-    lists: &'a [Vec<Action>],
     costs: Costs,
-    clock: Vec<f64>,
-    next: Vec<usize>,
-    /// (from, to) -> messages under way, in order.
-    links: HashMap<(usize, usize), VecDeque<Message>>,
-    /// (stage, step) -> when each member started its all-reduce.
-    reduces: HashMap<(usize, usize), Vec<f64>>,
-    spans: Vec<Vec<Span>>,
+    /// (from, to, what) -> messages under way, in order.
+    links: HashMap<(Place, Place, Op), VecDeque<Message>>,
+    /// (stage, step, what) -> when each member of the replica group started its all-reduce.
+    reduces: HashMap<(usize, usize, Op), Vec<f64>>,
+    /// replica -> updates of the table on its first device, and when the last of them was made.
+    tables: HashMap<usize, (usize, f64)>,
 }
 
-/// Runs the action lists of all places (in the order of their ranks).
+impl<'a> World<'a> {
+    pub(super) fn new(schedule: &'a Schedule, replicas: usize, costs: Costs) -> World<'a> {
+        let grid = schedule.grid(replicas);
+        World { schedule, grid, costs, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
+    }
+
+    /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not known.
+    pub(super) fn ready(&self, replica: usize, action: Action) -> Result<Option<f64>, Fault> {
+        let place = Place { stage: action.stage, replica };
+        Ok(match action.op {
+            Op::RecvActivation => self.arrival(place, self.grid.upstream(place), Op::SendActivation, action)?,
+            Op::RecvGradient => self.arrival(place, self.grid.downstream(place), Op::SendGradient, action)?,
+            Op::RecvPart => self.arrival(place, self.other_end(place), Op::Part, action)?,
+            Op::Update => self.reduced(Op::Reduce, action),
+            Op::UpdateTable => self.reduced(Op::ReduceTable, action),
+            Op::AwaitTable => {
+                let (updates, made) = self.tables.get(&replica).copied().unwrap_or_default();
+                (updates > action.step).then_some(made)
+            }
+            _ => Some(0.0),
+        })
+    }
+
+    /// Runs an action that is ready; when it ends.
+    pub(super) fn run(&mut self, replica: usize, action: Action, start: f64) -> Result<f64, Fault> {
+        let place = Place { stage: action.stage, replica };
+        let share = self.schedule.share(action.stage);
+        match action.op {
+            Op::Forward => return Ok(start + self.costs.forward * share),
+            Op::Backward => return Ok(start + self.costs.backward * share),
+            Op::SendActivation => self.send(place, self.grid.downstream(place), action, start)?,
+            Op::SendGradient => self.send(place, self.grid.upstream(place), action, start)?,
+            // One stage holds both ends, or the last one needs nothing of the first.
+            Op::Part if self.schedule.stages == 1 => {}
+            Op::Part if self.grid.twin(place).is_none() && place.stage == 0 => {}
+            Op::Part => self.send(place, self.other_end(place), action, start)?,
+            Op::RecvActivation => self.take(place, self.grid.upstream(place), Op::SendActivation),
+            Op::RecvGradient => self.take(place, self.grid.downstream(place), Op::SendGradient),
+            Op::RecvPart => self.take(place, self.other_end(place), Op::Part),
+            Op::Reduce | Op::ReduceTable => {
+                self.reduces.entry((place.stage, action.step, action.op)).or_default().push(start);
+            }
+            Op::UpdateTable if place.stage == 0 => {
+                self.tables.insert(replica, (action.step + 1, start));
+            }
+            Op::Load | Op::Update | Op::UpdateTable | Op::AwaitTable | Op::Digest => {}
+        }
+        Ok(start)
+    }
+
+    /// The place at the other end of the pipeline, on this device or another.
+    fn other_end(&self, place: Place) -> Option<Place> {
+        let last = self.grid.stages - 1;
+        let stage = match place.stage {
+            0 => last,
+            stage if stage == last => 0,
+            _ => return None,
+        };
+        Some(Place { stage, ..place })
+    }
+
+    fn send(&mut self, from: Place, to: Option<Place>, action: Action, now: f64) -> Result<(), Fault> {
+        let to = to.ok_or_else(|| Fault(format!("{action} has nobody to send to")))?;
+        let message = if self.grid.rank(from) == self.grid.rank(to) { 0.0 } else { self.costs.message };
+        self.links.entry((from, to, action.op)).or_default().push_back(Message { action, arrives: now + message });
+        Ok(())
+    }
+
+    fn arrival(&self, to: Place, from: Option<Place>, sent: Op, action: Action) -> Result<Option<f64>, Fault> {
+        let from = from.ok_or_else(|| Fault(format!("{action} has nobody to receive from")))?;
+        let Some(message) = self.links.get(&(from, to, sent)).and_then(VecDeque::front) else { return Ok(None) };
+        if message.action != (Action { stage: from.stage, op: sent, ..action }) {
+            return Err(Fault(format!("{action} meets the message of {}", message.action)));
+        }
+        Ok(Some(message.arrives))
+    }
+
+    fn take(&mut self, to: Place, from: Option<Place>, sent: Op) {
+        if let Some(link) = from.and_then(|from| self.links.get_mut(&(from, to, sent))) {
+            link.pop_front();
+        }
+    }
+
+    fn reduced(&self, started: Op, action: Action) -> Option<f64> {
+        let members = self.reduces.get(&(action.stage, action.step, started))?;
+        (members.len() == self.grid.replicas).then(|| members.iter().copied().fold(0.0, f64::max))
+    }
+}
+
+/// Runs the action lists of all devices (in the order of their ranks).
 ///
 /// # Errors
 /// A receive that meets another message than its own, messages left over at the end, or a deadlock (with what every
 /// stuck place waits for).
-pub fn simulate(grid: Grid, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Fault> {
-    let n = grid.size();
-    let mut world = World {
-        grid,
-        lists,
-        costs,
-        clock: vec![0.0; n],
-        next: vec![0; n],
-        links: HashMap::new(),
-        reduces: HashMap::new(),
-        spans: vec![Vec::new(); n],
-    };
+pub fn simulate(schedule: &Schedule, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Fault> {
+    let devices = schedule.grid(1).devices();
+    let mut world = World::new(schedule, lists.len() / devices, costs);
+    let mut clock = vec![0.0f64; lists.len()];
+    let mut spans: Vec<Vec<Span>> = vec![Vec::new(); lists.len()];
     loop {
         let mut moved = false;
         for (rank, list) in lists.iter().enumerate() {
-            while let Some(action) = list.get(world.next[rank]) {
-                let Some(end) = world.run(rank, *action)? else { break };
-                let start = world.clock[rank];
-                world.spans[rank].push(Span { action: *action, start, end });
-                world.clock[rank] = end;
-                world.next[rank] += 1;
+            while let Some(action) = list.get(spans[rank].len()) {
+                let Some(ready) = world.ready(rank / devices, *action)? else { break };
+                let start = clock[rank].max(ready);
+                let end = world.run(rank / devices, *action, start)?;
+                spans[rank].push(Span { action: *action, start, end });
+                clock[rank] = end;
                 moved = true;
             }
         }
@@ -86,78 +167,35 @@ pub fn simulate(grid: Grid, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<V
             break;
         }
     }
-    world.finish()
-}
-
-impl World<'_> {
-    /// The end time of `action` if it can run now.
-    fn run(&mut self, rank: usize, action: Action) -> Result<Option<f64>, Fault> {
-        let (now, place) = (self.clock[rank], self.grid.place(rank));
-        Ok(match action.op {
-            Op::Load => Some(now),
-            Op::Forward => Some(now + self.costs.forward),
-            Op::Backward => Some(now + self.costs.backward),
-            Op::SendActivation => Some(self.send(rank, self.grid.downstream(place), action)?),
-            Op::SendGradient => Some(self.send(rank, self.grid.upstream(place), action)?),
-            Op::RecvActivation => self.receive(rank, self.grid.upstream(place), action)?,
-            Op::RecvGradient => self.receive(rank, self.grid.downstream(place), action)?,
-            Op::Reduce => {
-                self.reduces.entry((place.stage, action.step)).or_default().push(now);
-                Some(now)
-            }
-            Op::Update => {
-                let started = self.reduces.get(&(place.stage, action.step)).map_or(&[][..], |s| s.as_slice());
-                (started.len() == self.grid.replicas).then(|| started.iter().copied().fold(now, f64::max))
-            }
-        })
+    let stuck = |rank: usize| {
+        let action = lists[rank].get(spans[rank].len())?;
+        let place = Place { stage: action.stage, replica: rank / devices };
+        Some(format!("{place} waits at {action}"))
+    };
+    let stuck: Vec<String> = (0..lists.len()).filter_map(stuck).collect();
+    if !stuck.is_empty() {
+        return Err(Fault(format!("deadlock: {}", stuck.join("; "))));
     }
-
-    fn send(&mut self, rank: usize, to: Option<Place>, action: Action) -> Result<f64, Fault> {
-        let to = to.ok_or_else(|| Fault(format!("{action} has nobody to send to")))?;
-        let arrives = self.clock[rank] + self.costs.message;
-        self.links.entry((rank, self.grid.rank(to))).or_default().push_back(Message { action, arrives });
-        Ok(self.clock[rank])
+    if let Some(message) = world.links.values().find_map(|link| link.front()) {
+        return Err(Fault(format!("nobody receives {}", message.action)));
     }
-
-    fn receive(&mut self, rank: usize, from: Option<Place>, action: Action) -> Result<Option<f64>, Fault> {
-        let from = from.ok_or_else(|| Fault(format!("{action} has nobody to receive from")))?;
-        let link = self.links.entry((self.grid.rank(from), rank)).or_default();
-        let Some(message) = link.pop_front() else { return Ok(None) };
-        let sent = match action.op {
-            Op::RecvActivation => Op::SendActivation,
-            _ => Op::SendGradient,
-        };
-        if message.action != (Action { stage: from.stage, op: sent, ..action }) {
-            return Err(Fault(format!("{action} meets the message of {}", message.action)));
-        }
-        Ok(Some(self.clock[rank].max(message.arrives)))
-    }
-
-    fn finish(self) -> Result<Vec<Vec<Span>>, Fault> {
-        let stuck: Vec<String> = (0..self.lists.len())
-            .filter_map(|rank| {
-                let action = self.lists[rank].get(self.next[rank])?;
-                Some(format!("{} waits at {action}", self.grid.place(rank)))
-            })
-            .collect();
-        if !stuck.is_empty() {
-            return Err(Fault(format!("deadlock: {}", stuck.join("; "))));
-        }
-        if let Some(message) = self.links.values().find_map(|link| link.front()) {
-            return Err(Fault(format!("nobody receives {}", message.action)));
-        }
-        Ok(self.spans)
-    }
+    Ok(spans)
 }
 
 /// The steady state of a schedule under given times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ideal {
-    /// Over one device that holds the whole model: K stages' work per step over the time between two steps.
+    /// Over one device that holds the whole model: the devices' work per step over the time between two steps.
     pub speed_up: f64,
-    /// Share of its time that each stage computes.
+    /// Share of its time that each device computes.
     pub utilization: Vec<f64>,
+    /// The speed-up over the [`BEFORE_DRAIN`] steps before a sync point, from the end of a step's last backward on
+    /// stage 0 to the end of the last one's: the drain waits for no new forward, so it may be faster.
+    pub before_drain: f64,
 }
+
+/// Steps before a sync point that [`Ideal::before_drain`] is taken over.
+pub const BEFORE_DRAIN: usize = 30;
 
 /// Simulates long enough for fill and drain not to count.
 ///
@@ -167,32 +205,39 @@ pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Fault> {
     let (k, m) = (schedule.stages, schedule.microbatches);
     let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
     // Whole runs of K steps average out a pattern that repeats only after several steps.
-    let (from, steps) = (2 * fill, 2 * fill + 8 * k + fill);
+    let (from, to) = (2 * fill, 2 * fill + 8 * k);
     let mut long = schedule.clone();
-    long.sync.steps = steps;
+    long.sync.steps = (to + fill).max(fill + BEFORE_DRAIN + 1);
     long.sync.warm_up = 0;
     long.sync.periods.clear();
     long.sync.at.clear();
     long.evals = None;
-    let lists: Vec<Vec<Action>> = (0..k).map(|stage| long.actions(stage).collect()).collect();
-    let spans = simulate(Grid { stages: k, replicas: 1 }, &lists, costs)?;
-    let to = from + 8 * k;
+    let devices = schedule.grid(1).devices();
+    let lists: Vec<Vec<Action>> = (0..devices).map(|device| long.device_actions(device).collect()).collect();
+    let spans = simulate(&long, &lists, costs)?;
     // Between the ends of two backwards at the same place of the pattern.
     let end_of = |stage: usize, step: usize| {
-        let last = |s: &&Span| s.action.op == Op::Backward && s.action.step == step && s.action.microbatch == m - 1;
-        spans[stage].iter().find(last).map_or(0.0, |s| s.end)
+        let last = |s: &&Span| {
+            let Action { stage: of, op, step: t, microbatch, .. } = s.action;
+            (of, op, t, microbatch) == (stage, Op::Backward, step, m - 1)
+        };
+        spans[schedule.grid(1).device(stage)].iter().find(last).map_or(0.0, |s| s.end)
     };
-    let work = (costs.forward + costs.backward) * (m * (to - from)) as f64;
-    let period = |stage: usize| end_of(stage, to) - end_of(stage, from);
-    let utilization: Vec<f64> = (0..k).map(|stage| work / period(stage)).collect();
-    Ok(Ideal { speed_up: utilization.iter().sum(), utilization })
+    let work = |steps: usize| (costs.forward + costs.backward) * (m * steps) as f64;
+    let utilization: Vec<f64> =
+        (0..devices).map(|device| work(to - from) / (end_of(device, to) - end_of(device, from))).collect();
+    let last = long.sync.steps - 1;
+    let tail = end_of(0, last) - end_of(0, last - BEFORE_DRAIN);
+    let before_drain = work(BEFORE_DRAIN) * devices as f64 / tail;
+    Ok(Ideal { speed_up: utilization.iter().sum(), utilization, before_drain })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::delay::SyncPoints;
-    use crate::schedule::Kind;
+    use crate::grid::Placement;
+    use crate::schedule::{Kind, Tie};
 
     fn action(text: &str) -> Action {
         text.parse().unwrap()
@@ -221,30 +266,56 @@ mod tests {
     }
 
     #[test]
+    fn a_fresh_table_stalls_the_pipeline_and_an_aligned_one_does_not() {
+        for (stages, steady, before_drain) in [(3, 1.8, 1.85), (4, 2.0, 2.11), (5, 15.0 / 7.0, 2.32)] {
+            let mut schedule = Schedule::new(Kind::Decoupled, stages, 1, 1, SyncPoints::ends(1));
+            schedule.tie = Tie::Fresh;
+            let fresh = ideal(&schedule, FREE).unwrap();
+            assert!((fresh.speed_up - steady).abs() < 1e-9, "{stages}: {fresh:?}");
+            assert!((fresh.before_drain - before_drain).abs() < 0.005, "{stages}: {fresh:?}");
+            schedule.tie = Tie::Aligned;
+            let aligned = ideal(&schedule, FREE).unwrap();
+            assert!((aligned.speed_up - stages as f64).abs() < 1e-9, "{stages}: {aligned:?}");
+            assert!((aligned.before_drain - stages as f64).abs() < 1e-9, "{stages}: {aligned:?}");
+        }
+    }
+
+    #[test]
+    fn a_ring_keeps_all_its_devices_busy() {
+        for (stages, m, tie) in [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied)] {
+            let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(1));
+            (schedule.placement, schedule.tie) = (Placement::Ring, tie);
+            let ring = ideal(&schedule, FREE).unwrap();
+            assert!((ring.speed_up - (stages - 1) as f64).abs() < 1e-9, "{stages}: {ring:?}");
+        }
+    }
+
+    fn line(stages: usize) -> Schedule {
+        Schedule::new(Kind::Decoupled, stages, 1, 1, SyncPoints::ends(1))
+    }
+
+    #[test]
     fn a_missing_send_is_a_deadlock_that_names_the_waiting_place() {
-        let grid = Grid { stages: 2, replicas: 1 };
         let lists = vec![vec![action("0F0.0")], vec![action("1RA0.0"), action("1F0.0")]];
-        let fault = simulate(grid, &lists, FREE).unwrap_err();
+        let fault = simulate(&line(2), &lists, FREE).unwrap_err();
         assert_eq!(fault.0, "deadlock: stage 1, replica 0 waits at 1RA0.0");
     }
 
     #[test]
     fn a_message_out_of_order_or_left_over_is_a_fault() {
-        let grid = Grid { stages: 2, replicas: 1 };
         let swapped = vec![vec![action("0SA0.1")], vec![action("1RA0.0")]];
-        assert_eq!(simulate(grid, &swapped, FREE).unwrap_err().0, "1RA0.0 meets the message of 0SA0.1");
+        assert_eq!(simulate(&line(2), &swapped, FREE).unwrap_err().0, "1RA0.0 meets the message of 0SA0.1");
         let left = vec![vec![action("0SA0.0")], vec![]];
-        assert_eq!(simulate(grid, &left, FREE).unwrap_err().0, "nobody receives 0SA0.0");
+        assert_eq!(simulate(&line(2), &left, FREE).unwrap_err().0, "nobody receives 0SA0.0");
     }
 
     #[test]
     fn an_update_waits_for_the_whole_group() {
-        let grid = Grid { stages: 1, replicas: 2 };
         let lists = vec![
             vec![action("0F0.0"), action("0R0"), action("0U0")],
             vec![action("0F0.0"), action("0F0.1"), action("0R0"), action("0U0")],
         ];
-        let spans = simulate(grid, &lists, FREE).unwrap();
+        let spans = simulate(&line(1), &lists, FREE).unwrap();
         assert_eq!(spans[0].last().unwrap().end, 2.0);
     }
 }

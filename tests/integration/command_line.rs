@@ -124,7 +124,7 @@ fn a_world_of_another_size_is_refused_once() {
     let folder = Folder::new();
     let args = folder.train("out", &[], &["--grid", "2x2"]);
     let finished = run(mpirun(3, &slices(&args)), LIMIT).expect_code(2);
-    assert!(finished.stderr.contains("`grid`: found 2x2 = 4 places and 3 ranks; run mpirun -n 4"), "{finished}");
+    assert!(finished.stderr.contains("`grid`: found 2x2 = 4 devices and 3 ranks; run mpirun -n 4"), "{finished}");
     assert_eq!(finished.errors().len(), 1, "{finished}");
     let args = folder.train("out", &[], &["--emulate"]);
     let finished = run(mpirun(2, &slices(&args)), LIMIT).expect_code(2);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::harness::{as_threads, by_oracle, tiny};
 
 /// Drawn configurations.
-const DRAWN: usize = 72;
+const DRAWN: usize = 96;
 const LAYERS: usize = 6;
 
 /// A small generator: the draws are the same for ever.
@@ -25,7 +25,7 @@ impl Draw {
 /// The keys of configuration `number`, and the names of what it covers.
 fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     let mut draw = Draw(number as u64 * 7919 + 13);
-    let (mut sets, mut covers) = (Vec::new(), BTreeSet::new());
+    let (mut sets, mut covers, mut covers_more) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
     let mut cover = |name: &'static str, set: String| {
         covers.insert(name);
         sets.push(set);
@@ -46,6 +46,17 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         let least = |k: usize| (slack * (stages - 1 - k)).div_ceil(microbatches);
         let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
         cover("hand-made delays", format!("grid.delays=[{}]", delays.join(", ")));
+    }
+    let tie = ["aligned", "aligned", "fresh", "none"][draw.below(4)];
+    cover(tie, format!("model.tie={tie}"));
+    if tie != "none" && draw.one_in(3) {
+        cover("mean of the parts", "model.tie_gradient=mean".into());
+    }
+    if stages > 2 && draw.one_in(2) {
+        cover("ring", "grid.placement=ring".into());
+        if tie != "none" {
+            covers_more.insert("tied ring");
+        }
     }
     if draw.one_in(3) {
         cover("recompute", "recompute=true".into());
@@ -76,6 +87,7 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         }
         cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
     }
+    covers.extend(covers_more);
     (sets, covers)
 }
 
@@ -117,6 +129,12 @@ fn the_draws_cover_everything() {
         "synchronous warm-up",
         "evaluation",
         "uneven layers",
+        "aligned",
+        "fresh",
+        "none",
+        "mean of the parts",
+        "ring",
+        "tied ring",
     ];
     for name in wanted {
         let count = (0..DRAWN).filter(|number| drawn(*number).1.contains(name)).count();

@@ -2,9 +2,9 @@
 
 use ouroboros::data::Batches;
 use ouroboros::grid::Place;
-use ouroboros::model::{Stack, initial, loss};
+use ouroboros::model::{Memory, Stack, initial};
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
-use ouroboros::stage::{Output, Slot, Stage};
+use ouroboros::stage::{At, Input, Output, Slot, Stage};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -65,7 +65,8 @@ fn plain_loop(steps: usize) -> Vec<f64> {
     let mut losses = Vec::new();
     for t in 0..steps {
         let batch = batches.train(t, 0..config.batch);
-        let loss = loss(&model.forward(&weights, &batch.tokens, None).unwrap(), &batch.targets).unwrap();
+        let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None).unwrap();
+        let loss = model.loss(&weights, &hidden, &batch.targets, None).unwrap();
         losses.push(loss.double_value(&[]));
         let gradients = Tensor::run_backward(&[loss], &weights, false, false);
         // The rule of the config by hand: two steps of warm-up, then half a cosine to 0.
@@ -97,7 +98,7 @@ fn plain_loop(steps: usize) -> Vec<f64> {
 /// `dL/dlogits = (softmax - onehot) / N`, `dL/dW = sum dlogits n'`, and `dL/de` is the normalisation's backward.
 #[test]
 fn a_gradient_computed_by_hand() {
-    let setup = tiny(&["model.layers=1", "data.sequence=4", "batch=2"]);
+    let setup = tiny(&["model.layers=1", "data.sequence=4", "batch=2", "model.tie=none"]);
     let (d, vocabulary, sequence) = (16, 256, 4);
     let stack = setup.stack(0);
     let layout = Layout::new(stack.parameters());
@@ -143,15 +144,16 @@ fn a_gradient_computed_by_hand() {
     }
 
     let place = Place { stage: 0, replica: 0 };
-    let versions = Versions::new(layout.clone(), flat.copy(), 1).unwrap();
+    let versions = Versions::new(layout.clone(), flat.copy(), 1, 1).unwrap();
     let mut stage = Stage::new(place, stack, versions, false, 0.0, 1);
     let slot = Slot { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
-    let output = stage.forward(slot, 0, shaped(&inputs), Some(shaped(&targets))).unwrap();
+    let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
+    let output = stage.forward(slot, At { own: 0, table: 0 }, None, input).unwrap();
     let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
     assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");
-    assert!(stage.backward(slot, None).unwrap().is_none());
-    let gradient = slice(stage.versions.gradient()).to_vec();
+    assert!(stage.backward(slot, None, None).unwrap().is_none());
+    let gradient = slice(stage.versions.gradient(0)).to_vec();
     for (name, expected) in [("head.weight", d_matrix), ("embedding.tokens", d_tokens)] {
         let offset = layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap().offset;
         let largest = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));

@@ -42,7 +42,8 @@ pub enum Command {
     },
     /// Makes the communicators of the grid and posts the first receives; all ranks must ask.
     Connect {
-        color: i32,
+        /// The stage of each place of this rank; none where another rank holds more.
+        colors: Vec<Option<i32>>,
         key: i32,
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
@@ -55,6 +56,8 @@ pub enum Command {
         permit: Permit,
     },
     Reduce {
+        /// Which of this rank's replica groups.
+        slot: usize,
         flat: Tensor,
         reply: Sender<MpiResult<()>>,
     },
@@ -97,7 +100,8 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
 
 struct Grids {
     links: SimpleCommunicator,
-    group: SimpleCommunicator,
+    /// The replica groups, one a place.
+    groups: Vec<SimpleCommunicator>,
 }
 
 struct Driver {
@@ -164,14 +168,14 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { color, key, inboxes, reports, reply } => {
+            Command::Connect { colors, key, inboxes, reports, reply } => {
                 self.reports = reports;
-                let _ = reply.send(self.connect(color, key, inboxes));
+                let _ = reply.send(self.connect(&colors, key, inboxes));
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Command::Reduce { flat, reply } => {
-                self.reduces.push_back(Reducing::new(flat, reply));
+            Command::Reduce { slot, flat, reply } => {
+                self.reduces.push_back(Reducing::new(slot, flat, reply));
                 Ok(())
             }
             Command::Report(bytes) => self.report(bytes),
@@ -183,12 +187,17 @@ impl Driver {
         }
     }
 
-    fn connect(&mut self, color: i32, key: i32, inboxes: Vec<Inbox>) -> MpiResult<()> {
-        let group = self.world.split_by_color_with_key(Color::with_value(color), key);
-        let grids =
-            Grids { links: self.world.duplicate(), group: group.ok_or("no communicator for the replica group")? };
+    fn connect(&mut self, colors: &[Option<i32>], key: i32, inboxes: Vec<Inbox>) -> MpiResult<()> {
+        let mut groups = Vec::new();
+        for color in colors {
+            let group = self.world.split_by_color_with_key(color.map_or(Color::undefined(), Color::with_value), key);
+            if color.is_some() {
+                groups.push(group.ok_or("no communicator for the replica group")?);
+            }
+        }
+        let grids = Grids { links: self.world.duplicate(), groups };
         raw::return_errors(&grids.links)?;
-        raw::return_errors(&grids.group)?;
+        grids.groups.iter().try_for_each(raw::return_errors)?;
         for inbox in inboxes {
             self.incoming.push(Incoming::start(&grids.links, inbox)?);
         }
@@ -238,9 +247,10 @@ impl Driver {
                 i += 1;
             }
         }
-        // One after the other: calls on a communicator must come in the same order on all its ranks.
+        // One after the other: calls on a communicator must come in the same order on all its ranks. A rank's groups have
+        // the same members, whose action lists are the same.
         if let Some(reducing) = self.reduces.front_mut() {
-            moved |= reducing.advance(&grids.group)?;
+            moved |= reducing.advance(&grids.groups[reducing.slot])?;
             if reducing.is_over() {
                 let _ = reducing.reply.send(Ok(()));
                 self.reduces.pop_front();

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use super::{Content, Ends, Header, Link, Reduction, ReplicaGroup, Reporter, checked};
+use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checked};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
@@ -76,22 +76,30 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ends of this rank's place, and on rank 0 the reports of all places. All ranks must call this.
+    /// The ports of this rank, and on rank 0 the reports of all ranks. All ranks must call this.
     ///
     /// # Errors
     /// What MPI reports.
-    pub fn connect(&self, grid: Grid, capacity: usize) -> Result<(Ends, Option<Receiver<Report>>)> {
-        let place = grid.place(self.identity.rank);
+    pub fn connect(&self, grid: Grid, capacity: usize) -> Result<(Ports, Option<Receiver<Report>>)> {
+        let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
-        let mut link = |peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
+        let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
             let peer = peer?;
             let (sender, inbox) = sync_channel(capacity);
             inboxes.push(Inbox { from: grid.rank(peer), content, sender });
             let commands = self.commands.clone();
-            Some(Box::new(MpiLink { grid, me: place, peer, commands, inbox, permits: Permits::new(capacity) }))
+            Some(Box::new(MpiLink { grid, me, peer, commands, inbox, permits: Permits::new(capacity) }))
         };
-        let upstream = link(grid.upstream(place), Content::Activation);
-        let downstream = link(grid.downstream(place), Content::Gradient);
+        let mut places: Vec<Ends> = Vec::new();
+        for (slot, place) in held.iter().enumerate() {
+            let group = MpiGroup { place: *place, slot, commands: self.commands.clone() };
+            places.push(Ends {
+                upstream: link(*place, grid.upstream(*place), Content::Activation),
+                downstream: link(*place, grid.downstream(*place), Content::Gradient),
+                twin: link(*place, grid.twin(*place), Content::Part),
+                group: (grid.replicas > 1).then(|| Box::new(group) as Box<dyn ReplicaGroup>),
+            });
+        }
         let (reports, received) = match self.identity.rank {
             0 => {
                 let (sender, receiver) = channel();
@@ -99,16 +107,15 @@ impl World {
             }
             _ => (None, None),
         };
+        // Every rank makes as many communicators as the one that holds most places.
+        let slots = (0..grid.size()).map(|rank| grid.held(rank).len()).max().unwrap_or(1);
+        let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
         let (reply, answer) = channel();
-        let (color, key) = (place.stage as i32, place.replica as i32);
-        self.command(Command::Connect { color, key, inboxes, reports, reply })?;
+        let key = held[0].replica as i32;
+        self.command(Command::Connect { colors, key, inboxes, reports, reply })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
-        let group: Option<Box<dyn ReplicaGroup>> = match grid.replicas {
-            1 => None,
-            _ => Some(Box::new(MpiGroup { place, commands: self.commands.clone() })),
-        };
-        Ok((Ends { upstream, downstream, group, reports: self.reporter() }, received))
+        Ok((Ports { places, reports: self.reporter() }, received))
     }
 
     /// Takes reports to rank 0, once the grid is connected.
@@ -172,6 +179,8 @@ impl Link for MpiLink {
 
 struct MpiGroup {
     place: Place,
+    /// Which of this rank's groups.
+    slot: usize,
     commands: Sender<Command>,
 }
 
@@ -183,7 +192,7 @@ impl ReplicaGroup for MpiGroup {
             doing: format!("the gradient of step {step} is reduced ({error})"),
         };
         let (reply, done) = channel();
-        self.commands.send(Command::Reduce { flat, reply }).map_err(|error| lost(error.to_string()))?;
+        self.commands.send(Command::Reduce { slot: self.slot, flat, reply }).map_err(|error| lost(error.to_string()))?;
         Ok(Reduction::new(move || done.recv().map_err(|error| lost(error.to_string()))?.map_err(lost)))
     }
 }

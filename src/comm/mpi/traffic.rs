@@ -21,6 +21,7 @@ fn tag(content: Content) -> i32 {
     match content {
         Content::Activation => 1,
         Content::Gradient => 3,
+        Content::Part => 5,
     }
 }
 
@@ -54,6 +55,8 @@ pub struct Incoming {
 
 /// An all-reduce under way, part by part; all members of the group cut it alike.
 pub struct Reducing {
+    /// Which of the rank's replica groups.
+    pub slot: usize,
     flat: Tensor,
     /// Values whose sum has been started.
     started: usize,
@@ -96,8 +99,8 @@ impl Outgoing {
 
 impl Reducing {
     /// An all-reduce of `flat`, not yet started.
-    pub fn new(flat: Tensor, reply: Sender<MpiResult<()>>) -> Reducing {
-        Reducing { flat, started: 0, calls: VecDeque::new(), reply }
+    pub fn new(slot: usize, flat: Tensor, reply: Sender<MpiResult<()>>) -> Reducing {
+        Reducing { slot, flat, started: 0, calls: VecDeque::new(), reply }
     }
 
     /// True if anything moved.

@@ -1,0 +1,156 @@
+//! The tied table at work: the versions of it that a device holds, the parts of its gradient that wait for each other,
+//! and its updates. `schedule` has the rule and the picture.
+//!
+//! Both ends of a line hold a copy and make every update themselves, from the same parts in the same order, so the
+//! copies stay equal bit for bit without ever being sent. On a ring, and with one stage, there is one.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use tch::Tensor;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::error::{Error, Result};
+use crate::optim::{Optimizer, Update, clip_factor, norm};
+use crate::params::{Layout, Versions, bytes, slice, slice_mut, zeros};
+
+/// The two uses of a tied table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Rows of it are the model's input: stage 0.
+    Input,
+    /// It is the matrix of the head: stage K-1.
+    Output,
+}
+
+/// The tied table of one device.
+pub struct Table {
+    versions: Versions,
+    optimizer: Optimizer,
+    /// The ends that are on this device, in the order of the versions' sides.
+    ends: Vec<End>,
+    /// Parts by step, complete and not yet used, of this device and of the other.
+    inputs: VecDeque<(usize, Tensor)>,
+    outputs: VecDeque<(usize, Tensor)>,
+    /// The gradient of the update that is under way.
+    whole: Option<Tensor>,
+}
+
+impl Table {
+    /// A table of version 0, `held` versions at most.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn new(layout: Layout, seed: u64, held: usize, ends: Vec<End>, optimizer: Optimizer) -> Result<Table> {
+        let initial = layout.initial(seed)?;
+        let versions = Versions::new(layout, initial, held, ends.len())?;
+        Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
+    }
+
+    /// The parameters of a version as an end uses them; none if that end is on another device.
+    pub fn parameters(&self, version: usize, end: End) -> &[Tensor] {
+        self.side(end).map_or(&[], |side| self.versions.parameters(version, side))
+    }
+
+    fn side(&self, end: End) -> Option<usize> {
+        self.ends.iter().position(|held| *held == end)
+    }
+
+    fn parts(&mut self, end: End) -> &mut VecDeque<(usize, Tensor)> {
+        match end {
+            End::Input => &mut self.inputs,
+            End::Output => &mut self.outputs,
+        }
+    }
+
+    /// Completes an end's part of a step: takes it out of the gradient, which begins anew. The other end gets the
+    /// tensor that is returned; nobody changes it any more.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn close(&mut self, end: End, step: usize) -> Result<Tensor> {
+        let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
+        let mut part = zeros(self.versions.layout().len)?;
+        let gradient = slice_mut(self.versions.gradient(side));
+        slice_mut(&mut part).copy_from_slice(gradient);
+        gradient.fill(0.0);
+        self.parts(end).push_back((step, part.shallow_clone()));
+        Ok(part)
+    }
+
+    /// Takes a part that came from the other device.
+    pub fn receive(&mut self, end: End, step: usize, part: Tensor) {
+        self.parts(end).push_back((step, part));
+    }
+
+    /// Whether an end's part of a step is here.
+    pub fn has(&self, end: End, step: usize) -> bool {
+        let parts = match end {
+            End::Input => &self.inputs,
+            End::Output => &self.outputs,
+        };
+        parts.iter().any(|(of, _)| *of == step)
+    }
+
+    /// Puts the gradient of update `step` together: the head's part, then the input parts of `inputs` in order.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if a part is missing.
+    pub fn join(&mut self, step: usize, inputs: Range<usize>) -> Result<Tensor> {
+        let taken = |parts: &mut VecDeque<(usize, Tensor)>, step: usize| {
+            let part = parts.pop_front().filter(|(of, _)| *of == step);
+            part.map(|(_, part)| part).ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
+        };
+        // A copy: the part itself may still be on its way to the other device.
+        let mut whole = zeros(self.versions.layout().len)?;
+        let sum = slice_mut(&mut whole);
+        sum.copy_from_slice(slice(&taken(&mut self.outputs, step)?));
+        for step in inputs {
+            let part = taken(&mut self.inputs, step)?;
+            sum.iter_mut().zip(slice(&part)).for_each(|(s, g)| *s += g);
+        }
+        self.whole = Some(whole.shallow_clone());
+        Ok(whole)
+    }
+
+    /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
+    /// is `mean` times the sum, before clipping.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if there is none.
+    pub fn update(&mut self, lr: f64, mean: f64, clip: Option<f64>) -> Result<f64> {
+        let whole = self.whole.as_mut().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
+        let gradient = slice_mut(whole);
+        let norm = norm(gradient) * mean;
+        if norm.is_finite() {
+            let (old, new, _) = self.versions.advance();
+            self.optimizer.update(Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) });
+        }
+        self.whole = None;
+        Ok(norm)
+    }
+
+    pub fn layout(&self) -> &Layout {
+        self.versions.layout()
+    }
+
+    /// The newest version: how many updates have been made.
+    pub fn newest(&self) -> usize {
+        self.versions.newest()
+    }
+
+    /// The newest version's values.
+    pub fn flat(&self) -> &Tensor {
+        self.versions.flat()
+    }
+
+    /// The same, to be changed: for faults on purpose.
+    pub fn flat_mut(&mut self) -> &mut Tensor {
+        self.versions.flat_mut()
+    }
+
+    /// A digest of the newest version: equal copies have equal digests.
+    pub fn digest(&self) -> u64 {
+        xxh3_64(bytes(self.versions.flat()))
+    }
+}
