@@ -409,7 +409,7 @@ mod tests {
     #[test]
     fn errors_name_setting_value_and_remedy() {
         insta::assert_snapshot!(error("[model]\nd_modle = 3", &[]), @r"
-        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`
+        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `tie`, `tie_gradient`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
         setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `grid`, `model`, `data`, `optimizer`, `eval`

@@ -299,7 +299,7 @@ impl Worker {
         };
         let table = self.table(action)?;
         if let Some(part) = part {
-            table.receive(end, action.step, part);
+            table.receive(end, action.step, part.f_view([-1])?);
         }
         // Without a twin the other end is on this device, and has closed its part already.
         let here = table.has(end, action.step);

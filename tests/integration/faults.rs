@@ -58,6 +58,27 @@ fn a_wrong_message_names_both_ends() {
     }
 }
 
+/// One bit of one copy of the tied table: found at the next sync point, with both places and their digests.
+#[test]
+fn copies_of_the_table_that_differ_are_found() {
+    for ranks in [Some(4), None] {
+        let folder = Folder::new();
+        let sets = ["grid.stages=2", "grid.replicas=2", "steps=1000000", "sync_at=[3, 6]"];
+        let args = folder.train("out", &sets, &["--inject", "alter-table@1,1:5"]);
+        let command = match ranks {
+            Some(ranks) => mpirun(ranks, &slices(&args)),
+            None => ouroboros(&slices(&args)),
+        };
+        let finished = run(command, 60).expect_code(70);
+        let line = first_line(&finished);
+        assert!(line.starts_with("error: the copies of the tied embedding differ after step 6: "), "{finished}");
+        let digests: Vec<&str> = line.split(&[' ', ',', ';'][..]).filter(|word| word.len() == 16).collect();
+        assert!(digests.len() == 4 && digests[..3] == [digests[0]; 3] && digests[3] != digests[0], "{finished}");
+        assert_eq!(finished.errors().len(), 1, "{finished}");
+        assert!(finished.time < LIMIT, "{finished}");
+    }
+}
+
 #[test]
 fn a_killed_rank_ends_the_others() {
     let finished = long_run(&Folder::new(), "crash@1,1:5", Some(4));

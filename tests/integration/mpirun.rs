@@ -14,6 +14,10 @@ fn ranks_equal_the_oracle() {
         ("2x2", &["microbatches=3", "model.dropout=0.1", "eval.every=4"][..]),
         ("4x1", &["recompute=true", "sync_steps=2"][..]),
         ("3x2", &["microbatches=2", "optimizer.clip=0.05", "schedule=1f1b"][..]),
+        ("4x1", &["grid.placement=ring", "eval.every=4"][..]),
+        ("3x2", &["grid.placement=ring", "model.tie=fresh", "microbatches=2"][..]),
+        ("2x2", &["model.tie=fresh", "model.tie_gradient=mean", "microbatches=2"][..]),
+        ("5x1", &["model.tie=none", "sync_at=[3]"][..]),
     ] {
         let (stages, replicas) = grid.split_once('x').unwrap();
         let keys = [format!("grid.stages={stages}"), format!("grid.replicas={replicas}"), "steps=8".to_owned()];

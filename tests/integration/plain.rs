@@ -2,7 +2,7 @@
 
 use ouroboros::data::Batches;
 use ouroboros::grid::Place;
-use ouroboros::model::{Memory, Stack, initial};
+use ouroboros::model::{Memory, Parameter, Stack, initial};
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
 use ouroboros::stage::{At, Input, Output, Slot, Stage};
 use std::sync::Arc;
@@ -40,6 +40,7 @@ fn a_synchronous_grid_agrees_with_a_plain_loop() {
         "microbatches=2",
         "optimizer.clip=1e9",
         "steps=12",
+        "model.tie=none",
     ]);
     let grid = as_threads(&setup).losses();
     let plain = plain_loop(12);
@@ -48,9 +49,48 @@ fn a_synchronous_grid_agrees_with_a_plain_loop() {
     }
 }
 
+/// One stage with a tied table is plain training of a tied model: one leaf for both uses, bit for bit.
+#[test]
+fn a_tied_model_on_one_device_is_plain_training() {
+    let sets = ["optimizer.kind=sgd", "optimizer.clip=1e9", "steps=8", "optimizer.weight_decay=0.0"];
+    for tie in ["model.tie=aligned", "model.tie=fresh"] {
+        let setup = tiny(&[&sets[..], &[tie]].concat());
+        let config = &setup.config;
+        let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+        let parameters = ouroboros::model::parameters(&setup.dimensions);
+        let leaf = |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true);
+        let mut values: Vec<Tensor> = parameters.iter().map(leaf).collect();
+        let mut momenta: Vec<Tensor> = values.iter().map(Tensor::zeros_like).collect();
+        let mut losses = Vec::new();
+        for t in 0..config.steps {
+            let batch = batches.train(t, 0..config.batch);
+            let weights = model.weights(&values[1..], &values[..1], &values[..1]);
+            let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None).unwrap();
+            let loss = model.loss(&weights, &hidden, &batch.targets, None).unwrap();
+            losses.push(loss.double_value(&[]));
+            let gradients = Tensor::run_backward(&[loss], &values, false, false);
+            let lr = ouroboros::optim::learning_rate(&config.optimizer, t, config.steps) as f32;
+            values = (values.iter().zip(&mut momenta).zip(&gradients))
+                .map(|((w, m), g)| {
+                    *m = &*m * 0.9 + g;
+                    (w.detach() - &*m * f64::from(lr)).set_requires_grad(true)
+                })
+                .collect();
+        }
+        let grid = as_threads(&setup).losses();
+        for (t, (a, b)) in grid.iter().zip(&losses).enumerate() {
+            assert!((a / b - 1.0).abs() < 1e-6, "step {t}: {a} on the grid, {b} in the loop");
+        }
+        assert_eq!(grid[..2], losses[..2]);
+        // It is the tie that is tested: without one the second loss differs already.
+        assert_ne!(as_threads(&tiny(&[&sets[..], &["model.tie=none"]].concat())).losses()[1], losses[1]);
+    }
+}
+
 /// The whole batch at once, AdamW written with tensor operations in f64.
 fn plain_loop(steps: usize) -> Vec<f64> {
-    let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12"]);
+    let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12", "model.tie=none"]);
     let config = &setup.config;
     let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
     let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
