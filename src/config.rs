@@ -109,8 +109,21 @@ pub enum Balanced {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Arch {
-    /// Pre-LN decoder with learned positions, GELU, causal attention and an untied head.
+    /// Pre-LN decoder with learned positions, GELU and causal attention.
     Transformer,
+    /// Segment recurrence, relative positions, ReLU; post-LN unless asked otherwise.
+    #[serde(rename = "transformer-xl")]
+    TransformerXl,
+}
+
+/// Where a layer normalises.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norm {
+    /// Before each branch, and once more before the head.
+    Pre,
+    /// After each residual sum.
+    Post,
 }
 
 /// The model's sizes.
@@ -122,12 +135,35 @@ pub struct ModelConfig {
     pub d_model: usize,
     pub heads: usize,
     pub d_ff: usize,
-    /// After the embedding and on both branches of every layer.
+    /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
+    /// position-wise network and before the head.
     pub dropout: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
     /// What a tied table's gradient is made of its two parts.
     pub tie_gradient: TieGradient,
+    /// Tokens that every layer of a Transformer-XL remembers of earlier segments.
+    pub mem_len: usize,
+    /// Transformer-XL: distances beyond this one count as this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clamp_len: Option<usize>,
+    /// Transformer-XL: every query looks at `mem_len` keys.
+    pub same_length: bool,
+    /// By default post for a Transformer-XL; a Transformer is pre.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm: Option<Norm>,
+    /// Of the attention's probabilities (Transformer-XL).
+    pub attention_dropout: f64,
+}
+
+impl ModelConfig {
+    /// Where the layers normalise.
+    pub fn norm(&self) -> Norm {
+        match self.arch {
+            Arch::Transformer => Norm::Pre,
+            Arch::TransformerXl => self.norm.unwrap_or(Norm::Post),
+        }
+    }
 }
 
 /// How the two parts of a tied table's gradient are put together.
@@ -151,6 +187,11 @@ impl Default for ModelConfig {
             dropout: 0.0,
             tie: Tie::Aligned,
             tie_gradient: TieGradient::Sum,
+            mem_len: 0,
+            clamp_len: None,
+            same_length: false,
+            norm: None,
+            attention_dropout: 0.0,
         }
     }
 }
@@ -170,7 +211,20 @@ pub struct DataConfig {
     pub tokenizer: Tokenizer,
     /// Tokens a sequence, T.
     pub sequence: usize,
+    /// By default streams where the model has a memory, else shuffled windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
     pub held_out: HeldOut,
+}
+
+/// In which order the rows of a batch read the text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Windows in an order that every epoch shuffles.
+    Shuffled,
+    /// Every row of the batch goes through a part of the text of its own, from one step to the next.
+    Streams,
 }
 
 impl Default for DataConfig {
@@ -181,6 +235,7 @@ impl Default for DataConfig {
             synthetic: None,
             tokenizer: Tokenizer::Bytes,
             sequence: 128,
+            order: None,
             held_out: HeldOut::Fraction(0.05),
         }
     }
@@ -284,6 +339,15 @@ pub struct EvalConfig {
     /// Tokens of the held-out text to read; none: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<usize>,
+    /// Tokens a sequence; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<usize>,
+    /// Tokens that a Transformer-XL remembers; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_len: Option<usize>,
+    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
 }
 
 fn default_every() -> usize {
@@ -291,6 +355,27 @@ fn default_every() -> usize {
 }
 
 impl Config {
+    /// In which order rows read the text.
+    pub fn order(&self) -> Order {
+        let by_memory = if self.model.mem_len > 0 { Order::Streams } else { Order::Shuffled };
+        self.data.order.unwrap_or(by_memory)
+    }
+
+    /// Tokens a sequence of an evaluation.
+    pub fn eval_sequence(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.sequence).unwrap_or(self.data.sequence)
+    }
+
+    /// Tokens that the layers remember in an evaluation.
+    pub fn eval_mem_len(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.mem_len).unwrap_or(self.model.mem_len)
+    }
+
+    /// Streams of an evaluation, all replicas together.
+    pub fn eval_batch(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.batch).unwrap_or(self.batch)
+    }
+
     /// Reads a config file, then `--set key=value` pairs over it, then `--grid` over both.
     ///
     /// # Errors

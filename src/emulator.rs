@@ -78,7 +78,7 @@ impl Emulator {
         let stages = (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own())).collect::<Result<_>>()?;
         let table = weights(&model::table(&setup.dimensions))?;
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
-        let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let (inputs, memories) = (BTreeMap::new(), BTreeMap::new());
         Ok(Emulator { model, stages, table, inputs, memories, batches, reports, out, setup })
     }
@@ -106,7 +106,8 @@ impl Emulator {
         for (stage, weights) in self.stages.iter().enumerate() {
             let own = (&weights.layout, weights.newest()?);
             let table = (&self.table.layout, self.table.newest()?);
-            let saved: Vec<_> = Some(table).filter(|_| stage == 0 && setup.dimensions.tied).into_iter().chain([own]).collect();
+            let saved: Vec<_> =
+                Some(table).filter(|_| stage == 0 && setup.dimensions.tied).into_iter().chain([own]).collect();
             shards.push(checkpoint::write_shard(&self.out, setup.config.steps, stage, &saved)?);
         }
         self.reports.send(Report::Done { rank: 0, shards, peak_bytes: None })
@@ -153,7 +154,9 @@ impl Emulator {
         let last_of_segment = schedule.sync.contains(t + 1);
         let steps: Vec<usize> = match self.setup.config.model.tie {
             // D_0 steps old, and at a sync point whatever is still under way.
-            Tie::Fresh if !last_of_segment => t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync).into_iter().collect(),
+            Tie::Fresh if !last_of_segment => {
+                t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync).into_iter().collect()
+            }
             Tie::Fresh => (t.saturating_sub(schedule.delays[0]).max(sync)..=t).collect(),
             _ => vec![t],
         };
@@ -194,10 +197,12 @@ impl Emulator {
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
             let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
-            let (rate, seed) = (config.model.dropout, config.seed);
-            let dropout = (rate > 0.0).then_some(Dropout { rate, seed, step: t, replica, microbatch });
+            let (rate, attention_rate) = (config.model.dropout, config.model.attention_dropout);
+            let dropout = Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
+            let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
             let remembered = self.memories.remove(&(replica, microbatch));
-            let mut memory = remembered.filter(|_| !self.batches.restarts(t)).unwrap_or_default();
+            let remembered = remembered.filter(|_| !self.batches.restarts(t));
+            let mut memory = remembered.unwrap_or_else(|| Memory::new(config.model.mem_len));
             let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, dropout)?;
             self.memories.insert((replica, microbatch), memory);
             let loss = self.model.loss(&weights, &hidden, &batch.targets, dropout)?;
@@ -249,9 +254,9 @@ impl Emulator {
         let weights = self.model.weights(&leaves[0], &leaves[1], &leaves[2]);
         for replica in 0..self.setup.grid.replicas {
             let (mut loss_sum, mut tokens) = (0.0, 0);
-            let mut memory = Memory::default();
+            let mut memory = Memory::new(self.setup.config.eval_mem_len());
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
-                let batch = self.batches.held_out(self.setup.eval_rows(replica, microbatch));
+                let batch = self.batches.held_out(self.setup.eval_rows(replica, microbatch), microbatch);
                 let mean = tch::no_grad(|| -> Result<f64> {
                     let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, None)?;
                     Ok(self.model.loss(&weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)

@@ -29,7 +29,8 @@ impl FromStr for Injection {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Injection, String> {
-        let wrong = || format!("`{text}` is not a fault; write panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP");
+        let wrong =
+            || format!("`{text}` is not a fault; write panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP");
         let (kind, rest) = text.split_once('@').ok_or_else(wrong)?;
         let (place, step) = rest.split_once(':').ok_or_else(wrong)?;
         let (stage, replica) = place.split_once(',').ok_or_else(wrong)?;

@@ -273,7 +273,13 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     if rank == 0 {
         announce(&setup, "MPI ranks");
     }
-    tracing::info!(place = setup.grid.name(rank), rank, host = world.identity.host, pid = std::process::id(), "started");
+    tracing::info!(
+        place = setup.grid.name(rank),
+        rank,
+        host = world.identity.host,
+        pid = std::process::id(),
+        "started"
+    );
     if let Err((origin, error)) = run_rank(job, world, &setup, &out, recorder) {
         show(origin.as_deref(), &error);
         tracing::error!(%error, "ended");

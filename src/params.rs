@@ -250,8 +250,12 @@ mod tests {
     use crate::model::Init;
 
     fn layout() -> Layout {
-        let parameter =
-            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0), tied: false };
+        let parameter = |name: &str, shape: &[i64]| Parameter {
+            name: name.into(),
+            shape: shape.into(),
+            init: Init::Normal(1.0),
+            tied: false,
+        };
         Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
     }
 

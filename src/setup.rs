@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::config::{Config, HeldOut, LayersPerStage, OptimizerConfig, TieGradient};
-use crate::data::{self, Corpus};
+use crate::config::{Arch, Config, EvalConfig, HeldOut, LayersPerStage, Norm, OptimizerConfig, Order, TieGradient};
+use crate::data::{self, Corpus, Shape, Text};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
@@ -28,8 +28,8 @@ pub struct Setup {
     pub corpus: Arc<Corpus>,
     /// Rows of a microbatch, b.
     pub rows: usize,
-    /// Held-out windows of one evaluation, a replica.
-    pub eval_windows: usize,
+    /// Held-out windows, or streams, of one evaluation, a replica.
+    pub eval_share: usize,
 }
 
 impl Setup {
@@ -45,21 +45,17 @@ impl Setup {
         let partition = layers(&config, &dimensions)?;
         let mut schedule = schedule(&config)?;
         let corpus = Arc::new(Corpus::open(&config.data, config.seed)?);
-        let mut eval_windows = 0;
-        if let Some(eval) = &config.eval {
-            let windows = data::held_out_windows(&corpus.held_out, config.data.sequence);
-            let wanted = eval.tokens.map_or(windows, |tokens| tokens.div_ceil(config.data.sequence).min(windows));
-            eval_windows = wanted / grid.replicas;
-            if eval_windows == 0 {
-                let remedy =
-                    format!("{} replicas need a window of {} tokens each", grid.replicas, config.data.sequence);
-                let found = format!("{wanted} windows");
-                return Err(Error::config("eval.tokens and data.held_out", found, remedy));
+        check_streams(&config, &corpus)?;
+        let eval_share = match &config.eval {
+            Some(eval) => {
+                let (share, microbatches) = evaluation(&config, eval, &corpus.held_out, rows)?;
+                schedule.evals = Some(Evals { every: eval.every, microbatches });
+                share
             }
-            schedule.evals = Some(Evals { every: eval.every, microbatches: eval_windows.div_ceil(rows) });
-        }
+            None => 0,
+        };
         check_schedule(&schedule, grid)?;
-        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_windows })
+        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_share })
     }
 
     /// The layers of one stage.
@@ -93,11 +89,23 @@ impl Setup {
         start..start + self.rows
     }
 
-    /// Held-out windows that make up a microbatch of an evaluation: the replica's share, evenly cut.
+    /// Held-out windows that make up a microbatch of an evaluation, the replica's share evenly cut; or the replica's
+    /// streams, of which every microbatch is a segment.
     pub fn eval_rows(&self, replica: usize, microbatch: usize) -> Range<usize> {
-        let microbatches = self.schedule.evals.map_or(1, |evals| evals.microbatches);
-        let cut = |i: usize| replica * self.eval_windows + i * self.eval_windows / microbatches;
-        cut(microbatch)..cut(microbatch + 1)
+        let (share, start) = (self.eval_share, replica * self.eval_share);
+        match self.config.order() {
+            Order::Shuffled => {
+                let microbatches = self.schedule.evals.map_or(1, |evals| evals.microbatches);
+                let cut = |i: usize| start + i * share / microbatches;
+                cut(microbatch)..cut(microbatch + 1)
+            }
+            Order::Streams => start..start + share,
+        }
+    }
+
+    /// Whether a microbatch is the last of an evaluation.
+    pub fn ends_evaluation(&self, microbatch: usize) -> bool {
+        self.schedule.evals.is_some_and(|evals| microbatch + 1 == evals.microbatches)
     }
 
     /// A picture of the grid: ranks, layers and delays of every stage.
@@ -138,7 +146,9 @@ pub fn check_settings(config: &Config) -> Result<()> {
 /// The remedy.
 pub fn check_placement(placement: Placement, stages: usize) -> std::result::Result<(), String> {
     match placement {
-        Placement::Ring if stages < 3 => Err(format!("needs at least 3 stages, there are {stages}; take more or `line`")),
+        Placement::Ring if stages < 3 => {
+            Err(format!("needs at least 3 stages, there are {stages}; take more or `line`"))
+        }
         _ => Ok(()),
     }
 }
@@ -165,7 +175,12 @@ fn check_numbers(config: &Config) -> Result<()> {
         return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
     }
     match &config.eval {
-        Some(eval) => at_least_one("eval.every", eval.every).and(at_least_one("eval.tokens", eval.tokens.unwrap_or(1))),
+        Some(eval) => {
+            at_least_one("eval.every", eval.every)?;
+            at_least_one("eval.tokens", eval.tokens.unwrap_or(1))?;
+            at_least_one("eval.sequence", eval.sequence.unwrap_or(1))?;
+            at_least_one("eval.batch", eval.batch.unwrap_or(1))
+        }
         None => Ok(()),
     }
 }
@@ -180,10 +195,46 @@ fn check_model(config: &Config) -> Result<()> {
         let remedy = format!("must be a multiple of model.heads = {}", model.heads);
         return Err(Error::config("model.d_model", model.d_model, remedy));
     }
-    within("model.dropout", model.dropout, (0.0..1.0).contains(&model.dropout), "must be at least 0 and below 1")?;
+    for (setting, rate) in [("model.dropout", model.dropout), ("model.attention_dropout", model.attention_dropout)] {
+        within(setting, rate, (0.0..1.0).contains(&rate), "must be at least 0 and below 1")?;
+    }
+    check_arch(config)?;
     if config.grid.stages > model.layers {
         let remedy = format!("at most model.layers = {} stages, one layer each", model.layers);
         return Err(Error::config("grid.stages", config.grid.stages, remedy));
+    }
+    Ok(())
+}
+
+/// Settings that only one architecture has, and those that a memory needs.
+fn check_arch(config: &Config) -> Result<()> {
+    let model = &config.model;
+    if model.arch == Arch::Transformer {
+        let found = [
+            ("model.mem_len", (model.mem_len > 0).then(|| model.mem_len.to_string())),
+            ("model.clamp_len", model.clamp_len.map(|clamp| clamp.to_string())),
+            ("model.same_length", model.same_length.then(|| "true".to_owned())),
+            ("model.norm", model.norm.filter(|norm| *norm == Norm::Post).map(|_| "post".to_owned())),
+            ("model.attention_dropout", (model.attention_dropout > 0.0).then(|| model.attention_dropout.to_string())),
+            ("eval.mem_len", (config.eval_mem_len() > 0).then(|| config.eval_mem_len().to_string())),
+        ];
+        for (setting, found) in found {
+            if let Some(found) = found {
+                return Err(Error::config(setting, found, "only model.arch = \"transformer-xl\" has it; leave it out"));
+            }
+        }
+        if config.eval_sequence() > config.data.sequence {
+            let remedy = format!("the model has positions for data.sequence = {} tokens only", config.data.sequence);
+            return Err(Error::config("eval.sequence", config.eval_sequence(), remedy));
+        }
+    }
+    let memory = model.mem_len.max(config.eval_mem_len());
+    if memory > 0 && config.order() == Order::Shuffled {
+        let remedy = "a memory of shuffled windows means nothing; take data.order = \"streams\" or mem_len = 0";
+        return Err(Error::config("model.mem_len", format!("{memory} with data.order = \"shuffled\""), remedy));
+    }
+    if model.same_length && (model.mem_len == 0 || config.eval_mem_len() == 0) {
+        return Err(Error::config("model.same_length", "true with mem_len = 0", "every query looks at mem_len keys"));
     }
     Ok(())
 }
@@ -214,6 +265,50 @@ fn check_data(config: &Config) -> Result<()> {
         HeldOut::Fraction(f) => within("data.held_out", f, f > 0.0 && f < 1.0, "a fraction lies between 0 and 1"),
         HeldOut::File(_) => Ok(()),
     }
+}
+
+/// The share of a replica in an evaluation (windows or streams), and its microbatches.
+fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Text, rows: usize) -> Result<(usize, usize)> {
+    let (shape, replicas) = (Shape::eval(config), config.grid.replicas);
+    let (share, microbatches, wanted) = match config.order() {
+        Order::Shuffled => {
+            let windows = shape.windows(held_out);
+            let wanted = eval.tokens.map_or(windows, |tokens| tokens.div_ceil(shape.sequence).min(windows));
+            (wanted / replicas, (wanted / replicas).div_ceil(rows), wanted)
+        }
+        Order::Streams => {
+            if !shape.rows.is_multiple_of(replicas) {
+                let remedy = format!("must be a multiple of grid.replicas = {replicas}");
+                return Err(Error::config("eval.batch", shape.rows, remedy));
+            }
+            let segments = shape.segments(held_out);
+            let wanted = eval.tokens.map_or(segments, |n| n.div_ceil(shape.rows * shape.sequence).min(segments));
+            (shape.rows / replicas, wanted, wanted)
+        }
+    };
+    if share > 0 && microbatches > 0 {
+        return Ok((share, microbatches));
+    }
+    let (found, needed) = match config.order() {
+        Order::Shuffled => {
+            (format!("{wanted} windows"), format!("{replicas} replicas need one of {} tokens each", shape.sequence))
+        }
+        Order::Streams => (
+            format!("{} held-out tokens", held_out.len()),
+            format!("{} streams need {} each and one more; lower eval.batch", shape.rows, shape.sequence),
+        ),
+    };
+    Err(Error::config("eval.tokens and data.held_out", found, needed))
+}
+
+/// Whether the training text is long enough for its streams.
+fn check_streams(config: &Config, corpus: &Corpus) -> Result<()> {
+    if config.order() == Order::Shuffled || Shape::train(config).segments(&corpus.train) > 0 {
+        return Ok(());
+    }
+    let needed = config.batch * config.data.sequence + 1;
+    let remedy = format!("{} streams of {} tokens need {needed}", config.batch, config.data.sequence);
+    Err(Error::config("batch", format!("{} tokens of text", corpus.train.len()), remedy))
 }
 
 fn rows(config: &Config) -> Result<usize> {
@@ -315,7 +410,7 @@ mod tests {
         };
         assert_eq!(rows(&|r, j| setup.train_rows(r, j), 3), (0..24).collect::<Vec<_>>());
         let microbatches = setup.schedule.evals.unwrap().microbatches;
-        assert_eq!((setup.eval_windows, microbatches), (11, 3));
+        assert_eq!((setup.eval_share, microbatches), (11, 3));
         assert_eq!(rows(&|r, j| setup.eval_rows(r, j), microbatches), (0..22).collect::<Vec<_>>());
     }
 

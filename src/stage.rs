@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Kind, Tensor};
 
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{Dropout, Memory, Stack};
@@ -63,29 +64,53 @@ pub struct Stage {
     place: Place,
     stack: Stack,
     pub versions: Versions,
-    recompute: bool,
-    dropout: f64,
-    seed: u64,
+    settings: Settings,
     saved: VecDeque<Saved>,
     /// What the layers remember, a microbatch of rows each; of the evaluation.
     memories: BTreeMap<usize, Memory>,
     eval_memory: Memory,
 }
 
-impl Stage {
-    /// A stage without microbatches under way. `dropout` is the rate.
-    pub fn new(place: Place, stack: Stack, versions: Versions, recompute: bool, dropout: f64, seed: u64) -> Stage {
-        Stage {
-            place,
-            stack,
-            versions,
-            recompute,
-            dropout,
-            seed,
-            saved: VecDeque::new(),
-            memories: BTreeMap::new(),
-            eval_memory: Memory::default(),
+/// How a stage works.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub recompute: bool,
+    /// Rates of dropout: of hidden states, of the attention's probabilities.
+    pub dropout: f64,
+    pub attention_dropout: f64,
+    pub seed: u64,
+    /// Tokens that the layers remember, in training and in evaluation.
+    pub mem_len: usize,
+    pub eval_mem_len: usize,
+}
+
+impl Settings {
+    /// Those of a config.
+    pub fn new(config: &Config) -> Settings {
+        Settings {
+            recompute: config.recompute,
+            dropout: config.model.dropout,
+            attention_dropout: config.model.attention_dropout,
+            seed: config.seed,
+            mem_len: config.model.mem_len,
+            eval_mem_len: config.eval_mem_len(),
         }
+    }
+
+    /// Dropout of one microbatch; none if both rates are 0.
+    pub fn dropout(&self, slot: Slot, replica: usize) -> Option<Dropout> {
+        let Slot { step, microbatch } = slot;
+        let Settings { dropout: rate, attention_dropout: attention_rate, seed, .. } = *self;
+        let any = rate > 0.0 || attention_rate > 0.0;
+        any.then_some(Dropout { rate, attention_rate, seed, step, replica, microbatch })
+    }
+}
+
+impl Stage {
+    /// A stage without microbatches under way.
+    pub fn new(place: Place, stack: Stack, versions: Versions, settings: Settings) -> Stage {
+        let eval_memory = Memory::new(settings.eval_mem_len);
+        Stage { place, stack, versions, settings, saved: VecDeque::new(), memories: BTreeMap::new(), eval_memory }
     }
 
     /// Forward of a microbatch at the given versions. `table` is the tied table if this stage uses one.
@@ -95,16 +120,17 @@ impl Stage {
     pub fn forward(&mut self, slot: Slot, at: At, table: Option<&Table>, input: Input) -> Result<Output> {
         let Input { x, targets, restart } = input;
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
-        let memory = self.memories.remove(&slot.microbatch).filter(|_| !restart).unwrap_or_default();
+        let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
+        let memory = remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len));
         let mut saved = Saved { slot, at, input, targets, memory, output: None };
         let mut memory = saved.memory.shallow_clone();
-        let output = match self.recompute {
+        let output = match self.settings.recompute {
             true => tch::no_grad(|| self.run(&saved, &mut memory, table))?,
             false => self.run(&saved, &mut memory, table)?,
         };
         self.memories.insert(slot.microbatch, memory);
         let result = self.checked(&saved, &output, table)?;
-        if !self.recompute {
+        if !self.settings.recompute {
             saved.output = Some(output);
         }
         self.saved.push_back(saved);
@@ -137,13 +163,12 @@ impl Stage {
     /// What libtorch reports.
     pub fn evaluate(&mut self, table: Option<&Table>, input: &Input) -> Result<Output> {
         let at = At { own: self.versions.newest(), table: table.map_or(0, Table::newest) };
-        let mut memory = std::mem::take(&mut self.eval_memory);
         if input.restart {
-            memory = Memory::default();
+            self.eval_memory = Memory::new(self.settings.eval_mem_len);
         }
-        let output = tch::no_grad(|| {
+        tch::no_grad(|| {
             let weights = self.weights(at, table);
-            let y = self.stack.forward(&weights, &input.x, &mut memory, None)?;
+            let y = self.stack.forward(&weights, &input.x, &mut self.eval_memory, None)?;
             match &input.targets {
                 None => Ok(Output::Hidden(y)),
                 Some(targets) => {
@@ -151,25 +176,16 @@ impl Stage {
                     Ok(Output::Loss(mean * targets.numel() as f64))
                 }
             }
-        });
-        self.eval_memory = memory;
-        output
+        })
     }
 
     /// Forgets what an evaluation has remembered.
     pub fn end_evaluation(&mut self) {
-        self.eval_memory = Memory::default();
+        self.eval_memory = Memory::new(self.settings.eval_mem_len);
     }
 
     fn dropout(&self, slot: Slot) -> Option<Dropout> {
-        let Slot { step, microbatch } = slot;
-        (self.dropout > 0.0).then_some(Dropout {
-            rate: self.dropout,
-            seed: self.seed,
-            step,
-            replica: self.place.replica,
-            microbatch,
-        })
+        self.settings.dropout(slot, self.place.replica)
     }
 
     /// The values of all parameters of the layers, as leaves.

@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use crate::checkpoint;
 use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
+use crate::config::ModelConfig;
 use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
@@ -17,9 +18,9 @@ use crate::metrics::memory::Gauge;
 use crate::model::{self, Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::params::{Layout, Versions, slice, slice_mut};
-use crate::schedule::{Action, Op, Pass};
+use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
-use crate::stage::{At, Input, Output, Slot, Stage, is_finite};
+use crate::stage::{At, Input, Output, Settings, Slot, Stage, is_finite};
 use crate::table::{End, Table};
 
 /// A device with everything it needs.
@@ -67,16 +68,26 @@ impl Worker {
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, inject: Option<Injection>) -> Result<Worker> {
+    pub fn new(
+        setup: Arc<Setup>,
+        rank: usize,
+        ports: Ports,
+        out: PathBuf,
+        inject: Option<Injection>,
+    ) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up()?;
         let gauge = Gauge::start();
         let config = &setup.config;
         let held = setup.grid.held(rank);
-        let posts = held.iter().zip(ports.places).map(|(place, ends)| Post::new(&setup, *place, ends)).collect::<Result<_>>()?;
+        let posts = held
+            .iter()
+            .zip(ports.places)
+            .map(|(place, ends)| Post::new(&setup, *place, ends))
+            .collect::<Result<_>>()?;
         let table = table_of(&setup, rank)?;
-        let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let reports = ports.reports;
         Ok(Worker { rank, out, posts, table, table_reduction: None, reports, batches, inject, gauge, setup })
     }
@@ -121,18 +132,21 @@ impl Worker {
         let replica = self.posts[0].place.replica;
         let batch = match action.pass {
             Pass::Train => self.batches.train(action.step, self.setup.train_rows(replica, action.microbatch)),
-            Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch)),
+            Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
         self.post(action).registers.batch = Some(batch);
     }
 
     /// What a message of hidden states or their gradients about this action must look like.
     fn header(&self, content: Content, action: &Action) -> Header {
-        let rows = match action.pass {
-            Pass::Train => self.setup.rows,
-            Pass::Eval => self.setup.eval_rows(self.posts[0].place.replica, action.microbatch).len(),
+        let (rows, sequence) = match action.pass {
+            Pass::Train => (self.setup.rows, self.setup.config.data.sequence),
+            Pass::Eval => {
+                let rows = self.setup.eval_rows(self.posts[0].place.replica, action.microbatch);
+                (rows.len(), self.setup.config.eval_sequence())
+            }
         };
-        let shape = [rows as i64, self.setup.config.data.sequence as i64, self.setup.dimensions.d_model];
+        let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
         Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape }
     }
 
@@ -190,7 +204,13 @@ impl Worker {
                 let slot = Slot { step: action.step, microbatch: action.microbatch };
                 post.stage.forward(slot, at, table, input)?
             }
-            Pass::Eval => post.stage.evaluate(table, &input)?,
+            Pass::Eval => {
+                let output = post.stage.evaluate(table, &input)?;
+                if setup.ends_evaluation(action.microbatch) {
+                    post.stage.end_evaluation();
+                }
+                output
+            }
         };
         match output {
             Output::Hidden(y) => post.registers.activation = Some(y),
@@ -217,8 +237,8 @@ impl Worker {
         let post = self.post(action);
         let replica = post.place.replica;
         post.eval.0 += sum;
-        post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.data.sequence;
-        if setup.schedule.evals.is_some_and(|evals| action.microbatch + 1 == evals.microbatches) {
+        post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
+        if setup.ends_evaluation(action.microbatch) {
             let (loss_sum, tokens) = std::mem::take(&mut post.eval);
             self.reports.send(Report::Eval { replica, step: action.step, loss_sum, tokens })?;
         }
@@ -361,7 +381,8 @@ impl Worker {
             if post.place.replica > 0 {
                 continue;
             }
-            let table = self.table.as_ref().filter(|_| post.place.stage == 0).map(|table| (table.layout(), table.flat()));
+            let table =
+                self.table.as_ref().filter(|_| post.place.stage == 0).map(|table| (table.layout(), table.flat()));
             let own = (post.stage.versions.layout(), post.stage.versions.flat());
             let weights: Vec<_> = table.into_iter().chain([own]).collect();
             shards.push(checkpoint::write_shard(&self.out, self.setup.config.steps, post.place.stage, &weights)?);
@@ -398,7 +419,7 @@ impl Post {
         let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
         let initial = layout.initial(config.seed)?;
         let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage), 1)?;
-        let stage = Stage::new(place, stack, versions, config.recompute, config.model.dropout, config.seed);
+        let stage = Stage::new(place, stack, versions, Settings::new(config));
         let registers = Registers::default();
         Ok(Post { place, ends, stage, optimizer, sync: 0, reduction: None, registers, loss: 0.0, eval: (0.0, 0) })
     }
@@ -432,14 +453,14 @@ fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
 /// measured after it is the stage's, and the first step is as fast as the others.
 fn warm_up() -> Result<()> {
-    let (layers, d_model, heads, d_ff, vocabulary, sequence) = (1, 64, 2, 256, 256, 64);
-    let d = Dimensions { layers, d_model, heads, d_ff, vocabulary, sequence, dropout: 0.0, tied: false };
+    let model = ModelConfig { layers: 1, d_model: 64, heads: 2, d_ff: 256, tie: Tie::Untied, ..ModelConfig::default() };
+    let d = Dimensions::new(&model, 256, 64);
     let stack = Stack::new(&d, 0..1);
     let layout = Layout::new(stack.parameters());
     let versions = Versions::new(layout.clone(), layout.initial(0)?, 1, 1)?;
     let tokens = Tensor::f_zeros([4, d.sequence], (tch::Kind::Int64, tch::Device::Cpu))?;
     let weights = versions.parameters(0, 0);
-    let hidden = stack.forward(weights, &tokens, &mut Memory::default(), None)?;
+    let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
     Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
 }
 

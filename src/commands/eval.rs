@@ -1,11 +1,13 @@
 //! `ouroboros eval`: loss of saved weights on held-out text.
 
+use std::ops::Range;
+
 use tch::Tensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
-use crate::config::{Config, HeldOut};
-use crate::data::{self, Corpus, held_out, held_out_windows};
+use crate::config::{Arch, Config, HeldOut, Order};
+use crate::data::{self, Corpus, Shape, Text, held_out};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use crate::model::{Dimensions, Memory, Stack};
@@ -24,29 +26,17 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     check_settings(&config)?;
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
-    let sequence = config.data.sequence;
     let (text, floor) = match &config.data.held_out {
-        HeldOut::File(path) => (Corpus::open_text(path, sequence)?, None),
+        HeldOut::File(path) => (Corpus::open_text(path, config.eval_sequence())?, None),
         HeldOut::Fraction(_) => {
             let corpus = Corpus::open(&config.data, config.seed)?;
             (corpus.held_out, corpus.floor)
         }
     };
-    let windows = held_out_windows(&text, sequence);
-    let wanted = config.eval.as_ref().and_then(|eval| eval.tokens).map_or(windows, |n| n.div_ceil(sequence));
-    let windows = windows.min(wanted.max(1));
-    let mut sum = 0.0;
-    for start in (0..windows).step_by(ROWS) {
-        let batch = held_out(&text, sequence, start..(start + ROWS).min(windows));
-        let mean = tch::no_grad(|| -> Result<f64> {
-            let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None)?;
-            Ok(model.loss(&weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
-        })?;
-        sum += mean * batch.targets.numel() as f64;
-    }
-    let loss = sum / (windows * sequence) as f64;
+    let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
+    let loss = sum / tokens as f64;
     println!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
-    println!("tokens          {}", thousands((windows * sequence) as u64));
+    println!("tokens          {}", thousands(tokens as u64));
     println!("loss            {loss:.4} nats per byte");
     println!("bits per byte   {:.4}", loss / std::f64::consts::LN_2);
     println!("perplexity      {:.3} per byte", loss.exp());
@@ -59,13 +49,48 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     Ok(())
 }
 
+/// The losses of all tokens, added up, and how many there are: windows one by one, or streams with their memory.
+fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Text) -> Result<(f64, usize)> {
+    let (order, shape) = (config.order(), Shape::eval(config));
+    let limit = config.eval.as_ref().and_then(|eval| eval.tokens);
+    let parts: Vec<(Range<usize>, usize)> = match order {
+        Order::Shuffled => {
+            let windows = shape.windows(text).min(limit.map_or(usize::MAX, |n| n.div_ceil(shape.sequence)));
+            (0..windows).step_by(ROWS).map(|start| (start..(start + ROWS).min(windows), 0)).collect()
+        }
+        Order::Streams => {
+            let segments =
+                shape.segments(text).min(limit.map_or(usize::MAX, |n| n.div_ceil(shape.rows * shape.sequence)));
+            (0..segments).map(|segment| (0..shape.rows, segment)).collect()
+        }
+    };
+    if parts.is_empty() {
+        let remedy = format!("{} streams need {} tokens each; lower eval.batch", shape.rows, shape.sequence);
+        return Err(Error::config("eval.batch", format!("{} tokens of text", text.len()), remedy));
+    }
+    let (mut sum, mut tokens, mut memory) = (0.0, 0, Memory::new(config.eval_mem_len()));
+    for (rows, segment) in parts {
+        if order == Order::Shuffled {
+            memory = Memory::new(0);
+        }
+        let batch = held_out(text, order, shape, rows, segment);
+        let mean = tch::no_grad(|| -> Result<f64> {
+            let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
+            Ok(model.loss(weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
+        })?;
+        sum += mean * batch.targets.numel() as f64;
+        tokens += batch.targets.numel();
+    }
+    Ok((sum, tokens))
+}
+
 /// The whole model with its saved weights.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if they do not fit the config.
 pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, Vec<Tensor>)> {
     let saved = &checkpoint.manifest.config;
-    if config.data.sequence > saved.data.sequence {
+    if config.model.arch == Arch::Transformer && config.data.sequence > saved.data.sequence {
         let remedy = format!("the model has positions for {} tokens only", saved.data.sequence);
         return Err(Error::config("data.sequence", config.data.sequence, remedy));
     }

@@ -35,7 +35,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         let window = &text[text.len().saturating_sub(config.data.sequence)..];
         let tokens = Tensor::f_from_slice(window)?.f_unsqueeze(0)?;
         let logits = tch::no_grad(|| -> Result<Tensor> {
-            let hidden = model.forward(&weights, &tokens, &mut Memory::default(), None)?;
+            let hidden = model.forward(&weights, &tokens, &mut Memory::new(0), None)?;
             model.log_probabilities(&weights, &hidden)
         })?;
         let last: Vec<f64> =

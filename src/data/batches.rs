@@ -1,4 +1,4 @@
-//! Which windows of the text a step reads: a pure function of (seed, step), whatever the grid.
+//! What a step reads of the text: a pure function of (seed, step), whatever the grid.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tch::Tensor;
 
 use super::{Corpus, Text};
+use crate::config::{Config, Order};
 use crate::random;
 
 /// Rows of a step or of an evaluation.
@@ -19,60 +20,109 @@ pub struct Batch {
 
 /// The batches of a run.
 ///
-/// The training text is cut into windows of T + 1 bytes that overlap by one; an epoch shuffles them, and shifts their
-/// starts by a phase of its own, so that the cuts do not always fall at the same places.
+/// **Windows**: the training text is cut into windows of T + 1 tokens that overlap by one; an epoch shuffles them, and
+/// shifts their starts by a phase of its own, so that the cuts do not always fall at the same places.
+///
+/// **Streams**: the text is cut into as many equal parts as a batch has rows; row b goes through part b, T tokens a
+/// step. All rows come to their ends at the same step, and begin anew; what is left of the parts is not read.
 #[derive(Debug, Clone)]
 pub struct Batches {
     corpus: Arc<Corpus>,
     seed: u64,
-    sequence: usize,
-    batch: usize,
+    order: Order,
+    train: Shape,
+    eval: Shape,
+}
+
+/// Rows of a batch, and tokens of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub rows: usize,
+    pub sequence: usize,
+}
+
+impl Shape {
+    /// The shape of a training step of all replicas.
+    pub fn train(config: &Config) -> Shape {
+        Shape { rows: config.batch, sequence: config.data.sequence }
+    }
+
+    /// The shape of an evaluation of all replicas; only streams have their number of rows in it.
+    pub fn eval(config: &Config) -> Shape {
+        Shape { rows: config.eval_batch(), sequence: config.eval_sequence() }
+    }
+
+    /// Steps until the streams of `text` end.
+    pub fn segments(self, text: &Text) -> usize {
+        text.len().saturating_sub(1) / self.rows / self.sequence
+    }
+
+    /// Where segment `number` of a stream starts.
+    fn start(self, text: &Text, stream: usize, number: usize) -> usize {
+        stream * ((text.len() - 1) / self.rows) + number * self.sequence
+    }
+
+    /// How many windows of T tokens a text has.
+    pub fn windows(self, text: &Text) -> usize {
+        text.len().saturating_sub(1) / self.sequence
+    }
 }
 
 impl Batches {
-    /// `batch` rows of `sequence` tokens a step.
-    pub fn new(corpus: Arc<Corpus>, seed: u64, sequence: usize, batch: usize) -> Batches {
-        Batches { corpus, seed, sequence, batch }
+    /// The batches of a config over its corpus.
+    pub fn new(corpus: Arc<Corpus>, config: &Config) -> Batches {
+        let (train, eval) = (Shape::train(config), Shape::eval(config));
+        Batches { corpus, seed: config.seed, order: config.order(), train, eval }
     }
 
     /// The given rows of the global batch of `step`.
     pub fn train(&self, step: usize, rows: Range<usize>) -> Batch {
-        let starts = rows.map(|row| self.start(step * self.batch + row));
-        windows(&self.corpus.train, self.sequence, starts)
+        let text = &self.corpus.train;
+        match self.order {
+            Order::Shuffled => {
+                let starts = rows.map(|row| self.window(step * self.train.rows + row));
+                read(text, self.train.sequence, starts)
+            }
+            Order::Streams => {
+                let segment = step % self.train.segments(text);
+                read(text, self.train.sequence, rows.map(|row| self.train.start(text, row, segment)))
+            }
+        }
     }
 
     /// Whether the rows of `step` have nothing to do with those of the step before.
-    pub fn restarts(&self, _step: usize) -> bool {
-        true
+    pub fn restarts(&self, step: usize) -> bool {
+        match self.order {
+            Order::Shuffled => true,
+            Order::Streams => step.is_multiple_of(self.train.segments(&self.corpus.train)),
+        }
     }
 
-    /// The given windows of the held-out text, which are not shuffled.
-    pub fn held_out(&self, range: Range<usize>) -> Batch {
-        held_out(&self.corpus.held_out, self.sequence, range)
+    /// Rows of the held-out text: the given windows, or the given streams at segment `number`.
+    pub fn held_out(&self, rows: Range<usize>, number: usize) -> Batch {
+        held_out(&self.corpus.held_out, self.order, self.eval, rows, number)
     }
 
     /// Where the `number`-th window of the run starts.
-    fn start(&self, number: usize) -> usize {
-        let fit = (self.corpus.train.len() - 1) / self.sequence;
+    fn window(&self, number: usize) -> usize {
+        let (sequence, fit) = (self.train.sequence, self.train.windows(&self.corpus.train));
         // One window is given up for the phase, if there is one to spare.
-        let (count, phases) = if fit > 1 { (fit - 1, self.sequence) } else { (1, 1) };
+        let (count, phases) = if fit > 1 { (fit - 1, sequence) } else { (1, 1) };
         let (epoch, position) = (number / count, number % count);
         let (key, phase) = random::order(self.seed, epoch as u64, phases);
-        random::permute(count as u64, key, position as u64) as usize * self.sequence + phase
+        random::permute(count as u64, key, position as u64) as usize * sequence + phase
     }
 }
 
-/// How many windows of T tokens a held-out text has.
-pub fn held_out_windows(text: &Text, sequence: usize) -> usize {
-    (text.len() - 1) / sequence
+/// Rows of a held-out text, which is not shuffled: windows, or streams at segment `number`.
+pub fn held_out(text: &Text, order: Order, shape: Shape, rows: Range<usize>, number: usize) -> Batch {
+    match order {
+        Order::Shuffled => read(text, shape.sequence, rows.map(|window| window * shape.sequence)),
+        Order::Streams => read(text, shape.sequence, rows.map(|stream| shape.start(text, stream, number))),
+    }
 }
 
-/// The given windows of `text`, in order.
-pub fn held_out(text: &Text, sequence: usize, range: Range<usize>) -> Batch {
-    windows(text, sequence, range.map(|i| i * sequence))
-}
-
-fn windows(text: &Text, sequence: usize, starts: impl ExactSizeIterator<Item = usize>) -> Batch {
+fn read(text: &Text, sequence: usize, starts: impl ExactSizeIterator<Item = usize>) -> Batch {
     let rows = starts.len() as i64;
     let mut window = vec![0u8; sequence + 1];
     let mut tokens: Vec<i64> = Vec::with_capacity(rows as usize * sequence);
@@ -95,7 +145,9 @@ mod tests {
         let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
         let train = Text::from_bytes(Arc::from(bytes));
         let corpus = Corpus { held_out: train.clone(), train, floor: None };
-        Batches::new(Arc::new(corpus), 7, sequence, batch)
+        let mut config = Config { seed: 7, batch, ..Config::default() };
+        config.data.sequence = sequence;
+        Batches::new(Arc::new(corpus), &config)
     }
 
     #[test]
@@ -118,7 +170,7 @@ mod tests {
     #[test]
     fn an_epoch_reads_every_window_once_and_the_next_in_another_order() {
         let batches = batches(1 + 16 * 21, 16, 4);
-        let epoch = |n: usize| (20 * n..20 * (n + 1)).map(|i| batches.start(i)).collect::<Vec<_>>();
+        let epoch = |n: usize| (20 * n..20 * (n + 1)).map(|i| batches.window(i)).collect::<Vec<_>>();
         for n in 0..3 {
             let starts: BTreeSet<usize> = epoch(n).into_iter().collect();
             assert_eq!(starts.len(), 20);
@@ -131,6 +183,22 @@ mod tests {
     fn a_text_of_one_window_can_be_read() {
         let batches = batches(17, 16, 2);
         assert_eq!(batches.train(9, 0..2).tokens.size(), [2, 16]);
-        assert_eq!(held_out_windows(&batches.corpus.held_out, 16), 1);
+        assert_eq!(batches.eval.windows(&batches.corpus.held_out), 1);
+    }
+
+    #[test]
+    fn streams_go_on_where_they_were() {
+        let mut batches = batches(1 + 3 * 70, 16, 3);
+        batches.order = Order::Streams;
+        // Parts of 70 tokens hold 4 segments of 16.
+        for step in 0..9 {
+            let (now, next) = (batches.train(step, 0..3), batches.train(step + 1, 0..3));
+            let goes_on = now.targets.select(1, 15) == next.tokens.select(1, 0);
+            assert_eq!(goes_on, !batches.restarts(step + 1), "{step}");
+            assert_eq!(batches.restarts(step), step % 4 == 0);
+        }
+        let first: Vec<i64> = Vec::try_from(batches.train(4, 0..3).tokens.select(1, 0)).unwrap();
+        assert_eq!(first, [0, 70, 140]);
+        assert_eq!(batches.train(2, 1..2).tokens, batches.train(2, 0..3).tokens.narrow(0, 1, 1));
     }
 }

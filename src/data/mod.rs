@@ -7,7 +7,7 @@ mod text;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use batches::{Batch, Batches, held_out, held_out_windows};
+pub use batches::{Batch, Batches, Shape, held_out};
 pub use text::Text;
 
 use crate::config::{DataConfig, HeldOut};

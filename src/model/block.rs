@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Dimensions, Dropout, Init, Layer, Parameter, layer_norm, matrix_std};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
 use crate::error::Result;
 
 pub(super) struct Block {
@@ -71,7 +71,7 @@ impl Layer for Block {
     }
 
     /// `x`: [B, T, D] -> [B, T, D].
-    fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Option<Tensor>, dropout: Option<Dropout>) -> Result<Tensor> {
+    fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
         let drop = |y: Tensor, site| match dropout {
             Some(dropout) => dropout.apply(y, self.layer + 1, site),
             None => Ok(y),

@@ -1,59 +1,78 @@
-//! Hidden states to a loss: the last normalisation and an output matrix, which with a tie is the embedding's table.
+//! Hidden states to a loss: the last normalisation, where the layers need one, and an output matrix, which with a tie is
+//! the embedding's table.
 
-use tch::{Kind, Reduction, Tensor};
+use tch::{Reduction, Tensor};
 
 use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
+use crate::config::Arch;
 use crate::error::Result;
 
 pub(super) struct Head {
-    dimensions: Dimensions,
+    d: Dimensions,
 }
 
 impl Head {
     pub(super) fn new(d: &Dimensions) -> Head {
-        Head { dimensions: d.clone() }
+        Head { d: d.clone() }
     }
 
     pub(super) fn parameters(&self) -> Vec<Parameter> {
-        let d = &self.dimensions;
-        let mut parameters = vec![
-            Parameter::new("head.norm.weight".into(), &[d.d_model], Init::Ones),
-            Parameter::new("head.norm.bias".into(), &[d.d_model], Init::Zeros),
-        ];
+        let d = &self.d;
+        let mut parameters = Vec::new();
+        if d.pre_norm {
+            parameters.push(Parameter::new("head.norm.weight".into(), &[d.d_model], Init::Ones));
+            parameters.push(Parameter::new("head.norm.bias".into(), &[d.d_model], Init::Zeros));
+        }
         match d.tied {
             true => parameters.extend(table(d)),
             false => {
-                parameters.push(Parameter::new("head.weight".into(), &[d.vocabulary, d.d_model], Init::Normal(TABLE_STD)))
+                let shape = [d.vocabulary, d.d_model];
+                parameters.push(Parameter::new("head.weight".into(), &shape, Init::Normal(TABLE_STD)));
             }
+        }
+        if d.arch == Arch::TransformerXl {
+            parameters.push(Parameter::new("head.bias".into(), &[d.vocabulary], Init::Zeros));
         }
         parameters
     }
 
     /// `x`: [B, T, D] -> logits [B, T, V].
-    fn logits(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [norm, bias, matrix] = weights else { unreachable!("the head has three parameters") };
-        Ok(layer_norm(x, norm, bias)?.f_linear::<Tensor>(matrix, None)?)
+    fn logits(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        let (x, weights) = match self.d.pre_norm {
+            true => (layer_norm(x, &weights[0], &weights[1])?, &weights[2..]),
+            false => (x.shallow_clone(), weights),
+        };
+        let x = match dropout {
+            Some(dropout) if self.d.arch == Arch::TransformerXl => dropout.apply(x, self.d.layers + 1, 0)?,
+            _ => x,
+        };
+        Ok(x.f_linear(&weights[0], weights.get(1))?)
     }
 
     /// Hidden states [B, T, D], `targets` [B, T] -> the mean cross-entropy in nats per token.
-    pub(super) fn loss(&self, weights: &[Tensor], x: &Tensor, targets: &Tensor, _dropout: Option<Dropout>) -> Result<Tensor> {
-        let logits = self.logits(weights, x)?;
-        let rows = logits.f_view([-1, self.dimensions.vocabulary])?;
+    pub(super) fn loss(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        targets: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let rows = self.logits(weights, x, dropout)?.f_view([-1, self.d.vocabulary])?;
         Ok(rows.f_cross_entropy_loss::<Tensor>(&targets.f_view([-1])?, None, Reduction::Mean, -100, 0.0)?)
     }
 
     /// [B, T, D] -> [B, T, V].
     pub(super) fn log_probabilities(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        Ok(self.logits(weights, x)?.f_log_softmax(-1, Kind::Float)?)
+        Ok(self.logits(weights, x, None)?.f_log_softmax(-1, x.kind())?)
     }
 
     /// The input and its normalised form: 2 D; the logarithm of the softmax: V; mean and deviation.
     pub(super) fn saved_per_token(&self) -> usize {
-        2 * self.dimensions.d_model as usize + self.dimensions.vocabulary as usize + 4
+        2 * self.d.d_model as usize + self.d.vocabulary as usize + 4
     }
 
     /// Logits and their gradient.
     pub(super) fn transient_per_token(&self) -> usize {
-        2 * self.dimensions.vocabulary as usize + self.dimensions.d_model as usize
+        2 * self.d.vocabulary as usize + self.d.d_model as usize
     }
 }

@@ -12,16 +12,28 @@
 //! layers.l.norm2.weight, .bias [D] layers.l.mlp.up.weight [F, D], .bias             layers.l.mlp.down.weight [D, F], .bias
 //! head.norm.weight, .bias [D]      head.weight [V, D]; with a tie there is none: `embedding.tokens` takes its place
 //! ```
+//!
+//! and of a Transformer-XL, where they differ:
+//!
+//! ```text
+//! embedding.tokens [V, D], multiplied by sqrt(D) on its way in; no positions
+//! layers.l.attention.query.weight [D, D]                  layers.l.attention.key_value.weight [2D, D]: keys, then values
+//! layers.l.attention.position.weight [D, D]: W_R          layers.l.attention.out.weight [D, D]; no biases
+//! layers.l.attention.content_bias, .position_bias [D]: u and v, head by head
+//! head.bias [V]                                           head.norm only with `norm = "pre"`
+//! ```
 
 mod block;
 mod embedding;
 mod head;
+mod xl;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::config::ModelConfig;
+use crate::config::{Arch, ModelConfig, Norm};
 use crate::error::Result;
 use crate::random::{self, DropoutKey};
 use crate::schedule::Tie;
@@ -73,6 +85,16 @@ pub struct Dimensions {
     pub dropout: f64,
     /// Whether the head's matrix is the embedding's table.
     pub tied: bool,
+    pub arch: Arch,
+    /// M, the tokens that a layer remembers of earlier segments while training.
+    pub mem_len: i64,
+    /// Distances beyond this one count as this one.
+    pub clamp_len: Option<i64>,
+    /// Every query looks at as many keys.
+    pub same_length: bool,
+    /// Normalisation before each branch, else after it.
+    pub pre_norm: bool,
+    pub attention_dropout: f64,
 }
 
 impl Dimensions {
@@ -87,6 +109,12 @@ impl Dimensions {
             sequence: sequence as i64,
             dropout: model.dropout,
             tied: model.tie != Tie::Untied,
+            arch: model.arch,
+            mem_len: model.mem_len as i64,
+            clamp_len: model.clamp_len.map(|clamp| clamp as i64),
+            same_length: model.same_length,
+            pre_norm: model.norm() == Norm::Pre,
+            attention_dropout: model.attention_dropout,
         }
     }
 }
@@ -95,6 +123,8 @@ impl Dimensions {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
     pub rate: f64,
+    /// Of the probabilities of the attention.
+    pub attention_rate: f64,
     pub seed: u64,
     pub step: usize,
     pub replica: usize,
@@ -102,14 +132,19 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// The same for the probabilities of the attention.
+    fn attention(self) -> Dropout {
+        Dropout { rate: self.attention_rate, ..self }
+    }
+
     fn apply(self, x: Tensor, layer: usize, site: usize) -> Result<Tensor> {
         if self.rate == 0.0 {
             return Ok(x);
         }
-        let Dropout { rate, seed, step, replica, microbatch } = self;
+        let Dropout { rate, seed, step, replica, microbatch, .. } = self;
         let key = DropoutKey { seed, step, replica, microbatch, layer, site };
         let mask = random::dropout_mask(key, rate, x.numel());
-        Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view_as(&x)?)?)
+        Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view(&x.size()[..])?)?)
     }
 }
 
@@ -128,7 +163,13 @@ trait Layer: Send + Sync {
     fn name(&self) -> String;
     fn parameters(&self) -> Vec<Parameter>;
     /// `memory` is what the layer remembers of earlier segments, and what it will remember.
-    fn forward(&self, weights: &[Tensor], x: &Tensor, memory: &mut Option<Tensor>, dropout: Option<Dropout>) -> Result<Tensor>;
+    fn forward(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        memory: &mut Remembered,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor>;
     /// f32 values a token that autograd keeps of a forward: the layer's input, not its output.
     fn saved_per_token(&self) -> usize;
     /// f32 values a token that its backward needs for a moment besides those that are kept.
@@ -144,21 +185,69 @@ pub struct LayerCosts {
 }
 
 /// The stated costs: `4 D^2 + 2 D F` for a block's matrices and `T D` for its causal attention, `D V` for the head,
-/// and the additions of the embedding, `2 D`.
+/// and the additions of the embedding, `2 D`. A Transformer-XL makes keys and values of the memory too,
+/// `2 D^2 M / T` more, and three products over the whole context, `3 (M + T) D`.
 pub fn costs(d: &Dimensions) -> LayerCosts {
-    let (dm, f, v, t) = (d.d_model as f64, d.d_ff as f64, d.vocabulary as f64, d.sequence as f64);
-    LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + t * dm, head: dm * v }
+    let (dm, f, v, t, m) = (d.d_model as f64, d.d_ff as f64, d.vocabulary as f64, d.sequence as f64, d.mem_len as f64);
+    let attention = match d.arch {
+        Arch::Transformer => t * dm,
+        Arch::TransformerXl => 2.0 * dm * dm * m / t + 3.0 * (m + t) * dm,
+    };
+    LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + attention, head: dm * v }
 }
 
-/// What the layers of a stack remember of the segments before, one tensor [b, M, D] a layer; none in the layers that
-/// remember nothing. It carries no gradient.
-#[derive(Debug, Default)]
-pub struct Memory(Vec<Option<Tensor>>);
+/// What one layer remembers: its own last inputs, without gradient.
+#[derive(Debug)]
+pub struct Remembered {
+    /// M: how many tokens at most.
+    limit: i64,
+    /// [b, up to M, D]; none at the beginning of a stream.
+    states: Option<Tensor>,
+}
+
+impl Remembered {
+    /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is remembered.
+    fn extend(&mut self, x: &Tensor) -> Result<Tensor> {
+        let context = match &self.states {
+            Some(states) => Tensor::f_cat(&[states, x], 1)?,
+            None => x.shallow_clone(),
+        };
+        let (length, t) = (context.size()[1], x.size()[1]);
+        let kept = length.min(self.limit);
+        // Where the segment is enough, it is not kept alive twice.
+        self.states = match kept {
+            0 => None,
+            _ if kept <= t => Some(x.f_narrow(1, t - kept, kept)?.f_detach()?),
+            _ => Some(context.f_narrow(1, length - kept, kept)?.f_detach()?.f_contiguous()?),
+        };
+        Ok(context)
+    }
+}
+
+/// What the layers of a stack remember of the segments before. It carries no gradient and never travels.
+#[derive(Debug)]
+pub struct Memory {
+    limit: usize,
+    layers: Vec<Remembered>,
+}
 
 impl Memory {
+    /// Nothing yet; up to `limit` tokens later.
+    pub fn new(limit: usize) -> Memory {
+        Memory { limit, layers: Vec::new() }
+    }
+
     /// Another handle of the same memory.
     pub fn shallow_clone(&self) -> Memory {
-        Memory(self.0.iter().map(|m| m.as_ref().map(Tensor::shallow_clone)).collect())
+        let copy = |r: &Remembered| Remembered { limit: r.limit, states: r.states.as_ref().map(Tensor::shallow_clone) };
+        Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
+    }
+
+    /// The memories of `count` layers.
+    fn of(&mut self, count: usize) -> &mut [Remembered] {
+        let limit = self.limit as i64;
+        self.layers.resize_with(count, || Remembered { limit, states: None });
+        &mut self.layers
     }
 }
 
@@ -180,8 +269,12 @@ impl Stack {
         if run.start == 0 {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }
+        let constants = Arc::default();
         for layer in run {
-            stack.push(Box::new(block::Block::new(dimensions, layer)));
+            stack.push(match dimensions.arch {
+                Arch::Transformer => Box::new(block::Block::new(dimensions, layer)),
+                Arch::TransformerXl => Box::new(xl::XlBlock::new(dimensions, layer, Arc::clone(&constants))),
+            });
         }
         if last {
             let head = head::Head::new(dimensions);
@@ -234,14 +327,19 @@ impl Stack {
     }
 
     /// Runs the layers on `x`: tokens [B, T] or hidden states [B, T, D] -> hidden states. `memory` is what the layers
-    /// remember (nothing yet: the default), and afterwards what they will remember.
+    /// remember, and afterwards what they will remember.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn forward(&self, weights: &[Tensor], x: &Tensor, memory: &mut Memory, dropout: Option<Dropout>) -> Result<Tensor> {
-        memory.0.resize_with(self.layers.len(), || None);
+    pub fn forward(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        memory: &mut Memory,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let mut x = x.shallow_clone();
-        for ((layer, range), memory) in self.layers.iter().zip(&mut memory.0) {
+        for ((layer, range), memory) in self.layers.iter().zip(memory.of(self.layers.len())) {
             x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
         }
         Ok(x)
@@ -251,7 +349,13 @@ impl Stack {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn loss(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    pub fn loss(
+        &self,
+        weights: &[Tensor],
+        hidden: &Tensor,
+        targets: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let (head, range) = self.head.as_ref().expect("only a stack with the head has a loss");
         head.loss(&weights[range.clone()], hidden, targets, dropout)
     }
@@ -276,8 +380,8 @@ impl Stack {
         memory: &Memory,
         dropout: Option<Dropout>,
     ) -> Result<Option<String>> {
-        let mut x = x.shallow_clone();
-        for ((layer, range), memory) in self.layers.iter().zip(memory.shallow_clone().0.iter_mut()) {
+        let (mut x, mut memory) = (x.shallow_clone(), memory.shallow_clone());
+        for ((layer, range), memory) in self.layers.iter().zip(memory.of(self.layers.len())) {
             x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
             if x.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
                 return Ok(Some(format!("output of {}", layer.name())));
@@ -346,7 +450,9 @@ mod tests {
     use super::*;
 
     fn dimensions() -> Dimensions {
-        Dimensions { layers: 3, d_model: 8, heads: 2, d_ff: 16, vocabulary: 11, sequence: 5, dropout: 0.0, tied: false }
+        let config =
+            ModelConfig { layers: 3, d_model: 8, heads: 2, d_ff: 16, tie: Tie::Untied, ..ModelConfig::default() };
+        Dimensions::new(&config, 11, 5)
     }
 
     fn initial_values(parameters: &[Parameter]) -> Vec<Tensor> {
@@ -359,7 +465,7 @@ mod tests {
     }
 
     fn run(stack: &Stack, x: &Tensor, dropout: Option<Dropout>) -> Tensor {
-        stack.forward(&values(stack), x, &mut Memory::default(), dropout).unwrap()
+        stack.forward(&values(stack), x, &mut Memory::new(0), dropout).unwrap()
     }
 
     #[test]
@@ -398,7 +504,13 @@ mod tests {
     fn dropout_depends_on_its_key_only() {
         let whole = Stack::new(&dimensions(), 0..3);
         let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5]).view([1, 5]);
-        let run = |step| run(&whole, &tokens, Some(Dropout { rate: 0.3, seed: 1, step, replica: 0, microbatch: 0 }));
+        let run = |step| {
+            run(
+                &whole,
+                &tokens,
+                Some(Dropout { rate: 0.3, attention_rate: 0.0, seed: 1, step, replica: 0, microbatch: 0 }),
+            )
+        };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
     }

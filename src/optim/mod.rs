@@ -177,8 +177,12 @@ mod tests {
     use crate::model::{Init, Parameter};
 
     fn layout() -> Layout {
-        let parameter =
-            |name: &str, shape: &[i64]| Parameter { name: name.into(), shape: shape.into(), init: Init::Ones, tied: false };
+        let parameter = |name: &str, shape: &[i64]| Parameter {
+            name: name.into(),
+            shape: shape.into(),
+            init: Init::Ones,
+            tied: false,
+        };
         Layout::new(&[parameter("matrix", &[160, 128]), parameter("vector", &[9]), parameter("other", &[4, 4])])
     }
 

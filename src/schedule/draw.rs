@@ -39,7 +39,8 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let shares: Vec<String> = ideal.utilization.iter().map(|u| format!("{u:.2}")).collect();
     let _ = writeln!(out, "utilisation       {}", shares.join(" "));
     let _ = writeln!(out, "ideal speed-up    {:.2} of {} devices", ideal.speed_up, grid.devices());
-    let _ = writeln!(out, "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point", ideal.before_drain);
+    let _ =
+        writeln!(out, "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point", ideal.before_drain);
     if replicas > 1 {
         let _ = writeln!(out, "with replicas     {:.2} of {}", ideal.speed_up * replicas as f64, grid.size());
     }

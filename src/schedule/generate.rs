@@ -239,7 +239,7 @@ impl Iterator for Actions<'_> {
 #[cfg(test)]
 mod tests {
     use crate::delay::SyncPoints;
-    use crate::schedule::{Evals, Kind, Schedule, Tie};
+    use crate::schedule::{Evals, Kind, Schedule};
 
     fn list(schedule: &Schedule, stage: usize) -> String {
         schedule.actions(stage).map(|a| a.to_string()).collect::<Vec<_>>().join(" ")

@@ -341,7 +341,9 @@ mod tests {
 
     #[test]
     fn actions_print_and_parse() {
-        for text in ["2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9"] {
+        for text in
+            ["2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9"]
+        {
             assert_eq!(text.parse::<Action>().unwrap().to_string(), text);
         }
         for wrong in ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"] {
@@ -353,9 +355,15 @@ mod tests {
     fn every_input_part_joins_one_update() {
         let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
         schedule.tie = Tie::Aligned;
-        assert_eq!((2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(), [2..3, 3..4, 4..5, 5..6, 6..7, 7..8]);
+        assert_eq!(
+            (2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(),
+            [2..3, 3..4, 4..5, 5..6, 6..7, 7..8]
+        );
         schedule.tie = Tie::Fresh;
-        assert_eq!((2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(), [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]);
+        assert_eq!(
+            (2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(),
+            [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]
+        );
         assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, 4)).collect::<Vec<_>>(), [2..2, 2..4]);
         assert_eq!(schedule.table_inputs(2, 2, 3), 2..3);
     }

@@ -282,7 +282,8 @@ mod tests {
 
     #[test]
     fn a_ring_keeps_all_its_devices_busy() {
-        for (stages, m, tie) in [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied)] {
+        for (stages, m, tie) in [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied)]
+        {
             let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(1));
             (schedule.placement, schedule.tie) = (Placement::Ring, tie);
             let ring = ideal(&schedule, FREE).unwrap();

@@ -7,3 +7,4 @@ mod mpirun;
 mod oracle;
 mod plain;
 mod real_text;
+mod reference;

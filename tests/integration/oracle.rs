@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use crate::harness::{as_threads, by_oracle, tiny};
 
-/// Drawn configurations.
-const DRAWN: usize = 96;
+/// Drawn configurations: of the Transformer, then of the Transformer-XL.
+const DRAWN: usize = 80;
+const DRAWN_XL: usize = 80;
 const LAYERS: usize = 6;
 
 /// A small generator: the draws are the same for ever.
@@ -88,12 +89,79 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
     }
     covers.extend(covers_more);
+    if number >= DRAWN {
+        draw_xl(&mut draw, &mut sets, &mut covers);
+    }
     (sets, covers)
+}
+
+/// Makes it a Transformer-XL over streams that end after five steps.
+fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'static str>) {
+    let mut cover = |name: &'static str, set: &str| {
+        covers.insert(name);
+        sets.push(set.to_owned());
+    };
+    let text = ["model.arch=transformer-xl", "data.synthetic=1500", "data.held_out=0.3"];
+    text.into_iter().for_each(|set| cover("transformer-xl", set));
+    let mem_len = [0, 4, 8, 8, 13][draw.below(5)];
+    let names = ["no memory", "memory shorter than a segment", "memory of a segment", "", "memory longer than a segment"];
+    let name = names[match mem_len {
+        0 => 0,
+        4 => 1,
+        8 => 2,
+        _ => 4,
+    }];
+    cover(name, &format!("model.mem_len={mem_len}"));
+    if mem_len > 0 && draw.one_in(3) {
+        cover("same length", "model.same_length=true");
+    }
+    if draw.one_in(3) {
+        cover("clamped", "model.clamp_len=5");
+    }
+    if draw.one_in(3) {
+        cover("pre-LN", "model.norm=pre");
+    }
+    if draw.one_in(3) {
+        cover("attention dropout", "model.attention_dropout=0.2");
+    }
+    if sets_evaluation(sets) {
+        sets.push("eval.batch=6".to_owned());
+        if draw.one_in(2) {
+            covers.insert("evaluation with lengths of its own");
+            sets.push("eval.sequence=5".to_owned());
+            if mem_len > 0 {
+                sets.push("eval.mem_len=11".to_owned());
+            }
+        }
+    }
+    let has = |text: &str| sets.iter().any(|set| set.starts_with(text));
+    if mem_len > 0 && has("recompute") {
+        covers.insert("recompute with memory");
+    }
+    if mem_len > 0 && has("grid.placement") {
+        covers.insert("ring with memory");
+    }
+    if mem_len > 0 && has("grid.stages") && !has("grid.stages=1") && has("model.tie=aligned") {
+        covers.insert("tied pipeline with memory");
+    }
+}
+
+fn sets_evaluation(sets: &[String]) -> bool {
+    sets.iter().any(|set| set.starts_with("eval."))
 }
 
 #[test]
 fn drawn_grids_equal_the_oracle_bit_for_bit() {
-    for number in 0..DRAWN {
+    compare(0..DRAWN);
+}
+
+#[test]
+fn drawn_grids_of_transformer_xl_equal_the_oracle_bit_for_bit() {
+    compare(DRAWN..DRAWN + DRAWN_XL);
+}
+
+fn compare(numbers: std::ops::Range<usize>) {
+    for number in numbers {
         let (sets, _) = drawn(number);
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let setup = tiny(&sets);
@@ -135,10 +203,23 @@ fn the_draws_cover_everything() {
         "mean of the parts",
         "ring",
         "tied ring",
+        "transformer-xl",
+        "no memory",
+        "memory shorter than a segment",
+        "memory of a segment",
+        "memory longer than a segment",
+        "same length",
+        "clamped",
+        "pre-LN",
+        "attention dropout",
+        "evaluation with lengths of its own",
+        "recompute with memory",
+        "ring with memory",
+        "tied pipeline with memory",
     ];
     for name in wanted {
-        let count = (0..DRAWN).filter(|number| drawn(*number).1.contains(name)).count();
-        assert!(count >= 4, "{name}: {count} of {DRAWN}");
+        let count = (0..DRAWN + DRAWN_XL).filter(|number| drawn(*number).1.contains(name)).count();
+        assert!(count >= 4, "{name}: {count} of {}", DRAWN + DRAWN_XL);
     }
 }
 

@@ -4,7 +4,7 @@ use ouroboros::data::Batches;
 use ouroboros::grid::Place;
 use ouroboros::model::{Memory, Parameter, Stack, initial};
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
-use ouroboros::stage::{At, Input, Output, Slot, Stage};
+use ouroboros::stage::{At, Input, Output, Settings, Slot, Stage};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -57,16 +57,17 @@ fn a_tied_model_on_one_device_is_plain_training() {
         let setup = tiny(&[&sets[..], &[tie]].concat());
         let config = &setup.config;
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
-        let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let parameters = ouroboros::model::parameters(&setup.dimensions);
-        let leaf = |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true);
+        let leaf =
+            |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true);
         let mut values: Vec<Tensor> = parameters.iter().map(leaf).collect();
         let mut momenta: Vec<Tensor> = values.iter().map(Tensor::zeros_like).collect();
         let mut losses = Vec::new();
         for t in 0..config.steps {
             let batch = batches.train(t, 0..config.batch);
             let weights = model.weights(&values[1..], &values[..1], &values[..1]);
-            let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None).unwrap();
+            let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
             let loss = model.loss(&weights, &hidden, &batch.targets, None).unwrap();
             losses.push(loss.double_value(&[]));
             let gradients = Tensor::run_backward(&[loss], &values, false, false);
@@ -92,7 +93,7 @@ fn a_tied_model_on_one_device_is_plain_training() {
 fn plain_loop(steps: usize) -> Vec<f64> {
     let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12", "model.tie=none"]);
     let config = &setup.config;
-    let batches = Batches::new(Arc::clone(&setup.corpus), config.seed, config.data.sequence, config.batch);
+    let batches = Batches::new(Arc::clone(&setup.corpus), config);
     let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
     let mut weights: Vec<Tensor> = model
         .parameters()
@@ -105,7 +106,7 @@ fn plain_loop(steps: usize) -> Vec<f64> {
     let mut losses = Vec::new();
     for t in 0..steps {
         let batch = batches.train(t, 0..config.batch);
-        let hidden = model.forward(&weights, &batch.tokens, &mut Memory::default(), None).unwrap();
+        let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
         let loss = model.loss(&weights, &hidden, &batch.targets, None).unwrap();
         losses.push(loss.double_value(&[]));
         let gradients = Tensor::run_backward(&[loss], &weights, false, false);
@@ -185,7 +186,7 @@ fn a_gradient_computed_by_hand() {
 
     let place = Place { stage: 0, replica: 0 };
     let versions = Versions::new(layout.clone(), flat.copy(), 1, 1).unwrap();
-    let mut stage = Stage::new(place, stack, versions, false, 0.0, 1);
+    let mut stage = Stage::new(place, stack, versions, Settings::new(&setup.config));
     let slot = Slot { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
     let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };

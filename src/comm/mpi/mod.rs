@@ -192,7 +192,9 @@ impl ReplicaGroup for MpiGroup {
             doing: format!("the gradient of step {step} is reduced ({error})"),
         };
         let (reply, done) = channel();
-        self.commands.send(Command::Reduce { slot: self.slot, flat, reply }).map_err(|error| lost(error.to_string()))?;
+        self.commands
+            .send(Command::Reduce { slot: self.slot, flat, reply })
+            .map_err(|error| lost(error.to_string()))?;
         Ok(Reduction::new(move || done.recv().map_err(|error| lost(error.to_string()))?.map_err(lost)))
     }
 }

@@ -1,0 +1,236 @@
+//! One Transformer-XL layer (Dai et al. 2019): attention over the segment and what the layer remembers of the segments
+//! before, with relative positions, then a position-wise ReLU network.
+//!
+//! With M remembered tokens and L = M + T, query i of the segment and key j of memory and segment stand
+//! `d = i + M - j` apart, and their score is
+//!
+//! ```text
+//! score(i, j) = ((q_i + u) . k_j + (q_i + v) . (W_R R_d)) / sqrt(D/H)         for 0 <= d, else nothing
+//! ```
+//!
+//! with R_d the sinusoid of the distance, and the biases u (content) and v (position) of each layer. Shared biases, as
+//! in the paper's code, would couple all stages at every step.
+//!
+//! The second product is made for all distances at once, P[i, p] = (q_i + v) . (W_R R_{L-1-p}) for p = 0 ... L, where
+//! p = L is an empty row. Then score(i, j) needs P[i, j + T-1-i], and in the memory of P, whose rows are L + 1 long,
+//! that is the element
+//!
+//! ```text
+//! i (L+1) + j + T-1-i  =  (T-1) + i L + j
+//! ```
+//!
+//! so the shifted scores are P from element T-1 on, read in rows of L: no copy.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use tch::{Kind, Tensor};
+
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
+use crate::error::Result;
+
+/// Sites of dropout in a layer.
+const ATTENTION: usize = 0;
+const MLP: usize = 1;
+const PROBABILITIES: usize = 2;
+const INNER: usize = 3;
+
+/// Of the positions, in the place of the embedding: the same mask in every layer, as in the paper's code.
+const POSITIONS: (usize, usize) = (0, 1);
+
+/// The constants of a model's attention, shared by its layers.
+#[derive(Default)]
+pub(super) struct Constants {
+    made: Mutex<BTreeMap<Key, (Tensor, Tensor)>>,
+}
+
+/// Tokens remembered, T, M, and whether in f64.
+type Key = (i64, i64, i64, bool);
+
+pub(super) struct XlBlock {
+    d: Dimensions,
+    /// Number of the layer in the whole model, from 0.
+    layer: usize,
+    constants: Arc<Constants>,
+}
+
+impl XlBlock {
+    pub(super) fn new(dimensions: &Dimensions, layer: usize, constants: Arc<Constants>) -> XlBlock {
+        XlBlock { d: dimensions.clone(), layer, constants }
+    }
+
+    /// R [L+1, D], the sinusoids of the distances L-1 ... 0 and a row of zeros, and what is added to the scores
+    /// [T, L]: 0, or -inf where a query does not look.
+    fn constants(&self, m: i64, t: i64, limit: i64, kind: Kind) -> Result<(Tensor, Tensor)> {
+        let key = (m, t, limit, kind == Kind::Double);
+        let mut made = self.constants.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((positions, mask)) = made.get(&key) {
+            return Ok((positions.shallow_clone(), mask.shallow_clone()));
+        }
+        let positions = Tensor::f_from_slice(&self.sinusoids(m + t))?.f_view([m + t + 1, self.d.d_model])?;
+        let mask = Tensor::f_from_slice(&self.mask(m, t, limit))?.f_view([t, m + t])?;
+        let pair = (positions.f_to_kind(kind)?, mask.f_to_kind(kind)?);
+        // One entry in training, another in evaluation, and those of a memory that is still filling up.
+        if made.len() >= 64 {
+            made.clear();
+        }
+        made.insert(key, (pair.0.shallow_clone(), pair.1.shallow_clone()));
+        Ok(pair)
+    }
+
+    fn sinusoids(&self, length: i64) -> Vec<f64> {
+        let d = self.d.d_model;
+        let half = d.div_euclid(2) + d % 2;
+        let mut values = Vec::with_capacity(((length + 1) * d) as usize);
+        for p in 0..length {
+            let distance = length - 1 - p;
+            let distance = self.d.clamp_len.map_or(distance, |clamp| distance.min(clamp)) as f64;
+            let angle = |i: i64| distance / 10000f64.powf(2.0 * i as f64 / d as f64);
+            values.extend((0..half).map(|i| angle(i).sin()));
+            values.extend((0..d - half).map(|i| angle(i).cos()));
+        }
+        values.resize(((length + 1) * d) as usize, 0.0);
+        values
+    }
+
+    fn mask(&self, m: i64, t: i64, limit: i64) -> Vec<f64> {
+        let seen = |i: i64, j: i64| {
+            let distance = i + m - j;
+            distance >= 0 && (!self.d.same_length || distance < limit)
+        };
+        let value = |seen| if seen { 0.0 } else { f64::NEG_INFINITY };
+        (0..t).flat_map(|i| (0..m + t).map(move |j| (i, j))).map(|(i, j)| value(seen(i, j))).collect()
+    }
+
+    /// `x` [B, T, D] and `context` [B, L, D], memory and `x` -> [B, T, D].
+    fn attention(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        context: &Tensor,
+        limit: i64,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let [query, key_value, position, u, v, out] = weights else { unreachable!("attention has six parameters") };
+        let (b, t, l) = (x.size()[0], x.size()[1], context.size()[1]);
+        let (h, w) = (self.d.heads, self.d.d_model / self.d.heads);
+        let (positions, mask) = self.constants(l - t, t, limit, x.kind())?;
+        let positions = match dropout {
+            Some(dropout) => dropout.apply(positions, POSITIONS.0, POSITIONS.1)?,
+            None => positions,
+        };
+        let scale = 1.0 / (w as f64).sqrt();
+        let q = x.f_linear::<Tensor>(query, None)?; // [B, T, D]
+        let heads = context.f_linear::<Tensor>(key_value, None)?.f_view([b, l, 2, h, w])?;
+        let k = heads.f_select(2, 0)?.f_permute([0, 2, 3, 1])?; // [B, H, W, L]
+        let values = heads.f_select(2, 1)?.f_transpose(1, 2)?; // [B, H, L, W]
+        let content = q.f_add(u)?.f_mul_scalar(scale)?.f_view([b, t, h, w])?.f_transpose(1, 2)?;
+        let mut scores = content.f_matmul(&k)?; // [B, H, T, L]
+        let r = positions.f_linear::<Tensor>(position, None)?.f_view([l + 1, h, w])?.f_permute([1, 2, 0])?; // [H, W, L+1]
+        let by_head = q.f_add(v)?.f_mul_scalar(scale)?.f_view([b * t, h, w])?.f_transpose(0, 1)?; // [H, BT, W]
+        let shifted =
+            by_head.f_bmm(&r)?.f_view([h, b, t * (l + 1)])?.f_narrow(2, t - 1, t * l)?.f_view([h, b, t, l])?;
+        let _ = scores.f_add_(&shifted.f_transpose(0, 1)?)?;
+        drop(shifted);
+        let _ = scores.f_add_(&mask)?;
+        let probabilities = scores.f_softmax(-1, x.kind())?;
+        drop(scores);
+        let probabilities = match dropout {
+            Some(dropout) => dropout.attention().apply(probabilities, self.layer + 1, PROBABILITIES)?,
+            None => probabilities,
+        };
+        let y = probabilities.f_matmul(&values)?.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
+        Ok(y.f_linear::<Tensor>(out, None)?)
+    }
+
+    fn mlp(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        let [up, up_bias, down, down_bias] = weights else { unreachable!("the mlp has four parameters") };
+        let inner = self.dropped(dropout, x.f_linear(up, Some(up_bias))?.f_relu()?, INNER)?;
+        Ok(inner.f_linear(down, Some(down_bias))?)
+    }
+
+    fn dropped(&self, dropout: Option<Dropout>, y: Tensor, site: usize) -> Result<Tensor> {
+        match dropout {
+            Some(dropout) => dropout.apply(y, self.layer + 1, site),
+            None => Ok(y),
+        }
+    }
+
+    fn context_per_token(&self) -> usize {
+        ((self.d.mem_len + self.d.sequence) as usize).div_ceil(self.d.sequence as usize)
+    }
+}
+
+impl Layer for XlBlock {
+    fn name(&self) -> String {
+        format!("layers.{}", self.layer)
+    }
+
+    fn parameters(&self) -> Vec<Parameter> {
+        let (d, f) = (self.d.d_model, self.d.d_ff);
+        let normal = Init::Normal(matrix_std(d));
+        let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
+        let shapes: [(&str, &[i64], Init); 14] = [
+            ("norm1.weight", &[d], Init::Ones),
+            ("norm1.bias", &[d], Init::Zeros),
+            ("attention.query.weight", &[d, d], normal),
+            ("attention.key_value.weight", &[2 * d, d], normal),
+            ("attention.position.weight", &[d, d], normal),
+            ("attention.content_bias", &[d], Init::Zeros),
+            ("attention.position_bias", &[d], Init::Zeros),
+            ("attention.out.weight", &[d, d], residual),
+            ("norm2.weight", &[d], Init::Ones),
+            ("norm2.bias", &[d], Init::Zeros),
+            ("mlp.up.weight", &[f, d], normal),
+            ("mlp.up.bias", &[f], Init::Zeros),
+            ("mlp.down.weight", &[d, f], residual),
+            ("mlp.down.bias", &[d], Init::Zeros),
+        ];
+        let name = |short: &str| format!("layers.{}.{short}", self.layer);
+        shapes.into_iter().map(|(short, shape, init)| Parameter::new(name(short), shape, init)).collect()
+    }
+
+    /// `x`: [B, T, D] -> [B, T, D]; remembers the last M rows of what it has been given.
+    fn forward(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        memory: &mut Remembered,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let norm1 = |x: &Tensor| layer_norm(x, &weights[0], &weights[1]);
+        let norm2 = |x: &Tensor| layer_norm(x, &weights[8], &weights[9]);
+        let (attention, mlp) = (&weights[2..8], &weights[10..14]);
+        let limit = memory.limit;
+        let context = memory.extend(x)?;
+        if self.d.pre_norm {
+            let context = norm1(&context)?;
+            let (l, t) = (context.size()[1], x.size()[1]);
+            let y = self.attention(attention, &context.f_narrow(1, l - t, t)?, &context, limit, dropout)?;
+            let x = x.f_add(&self.dropped(dropout, y, ATTENTION)?)?;
+            let y = self.mlp(mlp, &norm2(&x)?, dropout)?;
+            return Ok(x.f_add(&self.dropped(dropout, y, MLP)?)?);
+        }
+        let y = self.attention(attention, x, &context, limit, dropout)?;
+        let x = norm1(&x.f_add(&self.dropped(dropout, y, ATTENTION)?)?)?;
+        let y = self.mlp(mlp, &x, dropout)?;
+        norm2(&x.f_add(&self.dropped(dropout, y, MLP)?)?)
+    }
+
+    /// Input, queries twice with their biases and permuted, attention's output twice, the sums before and after both
+    /// norms: 9 D; context, keys and values, and their permuted copies: 5 D a token of the context; probabilities: H L;
+    /// inside the ReLU: F twice; with dropout the masks, and dropped values beside those that are kept.
+    fn saved_per_token(&self) -> usize {
+        let (d, f, h) = (self.d.d_model as usize, self.d.d_ff as usize, self.d.heads as usize);
+        let context = self.context_per_token();
+        let scores = h * (self.d.mem_len + self.d.sequence) as usize;
+        let masks = if self.d.dropout > 0.0 { 2 * d + 2 * f } else { 0 };
+        let attention_masks = if self.d.attention_dropout > 0.0 { 2 * scores } else { 0 };
+        9 * d + 5 * d * context + scores + 2 * f + 4 + masks + attention_masks
+    }
+
+    /// The gradient of the scores, of the shifted scores and its copy in full rows.
+    fn transient_per_token(&self) -> usize {
+        3 * (self.d.heads * (self.d.mem_len + self.d.sequence + 1)) as usize
+    }
+}
