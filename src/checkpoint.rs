@@ -1,5 +1,5 @@
-//! Saved weights: `DIR/checkpoints/step-N/`, one safetensors file a stage with the parameters' global names, and a
-//! manifest.
+//! Saved weights: `DIR/checkpoints/step-N/`, one safetensors file a stage with the parameters' global names, a manifest,
+//! and for characters and words the vocabulary. A tied table stands once, in the file of stage 0.
 //!
 //! The files are written into `step-N.tmp/` by the places of replica 0; when all are there, rank 0 writes the
 //! manifest and renames the folder, so a folder without `.tmp` is complete. Weights of an earlier run are replaced
@@ -12,12 +12,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::config::Config;
+use crate::config::{Config, Tokenizer};
+use crate::data::{Listed, Vocabulary};
 use crate::error::{Error, Result};
 use crate::params::Layout;
 use crate::setup::Setup;
 
 const MANIFEST: &str = "manifest.json";
+/// Of characters or words; a model of bytes needs none.
+const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 1;
 
 /// A file of weights.
@@ -109,7 +112,12 @@ pub fn complete(setup: &Setup, out: &Path, mut shards: Vec<Shard>) -> Result<Pat
         config: setup.config.clone(),
     };
     let text = serde_json::to_string_pretty(&manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
+    let vocabulary = &setup.corpus.vocabulary;
     let written = || -> io::Result<()> {
+        if setup.config.data.tokenizer != Tokenizer::Bytes {
+            fs::write(tmp.join(VOCABULARY), serde_json::to_vec(vocabulary.listed())?)?;
+            fs::File::open(tmp.join(VOCABULARY))?.sync_all()?;
+        }
         fs::write(tmp.join(MANIFEST), text)?;
         fs::File::open(tmp.join(MANIFEST))?.sync_all()?;
         if last.exists() {
@@ -130,6 +138,7 @@ pub fn complete(setup: &Setup, out: &Path, mut shards: Vec<Shard>) -> Result<Pat
 pub struct Checkpoint {
     pub path: PathBuf,
     pub manifest: Manifest,
+    pub vocabulary: Vocabulary,
     pub weights: Vec<(String, Tensor)>,
 }
 
@@ -155,7 +164,8 @@ impl Checkpoint {
             }
             weights.extend(Tensor::read_safetensors(&file).map_err(|error| Error::checkpoint(&file, error))?);
         }
-        Ok(Checkpoint { path, manifest, weights })
+        let vocabulary = vocabulary(&path, manifest.config.data.tokenizer)?;
+        Ok(Checkpoint { path, manifest, vocabulary, weights })
     }
 
     /// The values of the given parameters, in their order.
@@ -174,6 +184,21 @@ impl Checkpoint {
         };
         parameters.iter().map(value).collect()
     }
+}
+
+/// The vocabulary that stands beside the weights.
+fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
+    if tokenizer == Tokenizer::Bytes {
+        return Ok(Vocabulary::bytes());
+    }
+    let file = path.join(VOCABULARY);
+    let text = fs::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
+    let listed: Listed = serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
+    if listed.tokenizer != tokenizer {
+        let problem = format!("of tokenizer `{}`, the manifest says `{}`", listed.tokenizer.word(), tokenizer.word());
+        return Err(Error::checkpoint(&file, problem));
+    }
+    Ok(Vocabulary::of(listed))
 }
 
 /// `path` itself if it holds a manifest, else the one under its `checkpoints/` that was completed last.

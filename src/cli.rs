@@ -91,6 +91,10 @@ pub struct GenerateArgs {
     /// Chooses among this many likeliest tokens only.
     #[arg(long)]
     pub top_k: Option<usize>,
+    /// Chooses among the fewest likeliest tokens that together have this probability.
+    #[arg(long)]
+    pub top_p: Option<f64>,
+    /// The same seed makes the same text.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Threads of the computation.

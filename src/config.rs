@@ -138,6 +138,15 @@ pub struct ModelConfig {
     /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
     /// position-wise network and before the head.
     pub dropout: f64,
+    /// Tokens after which a new cluster of the vocabulary begins, for adaptive input and softmax; none: one cluster.
+    pub cutoffs: Vec<usize>,
+    /// Every cluster's rows are narrower than those of the one before by this factor.
+    pub div_val: usize,
+    /// Width of the embedding's and of the head's rows; none: `d_model`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_width: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_width: Option<usize>,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
     /// What a tied table's gradient is made of its two parts.
@@ -185,6 +194,10 @@ impl Default for ModelConfig {
             heads: 4,
             d_ff: 512,
             dropout: 0.0,
+            cutoffs: Vec::new(),
+            div_val: 1,
+            embedding_width: None,
+            head_width: None,
             tie: Tie::Aligned,
             tie_gradient: TieGradient::Sum,
             mem_len: 0,
@@ -209,6 +222,11 @@ pub struct DataConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synthetic: Option<usize>,
     pub tokenizer: Tokenizer,
+    /// Words that stand more rarely in the training text become `<unk>`.
+    pub min_count: usize,
+    /// A list of words, one a line, instead of those of the training text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<PathBuf>,
     /// Tokens a sequence, T.
     pub sequence: usize,
     /// By default streams where the model has a memory, else shuffled windows.
@@ -234,6 +252,8 @@ impl Default for DataConfig {
             paths: None,
             synthetic: None,
             tokenizer: Tokenizer::Bytes,
+            min_count: 1,
+            vocabulary: None,
             sequence: 128,
             order: None,
             held_out: HeldOut::Fraction(0.05),
@@ -242,14 +262,38 @@ impl Default for DataConfig {
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokenizer {
     /// 256 tokens, one a byte.
     Bytes,
+    /// The characters of the text.
+    Characters,
+    /// What stands between white space; every line ends in `<eos>`.
+    Words,
 }
 
-/// What evaluation reads: the last part of the corpus, or a file of its own.
+impl Tokenizer {
+    /// As in a config.
+    pub fn word(self) -> &'static str {
+        match self {
+            Tokenizer::Bytes => "bytes",
+            Tokenizer::Characters => "characters",
+            Tokenizer::Words => "words",
+        }
+    }
+
+    /// What one token is called.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Tokenizer::Bytes => "byte",
+            Tokenizer::Characters => "character",
+            Tokenizer::Words => "word",
+        }
+    }
+}
+
+/// What evaluation reads: the last part of the corpus, a file of its own, or a split of a prepared file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a fraction between 0 and 1, or the path of a file")]
 pub enum HeldOut {
@@ -494,7 +538,7 @@ mod tests {
     #[test]
     fn errors_name_setting_value_and_remedy() {
         insta::assert_snapshot!(error("[model]\nd_modle = 3", &[]), @r"
-        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `tie`, `tie_gradient`
+        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
         setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `grid`, `model`, `data`, `optimizer`, `eval`

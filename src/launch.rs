@@ -320,7 +320,7 @@ fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
 /// Refuses a world whose ranks have read different configs, or texts of different length.
 fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
     let (train, held_out) = (setup.corpus.train.len(), setup.corpus.held_out.len());
-    let mine = format!("{}\n# {train} + {held_out} bytes of text", setup.config.to_toml());
+    let mine = format!("{}\n# {train} + {held_out} tokens of text", setup.config.to_toml());
     let all = world.all_gather(mine.into_bytes())?;
     match all.iter().position(|other| *other != all[0]) {
         None => Ok(()),

@@ -3,14 +3,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::config::{Arch, Config, EvalConfig, HeldOut, LayersPerStage, Norm, OptimizerConfig, Order, TieGradient};
-use crate::data::{self, Corpus, Shape, Text};
+use crate::config::{
+    Arch, Config, EvalConfig, HeldOut, LayersPerStage, ModelConfig, Norm, OptimizerConfig, Order, TieGradient,
+    Tokenizer,
+};
+use crate::data::{Corpus, Shape, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Stack};
 use crate::partition;
-use crate::schedule::{Evals, Schedule, check};
+use crate::schedule::{Evals, Schedule, Tie, check};
 use crate::table::End;
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
@@ -41,10 +44,12 @@ impl Setup {
         check_settings(&config)?;
         let grid = config.grid();
         let rows = rows(&config)?;
-        let dimensions = Dimensions::new(&config.model, data::VOCABULARY, config.data.sequence);
-        let partition = layers(&config, &dimensions)?;
         let mut schedule = schedule(&config)?;
-        let corpus = Arc::new(Corpus::open(&config.data, config.seed)?);
+        let corpus = Arc::new(Corpus::open(&config.data, config.seed, None)?);
+        let vocabulary = corpus.vocabulary.len();
+        check_cutoffs(&config.model, vocabulary)?;
+        let dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
+        let partition = layers(&config, &dimensions)?;
         check_streams(&config, &corpus)?;
         let eval_share = match &config.eval {
             Some(eval) => {
@@ -198,10 +203,49 @@ fn check_model(config: &Config) -> Result<()> {
     for (setting, rate) in [("model.dropout", model.dropout), ("model.attention_dropout", model.attention_dropout)] {
         within(setting, rate, (0.0..1.0).contains(&rate), "must be at least 0 and below 1")?;
     }
+    check_widths(model)?;
     check_arch(config)?;
     if config.grid.stages > model.layers {
         let remedy = format!("at most model.layers = {} stages, one layer each", model.layers);
         return Err(Error::config("grid.stages", config.grid.stages, remedy));
+    }
+    Ok(())
+}
+
+/// Whether the clusters of the vocabulary fit it.
+///
+/// # Errors
+/// [`Error::Config`] about `model.cutoffs`.
+pub fn check_cutoffs(model: &ModelConfig, vocabulary: usize) -> Result<()> {
+    let cutoffs = &model.cutoffs;
+    let rising = cutoffs.windows(2).all(|pair| pair[0] < pair[1]);
+    if rising && cutoffs.first() != Some(&0) && cutoffs.last().is_none_or(|last| *last < vocabulary) {
+        return Ok(());
+    }
+    let remedy = format!("rising numbers above 0 and below the size of the vocabulary, {vocabulary}");
+    Err(Error::config("model.cutoffs", format!("{cutoffs:?}"), remedy))
+}
+
+/// Widths of embedding and head, and what a tie needs of them.
+fn check_widths(model: &ModelConfig) -> Result<()> {
+    at_least_one("model.div_val", model.div_val)?;
+    let widths = [("model.embedding_width", model.embedding_width), ("model.head_width", model.head_width)];
+    for (setting, width) in widths {
+        at_least_one(setting, width.unwrap_or(1))?;
+    }
+    if model.div_val > 1 && model.cutoffs.is_empty() {
+        return Err(Error::config("model.div_val", model.div_val, "means something with model.cutoffs only"));
+    }
+    let (embedding, head) = (model.embedding_width.unwrap_or(model.d_model), model.head_width.unwrap_or(model.d_model));
+    let (narrowest, clusters) = (embedding.min(head), model.cutoffs.len() as u32);
+    if model.div_val.checked_pow(clusters).is_none_or(|scale| scale > narrowest) {
+        let remedy = format!("{clusters} further clusters leave less than one value of a width of {narrowest}");
+        return Err(Error::config("model.div_val", model.div_val, remedy));
+    }
+    if model.tie != Tie::Untied && embedding != head {
+        let found = format!("{embedding}, and a head_width of {head}");
+        let remedy = "a tied table has one width: make them equal, or set model.tie = \"none\"";
+        return Err(Error::config("model.embedding_width", found, remedy));
     }
     Ok(())
 }
@@ -256,6 +300,16 @@ fn check_optimizer(o: &OptimizerConfig) -> Result<()> {
 fn check_data(config: &Config) -> Result<()> {
     let data = &config.data;
     at_least_one("data.sequence", data.sequence)?;
+    at_least_one("data.min_count", data.min_count)?;
+    if data.tokenizer != Tokenizer::Words {
+        let remedy = "only data.tokenizer = \"words\" has it; leave it out";
+        if data.min_count > 1 {
+            return Err(Error::config("data.min_count", data.min_count, remedy));
+        }
+        if let Some(path) = &data.vocabulary {
+            return Err(Error::config("data.vocabulary", path.display(), remedy));
+        }
+    }
     let named =
         usize::from(data.path.is_some()) + usize::from(data.paths.is_some()) + usize::from(data.synthetic.is_some());
     if named > 1 {
@@ -268,7 +322,7 @@ fn check_data(config: &Config) -> Result<()> {
 }
 
 /// The share of a replica in an evaluation (windows or streams), and its microbatches.
-fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Text, rows: usize) -> Result<(usize, usize)> {
+fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
     let (shape, replicas) = (Shape::eval(config), config.grid.replicas);
     let (share, microbatches, wanted) = match config.order() {
         Order::Shuffled => {

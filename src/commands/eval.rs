@@ -6,17 +6,17 @@ use tch::Tensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
-use crate::config::{Arch, Config, HeldOut, Order};
-use crate::data::{self, Corpus, Shape, Text, held_out};
+use crate::config::{Arch, Config, Order, Tokenizer};
+use crate::data::{Corpus, Shape, Tokens, held_out};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use crate::model::{Dimensions, Memory, Stack};
-use crate::setup::check_settings;
+use crate::setup::{check_cutoffs, check_settings};
 
 /// Rows of one forward.
 const ROWS: usize = 16;
 
-/// Prints loss, bits per byte and perplexity.
+/// Prints loss, bits per byte or character, and perplexity.
 ///
 /// # Errors
 /// Weights or text that cannot be used.
@@ -26,20 +26,17 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     check_settings(&config)?;
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
-    let (text, floor) = match &config.data.held_out {
-        HeldOut::File(path) => (Corpus::open_text(path, config.eval_sequence())?, None),
-        HeldOut::Fraction(_) => {
-            let corpus = Corpus::open(&config.data, config.seed)?;
-            (corpus.held_out, corpus.floor)
-        }
-    };
+    let (text, floor) = Corpus::open_held_out(&config.data, config.seed, &checkpoint.vocabulary)?;
     let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
     let loss = sum / tokens as f64;
     println!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
     println!("tokens          {}", thousands(tokens as u64));
-    println!("loss            {loss:.4} nats per byte");
-    println!("bits per byte   {:.4}", loss / std::f64::consts::LN_2);
-    println!("perplexity      {:.3} per byte", loss.exp());
+    let unit = config.data.tokenizer.unit();
+    println!("loss            {loss:.4} nats per {unit}");
+    if config.data.tokenizer != Tokenizer::Words {
+        println!("{:<15} {:.4}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
+    }
+    println!("perplexity      {:.3} per {unit}", loss.exp());
     if let Some(floor) = floor {
         println!(
             "entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it",
@@ -50,7 +47,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
 }
 
 /// The losses of all tokens, added up, and how many there are: windows one by one, or streams with their memory.
-fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Text) -> Result<(f64, usize)> {
+fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -> Result<(f64, usize)> {
     let (order, shape) = (config.order(), Shape::eval(config));
     let limit = config.eval.as_ref().and_then(|eval| eval.tokens);
     let parts: Vec<(Range<usize>, usize)> = match order {
@@ -94,7 +91,9 @@ pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, V
         let remedy = format!("the model has positions for {} tokens only", saved.data.sequence);
         return Err(Error::config("data.sequence", config.data.sequence, remedy));
     }
-    let dimensions = Dimensions::new(&config.model, data::VOCABULARY, saved.data.sequence);
+    let vocabulary = checkpoint.vocabulary.len();
+    check_cutoffs(&config.model, vocabulary)?;
+    let dimensions = Dimensions::new(&config.model, vocabulary, saved.data.sequence);
     let model = Stack::new(&dimensions, 0..dimensions.layers);
     let weights = checkpoint.values(model.parameters())?;
     Ok((model, weights))

@@ -8,7 +8,7 @@ use super::eval::load;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
 use crate::error::{Error, Result};
-use crate::model::Memory;
+use crate::model::{Memory, Stack};
 use crate::random;
 
 /// Prints the prompt and what follows it.
@@ -22,6 +22,9 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     if args.top_k == Some(0) {
         return Err(Error::config("--top-k", 0, "must be at least 1"));
     }
+    if let Some(top_p) = args.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+        return Err(Error::config("--top-p", top_p, "must be above 0 and at most 1"));
+    }
     if args.prompt.is_empty() {
         return Err(Error::config("--prompt", "an empty text", "give at least one character"));
     }
@@ -29,59 +32,127 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = checkpoint.manifest.config.clone();
     let (model, weights) = load(&checkpoint, &config)?;
-    let mut rng = random::sampling(args.seed);
-    let mut text: Vec<i64> = args.prompt.bytes().map(i64::from).collect();
-    for _ in 0..args.tokens {
-        let window = &text[text.len().saturating_sub(config.data.sequence)..];
-        let tokens = Tensor::f_from_slice(window)?.f_unsqueeze(0)?;
-        let logits = tch::no_grad(|| -> Result<Tensor> {
-            let hidden = model.forward(&weights, &tokens, &mut Memory::new(0), None)?;
-            model.log_probabilities(&weights, &hidden)
-        })?;
-        let last: Vec<f64> =
-            logits.f_select(0, 0)?.f_select(0, -1)?.f_to_kind(Kind::Double)?.try_into().map_err(Error::from)?;
-        text.push(pick(&last, args.temperature, args.top_k, random::unit(&mut rng)) as i64);
+    let prompt: Vec<i64> = checkpoint.vocabulary.encode_prompt(&args.prompt)?.into_iter().map(i64::from).collect();
+    if prompt.is_empty() {
+        return Err(Error::config("--prompt", format!("`{}`, no word", args.prompt), "give at least one word"));
     }
-    let bytes: Vec<u8> = text.into_iter().map(|token| token as u8).collect();
+    let mut text = prompt;
+    let mut reader = Reader { model, weights, memory: Memory::new(config.model.mem_len), read: 0, config: &config };
+    let mut rng = random::sampling(args.seed);
+    for _ in 0..args.tokens {
+        let last = reader.next(&text)?;
+        text.push(
+            Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p }
+                .pick(&last, random::unit(&mut rng)) as i64,
+        );
+    }
     let mut out = std::io::stdout().lock();
-    let printed = writeln!(out, "{}", String::from_utf8_lossy(&bytes)).and_then(|()| out.flush());
+    let printed = writeln!(out, "{}", checkpoint.vocabulary.decode(&text)).and_then(|()| out.flush());
     printed.map_err(|error| Error::Internal(format!("standard output: {error}")))
 }
 
-/// The token at `u` in [0, 1) of the distribution softmax(logits / temperature) over the `top_k` likeliest.
-fn pick(logits: &[f64], temperature: f64, top_k: Option<usize>, u: f64) -> usize {
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-    if temperature == 0.0 {
-        return order[0];
-    }
-    order.truncate(top_k.unwrap_or(order.len()));
-    let weights: Vec<f64> = order.iter().map(|i| ((logits[*i] - logits[order[0]]) / temperature).exp()).collect();
-    let mut left = u * weights.iter().sum::<f64>();
-    for (token, weight) in order.iter().zip(&weights) {
-        left -= weight;
-        if left < 0.0 {
-            return *token;
+/// A model that reads a text as it grows.
+struct Reader<'a> {
+    model: Stack,
+    weights: Vec<Tensor>,
+    memory: Memory,
+    /// Tokens that the memory has taken in.
+    read: usize,
+    config: &'a crate::config::Config,
+}
+
+impl Reader<'_> {
+    /// Logarithms of the probabilities of what follows `text`. A model with a memory reads what is new, a segment at a
+    /// time; one without reads as much as it was trained on, each time.
+    fn next(&mut self, text: &[i64]) -> Result<Vec<f64>> {
+        let sequence = self.config.data.sequence;
+        if self.config.model.mem_len == 0 {
+            self.read = text.len().saturating_sub(sequence);
         }
+        let mut last = None;
+        while self.read < text.len() {
+            let segment = &text[self.read..text.len().min(self.read + sequence)];
+            last = Some(self.forward(segment)?);
+            self.read += segment.len();
+        }
+        last.ok_or_else(|| Error::Internal("nothing new to read".into()))
     }
-    order[order.len() - 1]
+
+    fn forward(&mut self, segment: &[i64]) -> Result<Vec<f64>> {
+        let tokens = Tensor::f_from_slice(segment)?.f_unsqueeze(0)?;
+        tch::no_grad(|| {
+            let hidden = self.model.forward(&self.weights, &tokens, &mut self.memory, None)?;
+            let end = hidden.f_narrow(1, segment.len() as i64 - 1, 1)?;
+            let logits = self.model.log_probabilities(&self.weights, &end)?;
+            logits.f_view([-1])?.f_to_kind(Kind::Double)?.try_into().map_err(Error::from)
+        })
+    }
+}
+
+/// How a token is chosen.
+struct Choice {
+    temperature: f64,
+    /// Only among this many likeliest tokens.
+    top_k: Option<usize>,
+    /// Only among the fewest likeliest tokens that together have this probability (nucleus sampling, Holtzman et al.
+    /// 2020), at the temperature.
+    top_p: Option<f64>,
+}
+
+impl Choice {
+    /// The token at `u` in [0, 1) of the distribution softmax(logits / temperature), cut as asked for.
+    fn pick(&self, logits: &[f64], u: f64) -> usize {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        if self.temperature == 0.0 {
+            return order[0];
+        }
+        let weight = |i: &usize| ((logits[*i] - logits[order[0]]) / self.temperature).exp();
+        let mut weights: Vec<f64> = order.iter().map(weight).collect();
+        if let Some(top_p) = self.top_p {
+            let wanted = top_p * weights.iter().sum::<f64>();
+            let mut sum = 0.0;
+            let enough = weights.iter().position(|w| {
+                sum += w;
+                sum >= wanted
+            });
+            weights.truncate(enough.map_or(weights.len(), |last| last + 1));
+        }
+        weights.truncate(self.top_k.unwrap_or(weights.len()));
+        let mut left = u * weights.iter().sum::<f64>();
+        for (token, weight) in order.iter().zip(&weights) {
+            left -= weight;
+            if left < 0.0 {
+                return *token;
+            }
+        }
+        order[weights.len() - 1]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn pick(logits: &[f64], temperature: f64, top_k: Option<usize>, top_p: Option<f64>, u: f64) -> usize {
+        Choice { temperature, top_k, top_p }.pick(logits, u)
+    }
+
     #[test]
     fn tokens_are_picked_by_their_probability() {
         let logits = [1.0, 3.0, 2.0];
-        assert_eq!(pick(&logits, 0.0, None, 0.99), 1);
-        assert_eq!(pick(&logits, 1.0, Some(1), 0.99), 1);
+        assert_eq!(pick(&logits, 0.0, None, None, 0.99), 1);
+        assert_eq!(pick(&logits, 1.0, Some(1), None, 0.99), 1);
         let e = std::f64::consts::E;
         let total = e + e.powi(2) + e.powi(3);
         let (first, second) = (e.powi(3) / total, e.powi(2) / total);
-        assert_eq!(pick(&logits, 1.0, None, first - 1e-9), 1);
-        assert_eq!(pick(&logits, 1.0, None, first + 1e-9), 2);
-        assert_eq!(pick(&logits, 1.0, None, first + second + 1e-9), 0);
-        assert_eq!(pick(&logits, 1.0, Some(2), 0.999), 2);
+        assert_eq!(pick(&logits, 1.0, None, None, first - 1e-9), 1);
+        assert_eq!(pick(&logits, 1.0, None, None, first + 1e-9), 2);
+        assert_eq!(pick(&logits, 1.0, None, None, first + second + 1e-9), 0);
+        assert_eq!(pick(&logits, 1.0, Some(2), None, 0.999), 2);
+        // 0.665, 0.245, 0.090: the nucleus of 0.6 is one token, that of 0.7 two.
+        assert_eq!(pick(&logits, 1.0, None, Some(0.6), 0.999), 1);
+        assert_eq!(pick(&logits, 1.0, None, Some(0.7), 0.999), 2);
+        assert_eq!(pick(&logits, 1.0, None, Some(1.0), 0.999), 0);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::{Corpus, Text};
+use super::{Corpus, Tokens};
 use crate::config::{Config, Order};
 use crate::random;
 
@@ -53,17 +53,17 @@ impl Shape {
     }
 
     /// Steps until the streams of `text` end.
-    pub fn segments(self, text: &Text) -> usize {
+    pub fn segments(self, text: &Tokens) -> usize {
         text.len().saturating_sub(1) / self.rows / self.sequence
     }
 
     /// Where segment `number` of a stream starts.
-    fn start(self, text: &Text, stream: usize, number: usize) -> usize {
+    fn start(self, text: &Tokens, stream: usize, number: usize) -> usize {
         stream * ((text.len() - 1) / self.rows) + number * self.sequence
     }
 
     /// How many windows of T tokens a text has.
-    pub fn windows(self, text: &Text) -> usize {
+    pub fn windows(self, text: &Tokens) -> usize {
         text.len().saturating_sub(1) / self.sequence
     }
 }
@@ -115,22 +115,23 @@ impl Batches {
 }
 
 /// Rows of a held-out text, which is not shuffled: windows, or streams at segment `number`.
-pub fn held_out(text: &Text, order: Order, shape: Shape, rows: Range<usize>, number: usize) -> Batch {
+pub fn held_out(text: &Tokens, order: Order, shape: Shape, rows: Range<usize>, number: usize) -> Batch {
     match order {
         Order::Shuffled => read(text, shape.sequence, rows.map(|window| window * shape.sequence)),
         Order::Streams => read(text, shape.sequence, rows.map(|stream| shape.start(text, stream, number))),
     }
 }
 
-fn read(text: &Text, sequence: usize, starts: impl ExactSizeIterator<Item = usize>) -> Batch {
+fn read(text: &Tokens, sequence: usize, starts: impl ExactSizeIterator<Item = usize>) -> Batch {
     let rows = starts.len() as i64;
-    let mut window = vec![0u8; sequence + 1];
+    let mut window: Vec<i64> = Vec::with_capacity(sequence + 1);
     let mut tokens: Vec<i64> = Vec::with_capacity(rows as usize * sequence);
     let mut targets = tokens.clone();
     for start in starts {
-        text.read(start, &mut window);
-        tokens.extend(window[..sequence].iter().map(|b| i64::from(*b)));
-        targets.extend(window[1..].iter().map(|b| i64::from(*b)));
+        window.clear();
+        text.read(start, sequence + 1, &mut window);
+        tokens.extend_from_slice(&window[..sequence]);
+        targets.extend_from_slice(&window[1..]);
     }
     let shape = [rows, sequence as i64];
     Batch { tokens: Tensor::from_slice(&tokens).view(shape), targets: Tensor::from_slice(&targets).view(shape) }
@@ -143,8 +144,9 @@ mod tests {
 
     fn batches(len: usize, sequence: usize, batch: usize) -> Batches {
         let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
-        let train = Text::from_bytes(Arc::from(bytes));
-        let corpus = Corpus { held_out: train.clone(), train, floor: None };
+        let train = Tokens::of_bytes(bytes);
+        let vocabulary = super::super::Vocabulary::bytes();
+        let corpus = Corpus { held_out: train.clone(), train, vocabulary, floor: None };
         let mut config = Config { seed: 7, batch, ..Config::default() };
         config.data.sequence = sequence;
         Batches::new(Arc::new(corpus), &config)

@@ -1,77 +1,223 @@
-//! The text that is trained on and the text that is held out.
+//! The text that is trained on and the text that is held out, as tokens.
 
 mod batches;
+pub mod prepared;
 mod synthetic;
-mod text;
+mod tokens;
+mod vocabulary;
 
-use std::path::Path;
-use std::sync::Arc;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 pub use batches::{Batch, Batches, Shape, held_out};
-pub use text::Text;
+pub use tokens::Tokens;
+pub use vocabulary::{Listed, Vocabulary, utf8};
 
-use crate::config::{DataConfig, HeldOut};
+use crate::config::{DataConfig, HeldOut, Tokenizer};
 use crate::error::{Error, Result};
+use prepared::{Prepared, is_prepared};
 
 /// Bytes of the synthetic corpus where the config names no data at all.
 const DEFAULT_SYNTHETIC: usize = 4_000_000;
 
-/// Tokens of the byte tokenizer.
-pub const VOCABULARY: usize = 256;
-
 /// Training text and held-out text, opened and long enough.
 #[derive(Debug, Clone)]
 pub struct Corpus {
-    pub train: Text,
-    pub held_out: Text,
-    /// Entropy rate in nats per byte, where it is known: no model can pass it.
+    pub train: Tokens,
+    pub held_out: Tokens,
+    pub vocabulary: Vocabulary,
+    /// Entropy rate in nats per byte, where it is known: no model of bytes can pass it.
     pub floor: Option<f64>,
 }
 
 impl Corpus {
-    /// Opens what `config` names; files are mapped, not read.
+    /// Opens what `config` names. Bytes and prepared files are mapped; characters and words are tokenised, with a
+    /// vocabulary that is made of the training text (characters: of both) unless there is one already.
     ///
     /// # Errors
-    /// [`Error::Data`] for a file that is missing, empty, or leaves a part shorter than one window of T + 1 bytes.
-    pub fn open(config: &DataConfig, seed: u64) -> Result<Corpus> {
-        let (whole, name, floor) = match (&config.path, &config.paths) {
-            (Some(path), _) => (Text::open(std::slice::from_ref(path))?, path.display().to_string(), None),
-            (None, Some(paths)) => (Text::open(paths)?, format!("{} files", paths.len()), None),
-            (None, None) => {
-                let bytes = synthetic::generate(seed, config.synthetic.unwrap_or(DEFAULT_SYNTHETIC));
-                (Text::from_bytes(Arc::from(bytes)), "synthetic".to_owned(), Some(synthetic::entropy_rate()))
-            }
+    /// [`Error::Data`] for a file that is missing, empty, of another tokenizer, no text, has unknown words, or leaves a
+    /// part shorter than one window of T + 1 tokens.
+    pub fn open(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
+        let corpus = match prepared_path(config) {
+            Some(path) => open_prepared(config, path, known)?,
+            None if config.tokenizer == Tokenizer::Bytes => open_bytes(config, seed)?,
+            None => open_text(config, seed, known)?,
         };
-        let (train, held_out, held_name) = match &config.held_out {
-            HeldOut::Fraction(fraction) => {
-                let cut = whole.len() - (whole.len() as f64 * fraction).round() as usize;
-                (whole.slice(0..cut), whole.slice(cut..whole.len()), format!("held-out part of {name}"))
-            }
-            HeldOut::File(path) => (whole, Text::open(std::slice::from_ref(path))?, path.display().to_string()),
+        long_enough(&corpus.train, &name(config), config)?;
+        let held_name = match &config.held_out {
+            HeldOut::File(path) => path.display().to_string(),
+            HeldOut::Fraction(_) => format!("held-out part of {}", name(config)),
         };
-        long_enough(&train, &name, config.sequence)?;
-        long_enough(&held_out, &held_name, config.sequence)?;
-        Ok(Corpus { train, held_out, floor })
+        long_enough(&corpus.held_out, &held_name, config)?;
+        Ok(corpus)
     }
 
-    /// Opens one file to be evaluated on.
+    /// The held-out text of `config` in the tokens of `vocabulary`, and its entropy rate where it is known.
     ///
     /// # Errors
     /// As [`Corpus::open`].
-    pub fn open_text(path: &Path, sequence: usize) -> Result<Text> {
-        let text = Text::open(&[path.to_owned()])?;
-        long_enough(&text, &path.display().to_string(), sequence)?;
-        Ok(text)
+    pub fn open_held_out(config: &DataConfig, seed: u64, vocabulary: &Vocabulary) -> Result<(Tokens, Option<f64>)> {
+        match &config.held_out {
+            HeldOut::File(path) if prepared_path(config).is_none() => {
+                let tokens = file_tokens(path, config.tokenizer, vocabulary)?;
+                long_enough(&tokens, &path.display().to_string(), config)?;
+                Ok((tokens, None))
+            }
+            _ => {
+                let corpus = Corpus::open(config, seed, Some(vocabulary))?;
+                Ok((corpus.held_out, corpus.floor))
+            }
+        }
     }
 }
 
-fn long_enough(text: &Text, name: &str, sequence: usize) -> Result<()> {
-    if text.len() > sequence {
+/// What errors call the text.
+fn name(config: &DataConfig) -> String {
+    match (&config.path, &config.paths) {
+        (Some(path), _) => path.display().to_string(),
+        (None, Some(paths)) => format!("{} files", paths.len()),
+        (None, None) => "synthetic".to_owned(),
+    }
+}
+
+/// The files of a text; none for the synthetic one.
+fn files(config: &DataConfig) -> Result<Option<&[PathBuf]>> {
+    match (&config.path, &config.paths) {
+        (Some(path), _) => Ok(Some(std::slice::from_ref(path))),
+        (None, Some(paths)) if paths.is_empty() => {
+            Err(Error::config("data.paths", "an empty list", "name at least one file"))
+        }
+        (None, paths) => Ok(paths.as_deref()),
+    }
+}
+
+fn synthetic_bytes(config: &DataConfig, seed: u64) -> Vec<u8> {
+    synthetic::generate(seed, config.synthetic.unwrap_or(DEFAULT_SYNTHETIC))
+}
+
+/// The path of the config's text, if that is a prepared file.
+fn prepared_path(config: &DataConfig) -> Option<&Path> {
+    config.path.as_deref().filter(|path| is_prepared(path))
+}
+
+fn open_prepared(config: &DataConfig, path: &Path, known: Option<&Vocabulary>) -> Result<Corpus> {
+    let prepared = Prepared::open(path)?;
+    let found = prepared.header.vocabulary.tokenizer;
+    if found != config.tokenizer {
+        let problem =
+            format!("prepared with tokenizer `{}`, the config has `{}`", found.word(), config.tokenizer.word());
+        return Err(Error::data(path.display(), problem, "set data.tokenizer, or prepare the text again"));
+    }
+    if known.is_some_and(|known| *known.listed() != prepared.header.vocabulary) {
+        let problem = "its vocabulary is not that of the weights";
+        return Err(Error::data(path.display(), problem, "take the file that the model was trained on"));
+    }
+    let train = prepared.split("train")?;
+    let (train, held_out) = match &config.held_out {
+        HeldOut::Fraction(fraction) => cut(&train, *fraction),
+        HeldOut::File(split) => (train, prepared.split(&split.to_string_lossy())?),
+    };
+    Ok(Corpus { train, held_out, vocabulary: prepared.vocabulary(), floor: None })
+}
+
+fn cut(tokens: &Tokens, fraction: f64) -> (Tokens, Tokens) {
+    let cut = tokens.len() - (tokens.len() as f64 * fraction).round() as usize;
+    (tokens.slice(0..cut), tokens.slice(cut..tokens.len()))
+}
+
+fn open_bytes(config: &DataConfig, seed: u64) -> Result<Corpus> {
+    let (whole, floor) = match files(config)? {
+        Some(paths) => (Tokens::of_files(paths)?, None),
+        None => (Tokens::of_bytes(synthetic_bytes(config, seed)), Some(synthetic::entropy_rate())),
+    };
+    let (train, held_out) = match &config.held_out {
+        HeldOut::Fraction(fraction) => cut(&whole, *fraction),
+        HeldOut::File(path) => (whole, Tokens::of_files(std::slice::from_ref(path))?),
+    };
+    Ok(Corpus { train, held_out, vocabulary: Vocabulary::bytes(), floor })
+}
+
+fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
+    let text = match files(config)? {
+        Some(paths) => paths.iter().map(|path| file_text(path)).collect::<Result<Vec<_>>>()?.concat(),
+        None => String::from_utf8_lossy(&synthetic_bytes(config, seed)).into_owned(),
+    };
+    let mut held_name = name(config);
+    let (train, held) = match &config.held_out {
+        HeldOut::Fraction(fraction) => {
+            let ranges = cut_text(&text, &[*fraction], config.tokenizer);
+            (&text[ranges[0].clone()], text[ranges[1].clone()].to_owned())
+        }
+        HeldOut::File(path) => {
+            held_name = path.display().to_string();
+            (&text[..], file_text(path)?)
+        }
+    };
+    let vocabulary = match known {
+        Some(known) => known.clone(),
+        None => made(config, train, &[&held])?,
+    };
+    let train = Tokens::of_ids(&vocabulary.encode(train, &name(config))?, vocabulary.len());
+    let held_out = Tokens::of_ids(&vocabulary.encode(&held, &held_name)?, vocabulary.len());
+    Ok(Corpus { train, held_out, vocabulary, floor: None })
+}
+
+/// The vocabulary that `config` asks for: of a list, or of the text.
+///
+/// # Errors
+/// [`Error::Data`] about the list.
+pub fn made(config: &DataConfig, train: &str, others: &[&str]) -> Result<Vocabulary> {
+    match (config.tokenizer, &config.vocabulary) {
+        (Tokenizer::Bytes, _) => Ok(Vocabulary::bytes()),
+        (Tokenizer::Characters, _) => Ok(Vocabulary::of_characters(&[&[train], others].concat().concat())),
+        (Tokenizer::Words, None) => Ok(Vocabulary::of_words(train, config.min_count)),
+        (Tokenizer::Words, Some(path)) => Vocabulary::of_list(&file_text(path)?, &path.display().to_string()),
+    }
+}
+
+/// Cuts the given fractions off the end of a text: what is left first, then they. Words are cut between lines,
+/// characters between characters.
+pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Range<usize>> {
+    let mut ends = Vec::new();
+    let mut left = fractions.iter().sum::<f64>();
+    for fraction in fractions {
+        let mut cut = text.len() - (text.len() as f64 * left).round().min(text.len() as f64) as usize;
+        cut = match tokenizer {
+            Tokenizer::Words => text.as_bytes()[..cut].iter().rposition(|b| *b == b'\n').map_or(0, |line| line + 1),
+            Tokenizer::Characters => (0..=cut).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0),
+            Tokenizer::Bytes => cut,
+        };
+        ends.push(cut);
+        left -= fraction;
+    }
+    ends.push(text.len());
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    starts.zip(ends.iter().copied()).map(|(start, end)| start..end).collect()
+}
+
+/// A file as text; its last line is a whole one.
+fn file_text(path: &Path) -> Result<String> {
+    let mut text = utf8(&tokens::map(path)?, &path.display().to_string())?.to_owned();
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+fn file_tokens(path: &Path, tokenizer: Tokenizer, vocabulary: &Vocabulary) -> Result<Tokens> {
+    match tokenizer {
+        Tokenizer::Bytes => Tokens::of_files(&[path.to_owned()]),
+        _ => Ok(Tokens::of_ids(&vocabulary.encode(&file_text(path)?, &path.display().to_string())?, vocabulary.len())),
+    }
+}
+
+fn long_enough(tokens: &Tokens, name: &str, config: &DataConfig) -> Result<()> {
+    if tokens.len() > config.sequence {
         return Ok(());
     }
     Err(Error::data(
         name,
-        format!("{} bytes, one window needs {}", text.len(), sequence + 1),
+        format!("{} {}s, one window needs {}", tokens.len(), config.tokenizer.unit(), config.sequence + 1),
         "lower data.sequence, change data.held_out or use a longer text",
     ))
 }
@@ -79,10 +225,15 @@ fn long_enough(text: &Text, name: &str, sequence: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
     fn config(path: PathBuf) -> DataConfig {
         DataConfig { path: Some(path), sequence: 8, held_out: HeldOut::Fraction(0.25), ..DataConfig::default() }
+    }
+
+    fn read(tokens: &Tokens) -> Vec<i64> {
+        let mut out = Vec::new();
+        tokens.read(0, tokens.len(), &mut out);
+        out
     }
 
     #[test]
@@ -90,23 +241,56 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         std::fs::write(&path, (0..100).collect::<Vec<u8>>()).unwrap();
-        let corpus = Corpus::open(&config(path), 1).unwrap();
+        let corpus = Corpus::open(&config(path), 1, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (75, 25));
-        let mut byte = [0];
-        corpus.held_out.read(0, &mut byte);
-        assert_eq!(byte, [75]);
+        assert_eq!(read(&corpus.held_out)[0], 75);
+    }
+
+    #[test]
+    fn words_are_cut_between_lines_and_counted_in_the_training_part() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "a b c a b c a b\nc a b c a b\nc a a a a a a\nb b b b b b d d\n").unwrap();
+        let words = DataConfig { tokenizer: Tokenizer::Words, min_count: 2, sequence: 4, ..config(path.clone()) };
+        let corpus = Corpus::open(&words, 1, None).unwrap();
+        assert_eq!((corpus.train.len(), corpus.held_out.len()), (24, 9));
+        assert_eq!(corpus.vocabulary.listed().tokens, ["a", "b", "c", "<eos>", "<unk>"]);
+        assert_eq!(read(&corpus.held_out), [1, 1, 1, 1, 1, 1, 4, 4, 3]);
+        // Nothing is left out of the training part now: `d`, which only stands behind it, has no number.
+        let error = Corpus::open(&DataConfig { min_count: 1, ..words }, 1, None).unwrap_err().to_string();
+        assert!(error.contains("a.txt: the word `d` is not in the vocabulary, which has no `<unk>`"), "{error}");
     }
 
     #[test]
     fn missing_empty_and_short_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
-        let message = |path: &PathBuf| Corpus::open(&config(path.clone()), 1).unwrap_err().to_string();
+        let message = |path: &PathBuf| Corpus::open(&config(path.clone()), 1, None).unwrap_err().to_string();
         assert!(message(&path).contains("a.txt: cannot be opened"), "{}", message(&path));
         std::fs::write(&path, b"").unwrap();
         assert!(message(&path).contains("a.txt: empty"), "{}", message(&path));
         std::fs::write(&path, b"123456789012").unwrap();
         assert!(message(&path).contains("held-out part of"), "{}", message(&path));
         assert!(message(&path).contains("3 bytes, one window needs 9"), "{}", message(&path));
+    }
+
+    #[test]
+    fn a_prepared_file_must_be_of_the_same_tokenizer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tokens");
+        let vocabulary = Vocabulary::of_words("a b\n", 1);
+        let source = prepared::Source { name: "a".into(), sha256: "0".into(), how: "words".into() };
+        let ids: Vec<u32> = (0..30).map(|i| i % 3).collect();
+        prepared::write(&path, source, &vocabulary, &[("train", ids.clone()), ("test", ids[..12].to_vec())]).unwrap();
+        let error = Corpus::open(&config(path.clone()), 1, None).unwrap_err().to_string();
+        assert!(error.contains("prepared with tokenizer `words`, the config has `bytes`"), "{error}");
+        let held_out = HeldOut::File("test".into());
+        let words = DataConfig { tokenizer: Tokenizer::Words, held_out, ..config(path) };
+        let corpus = Corpus::open(&words, 1, None).unwrap();
+        assert_eq!((corpus.train.len(), corpus.held_out.len(), corpus.vocabulary.len()), (30, 12, 3));
+        let error = Corpus::open(&words, 1, Some(&Vocabulary::bytes())).unwrap_err().to_string();
+        assert!(error.contains("its vocabulary is not that of the weights"), "{error}");
+        let missing = DataConfig { held_out: HeldOut::File("valid".into()), ..words };
+        assert!(Corpus::open(&missing, 1, None).unwrap_err().to_string().contains("no split `valid`"));
     }
 }

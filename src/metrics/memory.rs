@@ -55,7 +55,7 @@ impl Prediction {
         // A message each way to every neighbour.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
         let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
-        let transient = tokens * stack.transient_per_token() as u64 * VALUE + messages;
+        let transient = (tokens * stack.transient_per_token() as u64 + stack.transient() as u64) * VALUE + messages;
         self.weights += schedule.versions_held(place.stage) as u64 * flat;
         self.gradient += flat;
         self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;

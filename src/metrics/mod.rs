@@ -11,8 +11,17 @@ pub use progress::thousands;
 pub use recorder::{Recorder, Summary};
 
 use crate::checkpoint::Shard;
+use crate::config::Tokenizer;
 use crate::error::Error;
 use crate::grid::Place;
+
+/// What a loss in nats per token is called in the field: bits per byte or character, perplexity per word.
+pub fn quality(loss: f64, tokenizer: Tokenizer) -> String {
+    match tokenizer {
+        Tokenizer::Words => format!("perplexity {:.2} per word", loss.exp()),
+        _ => format!("{:.4} bits per {}", loss / std::f64::consts::LN_2, tokenizer.unit()),
+    }
+}
 
 /// What a place tells the recorder. Losses are in nats per token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -10,10 +10,11 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::Report;
 use super::memory::Prediction;
 use super::progress::{Progress, State, thousands};
+use super::{Report, quality};
 use crate::checkpoint::{self, Shard};
+use crate::config::Tokenizer;
 use crate::error::{Error, Placed, Result};
 use crate::grid::Place;
 use crate::optim::learning_rate;
@@ -40,8 +41,12 @@ struct StepLine<'a> {
 struct EvalLine {
     step: usize,
     eval_loss: f64,
-    /// Bits per byte.
-    eval_bpc: f64,
+    /// Bits per byte or character.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_bpc: Option<f64>,
+    /// Perplexity per word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_ppl: Option<f64>,
 }
 
 /// What has been reported of a step so far: a loss a replica, a norm a stage.
@@ -239,10 +244,13 @@ impl Recorder {
     fn eval(&mut self, step: usize, replicas: &BTreeMap<usize, (f64, usize)>) -> Result<()> {
         let (sum, tokens) = replicas.values().fold((0.0, 0), |(s, n), (sum, tokens)| (s + sum, n + tokens));
         let eval_loss = sum / tokens as f64;
-        let line = EvalLine { step, eval_loss, eval_bpc: eval_loss / std::f64::consts::LN_2 };
+        let tokenizer = self.setup.config.data.tokenizer;
+        let words = tokenizer == Tokenizer::Words;
+        let eval_bpc = (!words).then_some(eval_loss / std::f64::consts::LN_2);
+        let line = EvalLine { step, eval_loss, eval_bpc, eval_ppl: words.then(|| eval_loss.exp()) };
         let text = serde_json::to_string(&line).map_err(|error| Error::Internal(error.to_string()))?;
         self.write(&text)?;
-        self.progress.line(&format!("step {step:>6}  eval loss {eval_loss:.4}  {:.4} bits per byte", line.eval_bpc));
+        self.progress.line(&format!("step {step:>6}  eval loss {eval_loss:.4}  {}", quality(eval_loss, tokenizer)));
         self.eval_loss = Some(eval_loss);
         // The time of an evaluation is not that of the next step.
         self.last = Instant::now();
@@ -297,9 +305,10 @@ impl Recorder {
 
     fn print_summary(&self, summary: &Summary) {
         println!();
-        println!("loss (last tenth)   {:.4} nats per byte", summary.loss);
+        let tokenizer = self.setup.config.data.tokenizer;
+        println!("loss (last tenth)   {:.4} nats per {}", summary.loss, tokenizer.unit());
         if let Some(eval) = summary.eval_loss {
-            println!("held-out loss       {eval:.4} nats, {:.4} bits per byte", eval / std::f64::consts::LN_2);
+            println!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
         }
         if let Some(floor) = self.setup.corpus.floor {
             let best = summary.eval_loss.unwrap_or(summary.loss);

@@ -1,7 +1,9 @@
-//! Tokens to hidden states: rows of a table, and in a Transformer the learned positions.
+//! Tokens to hidden states: rows of a table, or of the tables of several clusters, and in a Transformer the learned
+//! positions.
 
 use tch::Tensor;
 
+use super::clusters::{Cluster, clusters, tables};
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, TABLE_STD};
 use crate::config::Arch;
 use crate::error::Result;
@@ -11,11 +13,43 @@ const LAYER: usize = 0;
 
 pub(super) struct Embedding {
     d: Dimensions,
+    clusters: Vec<Cluster>,
 }
 
 impl Embedding {
     pub(super) fn new(d: &Dimensions) -> Embedding {
-        Embedding { d: d.clone() }
+        Embedding { d: d.clone(), clusters: clusters(d, d.embedding_width) }
+    }
+
+    /// Rows of one cluster's table, projected to D: `tokens` count from the cluster's first.
+    fn rows(&self, cluster: &Cluster, weights: &mut std::slice::Iter<Tensor>, tokens: &Tensor) -> Result<Tensor> {
+        let table = weights.next().expect("a table for every cluster");
+        let rows = Tensor::f_embedding(table, tokens, -1, false, false)?;
+        if cluster.width == self.d.d_model {
+            return Ok(rows);
+        }
+        Ok(rows.f_linear::<Tensor>(weights.next().expect("a projection for every narrow table"), None)?)
+    }
+
+    /// [B, T] -> [B, T, D]; every cluster works on its own tokens only.
+    fn lookup(&self, weights: &mut std::slice::Iter<Tensor>, x: &Tensor) -> Result<Tensor> {
+        if let [only] = &self.clusters[..] {
+            return self.rows(only, weights, x);
+        }
+        let tokens = x.f_reshape([-1])?;
+        let mut hidden: Option<Tensor> = None;
+        for cluster in &self.clusters {
+            let inside = tokens.f_ge(cluster.start)?.f_logical_and(&tokens.f_lt(cluster.start + cluster.tokens)?)?;
+            let places = inside.f_nonzero()?.f_view([-1])?;
+            let rows = self.rows(cluster, weights, &tokens.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?)?;
+            let all = match hidden.take() {
+                Some(all) => all,
+                None => Tensor::f_zeros([tokens.size()[0], self.d.d_model], (rows.kind(), rows.device()))?,
+            };
+            hidden = Some(all.f_index_copy(0, &places, &rows)?);
+        }
+        let hidden = hidden.expect("at least one cluster");
+        Ok(hidden.f_view([x.size()[0], x.size()[1], self.d.d_model])?)
     }
 }
 
@@ -25,20 +59,20 @@ impl Layer for Embedding {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let table = |name: &str, rows| {
-            Parameter::new(format!("embedding.{name}"), &[rows, self.d.d_model], Init::Normal(TABLE_STD))
-        };
-        let tokens = Parameter { tied: self.d.tied, ..table("tokens", self.d.vocabulary) };
-        match self.d.arch {
-            Arch::Transformer => vec![tokens, table("positions", self.d.sequence)],
-            Arch::TransformerXl => vec![tokens],
+        let mut parameters = tables(&self.d, &self.clusters, "embedding.tokens", "embedding.projection");
+        parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
+        if self.d.arch == Arch::Transformer {
+            let shape = [self.d.sequence, self.d.d_model];
+            parameters.push(Parameter::new("embedding.positions".into(), &shape, Init::Normal(TABLE_STD)));
         }
+        parameters
     }
 
     /// `x`: [B, t] with t <= T -> [B, t, D].
     fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
-        let hidden = Tensor::f_embedding(&weights[0], x, -1, false, false)?;
-        let hidden = match weights.get(1) {
+        let mut weights = weights.iter();
+        let hidden = self.lookup(&mut weights, x)?;
+        let hidden = match weights.next() {
             Some(positions) => hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?,
             // As in the paper's code: the table is small where it serves as the head's matrix.
             None => hidden.f_mul_scalar((self.d.d_model as f64).sqrt())?,
@@ -49,13 +83,20 @@ impl Layer for Embedding {
         }
     }
 
-    /// The tokens, int64, and the mask; the sum that it multiplies is not kept.
+    /// The tokens, int64, and the mask; the sum that it multiplies is not kept. With narrow tables their rows.
     fn saved_per_token(&self) -> usize {
-        2 + if self.d.dropout > 0.0 { self.d.d_model as usize } else { 0 }
+        let rows =
+            if self.clusters.iter().any(|c| c.width != self.d.d_model) { self.d.embedding_width as usize } else { 0 };
+        2 + rows + if self.d.dropout > 0.0 { self.d.d_model as usize } else { 0 }
     }
 
-    /// The gradient of the output, and the sum before the positions are added.
+    /// The gradient of the output, and the sum before the positions are added; of every further cluster, another one.
     fn transient_per_token(&self) -> usize {
-        2 * self.d.d_model as usize
+        (1 + self.clusters.len()) * self.d.d_model as usize
+    }
+
+    /// The gradient of the largest table, before it is added to the others of the step.
+    fn transient(&self) -> usize {
+        self.clusters.iter().map(|c| (c.tokens * c.width) as usize).max().unwrap_or(0)
     }
 }

@@ -1,19 +1,49 @@
 //! Hidden states to a loss: the last normalisation, where the layers need one, and an output matrix, which with a tie is
 //! the embedding's table.
+//!
+//! With clusters it is an adaptive softmax (Grave et al. 2017): the first softmax is over the tokens of the first
+//! cluster and one entry for each of the others; a token of cluster i > 0 costs that entry and its place in a softmax
+//! over its own cluster, which is made only for the tokens of the text that fall into it:
+//!
+//! ```text
+//! log p(token) = first[token]                       cluster 0
+//!              = first[n_0 + i - 1] + own_i[token]  cluster i > 0
+//! ```
 
 use tch::{Reduction, Tensor};
 
+use super::clusters::{Cluster, clusters, numbered, shares, tables};
 use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
 use crate::config::Arch;
 use crate::error::Result;
 
 pub(super) struct Head {
     d: Dimensions,
+    clusters: Vec<Cluster>,
+}
+
+/// The values of a cluster's parameters.
+struct Part<'a> {
+    rows: &'a Tensor,
+    projection: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
+}
+
+/// The values of the head's parameters, sorted out.
+struct Parts<'a> {
+    norm: Option<(&'a Tensor, &'a Tensor)>,
+    clusters: Vec<Part<'a>>,
+    /// Rows and biases of the entries that stand for clusters.
+    entries: Option<(&'a Tensor, &'a Tensor)>,
 }
 
 impl Head {
     pub(super) fn new(d: &Dimensions) -> Head {
-        Head { d: d.clone() }
+        Head { d: d.clone(), clusters: clusters(d, d.head_width) }
+    }
+
+    fn has_bias(&self) -> bool {
+        self.d.arch == Arch::TransformerXl
     }
 
     pub(super) fn parameters(&self) -> Vec<Parameter> {
@@ -25,28 +55,62 @@ impl Head {
         }
         match d.tied {
             true => parameters.extend(table(d)),
-            false => {
-                let shape = [d.vocabulary, d.d_model];
-                parameters.push(Parameter::new("head.weight".into(), &shape, Init::Normal(TABLE_STD)));
+            false => parameters.extend(tables(d, &self.clusters, "head.weight", "head.projection")),
+        }
+        let count = self.clusters.len();
+        if self.has_bias() {
+            for (i, cluster) in self.clusters.iter().enumerate() {
+                parameters.push(Parameter::new(numbered("head.bias", i, count), &[cluster.tokens], Init::Zeros));
             }
         }
-        if d.arch == Arch::TransformerXl {
-            parameters.push(Parameter::new("head.bias".into(), &[d.vocabulary], Init::Zeros));
+        if count > 1 {
+            let entries = count as i64 - 1;
+            let shape = [entries, self.clusters[0].width];
+            parameters.push(Parameter::new("head.clusters.weight".into(), &shape, Init::Normal(TABLE_STD)));
+            parameters.push(Parameter::new("head.clusters.bias".into(), &[entries], Init::Zeros));
         }
         parameters
     }
 
-    /// `x`: [B, T, D] -> logits [B, T, V].
-    fn logits(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
-        let (x, weights) = match self.d.pre_norm {
-            true => (layer_norm(x, &weights[0], &weights[1])?, &weights[2..]),
-            false => (x.shallow_clone(), weights),
+    fn parts<'a>(&self, weights: &'a [Tensor]) -> Parts<'a> {
+        let mut weights = weights.iter();
+        let mut next = || weights.next().expect("as many values as parameters");
+        let norm = self.d.pre_norm.then(|| (next(), next()));
+        let mut clusters: Vec<Part> = Vec::new();
+        for cluster in &self.clusters {
+            let rows = next();
+            let projection = (cluster.width != self.d.d_model).then(&mut next);
+            clusters.push(Part { rows, projection, bias: None });
+        }
+        if self.has_bias() {
+            clusters.iter_mut().for_each(|part| part.bias = Some(next()));
+        }
+        let entries = (clusters.len() > 1).then(|| (next(), next()));
+        Parts { norm, clusters, entries }
+    }
+
+    /// [B, T, D] -> [B T, D], normalised and dropped.
+    fn prepared(&self, parts: &Parts, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+        let x = match parts.norm {
+            Some((weight, bias)) => layer_norm(x, weight, bias)?,
+            None => x.shallow_clone(),
         };
         let x = match dropout {
             Some(dropout) if self.d.arch == Arch::TransformerXl => dropout.apply(x, self.d.layers + 1, 0)?,
             _ => x,
         };
-        Ok(x.f_linear(&weights[0], weights.get(1))?)
+        Ok(x.f_reshape([-1, self.d.d_model])?)
+    }
+
+    /// [N, D] -> the logits of the first softmax, [N, n_0 + further clusters].
+    fn first(&self, parts: &Parts, x: &Tensor) -> Result<Tensor> {
+        let part = &parts.clusters[0];
+        let Some((entries, entry_biases)) = parts.entries else { return part.logits(x) };
+        let rows = Tensor::f_cat(&[part.rows, entries], 0)?;
+        let n = part.rows.size()[0];
+        let zeros = Tensor::f_zeros([n], (x.kind(), x.device()))?;
+        let biases = Tensor::f_cat(&[part.bias.unwrap_or(&zeros), entry_biases], 0)?;
+        Part { rows: &rows, bias: Some(&biases), ..*part }.logits(x)
     }
 
     /// Hidden states [B, T, D], `targets` [B, T] -> the mean cross-entropy in nats per token.
@@ -57,22 +121,87 @@ impl Head {
         targets: &Tensor,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
-        let rows = self.logits(weights, x, dropout)?.f_view([-1, self.d.vocabulary])?;
-        Ok(rows.f_cross_entropy_loss::<Tensor>(&targets.f_view([-1])?, None, Reduction::Mean, -100, 0.0)?)
+        let parts = self.parts(weights);
+        let x = self.prepared(&parts, x, dropout)?;
+        let targets = targets.f_reshape([-1])?;
+        let first = self.first(&parts, &x)?;
+        if self.clusters.len() == 1 {
+            return Ok(first.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, -100, 0.0)?);
+        }
+        // The entry of the target in the first softmax: itself, or its cluster's.
+        let mut entries = targets.shallow_clone();
+        let mut tails = Vec::new();
+        for (i, (cluster, part)) in self.clusters.iter().zip(&parts.clusters).enumerate().skip(1) {
+            let inside = targets.f_ge(cluster.start)?.f_logical_and(&targets.f_lt(cluster.start + cluster.tokens)?)?;
+            entries = entries.f_masked_fill(&inside, self.clusters[0].tokens + i as i64 - 1)?;
+            let places = inside.f_nonzero()?.f_view([-1])?;
+            // Also without any token of the cluster, so that its weights always have a gradient.
+            let own = part.logits(&x.f_index_select(0, &places)?)?;
+            let wanted = targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?;
+            tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, -100, 0.0)?);
+        }
+        let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, -100, 0.0)?;
+        for tail in tails {
+            sum = sum.f_add(&tail)?;
+        }
+        Ok(sum.f_div_scalar(targets.numel() as f64)?)
     }
 
     /// [B, T, D] -> [B, T, V].
     pub(super) fn log_probabilities(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        Ok(self.logits(weights, x, None)?.f_log_softmax(-1, x.kind())?)
+        let parts = self.parts(weights);
+        let rows = self.prepared(&parts, x, None)?;
+        let first = self.first(&parts, &rows)?.f_log_softmax(-1, x.kind())?;
+        let n = self.clusters[0].tokens;
+        let mut all = vec![first.f_narrow(1, 0, n)?];
+        for (i, part) in parts.clusters.iter().enumerate().skip(1) {
+            let own = part.logits(&rows)?.f_log_softmax(-1, x.kind())?;
+            all.push(own.f_add(&first.f_narrow(1, n + i as i64 - 1, 1)?)?);
+        }
+        Ok(Tensor::f_cat(&all, 1)?.f_view([x.size()[0], x.size()[1], self.d.vocabulary])?)
     }
 
-    /// The input and its normalised form: 2 D; the logarithm of the softmax: V; mean and deviation.
+    /// Entries of the softmaxes that a token is in, on average.
+    fn entries(&self) -> f64 {
+        let shares = shares(&self.d, &self.clusters);
+        let further = self.clusters.iter().zip(shares).skip(1).map(|(c, share)| c.tokens as f64 * share).sum::<f64>();
+        (self.clusters[0].tokens as usize + self.clusters.len() - 1) as f64 + further
+    }
+
+    /// Multiply-adds a token.
+    pub(super) fn cost(&self) -> f64 {
+        let shares = shares(&self.d, &self.clusters);
+        let of = |(i, (c, share)): (usize, (&Cluster, f64))| {
+            let projected = if c.width != self.d.d_model { c.width * self.d.d_model } else { 0 };
+            let share = if i == 0 { 1.0 } else { share };
+            share * (c.tokens * c.width + projected) as f64
+        };
+        self.clusters.iter().zip(shares).enumerate().map(of).sum()
+    }
+
+    /// The input and its normalised form: 2 D; the logarithms of the softmaxes; mean and deviation.
     pub(super) fn saved_per_token(&self) -> usize {
-        2 * self.d.d_model as usize + self.d.vocabulary as usize + 4
+        2 * self.d.d_model as usize + self.entries() as usize + 4
     }
 
     /// Logits and their gradient.
     pub(super) fn transient_per_token(&self) -> usize {
-        2 * self.d.vocabulary as usize + self.d.d_model as usize
+        2 * self.entries() as usize + self.d.d_model as usize
+    }
+
+    /// The gradient of the largest matrix, before it is added to the others of the step.
+    pub(super) fn transient(&self) -> usize {
+        self.clusters.iter().map(|c| (c.tokens * c.width) as usize).max().unwrap_or(0)
+    }
+}
+
+impl Part<'_> {
+    /// [N, D] -> [N, n].
+    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        let x = match self.projection {
+            Some(projection) => x.f_matmul(projection)?,
+            None => x.shallow_clone(),
+        };
+        Ok(x.f_linear(self.rows, self.bias)?)
     }
 }

@@ -22,8 +22,13 @@
 //! layers.l.attention.content_bias, .position_bias [D]: u and v, head by head
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
+//!
+//! With cut-offs there is one of each for every cluster i of n_i tokens: embedding.tokens.i, head.weight.i [n_i, w_i],
+//! embedding.projection.i, head.projection.i [D, w_i] (where w_i is not D) and head.bias.i [n_i]; and
+//! head.clusters.weight [clusters - 1, w_0], .bias: the entries of the further clusters in the first softmax.
 
 mod block;
+mod clusters;
 mod embedding;
 mod head;
 mod xl;
@@ -83,6 +88,12 @@ pub struct Dimensions {
     pub vocabulary: i64,
     pub sequence: i64,
     pub dropout: f64,
+    /// Tokens after which a new cluster of the vocabulary begins.
+    pub cutoffs: Vec<i64>,
+    pub div_val: i64,
+    /// Of the rows of the embedding's and the head's first cluster.
+    pub embedding_width: i64,
+    pub head_width: i64,
     /// Whether the head's matrix is the embedding's table.
     pub tied: bool,
     pub arch: Arch,
@@ -108,6 +119,10 @@ impl Dimensions {
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
             dropout: model.dropout,
+            cutoffs: model.cutoffs.iter().map(|cut| *cut as i64).collect(),
+            div_val: model.div_val as i64,
+            embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
+            head_width: model.head_width.unwrap_or(model.d_model) as i64,
             tied: model.tie != Tie::Untied,
             arch: model.arch,
             mem_len: model.mem_len as i64,
@@ -174,6 +189,10 @@ trait Layer: Send + Sync {
     fn saved_per_token(&self) -> usize;
     /// f32 values a token that its backward needs for a moment besides those that are kept.
     fn transient_per_token(&self) -> usize;
+    /// f32 values that its backward needs for a moment, whatever the tokens.
+    fn transient(&self) -> usize {
+        0
+    }
 }
 
 /// Multiply-adds a token of one forward: what the partition balances.
@@ -184,16 +203,17 @@ pub struct LayerCosts {
     pub head: f64,
 }
 
-/// The stated costs: `4 D^2 + 2 D F` for a block's matrices and `T D` for its causal attention, `D V` for the head,
-/// and the additions of the embedding, `2 D`. A Transformer-XL makes keys and values of the memory too,
+/// The stated costs: `4 D^2 + 2 D F` for a block's matrices and `T D` for its causal attention, `D V` for the head (of
+/// an adaptive one the first cluster, and of the others what falls into them), and the additions of the embedding, `2 D`. A Transformer-XL makes keys and values of the memory too,
 /// `2 D^2 M / T` more, and three products over the whole context, `3 (M + T) D`.
 pub fn costs(d: &Dimensions) -> LayerCosts {
-    let (dm, f, v, t, m) = (d.d_model as f64, d.d_ff as f64, d.vocabulary as f64, d.sequence as f64, d.mem_len as f64);
+    let (dm, f, t, m) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64, d.mem_len as f64);
     let attention = match d.arch {
         Arch::Transformer => t * dm,
         Arch::TransformerXl => 2.0 * dm * dm * m / t + 3.0 * (m + t) * dm,
     };
-    LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + attention, head: dm * v }
+    let head = head::Head::new(d).cost();
+    LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + attention, head }
 }
 
 /// What one layer remembers: its own last inputs, without gradient.
@@ -408,6 +428,12 @@ impl Stack {
             most = most.max(kept + head.saved_per_token() + head.transient_per_token());
         }
         most.saturating_sub(self.saved_per_token())
+    }
+
+    /// f32 values that a backward holds for a moment, whatever the tokens.
+    pub fn transient(&self) -> usize {
+        let head = self.head.as_ref().map_or(0, |(head, _)| head.transient());
+        self.layers.iter().map(|(layer, _)| layer.transient()).fold(head, usize::max)
     }
 }
 

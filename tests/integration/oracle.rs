@@ -6,7 +6,9 @@ use crate::harness::{as_threads, by_oracle, tiny};
 
 /// Drawn configurations: of the Transformer, then of the Transformer-XL.
 const DRAWN: usize = 80;
-const DRAWN_XL: usize = 80;
+const DRAWN_XL: usize = 64;
+const DRAWN_WORDS: usize = 48;
+const ALL: usize = DRAWN + DRAWN_XL + DRAWN_WORDS;
 const LAYERS: usize = 6;
 
 /// A small generator: the draws are the same for ever.
@@ -89,7 +91,10 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
     }
     covers.extend(covers_more);
-    if number >= DRAWN {
+    if number >= DRAWN + DRAWN_XL {
+        draw_words(&mut draw, &mut sets, &mut covers);
+    }
+    if number >= DRAWN && (number < DRAWN + DRAWN_XL || draw.one_in(2)) {
         draw_xl(&mut draw, &mut sets, &mut covers);
     }
     (sets, covers)
@@ -101,10 +106,11 @@ fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'stat
         covers.insert(name);
         sets.push(set.to_owned());
     };
-    let text = ["model.arch=transformer-xl", "data.synthetic=1500", "data.held_out=0.3"];
-    text.into_iter().for_each(|set| cover("transformer-xl", set));
+    cover("transformer-xl", "model.arch=transformer-xl");
+    cover("transformer-xl", "data.held_out=0.3");
     let mem_len = [0, 4, 8, 8, 13][draw.below(5)];
-    let names = ["no memory", "memory shorter than a segment", "memory of a segment", "", "memory longer than a segment"];
+    let names =
+        ["no memory", "memory shorter than a segment", "memory of a segment", "", "memory longer than a segment"];
     let name = names[match mem_len {
         0 => 0,
         4 => 1,
@@ -123,6 +129,9 @@ fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'stat
     }
     if draw.one_in(3) {
         cover("attention dropout", "model.attention_dropout=0.2");
+    }
+    if !sets.iter().any(|set| set.starts_with("data.synthetic")) {
+        sets.push("data.synthetic=1500".to_owned());
     }
     if sets_evaluation(sets) {
         sets.push("eval.batch=6".to_owned());
@@ -146,6 +155,43 @@ fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'stat
     }
 }
 
+/// Characters or words, one cluster of the vocabulary or several.
+fn draw_words(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'static str>) {
+    let tied = !sets.iter().any(|set| set == "model.tie=none");
+    let mut cover = |name: &'static str, set: &str| {
+        covers.insert(name);
+        sets.push(set.to_owned());
+    };
+    if draw.one_in(5) {
+        cover("characters", "data.tokenizer=characters");
+        cover("characters", "data.synthetic=4000");
+    } else {
+        cover("words", "data.tokenizer=words");
+        cover("words", "data.min_count=2");
+        cover("words", "data.synthetic=9000");
+        match draw.below(3) {
+            0 => cover("two cut-offs", "model.cutoffs=[20, 60]"),
+            1 => cover("one cut-off", "model.cutoffs=[40]"),
+            _ => {}
+        }
+        if draw.one_in(2) && covers_clusters(covers) {
+            covers.insert("narrow clusters");
+            sets.push("model.div_val=2".to_owned());
+        }
+    }
+    if draw.one_in(3) {
+        covers.insert("narrow embedding");
+        sets.push("model.embedding_width=12".to_owned());
+        if tied {
+            sets.push("model.head_width=12".to_owned());
+        }
+    }
+}
+
+fn covers_clusters(covers: &BTreeSet<&str>) -> bool {
+    covers.contains("two cut-offs") || covers.contains("one cut-off")
+}
+
 fn sets_evaluation(sets: &[String]) -> bool {
     sets.iter().any(|set| set.starts_with("eval."))
 }
@@ -158,6 +204,11 @@ fn drawn_grids_equal_the_oracle_bit_for_bit() {
 #[test]
 fn drawn_grids_of_transformer_xl_equal_the_oracle_bit_for_bit() {
     compare(DRAWN..DRAWN + DRAWN_XL);
+}
+
+#[test]
+fn drawn_grids_of_words_equal_the_oracle_bit_for_bit() {
+    compare(DRAWN + DRAWN_XL..ALL);
 }
 
 fn compare(numbers: std::ops::Range<usize>) {
@@ -216,10 +267,16 @@ fn the_draws_cover_everything() {
         "recompute with memory",
         "ring with memory",
         "tied pipeline with memory",
+        "characters",
+        "words",
+        "one cut-off",
+        "two cut-offs",
+        "narrow clusters",
+        "narrow embedding",
     ];
     for name in wanted {
-        let count = (0..DRAWN + DRAWN_XL).filter(|number| drawn(*number).1.contains(name)).count();
-        assert!(count >= 4, "{name}: {count} of {}", DRAWN + DRAWN_XL);
+        let count = (0..ALL).filter(|number| drawn(*number).1.contains(name)).count();
+        assert!(count >= 4, "{name}: {count} of {ALL}");
     }
 }
 

@@ -68,7 +68,7 @@ fn a_transformer_xl_layer_is_what_its_definition_says() {
             let mut memory = Memory::new(config.mem_len);
             if case.memory > 0 {
                 let before = values(0.7 + number, &[B, case.memory as i64, D], kind);
-                tch::no_grad(|| stack.forward(&weights, &before, &mut memory, None)).unwrap();
+                let _ = tch::no_grad(|| stack.forward(&weights, &before, &mut memory, None)).unwrap();
             }
             let y = stack.forward(&weights, &x, &mut memory, None).unwrap();
             (&y * values(0.9 + number, &[B, T, D], kind)).sum(kind).backward();
