@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::Tokenizer;
 use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
+use crate::prepare::Request;
 use crate::schedule::{Kind, Tie};
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
@@ -30,6 +32,9 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
+    /// Texts and what they are made of.
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Tells what is installed, and what to do about what is not.
     Doctor,
 }
@@ -100,6 +105,54 @@ pub struct GenerateArgs {
     /// Threads of the computation.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Tokenises a text once, into a file that every run maps; fetches the corpora that everybody knows.
+    Prepare(PrepareArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PrepareArgs {
+    /// enwik8, text8, wikitext-103, or the path of a text.
+    #[arg(value_name = "NAME|FILE")]
+    pub what: String,
+    /// Where archives and prepared files go.
+    #[arg(long, default_value = "data")]
+    pub dir: PathBuf,
+    /// The prepared file [default: DIR/NAME.tokens].
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// An address that has the archive under its usual name, as in https://example.org/corpora.
+    #[arg(long, value_name = "ADDRESS")]
+    pub mirror: Option<String>,
+    /// An archive that is here already.
+    #[arg(long, value_name = "FILE", conflicts_with = "mirror")]
+    pub archive: Option<PathBuf>,
+    /// SHA-256 of the archive, if it is not the well-known one.
+    #[arg(long, value_name = "HEX")]
+    pub sha256: Option<String>,
+    /// How text becomes tokens [default: as usual for the corpus; bytes for a file].
+    #[arg(long, value_enum)]
+    pub tokenizer: Option<Tokenizer>,
+    /// Words that stand more rarely in the training split become <unk>.
+    #[arg(long, default_value_t = 1)]
+    pub min_count: usize,
+    /// A list of words, one a line, instead of those of the training split.
+    #[arg(long, value_name = "FILE")]
+    pub vocabulary: Option<PathBuf>,
+    /// Share of a file that each of the splits valid and test gets.
+    #[arg(long, default_value_t = 0.05)]
+    pub held_out: f64,
+}
+
+impl PrepareArgs {
+    /// The request that is made.
+    pub fn request(self) -> Request {
+        let PrepareArgs { what, dir, out, mirror, archive, sha256, tokenizer, min_count, vocabulary, held_out } = self;
+        Request { what, dir, out, mirror, archive, sha256, tokenizer, min_count, vocabulary, held_out }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -45,6 +45,7 @@ pub mod checkpoint;
 pub mod metrics;
 pub mod comm;
 pub mod inject;
+pub mod prepare;
 pub mod worker;
 pub mod emulator;
 pub mod runtime;

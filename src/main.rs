@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use ouroboros::cli::{Cli, Command};
+use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, launch};
+use ouroboros::{commands, launch, prepare};
 
 fn main() -> ExitCode {
     launch::hush_panics();
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => answer(|| commands::eval(&args)),
         Command::Generate(args) => answer(|| commands::generate(&args)),
         Command::Schedule(args) => answer(|| commands::schedule(&args)),
+        Command::Data(DataCommand::Prepare(args)) => answer(|| prepare::prepare(&args.request()).map(|_| ())),
         Command::Doctor => answer(commands::doctor),
     })
 }

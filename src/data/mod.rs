@@ -280,8 +280,9 @@ mod tests {
         let path = folder.path().join("a.tokens");
         let vocabulary = Vocabulary::of_words("a b\n", 1);
         let source = prepared::Source { name: "a".into(), sha256: "0".into(), how: "words".into() };
-        let ids: Vec<u32> = (0..30).map(|i| i % 3).collect();
-        prepared::write(&path, source, &vocabulary, &[("train", ids.clone()), ("test", ids[..12].to_vec())]).unwrap();
+        let ids: Vec<u8> = (0..30).map(|i| i % 3).collect();
+        let splits = vec![("train", ids.clone()), ("test", ids[..12].to_vec())];
+        prepared::write(&path, source, &vocabulary, splits).unwrap();
         let error = Corpus::open(&config(path.clone()), 1, None).unwrap_err().to_string();
         assert!(error.contains("prepared with tokenizer `words`, the config has `bytes`"), "{error}");
         let held_out = HeldOut::File("test".into());

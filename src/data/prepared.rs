@@ -119,17 +119,21 @@ fn read_header(bytes: &[u8]) -> std::result::Result<(Header, usize), String> {
     Ok((header, end.next_multiple_of(ALIGN)))
 }
 
-/// Writes a prepared file under another name, then gives it its own.
+/// Writes a prepared file under another name, then gives it its own. The splits are bytes of tokens, as wide as the
+/// vocabulary needs them.
 ///
 /// # Errors
 /// [`Error::Data`] if it cannot be written; then nothing is left of it.
-pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: &[(&str, Vec<u32>)]) -> Result<Header> {
+pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(&str, Vec<u8>)>) -> Result<Header> {
     let width = Width::of(vocabulary.len());
     let header = Header {
         format: FORMAT,
         source,
         width,
-        splits: splits.iter().map(|(name, ids)| Split { name: (*name).to_owned(), tokens: ids.len() }).collect(),
+        splits: splits
+            .iter()
+            .map(|(name, bytes)| Split { name: (*name).to_owned(), tokens: bytes.len() / width as usize })
+            .collect(),
         vocabulary: vocabulary.listed().clone(),
     };
     let temporary = path.with_extension("tokens.tmp");
@@ -141,10 +145,8 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: &[(&s
         file.write_all(&json)?;
         let start = MAGIC.len() + 8 + json.len();
         file.write_all(&vec![0; start.next_multiple_of(ALIGN) - start])?;
-        for (_, ids) in splits {
-            for part in ids.chunks(1 << 20) {
-                file.write_all(&width.encode(part))?;
-            }
+        for (_, bytes) in &splits {
+            file.write_all(bytes)?;
         }
         file.into_inner()?.sync_all()?;
         fs::rename(&temporary, path)
@@ -164,7 +166,7 @@ mod tests {
         let path = folder.join("a.tokens");
         let vocabulary = Vocabulary::of_words("a b a c\n", 1);
         let source = Source { name: "a".into(), sha256: "00".into(), how: "words".into() };
-        write(&path, source, &vocabulary, &[("train", vec![0, 1, 2, 3, 0]), ("valid", vec![3, 2])]).unwrap();
+        write(&path, source, &vocabulary, vec![("train", vec![0, 1, 2, 3, 0]), ("valid", vec![3, 2])]).unwrap();
         path
     }
 

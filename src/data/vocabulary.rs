@@ -8,9 +8,11 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::tokens::Width;
 use crate::config::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -51,7 +53,7 @@ impl Vocabulary {
 
     /// The characters of a text, in the order of their code points.
     pub fn of_characters(text: &str) -> Vocabulary {
-        let mut seen: Vec<char> = tasks(text)
+        let mut seen: Vec<char> = pieces(text)
             .into_par_iter()
             .map(|part| {
                 let mut seen: Vec<char> = part.chars().collect();
@@ -146,18 +148,38 @@ impl Vocabulary {
     /// # Errors
     /// [`Error::Data`] about `name` for a character that is not in the vocabulary, or a word where there is no `<unk>`.
     pub fn encode(&self, text: &str, name: &str) -> Result<Vec<u32>> {
-        let encoded: Vec<Vec<u32>> = match self.listed.tokenizer {
-            Tokenizer::Bytes => return Ok(text.bytes().map(u32::from).collect()),
-            Tokenizer::Characters => {
-                let mut buffer = [0u8; 4];
-                return text.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect();
-            }
-            Tokenizer::Words => {
-                let part = |part: &str| words(part).map(|word| self.number(word, name)).collect();
-                tasks(text).into_par_iter().map(part).collect::<Result<_>>()?
-            }
+        Ok(self.parts(text, name)?.concat())
+    }
+
+    /// The same as bytes, as wide as the vocabulary needs them.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::encode`].
+    pub fn encode_bytes(&self, text: &str, name: &str) -> Result<Vec<u8>> {
+        let width = Width::of(self.len());
+        let parts: Vec<Vec<u8>> = self.parts(text, name)?.into_par_iter().map(|part| width.encode(&part)).collect();
+        Ok(parts.concat())
+    }
+
+    fn parts(&self, text: &str, name: &str) -> Result<Vec<Vec<u32>>> {
+        let pieces = match self.listed.tokenizer {
+            Tokenizer::Bytes => return Ok(vec![text.bytes().map(u32::from).collect()]),
+            Tokenizer::Characters => pieces(text),
+            Tokenizer::Words => tasks(text),
         };
-        Ok(encoded.concat())
+        let bar = ProgressBar::new(text.len() as u64);
+        let encoded = pieces.into_par_iter().map(|piece| {
+            let mut buffer = [0u8; 4];
+            let tokens = match self.listed.tokenizer {
+                Tokenizer::Words => words(piece).map(|word| self.number(word, name)).collect(),
+                _ => piece.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect(),
+            };
+            bar.inc(piece.len() as u64);
+            tokens
+        });
+        let encoded = encoded.collect();
+        bar.finish_and_clear();
+        encoded
     }
 
     /// The tokens of the beginning of a text that is to go on: words without the end of the last line.
@@ -231,6 +253,20 @@ fn tasks(text: &str) -> Vec<&str> {
     while rest.len() > TASK {
         let Some(end) = rest.as_bytes()[TASK..].iter().position(|b| *b == b'\n') else { break };
         let (part, more) = rest.split_at(TASK + end + 1);
+        parts.push(part);
+        rest = more;
+    }
+    parts.push(rest);
+    parts
+}
+
+/// Parts of whole characters.
+fn pieces(text: &str) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while rest.len() > TASK {
+        let cut = (TASK..rest.len()).find(|i| rest.is_char_boundary(*i)).unwrap_or(rest.len());
+        let (part, more) = rest.split_at(cut);
         parts.push(part);
         rest = more;
     }

@@ -6,5 +6,6 @@ mod harness;
 mod mpirun;
 mod oracle;
 mod plain;
+mod prepare;
 mod real_text;
 mod reference;
