@@ -48,7 +48,8 @@ impl Setup {
         let corpus = Arc::new(Corpus::open(&config.data, config.seed, None)?);
         let vocabulary = corpus.vocabulary.len();
         check_cutoffs(&config.model, vocabulary)?;
-        let dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
+        let shares = corpus.train.shares(&config.model.cutoffs);
+        let dimensions = Dimensions { shares, ..Dimensions::new(&config.model, vocabulary, config.data.sequence) };
         let partition = layers(&config, &dimensions)?;
         check_streams(&config, &corpus)?;
         let eval_share = match &config.eval {

@@ -127,6 +127,22 @@ impl Tokens {
         Tokens { range: start + range.start..start + range.end, ..self.clone() }
     }
 
+    /// The share of the tokens below each of `cutoffs`, from the one before on, and of the rest; counted in blocks that
+    /// are spread over the whole.
+    pub fn shares(&self, cutoffs: &[usize]) -> Vec<f64> {
+        let (blocks, length) = (64, 1 << 14);
+        let mut counts = vec![0usize; cutoffs.len() + 1];
+        let mut block = Vec::new();
+        for i in 0..blocks {
+            let start = self.len() / blocks * i;
+            block.clear();
+            self.read(start, length.min(self.len() - start), &mut block);
+            block.iter().for_each(|token| counts[cutoffs.partition_point(|cut| *cut as i64 <= *token)] += 1);
+        }
+        let all = counts.iter().sum::<usize>().max(1) as f64;
+        counts.into_iter().map(|count| count as f64 / all).collect()
+    }
+
     /// Adds `count` tokens from `offset` on to `out`.
     ///
     /// # Panics
@@ -201,6 +217,16 @@ mod tests {
         assert_eq!(text.len(), 8);
         assert_eq!(read(&text, 2, 5), b"cdefg".map(i64::from));
         assert_eq!(read(&text.slice(3..8).slice(1..5), 3, 1), [i64::from(b'h')]);
+    }
+
+    #[test]
+    fn shares_count_the_tokens_between_cutoffs() {
+        let ids: Vec<u32> = (0..1000).map(|i| i % 10).collect();
+        let tokens = Tokens::of_ids(&ids, 10);
+        for (found, expected) in tokens.shares(&[2, 7]).into_iter().zip([0.2, 0.5, 0.3]) {
+            assert!((found - expected).abs() < 0.01, "{found} {expected}");
+        }
+        assert_eq!(tokens.shares(&[]), [1.0]);
     }
 
     #[test]

@@ -49,9 +49,11 @@ pub(super) fn tables(d: &Dimensions, clusters: &[Cluster], rows: &str, projectio
     parameters
 }
 
-/// The share of a text's tokens that fall in each cluster, if frequencies follow Zipf's law, `1 / (rank + 2.7)`.
-pub(super) fn shares(d: &Dimensions, clusters: &[Cluster]) -> Vec<f64> {
+/// The share of a text's tokens that falls in each cluster, if frequencies follow Zipf's law, `1 / (rank + 2.7)`.
+pub(super) fn zipf(cutoffs: &[i64], vocabulary: i64) -> Vec<f64> {
     let mass = |rank: i64| (rank as f64 + 2.7).ln();
-    let all = mass(d.vocabulary) - mass(0);
-    clusters.iter().map(|c| (mass(c.start + c.tokens) - mass(c.start)) / all).collect()
+    let all = mass(vocabulary) - mass(0);
+    let starts = std::iter::once(0).chain(cutoffs.iter().copied());
+    let ends = cutoffs.iter().copied().chain([vocabulary]);
+    starts.zip(ends).map(|(start, end)| (mass(end) - mass(start)) / all).collect()
 }

@@ -12,7 +12,7 @@
 
 use tch::{Reduction, Tensor};
 
-use super::clusters::{Cluster, clusters, numbered, shares, tables};
+use super::clusters::{Cluster, clusters, numbered, tables};
 use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
 use crate::config::Arch;
 use crate::error::Result;
@@ -163,20 +163,19 @@ impl Head {
 
     /// Entries of the softmaxes that a token is in, on average.
     fn entries(&self) -> f64 {
-        let shares = shares(&self.d, &self.clusters);
-        let further = self.clusters.iter().zip(shares).skip(1).map(|(c, share)| c.tokens as f64 * share).sum::<f64>();
+        let further =
+            self.clusters.iter().zip(&self.d.shares).skip(1).map(|(c, share)| c.tokens as f64 * share).sum::<f64>();
         (self.clusters[0].tokens as usize + self.clusters.len() - 1) as f64 + further
     }
 
     /// Multiply-adds a token.
     pub(super) fn cost(&self) -> f64 {
-        let shares = shares(&self.d, &self.clusters);
-        let of = |(i, (c, share)): (usize, (&Cluster, f64))| {
+        let of = |(i, (c, share)): (usize, (&Cluster, &f64))| {
             let projected = if c.width != self.d.d_model { c.width * self.d.d_model } else { 0 };
-            let share = if i == 0 { 1.0 } else { share };
+            let share = if i == 0 { 1.0 } else { *share };
             share * (c.tokens * c.width + projected) as f64
         };
-        self.clusters.iter().zip(shares).enumerate().map(of).sum()
+        self.clusters.iter().zip(&self.d.shares).enumerate().map(of).sum()
     }
 
     /// The input and its normalised form: 2 D; the logarithms of the softmaxes; mean and deviation.
@@ -203,5 +202,45 @@ impl Part<'_> {
             None => x.shallow_clone(),
         };
         Ok(x.f_linear(self.rows, self.bias)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ModelConfig;
+    use crate::schedule::Tie;
+    use tch::Kind;
+
+    /// The probabilities of a softmax in clusters add up to 1, and its loss is made of them.
+    #[test]
+    fn clusters_make_a_distribution() {
+        for (cutoffs, div_val) in [(vec![], 1), (vec![5], 1), (vec![4, 9], 2), (vec![3, 6, 20], 2)] {
+            let config = ModelConfig {
+                arch: Arch::TransformerXl,
+                d_model: 16,
+                tie: Tie::Untied,
+                cutoffs: cutoffs.clone(),
+                div_val,
+                ..ModelConfig::default()
+            };
+            let head = Head::new(&Dimensions::new(&config, 31, 4));
+            let weights: Vec<Tensor> = head
+                .parameters()
+                .iter()
+                .map(|p| Tensor::randn(&p.shape[..], (Kind::Double, tch::Device::Cpu)))
+                .collect();
+            let x = Tensor::randn([2, 4, 16], (Kind::Double, tch::Device::Cpu));
+            let all = head.log_probabilities(&weights, &x).unwrap();
+            assert_eq!(all.size(), [2, 4, 31]);
+            let sums = all.exp().sum_dim_intlist(-1, false, Kind::Double);
+            assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-12, "{cutoffs:?}");
+            for targets in [[0i64, 3, 4, 5, 8, 9, 20, 30], [0, 1, 2, 0, 1, 2, 0, 1]] {
+                let targets = Tensor::from_slice(&targets).view([2, 4]);
+                let wanted = all.gather(-1, &targets.unsqueeze(-1), false).mean(Kind::Double);
+                let loss = head.loss(&weights, &x, &targets, None).unwrap();
+                assert!((loss + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
+            }
+        }
     }
 }

@@ -91,6 +91,8 @@ pub struct Dimensions {
     /// Tokens after which a new cluster of the vocabulary begins.
     pub cutoffs: Vec<i64>,
     pub div_val: i64,
+    /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is known.
+    pub shares: Vec<f64>,
     /// Of the rows of the embedding's and the head's first cluster.
     pub embedding_width: i64,
     pub head_width: i64,
@@ -111,6 +113,7 @@ pub struct Dimensions {
 impl Dimensions {
     /// The sizes of a config's model over `vocabulary` tokens and sequences of `sequence`.
     pub fn new(model: &ModelConfig, vocabulary: usize, sequence: usize) -> Dimensions {
+        let cutoffs: Vec<i64> = model.cutoffs.iter().map(|cut| *cut as i64).collect();
         Dimensions {
             layers: model.layers,
             d_model: model.d_model as i64,
@@ -119,7 +122,8 @@ impl Dimensions {
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
             dropout: model.dropout,
-            cutoffs: model.cutoffs.iter().map(|cut| *cut as i64).collect(),
+            shares: clusters::zipf(&cutoffs, vocabulary as i64),
+            cutoffs,
             div_val: model.div_val as i64,
             embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
             head_width: model.head_width.unwrap_or(model.d_model) as i64,

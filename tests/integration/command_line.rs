@@ -3,7 +3,7 @@
 use ouroboros::config::Config;
 use ouroboros::setup::Setup;
 
-use crate::harness::{Finished, Folder, mpirun, ouroboros, run, slices};
+use crate::harness::{Finished, Folder, TINY, mpirun, ouroboros, run, slices};
 
 const LIMIT: u64 = 60;
 
@@ -24,6 +24,14 @@ fn schedules_show_delays_and_speed_up() {
             ["delays            0 0 0 0", "ideal speed-up    2.29 of 4"],
         ),
         (
+            &["--grid", "4x1", "-m", "1", "--tie", "fresh"][..],
+            ["ideal speed-up    2.00 of 4 devices", "before a drain    2.11 over the 30 steps up to a sync point"],
+        ),
+        (
+            &["--grid", "5x1", "--placement", "ring"][..],
+            ["devices           0 1 2 3 0", "ideal speed-up    4.00 of 4 devices"],
+        ),
+        (
             &["--grid", "4x1", "--times", "1:2:0.3", "--slack", "2"][..],
             ["delays            6 4 2 0", "ideal speed-up    4.00 of 4"],
         ),
@@ -36,6 +44,7 @@ fn schedules_show_delays_and_speed_up() {
     program(&["schedule", "--grid", "4"]).expect_code(2);
     program(&["schedule", "--times", "1:2"]).expect_code(2);
     program(&["schedule", "-m", "0"]).expect_code(2);
+    program(&["schedule", "--grid", "2x1", "--placement", "ring"]).expect_code(2);
 }
 
 #[test]
@@ -69,6 +78,58 @@ fn train_eval_and_generate() {
     assert!(finished.stderr.contains("stage-1.safetensors: 5 bytes instead of"), "{finished}");
 }
 
+/// Every kind of model and vocabulary can be evaluated and continued from what training saved.
+#[test]
+fn every_model_is_evaluated_and_continued() {
+    let xl = ["model.arch=transformer-xl", "model.mem_len=8", "eval.batch=6", "data.held_out=0.3"];
+    let words = ["data.tokenizer=words", "data.min_count=2", "data.synthetic=20000"];
+    let table: [(Vec<&str>, &str, &str); 4] = [
+        ([&xl[..], &["data.synthetic=2000"]].concat(), "bits per byte", "ban"),
+        (["data.tokenizer=characters", "data.synthetic=20000"].to_vec(), "bits per character", "ban"),
+        ([&xl[..], &words[..], &["model.cutoffs=[20, 60]"]].concat(), "perplexity", "ban: lo"),
+        ([&words[..], &["model.cutoffs=[30]", "model.div_val=4"]].concat(), "perplexity", "ban: lo\nker: nonsense"),
+    ];
+    for (i, (sets, measure, prompt)) in table.iter().enumerate() {
+        let folder = Folder::new();
+        let sets = [&sets[..], &["eval.every=3"]].concat();
+        let grid = ["--grid", ["1x1", "2x1", "3x1", "2x2"][i]];
+        program(&slices(&folder.train("out", &sets, &grid))).expect_code(0);
+        let metrics = std::fs::read_to_string(folder.path("out/metrics.jsonl")).unwrap();
+        let last: serde_json::Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        assert_eq!(last.get("eval_ppl").is_some(), *measure == "perplexity", "{last}");
+        assert_eq!(last.get("eval_bpc").is_some(), *measure != "perplexity", "{last}");
+        let out = folder.text("out");
+        let finished = program(&["eval", &out]).expect_code(0);
+        assert!(finished.stdout.contains(measure), "{measure}{finished}");
+        // 2x2 reads windows in shares of the replicas, which may leave one out.
+        let loss = format!("loss            {:.4} nats", last["eval_loss"].as_f64().unwrap());
+        assert!(i == 3 || finished.stdout.contains(&loss), "{loss}{finished}");
+        let generate = |more: &[&str]| {
+            let args = [&["generate", &out, "--prompt", prompt, "--tokens", "30"], more].concat();
+            program(&args).expect_code(0).stdout
+        };
+        let text = generate(&["--top-p", "0.9", "--seed", "5"]);
+        assert!(text.starts_with(&prompt.replace("nonsense", "<unk>")), "{text}");
+        assert_eq!(generate(&["--top-p", "0.9", "--seed", "5"]), text);
+        assert_eq!(generate(&["--temperature", "0"]), generate(&["--top-k", "1"]));
+        program(&["generate", &out, "--top-p", "0"]).expect_code(2);
+    }
+}
+
+#[test]
+fn a_prompt_must_be_of_the_vocabulary() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("tiny.toml"), TINY.replace("synthetic = 4000\n", "")).unwrap();
+    std::fs::write(folder.path("words.txt"), "ban: a few words and no other, ban.\n".repeat(100)).unwrap();
+    let path = format!("data.path={}", folder.text("words.txt"));
+    program(&slices(&folder.train("out", &["data.tokenizer=words", &path], &[]))).expect_code(0);
+    let out = folder.text("out");
+    let finished = program(&["generate", &out, "--prompt", "ban: qwerty"]).expect_code(2);
+    assert!(finished.stderr.contains("`--prompt`: found the word `qwerty` is not in the vocabulary"), "{finished}");
+    std::fs::remove_file(folder.path("out/checkpoints/step-6/vocabulary.json")).unwrap();
+    program(&["eval", &out]).expect_code(6);
+}
+
 #[test]
 fn doctor_tells_what_is_here() {
     let finished = program(&["doctor"]).expect_code(0);
@@ -86,6 +147,8 @@ fn bad_input_is_told_once_before_training() {
     let folder = Folder::new();
     std::fs::write(folder.path("empty.txt"), b"").unwrap();
     std::fs::write(folder.path("short.txt"), b"short").unwrap();
+    std::fs::write(folder.path("binary.txt"), b"words \xff\n").unwrap();
+    let binary = folder.text("binary.txt");
     let (missing, empty, short) = (folder.text("missing.txt"), folder.text("empty.txt"), folder.text("short.txt"));
     let held = |path: &str| format!("data.held_out={path}");
     let table: Vec<(Vec<String>, i32, &str)> = vec![
@@ -98,6 +161,31 @@ fn bad_input_is_told_once_before_training() {
             2,
             "`grid.delays`: found [1, 1, 0]; stage 0 needs at least 2",
         ),
+        (
+            vec!["model.arch=transformer-xl".into(), "model.mem_len=8".into(), "data.order=shuffled".into()],
+            2,
+            "`model.mem_len`: found 8 with data.order = \"shuffled\"; a memory of shuffled windows means nothing",
+        ),
+        (vec!["model.mem_len=8".into()], 2, "`model.mem_len`: found 8; only model.arch = \"transformer-xl\" has it"),
+        (
+            vec!["grid.stages=2".into(), "grid.placement=ring".into()],
+            2,
+            "`grid.placement`: found `ring`; needs at least 3 stages, there are 2",
+        ),
+        (
+            vec!["model.embedding_width=8".into()],
+            2,
+            "`model.embedding_width`: found 8, and a head_width of 16; a tied table has one width",
+        ),
+        (vec!["model.cutoffs=[100, 300]".into()], 2, "`model.cutoffs`: found [100, 300]; rising numbers above 0"),
+        (vec!["model.div_val=2".into()], 2, "`model.div_val`: found 2; means something with model.cutoffs only"),
+        (vec!["data.min_count=2".into()], 2, "`data.min_count`: found 2; only data.tokenizer = \"words\" has it"),
+        (
+            vec!["data.tokenizer=words".into(), "data.synthetic=20000".into(), held(&short)],
+            3,
+            "short.txt: the word `short` is not in the vocabulary, which has no `<unk>`",
+        ),
+        (vec!["data.tokenizer=words".into(), held(&binary)], 3, "binary.txt: no UTF-8 at byte 6"),
         (vec![held(&missing)], 3, "missing.txt: cannot be opened"),
         (vec![held(&empty)], 3, "empty.txt: empty"),
         (vec![held(&short)], 3, "short.txt: 5 bytes, one window needs 9"),

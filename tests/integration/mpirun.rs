@@ -5,31 +5,59 @@ use crate::harness::{Folder, Outcome, by_oracle, mpirun, run, slices, tiny};
 /// Any run here is over in a few seconds; starting MPI takes most of it.
 const LIMIT: u64 = 60;
 
+/// Runs a grid under mpirun and compares metrics and weights with the oracle's, bit for bit.
+fn compare(grid: &str, more: &[&str]) {
+    let (stages, replicas) = grid.split_once('x').unwrap();
+    let keys = [format!("grid.stages={stages}"), format!("grid.replicas={replicas}"), "steps=8".to_owned()];
+    let sets: Vec<&str> = keys.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    let setup = tiny(&sets);
+    let folder = Folder::new();
+    let args = folder.train("out", &sets[2..], &["--grid", grid]);
+    let finished = run(mpirun(setup.grid.size(), &slices(&args)), LIMIT).expect_code(0);
+    let ranks = Outcome::read(&folder.path("out"));
+    assert_eq!(ranks, by_oracle(&setup), "{grid} {more:?}{finished}");
+    assert!(finished.stdout.contains("predicted"), "{grid}: no table of memory{finished}");
+}
+
 #[test]
 fn ranks_equal_the_oracle() {
-    for (grid, more) in [
-        ("1x1", &[][..]),
-        ("2x1", &["microbatches=2", "eval.every=3"][..]),
-        ("1x2", &["microbatches=3"][..]),
-        ("2x2", &["microbatches=3", "model.dropout=0.1", "eval.every=4"][..]),
-        ("4x1", &["recompute=true", "sync_steps=2"][..]),
-        ("3x2", &["microbatches=2", "optimizer.clip=0.05", "schedule=1f1b"][..]),
-        ("4x1", &["grid.placement=ring", "eval.every=4"][..]),
-        ("3x2", &["grid.placement=ring", "model.tie=fresh", "microbatches=2"][..]),
-        ("2x2", &["model.tie=fresh", "model.tie_gradient=mean", "microbatches=2"][..]),
-        ("5x1", &["model.tie=none", "sync_at=[3]"][..]),
-    ] {
-        let (stages, replicas) = grid.split_once('x').unwrap();
-        let keys = [format!("grid.stages={stages}"), format!("grid.replicas={replicas}"), "steps=8".to_owned()];
-        let sets: Vec<&str> = keys.iter().map(String::as_str).chain(more.iter().copied()).collect();
-        let setup = tiny(&sets);
-        let folder = Folder::new();
-        let args = folder.train("out", &sets[2..], &["--grid", grid]);
-        let finished = run(mpirun(setup.grid.size(), &slices(&args)), LIMIT).expect_code(0);
-        let ranks = Outcome::read(&folder.path("out"));
-        assert_eq!(ranks, by_oracle(&setup), "{grid} {more:?}{finished}");
-        assert!(finished.stdout.contains("predicted"), "{grid}: no table of memory{finished}");
-    }
+    compare("1x1", &[]);
+    compare("2x1", &["microbatches=2", "eval.every=3"]);
+    compare("1x2", &["microbatches=3"]);
+    compare("2x2", &["microbatches=3", "model.dropout=0.1", "eval.every=4"]);
+    compare("4x1", &["recompute=true", "sync_steps=2"]);
+    compare("3x2", &["microbatches=2", "optimizer.clip=0.05", "schedule=1f1b"]);
+}
+
+#[test]
+fn ranks_with_a_tied_table_equal_the_oracle() {
+    compare("4x1", &["grid.placement=ring", "eval.every=4"]);
+    compare("3x2", &["grid.placement=ring", "model.tie=fresh", "microbatches=2"]);
+    compare("2x2", &["model.tie=fresh", "model.tie_gradient=mean", "microbatches=2"]);
+    compare("5x1", &["model.tie=none", "sync_at=[3]"]);
+    compare("3x1", &["model.tie=fresh", "sync_at=[5]"]);
+}
+
+/// Streams that end after five steps, evaluated in six.
+const XL: [&str; 4] = ["model.arch=transformer-xl", "model.mem_len=8", "data.synthetic=1500", "data.held_out=0.3"];
+
+#[test]
+fn ranks_of_transformer_xl_equal_the_oracle() {
+    let xl = |grid: &str, more: &[&str]| compare(grid, &[&XL[..], more].concat());
+    xl("2x2", &["microbatches=2", "eval.every=4", "eval.batch=6", "eval.mem_len=12"]);
+    xl("4x1", &["grid.placement=ring", "recompute=true", "model.dropout=0.1"]);
+    xl("3x2", &["grid.placement=ring", "microbatches=3", "model.norm=pre", "model.attention_dropout=0.1"]);
+    xl("2x1", &["model.tie=fresh", "model.same_length=true", "schedule=gpipe", "microbatches=2"]);
+    xl("6x1", &["model.clamp_len=4", "microbatches=2", "model.tie=none"]);
+}
+
+#[test]
+fn ranks_of_word_models_equal_the_oracle() {
+    let words = ["data.tokenizer=words", "data.min_count=2", "data.synthetic=9000", "model.cutoffs=[20, 60]"];
+    let words = |grid: &str, more: &[&str]| compare(grid, &[&words[..], more].concat());
+    words("2x2", &["microbatches=2", "eval.every=4"]);
+    words("3x1", &["model.div_val=2", "grid.placement=ring", "model.arch=transformer-xl", "model.mem_len=8"]);
+    words("2x1", &["model.embedding_width=8", "model.head_width=12", "model.tie=none", "recompute=true"]);
 }
 
 /// More replicas than two: the order of MPI's sum is its own, so the last digits may differ.
@@ -69,4 +97,25 @@ fn peak_memory_is_as_predicted() {
         assert!(measured < predicted * 1.05 + 8.0, "predicted {predicted} MiB, measured {measured} MiB{finished}");
         assert!(measured > predicted * 0.85, "predicted {predicted} MiB, measured {measured} MiB{finished}");
     }
+}
+
+/// The softmax of a cluster is made for the tokens that fall into it: 2,048 tokens a microbatch over 60,000 words would
+/// be 470 MiB of logits alone.
+#[test]
+fn clusters_cost_memory_by_their_tokens() {
+    let folder = Folder::new();
+    let mut text = "all of the time the same few words and no other\n".repeat(200_000);
+    (0..60_000).for_each(|i| text.push_str(&format!("word{i}{}", if i % 10 == 9 { "\n" } else { " " })));
+    std::fs::write(folder.path("words.txt"), text).unwrap();
+    std::fs::write(folder.path("held.txt"), "all of the time\n".repeat(20)).unwrap();
+    let path = format!("data.path={}", folder.text("words.txt"));
+    let held = format!("data.held_out={}", folder.text("held.txt"));
+    let tiny = crate::harness::TINY.replace("synthetic = 4000\n", "");
+    std::fs::write(folder.path("tiny.toml"), tiny).unwrap();
+    let sets = ["data.tokenizer=words", "batch=64", "data.sequence=32", "model.cutoffs=[100]", &held, &path];
+    let finished = run(mpirun(1, &slices(&folder.train("out", &sets, &[]))), 120).expect_code(0);
+    let row = finished.stdout.lines().find(|line| line.starts_with("stage 0, replica 0 ")).unwrap();
+    let numbers: Vec<f64> = row.split_whitespace().skip(4).map(|number| number.parse().unwrap()).collect();
+    let (predicted, measured) = (numbers[5], numbers[6]);
+    assert!(measured < 200.0 && predicted < 150.0, "{predicted} MiB predicted, {measured} MiB measured{finished}");
 }
