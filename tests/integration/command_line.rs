@@ -1,6 +1,9 @@
 //! What a user types and gets: commands, exit codes, messages that come once.
 
+use std::path::Path;
+
 use ouroboros::config::Config;
+use ouroboros::grid::Grid;
 use ouroboros::setup::Setup;
 
 use crate::harness::{Finished, Folder, TINY, mpirun, ouroboros, run, slices};
@@ -307,6 +310,50 @@ fn documented_configs_are_valid() {
             eprintln!("skipped: the text of {} is not here", path.display());
         } else if let Err(error) = Setup::new(config) {
             panic!("{}: {error}", path.display());
+        }
+    }
+}
+
+/// The recipes of the paper's family can be set up for K = 3, 4, 5, on a line and on a ring, with stand-ins for their
+/// texts that have the real vocabularies.
+#[test]
+fn recipes_fit_three_four_and_five_stages() {
+    use ouroboros::config::Tokenizer;
+    use ouroboros::data::prepared::{Source, write};
+    use ouroboros::data::{Listed, Vocabulary};
+
+    let folder = Folder::new();
+    let table = [
+        ("enwik8-transformer-12l", Tokenizer::Bytes, 256, 38_000_000),
+        ("enwik8-xl-12l", Tokenizer::Bytes, 256, 41_000_000),
+        ("text8-xl-12l", Tokenizer::Characters, 27, 41_000_000),
+        ("wikitext103-xl-16l", Tokenizer::Words, 267_735, 151_000_000),
+    ];
+    for (name, tokenizer, count, parameters) in table {
+        let tokens = match tokenizer {
+            Tokenizer::Bytes => Vec::new(),
+            _ => (0..count).map(|i| format!("token{i}")).collect(),
+        };
+        let vocabulary = Vocabulary::of(Listed { tokenizer, tokens });
+        let source = Source { name: name.into(), sha256: String::new(), how: String::new() };
+        let path = folder.path("text.tokens");
+        write(&path, source, &vocabulary, vec![("train", vec![0; 400_000]), ("valid", vec![0; 40_000])]).unwrap();
+        for (stages, placement) in [(3, "line"), (4, "line"), (5, "line"), (3, "ring"), (4, "ring"), (5, "ring")] {
+            let sets = [format!("data.path={}", path.display()), format!("grid.placement={placement}")];
+            let file = Path::new("configs").join(name).with_extension("toml");
+            let config = Config::load(&file, &sets, Some(Grid::line(stages, 1))).unwrap();
+            assert_eq!(config.name, name);
+            let setup = Setup::new(config).unwrap_or_else(|error| panic!("{name} {stages} {placement}: {error}"));
+            let found = setup.parameters();
+            assert!(found.abs_diff(parameters) < parameters / 20, "{name}: {found} parameters");
+            // Enough microbatches that no gradient is older than one update.
+            assert!(setup.schedule.delays.iter().all(|delay| *delay <= 1), "{name}: {:?}", setup.schedule.delays);
+            let layers: Vec<usize> = setup.partition.iter().map(|run| run.len()).collect();
+            let device = |d: usize| (d..stages).step_by(setup.grid.devices()).map(|k| layers[k]).sum::<usize>();
+            let spread = (0..setup.grid.devices()).map(device);
+            let (least, most) = (spread.clone().min().unwrap(), spread.max().unwrap());
+            // The head of 267,735 words is worth several layers.
+            assert!(most - least <= if count > 1000 { 4 } else { 1 }, "{name} {stages} {placement}: {layers:?}");
         }
     }
 }
