@@ -21,7 +21,7 @@ use crate::setup::Setup;
 const MANIFEST: &str = "manifest.json";
 /// Of characters or words; a model of bytes needs none.
 const VOCABULARY: &str = "vocabulary.json";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// A file of weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,10 +151,13 @@ impl Checkpoint {
         let path = find(path)?;
         let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
         let text = fs::read_to_string(path.join(MANIFEST)).map_err(|error| wrong(&error))?;
-        let manifest: Manifest = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
-        if manifest.format != FORMAT {
-            return Err(wrong(&format!("format {} is not known to this version", manifest.format)));
+        // The number of the format first: the rest may be another in another format.
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
+        if value["format"] != FORMAT {
+            let problem = format!("format {} is not known to this version, which reads {FORMAT}", value["format"]);
+            return Err(wrong(&problem));
         }
+        let manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
         let mut weights = Vec::new();
         for shard in &manifest.shards {
             let file = path.join(&shard.file);
@@ -171,8 +174,12 @@ impl Checkpoint {
     /// The values of the given parameters, in their order.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if one is missing or has another shape.
+    /// [`Error::Checkpoint`] if one is missing, has another shape, or if there are others.
     pub fn values(&self, parameters: &[crate::model::Parameter]) -> Result<Vec<Tensor>> {
+        let unused = self.weights.iter().find(|(name, _)| parameters.iter().all(|p| p.name != *name));
+        if let Some((name, _)) = unused {
+            return Err(Error::checkpoint(&self.path, format!("the config's model has no parameter {name}")));
+        }
         let value = |p: &crate::model::Parameter| {
             let found = self.weights.iter().find(|(name, _)| *name == p.name);
             let (_, tensor) = found.ok_or_else(|| Error::checkpoint(&self.path, format!("no parameter {}", p.name)))?;

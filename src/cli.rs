@@ -84,9 +84,9 @@ pub struct EvalArgs {
 pub struct GenerateArgs {
     /// A folder of weights, or a run's folder (its newest weights).
     pub checkpoint: PathBuf,
-    /// The text to continue.
-    #[arg(long, default_value = "\n")]
-    pub prompt: String,
+    /// The text to continue [default: the end of a line, or the first token of the vocabulary].
+    #[arg(long)]
+    pub prompt: Option<String>,
     /// Tokens to add.
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
@@ -142,9 +142,9 @@ pub struct PrepareArgs {
     /// A list of words, one a line, instead of those of the training split.
     #[arg(long, value_name = "FILE")]
     pub vocabulary: Option<PathBuf>,
-    /// Share of a file that each of the splits valid and test gets.
-    #[arg(long, default_value_t = 0.05)]
-    pub held_out: f64,
+    /// Share of a file that each of the splits valid and test gets [default: 0.05].
+    #[arg(long)]
+    pub held_out: Option<f64>,
 }
 
 impl PrepareArgs {

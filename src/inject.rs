@@ -13,7 +13,7 @@ pub enum Fault {
     Crash,
     /// The place sends a message that claims to be another.
     CorruptMessage,
-    /// A bit of the place's copy of the tied table changes, right before the copies are compared after the step.
+    /// A bit of the place's copy of the tied table changes after the update of the step.
     AlterTable,
 }
 

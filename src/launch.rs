@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::grid::{Grid, Placement};
-use crate::inject::Injection;
+use crate::inject::{Fault, Injection};
 use crate::metrics::{Recorder, Report, Summary};
 use crate::runtime;
 use crate::setup::Setup;
@@ -58,6 +58,12 @@ impl Job {
         {
             let remedy = format!("the grid is {} and the run has {} steps", setup.grid, setup.config.steps);
             return Err(Error::config("--inject", format!("{place}, step {step}"), remedy));
+        }
+        if let Some(Injection { fault: Fault::AlterTable, place, .. }) = self.inject
+            && (!setup.dimensions.tied || setup.grid.twin(place).is_none())
+        {
+            let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
+            return Err(Error::config("--inject", format!("alter-table on {place}, which holds no copy"), remedy));
         }
         Ok(Arc::new(setup))
     }

@@ -1,8 +1,8 @@
 //! The tied table at work: the versions of it that a device holds, the parts of its gradient that wait for each other,
 //! and its updates. `schedule` has the rule and the picture.
 //!
-//! Both ends of a line hold a copy and make every update themselves, from the same parts in the same order, so the
-//! copies stay equal bit for bit without ever being sent. On a ring, and with one stage, there is one.
+//! Both ends of a line hold a copy and make every update themselves, from the same sum, so the copies stay equal bit for
+//! bit without ever being sent. On a ring, and with one stage, there is one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -29,7 +29,7 @@ pub struct Table {
     optimizer: Optimizer,
     /// The ends that are on this device, in the order of the versions' sides.
     ends: Vec<End>,
-    /// Parts by step, complete and not yet used, of this device and of the other.
+    /// On the device of stage 0: parts by step, complete and not yet used.
     inputs: VecDeque<(usize, Tensor)>,
     outputs: VecDeque<(usize, Tensor)>,
     /// The gradient of the update that is under way.
@@ -56,31 +56,25 @@ impl Table {
         self.ends.iter().position(|held| *held == end)
     }
 
-    fn parts(&mut self, end: End) -> &mut VecDeque<(usize, Tensor)> {
-        match end {
-            End::Input => &mut self.inputs,
-            End::Output => &mut self.outputs,
-        }
-    }
-
-    /// Completes an end's part of a step: takes it out of the gradient, which begins anew. The other end gets the
-    /// tensor that is returned; nobody changes it any more.
+    /// Completes an end's part of a step: takes it out of the gradient, which begins anew.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn close(&mut self, end: End, step: usize) -> Result<Tensor> {
+    pub fn close(&mut self, end: End) -> Result<Tensor> {
         let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
         let mut part = zeros(self.versions.layout().len)?;
         let gradient = slice_mut(self.versions.gradient(side));
         slice_mut(&mut part).copy_from_slice(gradient);
         gradient.fill(0.0);
-        self.parts(end).push_back((step, part.shallow_clone()));
         Ok(part)
     }
 
-    /// Takes a part that came from the other device.
-    pub fn receive(&mut self, end: End, step: usize, part: Tensor) {
-        self.parts(end).push_back((step, part));
+    /// Keeps a part until its update is made.
+    pub fn keep(&mut self, end: End, step: usize, part: Tensor) {
+        match end {
+            End::Input => self.inputs.push_back((step, part)),
+            End::Output => self.outputs.push_back((step, part)),
+        }
     }
 
     /// Whether an end's part of a step is here.
@@ -101,16 +95,30 @@ impl Table {
             let part = parts.pop_front().filter(|(of, _)| *of == step);
             part.map(|(_, part)| part).ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
         };
-        // A copy: the part itself may still be on its way to the other device.
-        let mut whole = zeros(self.versions.layout().len)?;
+        let mut whole = taken(&mut self.outputs, step)?;
         let sum = slice_mut(&mut whole);
-        sum.copy_from_slice(slice(&taken(&mut self.outputs, step)?));
         for step in inputs {
             let part = taken(&mut self.inputs, step)?;
             sum.iter_mut().zip(slice(&part)).for_each(|(s, g)| *s += g);
         }
         self.whole = Some(whole.shallow_clone());
         Ok(whole)
+    }
+
+    /// A copy of the gradient of the update under way.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if there is none.
+    pub fn sum(&self) -> Result<Tensor> {
+        let whole = self.whole.as_ref().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
+        let mut copy = zeros(self.versions.layout().len)?;
+        slice_mut(&mut copy).copy_from_slice(slice(whole));
+        Ok(copy)
+    }
+
+    /// Takes the gradient of the next update from the other copy.
+    pub fn set_sum(&mut self, sum: Tensor) {
+        self.whole = Some(sum);
     }
 
     /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean

@@ -22,12 +22,14 @@ pub enum Content {
     Activation,
     /// Up the pipeline.
     Gradient,
-    /// A part of the tied table's gradient, between the two ends.
+    /// The head's part of the tied table's gradient, from the last stage to the first.
     Part,
+    /// The reduced sum of the parts, back.
+    Sum,
 }
 
 impl Content {
-    const ALL: [Content; 3] = [Content::Activation, Content::Gradient, Content::Part];
+    const ALL: [Content; 4] = [Content::Activation, Content::Gradient, Content::Part, Content::Sum];
 }
 
 /// The tag of a message: what it is, so that a wrong one is found where it arrives. All tensors are f32.
@@ -47,6 +49,7 @@ impl fmt::Display for Header {
             Content::Activation => "activation",
             Content::Gradient => "gradient",
             Content::Part => "part of the table's gradient",
+            Content::Sum => "gradient of the table",
         };
         let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
         write!(f, "{content}{pass} {}.{} f32 {:?}", self.step, self.microbatch, self.shape)

@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
-use crate::config::{Arch, Config, Order, Tokenizer};
+use crate::config::{Arch, Config, ModelConfig, Order, Tokenizer};
 use crate::data::{Corpus, Shape, Tokens, held_out};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
@@ -22,11 +22,12 @@ const ROWS: usize = 16;
 /// Weights or text that cannot be used.
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let config = Config::parse(&checkpoint.manifest.config.to_toml(), &args.set)?;
+    let config = config(&checkpoint.manifest.config, &args.set)?;
     check_settings(&config)?;
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
-    let (text, floor) = Corpus::open_held_out(&config.data, config.seed, &checkpoint.vocabulary)?;
+    let (text, floor) =
+        Corpus::open_held_out(&config.data, config.seed, config.eval_sequence(), &checkpoint.vocabulary)?;
     let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
     let loss = sum / tokens as f64;
     println!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
@@ -46,18 +47,38 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     Ok(())
 }
 
+/// The saved config with `sets` over it. The whole held-out text is read unless they say otherwise; the model and its
+/// tokens are what they are.
+fn config(saved: &Config, sets: &[String]) -> Result<Config> {
+    let mut config = Config::parse(&saved.to_toml(), sets)?;
+    if let Some(eval) =
+        config.eval.as_mut().filter(|_| !sets.iter().any(|set| set.trim_start().starts_with("eval.tokens")))
+    {
+        eval.tokens = None;
+    }
+    let ModelConfig { mem_len, clamp_len, same_length, .. } = config.model;
+    if config.model != (ModelConfig { mem_len, clamp_len, same_length, ..saved.model.clone() }) {
+        let remedy = "of a saved model only mem_len, clamp_len and same_length can be changed";
+        return Err(Error::config("--set model", "another model than the saved one", remedy));
+    }
+    if config.data.tokenizer != saved.data.tokenizer {
+        let remedy = format!("the model was trained on {}", saved.data.tokenizer.word());
+        return Err(Error::config("data.tokenizer", config.data.tokenizer.word(), remedy));
+    }
+    Ok(config)
+}
+
 /// The losses of all tokens, added up, and how many there are: windows one by one, or streams with their memory.
 fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -> Result<(f64, usize)> {
     let (order, shape) = (config.order(), Shape::eval(config));
     let limit = config.eval.as_ref().and_then(|eval| eval.tokens);
     let parts: Vec<(Range<usize>, usize)> = match order {
         Order::Shuffled => {
-            let windows = shape.windows(text).min(limit.map_or(usize::MAX, |n| n.div_ceil(shape.sequence)));
+            let windows = shape.wanted_windows(text, limit);
             (0..windows).step_by(ROWS).map(|start| (start..(start + ROWS).min(windows), 0)).collect()
         }
         Order::Streams => {
-            let segments =
-                shape.segments(text).min(limit.map_or(usize::MAX, |n| n.div_ceil(shape.rows * shape.sequence)));
+            let segments = shape.wanted_segments(text, limit);
             (0..segments).map(|segment| (0..shape.rows, segment)).collect()
         }
     };

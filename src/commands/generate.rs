@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 use super::eval::load;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
+use crate::data::Vocabulary;
 use crate::error::{Error, Result};
 use crate::model::{Memory, Stack};
 use crate::random;
@@ -25,19 +26,15 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     if let Some(top_p) = args.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
         return Err(Error::config("--top-p", top_p, "must be above 0 and at most 1"));
     }
-    if args.prompt.is_empty() {
-        return Err(Error::config("--prompt", "an empty text", "give at least one character"));
-    }
     tch::set_num_threads(args.threads.max(1) as i32);
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = checkpoint.manifest.config.clone();
     let (model, weights) = load(&checkpoint, &config)?;
-    let prompt: Vec<i64> = checkpoint.vocabulary.encode_prompt(&args.prompt)?.into_iter().map(i64::from).collect();
-    if prompt.is_empty() {
-        return Err(Error::config("--prompt", format!("`{}`, no word", args.prompt), "give at least one word"));
-    }
-    let mut text = prompt;
-    let mut reader = Reader { model, weights, memory: Memory::new(config.model.mem_len), read: 0, config: &config };
+    let mut text = prompt(&checkpoint.vocabulary, args.prompt.as_deref())?;
+    // A token is read by itself: with so much memory it sees what the last token of a segment has seen in training.
+    let more = if config.model.same_length || config.model.mem_len == 0 { 0 } else { config.data.sequence - 1 };
+    let memory = Memory::new(config.model.mem_len + more);
+    let mut reader = Reader { model, weights, memory, read: 0, config: &config };
     let mut rng = random::sampling(args.seed);
     for _ in 0..args.tokens {
         let last = reader.next(&text)?;
@@ -49,6 +46,19 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let printed = writeln!(out, "{}", checkpoint.vocabulary.decode(&text)).and_then(|()| out.flush());
     printed.map_err(|error| Error::Internal(format!("standard output: {error}")))
+}
+
+/// The tokens of the prompt.
+fn prompt(vocabulary: &Vocabulary, given: Option<&str>) -> Result<Vec<i64>> {
+    let tokens = match given {
+        Some(text) => vocabulary.encode_prompt(text)?,
+        None => vocabulary.encode_prompt("\n").unwrap_or_else(|_| vec![0]),
+    };
+    if tokens.is_empty() {
+        let found = format!("`{}`", given.unwrap_or_default());
+        return Err(Error::config("--prompt", found, "give at least one character, or one word to a model of words"));
+    }
+    Ok(tokens.into_iter().map(i64::from).collect())
 }
 
 /// A model that reads a text as it grows.

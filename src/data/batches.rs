@@ -57,6 +57,16 @@ impl Shape {
         text.len().saturating_sub(1) / self.rows / self.sequence
     }
 
+    /// The windows that hold `limit` tokens, or all.
+    pub fn wanted_windows(self, text: &Tokens, limit: Option<usize>) -> usize {
+        self.windows(text).min(limit.map_or(usize::MAX, |tokens| tokens.div_ceil(self.sequence)))
+    }
+
+    /// The segments that hold `limit` tokens, or all.
+    pub fn wanted_segments(self, text: &Tokens, limit: Option<usize>) -> usize {
+        self.segments(text).min(limit.map_or(usize::MAX, |tokens| tokens.div_ceil(self.rows * self.sequence)))
+    }
+
     /// Where segment `number` of a stream starts.
     fn start(self, text: &Tokens, stream: usize, number: usize) -> usize {
         stream * ((text.len() - 1) / self.rows) + number * self.sequence

@@ -36,19 +36,20 @@ impl Corpus {
     ///
     /// # Errors
     /// [`Error::Data`] for a file that is missing, empty, of another tokenizer, no text, has unknown words, or leaves a
-    /// part shorter than one window of T + 1 tokens.
-    pub fn open(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
+    /// part shorter than one window of T + 1 tokens (`held_sequence` + 1 of the held-out part).
+    pub fn open(config: &DataConfig, seed: u64, held_sequence: usize, known: Option<&Vocabulary>) -> Result<Corpus> {
+        refuse_unread(config)?;
         let corpus = match prepared_path(config) {
             Some(path) => open_prepared(config, path, known)?,
             None if config.tokenizer == Tokenizer::Bytes => open_bytes(config, seed)?,
             None => open_text(config, seed, known)?,
         };
-        long_enough(&corpus.train, &name(config), config)?;
+        long_enough(&corpus.train, &name(config), config, config.sequence)?;
         let held_name = match &config.held_out {
             HeldOut::File(path) => path.display().to_string(),
             HeldOut::Fraction(_) => format!("held-out part of {}", name(config)),
         };
-        long_enough(&corpus.held_out, &held_name, config)?;
+        long_enough(&corpus.held_out, &held_name, config, held_sequence)?;
         Ok(corpus)
     }
 
@@ -56,17 +57,52 @@ impl Corpus {
     ///
     /// # Errors
     /// As [`Corpus::open`].
-    pub fn open_held_out(config: &DataConfig, seed: u64, vocabulary: &Vocabulary) -> Result<(Tokens, Option<f64>)> {
+    pub fn open_held_out(
+        config: &DataConfig,
+        seed: u64,
+        sequence: usize,
+        vocabulary: &Vocabulary,
+    ) -> Result<(Tokens, Option<f64>)> {
+        refuse_unread(config)?;
         match &config.held_out {
             HeldOut::File(path) if prepared_path(config).is_none() => {
                 let tokens = file_tokens(path, config.tokenizer, vocabulary)?;
-                long_enough(&tokens, &path.display().to_string(), config)?;
+                long_enough(&tokens, &path.display().to_string(), config, sequence)?;
                 Ok((tokens, None))
             }
             _ => {
-                let corpus = Corpus::open(config, seed, Some(vocabulary))?;
+                let corpus = Corpus::open(config, seed, sequence, Some(vocabulary))?;
                 Ok((corpus.held_out, corpus.floor))
             }
+        }
+    }
+}
+
+/// Settings that would not be read, and prepared files where a text is read.
+fn refuse_unread(config: &DataConfig) -> Result<()> {
+    if let Some(path) = prepared_path(config) {
+        let problem = "is prepared, so its words are fixed; leave it out";
+        if config.min_count > 1 {
+            return Err(Error::config("data.min_count", config.min_count, format!("{} {problem}", path.display())));
+        }
+        if let Some(list) = &config.vocabulary {
+            return Err(Error::config("data.vocabulary", list.display(), format!("{} {problem}", path.display())));
+        }
+        return Ok(());
+    }
+    if let Some(list) = config.vocabulary.as_ref().filter(|_| config.min_count > 1) {
+        let found = format!("{} with data.vocabulary = {}", config.min_count, list.display());
+        return Err(Error::config("data.min_count", found, "a list is taken whole; leave one of them out"));
+    }
+    let held_out = match &config.held_out {
+        HeldOut::File(path) => Some(path),
+        HeldOut::Fraction(_) => None,
+    };
+    match config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path)) {
+        None => Ok(()),
+        Some(path) => {
+            let remedy = "name it as data.path, and one of its splits as data.held_out";
+            Err(Error::data(path.display(), "a prepared file where a text is read", remedy))
         }
     }
 }
@@ -139,7 +175,7 @@ fn open_bytes(config: &DataConfig, seed: u64) -> Result<Corpus> {
 
 fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
     let text = match files(config)? {
-        Some(paths) => paths.iter().map(|path| file_text(path)).collect::<Result<Vec<_>>>()?.concat(),
+        Some(paths) => paths.iter().map(|path| file_text(path, config.tokenizer)).collect::<Result<Vec<_>>>()?.concat(),
         None => String::from_utf8_lossy(&synthetic_bytes(config, seed)).into_owned(),
     };
     let mut held_name = name(config);
@@ -150,7 +186,7 @@ fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Resu
         }
         HeldOut::File(path) => {
             held_name = path.display().to_string();
-            (&text[..], file_text(path)?)
+            (&text[..], file_text(path, config.tokenizer)?)
         }
     };
     let vocabulary = match known {
@@ -171,7 +207,9 @@ pub fn made(config: &DataConfig, train: &str, others: &[&str]) -> Result<Vocabul
         (Tokenizer::Bytes, _) => Ok(Vocabulary::bytes()),
         (Tokenizer::Characters, _) => Ok(Vocabulary::of_characters(&[&[train], others].concat().concat())),
         (Tokenizer::Words, None) => Ok(Vocabulary::of_words(train, config.min_count)),
-        (Tokenizer::Words, Some(path)) => Vocabulary::of_list(&file_text(path)?, &path.display().to_string()),
+        (Tokenizer::Words, Some(path)) => {
+            Vocabulary::of_list(&file_text(path, Tokenizer::Words)?, &path.display().to_string())
+        }
     }
 }
 
@@ -183,7 +221,12 @@ pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Rang
     for fraction in fractions {
         let mut cut = text.len() - (text.len() as f64 * left).round().min(text.len() as f64) as usize;
         cut = match tokenizer {
-            Tokenizer::Words => text.as_bytes()[..cut].iter().rposition(|b| *b == b'\n').map_or(0, |line| line + 1),
+            // A text without lines is cut between words.
+            Tokenizer::Words => {
+                let before = &text.as_bytes()[..cut];
+                let end = before.iter().rposition(|b| *b == b'\n').or_else(|| before.iter().rposition(|b| *b == b' '));
+                end.map_or(0, |end| end + 1)
+            }
             Tokenizer::Characters => (0..=cut).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0),
             Tokenizer::Bytes => cut,
         };
@@ -195,10 +238,10 @@ pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Rang
     starts.zip(ends.iter().copied()).map(|(start, end)| start..end).collect()
 }
 
-/// A file as text; its last line is a whole one.
-fn file_text(path: &Path) -> Result<String> {
+/// A file as text; of words the last line is a whole one.
+fn file_text(path: &Path, tokenizer: Tokenizer) -> Result<String> {
     let mut text = utf8(&tokens::map(path)?, &path.display().to_string())?.to_owned();
-    if !text.ends_with('\n') {
+    if tokenizer == Tokenizer::Words && !text.ends_with('\n') {
         text.push('\n');
     }
     Ok(text)
@@ -207,17 +250,20 @@ fn file_text(path: &Path) -> Result<String> {
 fn file_tokens(path: &Path, tokenizer: Tokenizer, vocabulary: &Vocabulary) -> Result<Tokens> {
     match tokenizer {
         Tokenizer::Bytes => Tokens::of_files(&[path.to_owned()]),
-        _ => Ok(Tokens::of_ids(&vocabulary.encode(&file_text(path)?, &path.display().to_string())?, vocabulary.len())),
+        _ => Ok(Tokens::of_ids(
+            &vocabulary.encode(&file_text(path, tokenizer)?, &path.display().to_string())?,
+            vocabulary.len(),
+        )),
     }
 }
 
-fn long_enough(tokens: &Tokens, name: &str, config: &DataConfig) -> Result<()> {
-    if tokens.len() > config.sequence {
+fn long_enough(tokens: &Tokens, name: &str, config: &DataConfig, sequence: usize) -> Result<()> {
+    if tokens.len() > sequence {
         return Ok(());
     }
     Err(Error::data(
         name,
-        format!("{} {}s, one window needs {}", tokens.len(), config.tokenizer.unit(), config.sequence + 1),
+        format!("{} {}s, one window needs {}", tokens.len(), config.tokenizer.unit(), sequence + 1),
         "lower data.sequence, change data.held_out or use a longer text",
     ))
 }
@@ -241,7 +287,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         std::fs::write(&path, (0..100).collect::<Vec<u8>>()).unwrap();
-        let corpus = Corpus::open(&config(path), 1, None).unwrap();
+        let corpus = Corpus::open(&config(path), 1, 8, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (75, 25));
         assert_eq!(read(&corpus.held_out)[0], 75);
     }
@@ -252,20 +298,34 @@ mod tests {
         let path = folder.path().join("a.txt");
         std::fs::write(&path, "a b c a b c a b\nc a b c a b\nc a a a a a a\nb b b b b b d d\n").unwrap();
         let words = DataConfig { tokenizer: Tokenizer::Words, min_count: 2, sequence: 4, ..config(path.clone()) };
-        let corpus = Corpus::open(&words, 1, None).unwrap();
+        let corpus = Corpus::open(&words, 1, 8, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (24, 9));
         assert_eq!(corpus.vocabulary.listed().tokens, ["a", "b", "c", "<eos>", "<unk>"]);
         assert_eq!(read(&corpus.held_out), [1, 1, 1, 1, 1, 1, 4, 4, 3]);
         // Nothing is left out of the training part now: `d`, which only stands behind it, has no number.
-        let error = Corpus::open(&DataConfig { min_count: 1, ..words }, 1, None).unwrap_err().to_string();
+        let error = Corpus::open(&DataConfig { min_count: 1, ..words }, 1, 8, None).unwrap_err().to_string();
         assert!(error.contains("a.txt: the word `d` is not in the vocabulary, which has no `<unk>`"), "{error}");
+    }
+
+    #[test]
+    fn characters_are_those_of_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "abc abc ".repeat(10)).unwrap();
+        let characters = DataConfig { tokenizer: Tokenizer::Characters, ..config(path.clone()) };
+        let corpus = Corpus::open(&characters, 1, 8, None).unwrap();
+        assert_eq!((corpus.vocabulary.len(), corpus.train.len(), corpus.held_out.len()), (4, 60, 20));
+        // Words of a text without lines are cut between words.
+        let words = DataConfig { tokenizer: Tokenizer::Words, sequence: 4, ..config(path) };
+        let corpus = Corpus::open(&words, 1, 4, None).unwrap();
+        assert_eq!((corpus.train.len(), corpus.held_out.len()), (16, 6));
     }
 
     #[test]
     fn missing_empty_and_short_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
-        let message = |path: &PathBuf| Corpus::open(&config(path.clone()), 1, None).unwrap_err().to_string();
+        let message = |path: &PathBuf| Corpus::open(&config(path.clone()), 1, 8, None).unwrap_err().to_string();
         assert!(message(&path).contains("a.txt: cannot be opened"), "{}", message(&path));
         std::fs::write(&path, b"").unwrap();
         assert!(message(&path).contains("a.txt: empty"), "{}", message(&path));
@@ -283,15 +343,20 @@ mod tests {
         let ids: Vec<u8> = (0..30).map(|i| i % 3).collect();
         let splits = vec![("train", ids.clone()), ("test", ids[..12].to_vec())];
         prepared::write(&path, source, &vocabulary, splits).unwrap();
-        let error = Corpus::open(&config(path.clone()), 1, None).unwrap_err().to_string();
+        let error = Corpus::open(&config(path.clone()), 1, 8, None).unwrap_err().to_string();
         assert!(error.contains("prepared with tokenizer `words`, the config has `bytes`"), "{error}");
         let held_out = HeldOut::File("test".into());
         let words = DataConfig { tokenizer: Tokenizer::Words, held_out, ..config(path) };
-        let corpus = Corpus::open(&words, 1, None).unwrap();
+        let corpus = Corpus::open(&words, 1, 8, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len(), corpus.vocabulary.len()), (30, 12, 3));
-        let error = Corpus::open(&words, 1, Some(&Vocabulary::bytes())).unwrap_err().to_string();
+        let error = Corpus::open(&words, 1, 8, Some(&Vocabulary::bytes())).unwrap_err().to_string();
         assert!(error.contains("its vocabulary is not that of the weights"), "{error}");
+        let refused = |config: &DataConfig| Corpus::open(config, 1, 8, None).unwrap_err().to_string();
+        let rare = refused(&DataConfig { min_count: 3, ..words.clone() });
+        assert!(rare.contains("`data.min_count`: found 3;") && rare.contains("is prepared"), "{rare}");
+        let text = DataConfig { path: None, paths: words.path.clone().map(|path| vec![path]), ..words.clone() };
+        assert!(refused(&text).contains("a prepared file where a text is read"), "{}", refused(&text));
         let missing = DataConfig { held_out: HeldOut::File("valid".into()), ..words };
-        assert!(Corpus::open(&missing, 1, None).unwrap_err().to_string().contains("no split `valid`"));
+        assert!(Corpus::open(&missing, 1, 8, None).unwrap_err().to_string().contains("no split `valid`"));
     }
 }

@@ -106,6 +106,9 @@ impl Prepared {
 /// The header, and where the tokens start.
 fn read_header(bytes: &[u8]) -> std::result::Result<(Header, usize), String> {
     let fixed = MAGIC.len() + 8;
+    if !bytes.starts_with(MAGIC) {
+        return Err("not a prepared file".into());
+    }
     let length = bytes.get(MAGIC.len()..fixed).ok_or("no header")?;
     let length = u64::from_le_bytes(length.try_into().map_err(|_| "no header")?);
     let end = usize::try_from(length).ok().and_then(|length| fixed.checked_add(length)).ok_or("no header")?;

@@ -130,6 +130,9 @@ impl Tokens {
     /// The share of the tokens below each of `cutoffs`, from the one before on, and of the rest; counted in blocks that
     /// are spread over the whole.
     pub fn shares(&self, cutoffs: &[usize]) -> Vec<f64> {
+        if cutoffs.is_empty() {
+            return vec![1.0];
+        }
         let (blocks, length) = (64, 1 << 14);
         let mut counts = vec![0usize; cutoffs.len() + 1];
         let mut block = Vec::new();
@@ -178,7 +181,8 @@ impl Tokens {
 /// # Errors
 /// [`Error::Data`] for a file that cannot be opened or is empty.
 pub fn map(path: &Path) -> Result<Mmap> {
-    let wrong = |problem: String| Error::data(path.display(), problem, "check data.path");
+    let wrong =
+        |problem: String| Error::data(path.display(), problem, "check the path, which is relative to this folder");
     let file = File::open(path).map_err(|error| wrong(format!("cannot be opened ({error})")))?;
     let kind = file.metadata().map_err(|error| wrong(error.to_string()))?;
     if !kind.is_file() {

@@ -133,7 +133,7 @@ impl Vocabulary {
         }
     }
 
-    /// Never: even an empty text has its line's end.
+    /// Whether there are no tokens at all.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -2,8 +2,9 @@
 
 use std::fs;
 
+use crate::config::Order;
 use crate::grid::Place;
-use crate::model;
+use crate::model::{self, Stack};
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::setup::Setup;
@@ -19,7 +20,7 @@ pub struct Prediction {
     /// With a tied table also its parts that wait for each other.
     pub gradient: u64,
     pub optimizer: u64,
-    /// `a_k + 1` microbatches.
+    /// `a_k + 1` microbatches, and what the layers remember.
     pub activations: u64,
     /// What one backward and the links need for a moment.
     pub transient: u64,
@@ -36,7 +37,8 @@ impl Prediction {
         let ends = held.iter().flat_map(|place| setup.table_ends(place.stage)).count() as u64;
         if ends > 0 {
             let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
-            let parts = setup.schedule.delays[0] as u64 + 3;
+            // Parts wait on stage 0's device; the other copy only gets sums.
+            let parts = if rank % setup.grid.devices() == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
             sum.weights += setup.schedule.tables_held(rank % setup.grid.devices()) as u64 * table;
             sum.gradient += (ends + parts) * table;
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
@@ -56,10 +58,16 @@ impl Prediction {
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
         let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
         let transient = (tokens * stack.transient_per_token() as u64 + stack.transient() as u64) * VALUE + messages;
+        let transient = transient.max(evaluation(setup, &stack));
+        // What the layers remember of every microbatch, and what those under way have seen.
+        let remembered = (setup.rows * setup.config.model.mem_len * stack.remembering()) as u64;
+        let remembered = remembered * setup.config.model.d_model as u64 * VALUE;
+        let memories = (setup.config.microbatches as u64 + held) * remembered;
         self.weights += schedule.versions_held(place.stage) as u64 * flat;
         self.gradient += flat;
         self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;
         self.activations += if setup.config.recompute { held * hidden + saved } else { held * saved };
+        self.activations += memories;
         // The two stages of a device take turns.
         self.transient = self.transient.max(transient);
     }
@@ -67,6 +75,20 @@ impl Prediction {
     pub fn total(&self) -> u64 {
         self.weights + self.gradient + self.optimizer + self.activations + self.transient
     }
+}
+
+/// What an evaluation holds at most: nothing is kept but memories, and one layer's work.
+fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
+    if setup.schedule.evals.is_none() {
+        return 0;
+    }
+    let rows = match setup.config.order() {
+        Order::Shuffled => setup.rows,
+        Order::Streams => setup.eval_share,
+    };
+    let remembered = setup.config.eval_mem_len() * stack.remembering() * setup.config.model.d_model;
+    let work = setup.config.eval_sequence() * stack.evaluation_per_token();
+    (rows * (remembered + work)) as u64 * VALUE
 }
 
 /// Measures how far the resident memory of this process rises above where it stood.

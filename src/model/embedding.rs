@@ -100,3 +100,34 @@ impl Layer for Embedding {
         self.clusters.iter().map(|c| (c.tokens * c.width) as usize).max().unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Memory;
+    use super::*;
+    use crate::config::ModelConfig;
+    use crate::schedule::Tie;
+
+    /// Clusters as wide as the model are one table, cut in pieces; narrow ones are their rows, projected.
+    #[test]
+    fn clusters_look_up_what_one_table_would() {
+        let config = ModelConfig { arch: Arch::TransformerXl, d_model: 8, tie: Tie::Untied, ..ModelConfig::default() };
+        let tokens = Tensor::from_slice(&[0i64, 4, 5, 11, 8, 9, 5, 0, 3, 4, 10, 1]).view([2, 6]);
+        let lookup = |config: &ModelConfig, weights: &[Tensor]| {
+            let embedding = Embedding::new(&Dimensions::new(config, 12, 6));
+            embedding.forward(weights, &tokens, &mut Memory::new(0).of(1)[0], None).unwrap()
+        };
+        let random = |shape: [i64; 2]| Tensor::randn(shape, (tch::Kind::Double, tch::Device::Cpu));
+        let table = random([12, 8]);
+        let parts = [table.narrow(0, 0, 5), table.narrow(0, 5, 4), table.narrow(0, 9, 3)];
+        let cut = ModelConfig { cutoffs: vec![5, 9], ..config.clone() };
+        assert_eq!(lookup(&cut, &parts), lookup(&config, &[table]));
+
+        let narrow = ModelConfig { div_val: 2, ..cut };
+        let (a, b, c, p, q) = (random([5, 8]), random([4, 4]), random([3, 2]), random([8, 4]), random([8, 2]));
+        let table = Tensor::cat(&[&a, &b.matmul(&p.tr()), &c.matmul(&q.tr())], 0);
+        let found = lookup(&narrow, &[a, b, p, c, q]);
+        let far = (found - lookup(&config, &[table])).abs().max().double_value(&[]);
+        assert!(far < 1e-12, "{far:e}");
+    }
+}

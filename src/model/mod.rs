@@ -23,158 +23,36 @@
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
 //!
-//! With cut-offs there is one of each for every cluster i of n_i tokens: embedding.tokens.i, head.weight.i [n_i, w_i],
+//! Where the rows of a table are not D wide, embedding.projection and head.projection [D, width] stand beside it. With
+//! cut-offs there is one of each for every cluster i of n_i tokens: embedding.tokens.i, head.weight.i [n_i, w_i],
 //! embedding.projection.i, head.projection.i [D, w_i] (where w_i is not D) and head.bias.i [n_i]; and
 //! head.clusters.weight [clusters - 1, w_0], .bias: the entries of the further clusters in the first softmax.
 
-mod block;
+mod parameter;
 mod clusters;
+mod dimensions;
+mod dropout;
+mod memory;
+mod block;
 mod embedding;
 mod head;
 mod xl;
+mod costs;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::config::{Arch, ModelConfig, Norm};
+pub use costs::{LayerCosts, costs};
+pub use dimensions::Dimensions;
+pub use dropout::Dropout;
+pub use memory::{Memory, Remembered};
+pub use parameter::{Init, Parameter, initial};
+use parameter::{TABLE_STD, matrix_std};
+
+use crate::config::Arch;
 use crate::error::Result;
-use crate::random::{self, DropoutKey};
-use crate::schedule::Tie;
-
-/// How a parameter begins.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Init {
-    Zeros,
-    Ones,
-    /// Normal with mean 0 and this standard deviation.
-    Normal(f64),
-}
-
-/// A parameter: its global name, shape and first values.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Parameter {
-    pub name: String,
-    pub shape: Vec<i64>,
-    pub init: Init,
-    /// Whether it belongs to the table that embedding and head share.
-    pub tied: bool,
-}
-
-impl Parameter {
-    fn new(name: String, shape: &[i64], init: Init) -> Parameter {
-        Parameter { name, shape: shape.to_vec(), init, tied: false }
-    }
-
-    /// Elements.
-    pub fn count(&self) -> usize {
-        self.shape.iter().product::<i64>() as usize
-    }
-
-    /// Whether weight decay applies: to matrices only.
-    pub fn decays(&self) -> bool {
-        self.shape.len() >= 2
-    }
-}
-
-/// The sizes that every layer is made from.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Dimensions {
-    pub layers: usize,
-    pub d_model: i64,
-    pub heads: i64,
-    pub d_ff: i64,
-    pub vocabulary: i64,
-    pub sequence: i64,
-    pub dropout: f64,
-    /// Tokens after which a new cluster of the vocabulary begins.
-    pub cutoffs: Vec<i64>,
-    pub div_val: i64,
-    /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is known.
-    pub shares: Vec<f64>,
-    /// Of the rows of the embedding's and the head's first cluster.
-    pub embedding_width: i64,
-    pub head_width: i64,
-    /// Whether the head's matrix is the embedding's table.
-    pub tied: bool,
-    pub arch: Arch,
-    /// M, the tokens that a layer remembers of earlier segments while training.
-    pub mem_len: i64,
-    /// Distances beyond this one count as this one.
-    pub clamp_len: Option<i64>,
-    /// Every query looks at as many keys.
-    pub same_length: bool,
-    /// Normalisation before each branch, else after it.
-    pub pre_norm: bool,
-    pub attention_dropout: f64,
-}
-
-impl Dimensions {
-    /// The sizes of a config's model over `vocabulary` tokens and sequences of `sequence`.
-    pub fn new(model: &ModelConfig, vocabulary: usize, sequence: usize) -> Dimensions {
-        let cutoffs: Vec<i64> = model.cutoffs.iter().map(|cut| *cut as i64).collect();
-        Dimensions {
-            layers: model.layers,
-            d_model: model.d_model as i64,
-            heads: model.heads as i64,
-            d_ff: model.d_ff as i64,
-            vocabulary: vocabulary as i64,
-            sequence: sequence as i64,
-            dropout: model.dropout,
-            shares: clusters::zipf(&cutoffs, vocabulary as i64),
-            cutoffs,
-            div_val: model.div_val as i64,
-            embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
-            head_width: model.head_width.unwrap_or(model.d_model) as i64,
-            tied: model.tie != Tie::Untied,
-            arch: model.arch,
-            mem_len: model.mem_len as i64,
-            clamp_len: model.clamp_len.map(|clamp| clamp as i64),
-            same_length: model.same_length,
-            pre_norm: model.norm() == Norm::Pre,
-            attention_dropout: model.attention_dropout,
-        }
-    }
-}
-
-/// Dropout of one microbatch: the same masks whenever it is run. Evaluation has none.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Dropout {
-    pub rate: f64,
-    /// Of the probabilities of the attention.
-    pub attention_rate: f64,
-    pub seed: u64,
-    pub step: usize,
-    pub replica: usize,
-    pub microbatch: usize,
-}
-
-impl Dropout {
-    /// The same for the probabilities of the attention.
-    fn attention(self) -> Dropout {
-        Dropout { rate: self.attention_rate, ..self }
-    }
-
-    fn apply(self, x: Tensor, layer: usize, site: usize) -> Result<Tensor> {
-        if self.rate == 0.0 {
-            return Ok(x);
-        }
-        let Dropout { rate, seed, step, replica, microbatch, .. } = self;
-        let key = DropoutKey { seed, step, replica, microbatch, layer, site };
-        let mask = random::dropout_mask(key, rate, x.numel());
-        Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view(&x.size()[..])?)?)
-    }
-}
-
-/// Standard deviation of the first values of tables and of the head, as in GPT-2 (Radford et al. 2019).
-const TABLE_STD: f64 = 0.02;
-
-/// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small init" of Nguyen and
-/// Salazar 2019. It is GPT-2's 0.02 at D = 1000, and learns faster where D is small.
-fn matrix_std(d_model: i64) -> f64 {
-    (2.0 / (5.0 * d_model as f64)).sqrt()
-}
 
 /// One layer of the model; its parameters are handed to it, in the order of `parameters`.
 trait Layer: Send + Sync {
@@ -193,85 +71,13 @@ trait Layer: Send + Sync {
     fn saved_per_token(&self) -> usize;
     /// f32 values a token that its backward needs for a moment besides those that are kept.
     fn transient_per_token(&self) -> usize;
+    /// Whether it remembers earlier segments.
+    fn remembers(&self) -> bool {
+        false
+    }
     /// f32 values that its backward needs for a moment, whatever the tokens.
     fn transient(&self) -> usize {
         0
-    }
-}
-
-/// Multiply-adds a token of one forward: what the partition balances.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LayerCosts {
-    pub embedding: f64,
-    pub block: f64,
-    pub head: f64,
-}
-
-/// The stated costs: `4 D^2 + 2 D F` for a block's matrices and `T D` for its causal attention, `D V` for the head (of
-/// an adaptive one the first cluster, and of the others what falls into them), and the additions of the embedding, `2 D`. A Transformer-XL makes keys and values of the memory too,
-/// `2 D^2 M / T` more, and three products over the whole context, `3 (M + T) D`.
-pub fn costs(d: &Dimensions) -> LayerCosts {
-    let (dm, f, t, m) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64, d.mem_len as f64);
-    let attention = match d.arch {
-        Arch::Transformer => t * dm,
-        Arch::TransformerXl => 2.0 * dm * dm * m / t + 3.0 * (m + t) * dm,
-    };
-    let head = head::Head::new(d).cost();
-    LayerCosts { embedding: 2.0 * dm, block: 4.0 * dm * dm + 2.0 * dm * f + attention, head }
-}
-
-/// What one layer remembers: its own last inputs, without gradient.
-#[derive(Debug)]
-pub struct Remembered {
-    /// M: how many tokens at most.
-    limit: i64,
-    /// [b, up to M, D]; none at the beginning of a stream.
-    states: Option<Tensor>,
-}
-
-impl Remembered {
-    /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is remembered.
-    fn extend(&mut self, x: &Tensor) -> Result<Tensor> {
-        let context = match &self.states {
-            Some(states) => Tensor::f_cat(&[states, x], 1)?,
-            None => x.shallow_clone(),
-        };
-        let (length, t) = (context.size()[1], x.size()[1]);
-        let kept = length.min(self.limit);
-        // Where the segment is enough, it is not kept alive twice.
-        self.states = match kept {
-            0 => None,
-            _ if kept <= t => Some(x.f_narrow(1, t - kept, kept)?.f_detach()?),
-            _ => Some(context.f_narrow(1, length - kept, kept)?.f_detach()?.f_contiguous()?),
-        };
-        Ok(context)
-    }
-}
-
-/// What the layers of a stack remember of the segments before. It carries no gradient and never travels.
-#[derive(Debug)]
-pub struct Memory {
-    limit: usize,
-    layers: Vec<Remembered>,
-}
-
-impl Memory {
-    /// Nothing yet; up to `limit` tokens later.
-    pub fn new(limit: usize) -> Memory {
-        Memory { limit, layers: Vec::new() }
-    }
-
-    /// Another handle of the same memory.
-    pub fn shallow_clone(&self) -> Memory {
-        let copy = |r: &Remembered| Remembered { limit: r.limit, states: r.states.as_ref().map(Tensor::shallow_clone) };
-        Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
-    }
-
-    /// The memories of `count` layers.
-    fn of(&mut self, count: usize) -> &mut [Remembered] {
-        let limit = self.limit as i64;
-        self.layers.resize_with(count, || Remembered { limit, states: None });
-        &mut self.layers
     }
 }
 
@@ -434,6 +240,18 @@ impl Stack {
         most.saturating_sub(self.saved_per_token())
     }
 
+    /// f32 values a token that an evaluation holds at most: the layer or the head that needs most.
+    pub fn evaluation_per_token(&self) -> usize {
+        let of = |layer: &dyn Layer| layer.saved_per_token() + layer.transient_per_token();
+        let head = self.head.as_ref().map_or(0, |(head, _)| head.saved_per_token() + head.transient_per_token());
+        self.layers.iter().map(|(layer, _)| of(layer.as_ref())).fold(head, usize::max)
+    }
+
+    /// How many layers remember earlier segments.
+    pub fn remembering(&self) -> usize {
+        self.layers.iter().filter(|(layer, _)| layer.remembers()).count()
+    }
+
     /// f32 values that a backward holds for a moment, whatever the tokens.
     pub fn transient(&self) -> usize {
         let head = self.head.as_ref().map_or(0, |(head, _)| head.transient());
@@ -457,19 +275,6 @@ pub fn count(dimensions: &Dimensions) -> usize {
     parameters(dimensions).iter().map(Parameter::count).sum()
 }
 
-/// The first values of a parameter: a pure function of the seed and the name.
-pub fn initial(parameter: &Parameter, seed: u64) -> Vec<f32> {
-    match parameter.init {
-        Init::Zeros => vec![0.0; parameter.count()],
-        Init::Ones => vec![1.0; parameter.count()],
-        Init::Normal(std) => {
-            let mut values = random::normal(seed, &parameter.name, parameter.count());
-            values.iter_mut().for_each(|v| *v *= std as f32);
-            values
-        }
-    }
-}
-
 /// Layer normalisation over the last dimension, with weight and bias.
 fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     Ok(x.f_layer_norm(weight.size(), Some(weight), Some(bias), 1e-5, true)?)
@@ -478,6 +283,8 @@ fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ModelConfig;
+    use crate::schedule::Tie;
 
     fn dimensions() -> Dimensions {
         let config =

@@ -155,15 +155,15 @@ impl XlBlock {
             None => Ok(y),
         }
     }
-
-    fn context_per_token(&self) -> usize {
-        ((self.d.mem_len + self.d.sequence) as usize).div_ceil(self.d.sequence as usize)
-    }
 }
 
 impl Layer for XlBlock {
     fn name(&self) -> String {
         format!("layers.{}", self.layer)
+    }
+
+    fn remembers(&self) -> bool {
+        true
     }
 
     fn parameters(&self) -> Vec<Parameter> {
@@ -217,20 +217,56 @@ impl Layer for XlBlock {
         norm2(&x.f_add(&self.dropped(dropout, y, MLP)?)?)
     }
 
-    /// Input, queries twice with their biases and permuted, attention's output twice, the sums before and after both
-    /// norms: 9 D; context, keys and values, and their permuted copies: 5 D a token of the context; probabilities: H L;
-    /// inside the ReLU: F twice; with dropout the masks, and dropped values beside those that are kept.
+    /// Post-LN: input, both queries, attention's output, the input of either norm and the output of the first: 7 D;
+    /// context, keys and values: 3 D a token of the context. Pre-LN: without the input and one norm, but the context
+    /// twice. Probabilities: H L; the ReLU's output: F. With dropout the masks, and dropped values beside those that are
+    /// kept.
     fn saved_per_token(&self) -> usize {
         let (d, f, h) = (self.d.d_model as usize, self.d.d_ff as usize, self.d.heads as usize);
-        let context = self.context_per_token();
-        let scores = h * (self.d.mem_len + self.d.sequence) as usize;
+        let (tokens, context) = if self.d.pre_norm { (5, 4) } else { (7, 3) };
+        let length = (self.d.mem_len + self.d.sequence) as usize;
+        let scores = h * length;
         let masks = if self.d.dropout > 0.0 { 2 * d + 2 * f } else { 0 };
         let attention_masks = if self.d.attention_dropout > 0.0 { 2 * scores } else { 0 };
-        9 * d + 5 * d * context + scores + 2 * f + 4 + masks + attention_masks
+        tokens * d + context * d * length / self.d.sequence as usize + scores + f + 4 + masks + attention_masks
     }
 
     /// The gradient of the scores, of the shifted scores and its copy in full rows.
     fn transient_per_token(&self) -> usize {
         3 * (self.d.heads * (self.d.mem_len + self.d.sequence + 1)) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Memory, Stack, initial};
+    use super::*;
+    use crate::config::{Arch, ModelConfig};
+    use crate::schedule::Tie;
+
+    /// One layer that reads three segments with enough memory gives what it gives on all of them at once.
+    #[test]
+    fn a_memory_is_a_longer_context() {
+        let config = ModelConfig {
+            arch: Arch::TransformerXl,
+            layers: 3,
+            d_model: 16,
+            heads: 2,
+            d_ff: 24,
+            tie: Tie::Untied,
+            mem_len: 12,
+            ..ModelConfig::default()
+        };
+        let stack = Stack::new(&Dimensions::new(&config, 5, 4), 1..2);
+        let value = |p: &Parameter| Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).to_kind(Kind::Double);
+        let weights: Vec<Tensor> = stack.parameters().iter().map(value).collect();
+        let x = Tensor::randn([2, 12, 16], (Kind::Double, tch::Device::Cpu));
+        let whole = stack.forward(&weights, &x, &mut Memory::new(0), None).unwrap();
+        let mut memory = Memory::new(12);
+        for segment in 0..3 {
+            let part = stack.forward(&weights, &x.narrow(1, 4 * segment, 4), &mut memory, None).unwrap();
+            let far = (part - whole.narrow(1, 4 * segment, 4)).abs().max().double_value(&[]);
+            assert!(far < 1e-12, "segment {segment}: {far:e}");
+        }
     }
 }

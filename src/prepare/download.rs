@@ -79,7 +79,8 @@ pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
             Ok(()) => {
                 if let Err(error) = check(&part, sha256) {
                     let _ = fs::remove_file(&part);
-                    return Err(error);
+                    problems.push(format!("{address}: {error}"));
+                    continue;
                 }
                 let renamed = fs::rename(&part, path);
                 return renamed.map_err(|error| Error::data(path.display(), error, "make the folder writable"));

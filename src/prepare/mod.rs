@@ -35,8 +35,8 @@ pub struct Request {
     pub tokenizer: Option<Tokenizer>,
     pub min_count: usize,
     pub vocabulary: Option<PathBuf>,
-    /// The share of a text that each of the splits `valid` and `test` gets.
-    pub held_out: f64,
+    /// The share of a text of one's own that each of the splits `valid` and `test` gets; none: 5 %.
+    pub held_out: Option<f64>,
 }
 
 /// A corpus that everybody knows.
@@ -51,6 +51,8 @@ struct Known {
 }
 
 const SPLITS: [&str; 3] = ["train", "valid", "test"];
+/// As usual for enwik8 and text8.
+const HELD_OUT: f64 = 0.05;
 
 const KNOWN: [Known; 3] = [
     Known {
@@ -89,10 +91,16 @@ type Texts = Vec<(&'static str, Vec<u8>)>;
 pub fn prepare(request: &Request) -> Result<PathBuf> {
     let known = KNOWN.iter().find(|known| known.name == request.what);
     let tokenizer = request.tokenizer.unwrap_or(known.map_or(Tokenizer::Bytes, |known| known.tokenizer));
-    for (option, given) in [("--min-count", request.min_count > 1), ("--vocabulary", request.vocabulary.is_some())] {
-        if given && tokenizer != Tokenizer::Words {
-            return Err(Error::config(option, "given", "is for --tokenizer words only; leave it out"));
+    let list = request.vocabulary.as_ref().map(|path| path.display().to_string());
+    let rare = (request.min_count > 1).then(|| request.min_count.to_string());
+    for (option, found) in [("--min-count", rare), ("--vocabulary", list)] {
+        if let Some(found) = found.filter(|_| tokenizer != Tokenizer::Words) {
+            return Err(Error::config(option, found, "is for --tokenizer words only; leave it out"));
         }
+    }
+    if let Some(fraction) = request.held_out.filter(|_| known.is_some()) {
+        let remedy = format!("the splits of {} are fixed; leave it out", request.what);
+        return Err(Error::config("--held-out", fraction, remedy));
     }
     match known {
         Some(known) => prepare_known(request, known),
@@ -104,13 +112,14 @@ fn prepare_known(request: &Request, known: &Known) -> Result<PathBuf> {
     let tokenizer = request.tokenizer.unwrap_or(known.tokenizer);
     let out = request.out.clone().unwrap_or_else(|| request.dir.join(format!("{}.tokens", known.name)));
     let sha256 = request.sha256.clone().unwrap_or_else(|| known.sha256.to_owned()).to_lowercase();
-    let source = Source { name: known.name.to_owned(), sha256: sha256.clone(), how: how(request, tokenizer) };
+    let source = Source { name: known.name.to_owned(), sha256: sha256.clone(), how: how(request, tokenizer)? };
     if is_done(&out, &source)? {
         return Ok(out);
     }
+    make_folder_of(&out)?;
     let archive = archive(request, known, &sha256)?;
     println!("{}: unpacking", archive.display());
-    let texts = unpack(&archive, known)?;
+    let texts = unpack(&archive, known, tokenizer)?;
     finish(request, &out, source, texts, tokenizer)
 }
 
@@ -126,7 +135,7 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
             return Err(Error::config(option, "given", remedy));
         }
     }
-    let fraction = request.held_out;
+    let fraction = request.held_out.unwrap_or(HELD_OUT);
     if !(fraction > 0.0 && fraction < 0.5) {
         return Err(Error::config("--held-out", fraction, "a share above 0 and below 0.5 for each of valid and test"));
     }
@@ -140,18 +149,27 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
     let tokenizer = request.tokenizer.unwrap_or(Tokenizer::Bytes);
     let name = path.file_name().map_or(request.what.clone(), |name| name.to_string_lossy().into_owned());
     let out = request.out.clone().unwrap_or_else(|| request.dir.join(format!("{name}.tokens")));
-    let source = Source { name, sha256: download::digest_of(&bytes), how: how(request, tokenizer) };
+    let source = Source { name, sha256: download::digest_of(&bytes), how: how(request, tokenizer)? };
     if is_done(&out, &source)? {
         return Ok(out);
     }
+    make_folder_of(&out)?;
     let texts = cut(bytes, &request.what, tokenizer, fraction)?;
     finish(request, &out, source, texts, tokenizer)
 }
 
 /// What else than the text decides a prepared file.
-fn how(request: &Request, tokenizer: Tokenizer) -> String {
-    let list = request.vocabulary.as_ref().map_or(String::new(), |path| format!(", words of {}", path.display()));
-    format!("{}, min_count {}, held_out {}{list}", tokenizer.word(), request.min_count, request.held_out)
+fn how(request: &Request, tokenizer: Tokenizer) -> Result<String> {
+    let mut how = tokenizer.word().to_owned();
+    if let Some(fraction) = request.held_out {
+        how.push_str(&format!(", held_out {fraction}"));
+    }
+    match &request.vocabulary {
+        Some(path) => how.push_str(&format!(", words of SHA-256 {}", download::digest(path)?)),
+        None if tokenizer == Tokenizer::Words => how.push_str(&format!(", min_count {}", request.min_count)),
+        None => {}
+    }
+    Ok(how)
 }
 
 /// Whether the prepared file is there already. One of another source or made in another way is not overwritten.
@@ -159,7 +177,11 @@ fn is_done(out: &Path, source: &Source) -> Result<bool> {
     if !out.exists() {
         return Ok(false);
     }
-    let found = Prepared::open(out)?.header.source;
+    let unusable = |error| match error {
+        Error::Data { path, problem, .. } => Error::Data { path, problem, remedy: "remove it and run again".into() },
+        other => other,
+    };
+    let found = Prepared::open(out).map_err(unusable)?.header.source;
     if found == *source {
         println!("{}: prepared already", out.display());
         return Ok(true);
@@ -177,7 +199,14 @@ fn archive(request: &Request, known: &Known, sha256: &str) -> Result<PathBuf> {
     make_folder(&request.dir)?;
     let path = request.dir.join(known.archive);
     if path.exists() {
-        download::check(&path, sha256)?;
+        let stale = |error| match error {
+            Error::Data { path, problem, .. } => {
+                let remedy = "remove it and run again, or give --sha256 if it is meant to be another".into();
+                Error::Data { path, problem, remedy }
+            }
+            other => other,
+        };
+        download::check(&path, sha256).map_err(stale)?;
         return Ok(path);
     }
     let addresses: Vec<String> = match &request.mirror {
@@ -196,8 +225,15 @@ fn make_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(wrong)
 }
 
+/// The folder of the prepared file.
+fn make_folder_of(out: &Path) -> Result<()> {
+    let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) else { return Ok(()) };
+    let wrong = |error| Error::config("--out", out.display(), format!("its folder cannot be made ({error})"));
+    fs::create_dir_all(folder).map_err(wrong)
+}
+
 /// The texts of an archive.
-fn unpack(archive: &Path, known: &Known) -> Result<Texts> {
+fn unpack(archive: &Path, known: &Known, tokenizer: Tokenizer) -> Result<Texts> {
     let wrong = |problem: String| Error::data(archive.display(), problem, "fetch it again, or give another --archive");
     let file = File::open(archive).map_err(|error| wrong(error.to_string()))?;
     let mut zip = zip::ZipArchive::new(file).map_err(|error| wrong(format!("not a zip archive ({error})")))?;
@@ -210,7 +246,7 @@ fn unpack(archive: &Path, known: &Known) -> Result<Texts> {
         Ok(bytes)
     };
     if let [only] = known.files {
-        return cut(read(only)?, only, known.tokenizer, 0.05);
+        return cut(read(only)?, only, tokenizer, HELD_OUT);
     }
     SPLITS.into_iter().zip(known.files).map(|(split, name)| Ok((split, read(name)?))).collect()
 }
@@ -234,9 +270,7 @@ fn cut(bytes: Vec<u8>, name: &str, tokenizer: Tokenizer, fraction: f64) -> Resul
 
 /// Tokenises the splits and writes the prepared file.
 fn finish(request: &Request, out: &Path, source: Source, texts: Texts, tokenizer: Tokenizer) -> Result<PathBuf> {
-    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        make_folder(folder)?;
-    }
+    let name = |split: &str| format!("{} ({split})", request.what);
     let header = match tokenizer {
         Tokenizer::Bytes => prepared::write(out, source, &Vocabulary::bytes(), texts)?,
         _ => {
@@ -247,20 +281,31 @@ fn finish(request: &Request, out: &Path, source: Source, texts: Texts, tokenizer
                 ..DataConfig::default()
             };
             let texts: Vec<(&str, &str)> =
-                texts.iter().map(|(split, bytes)| Ok((*split, utf8(bytes, split)?))).collect::<Result<_>>()?;
+                texts.iter().map(|(split, bytes)| Ok((*split, utf8(bytes, &name(split))?))).collect::<Result<_>>()?;
             let others: Vec<&str> = texts[1..].iter().map(|(_, text)| *text).collect();
             println!("{}: counting {}s", out.display(), tokenizer.unit());
             let vocabulary = made(&config, texts[0].1, &others)?;
             let mut splits = Vec::new();
             for (split, text) in texts {
                 println!("{}: tokenising {split}", out.display());
-                splits.push((split, vocabulary.encode_bytes(text, split)?));
+                splits.push((split, vocabulary.encode_bytes(text, &name(split)).map_err(in_options)?));
             }
             prepared::write(out, source, &vocabulary, splits)?
         }
     };
     println!("{}: {}", out.display(), describe(&header));
     Ok(out.to_owned())
+}
+
+/// The remedies of unknown words name settings of a config; here they are options.
+fn in_options(error: Error) -> Error {
+    match error {
+        Error::Data { path, problem, remedy } => {
+            let remedy = remedy.replace("set data.min_count = 2", "give --min-count 2");
+            Error::Data { path, problem, remedy: remedy.replace("a data.vocabulary", "a --vocabulary") }
+        }
+        other => other,
+    }
 }
 
 fn describe(header: &Header) -> String {

@@ -38,8 +38,7 @@ struct Ledger<'a> {
     /// The step whose gradient is being reduced: its buffer must not be touched.
     reduced: Option<usize>,
     updates: usize,
-    /// Parts of the table's gradient that are complete here, that came from the other end, and those that updates of
-    /// the table have used up.
+    /// Parts of the table's gradient that are complete here; parts, or sums, that came from the other end.
     parts: usize,
     received: usize,
     /// Steps before this one have their input part in an update.
@@ -138,20 +137,15 @@ impl<'a> Ledger<'a> {
                 }
                 self.parts += 1;
             }
-            Op::RecvPart => {
+            Op::RecvPart | Op::RecvTable => {
                 in_order(step, self.received)?;
                 self.received += 1;
             }
             Op::ReduceTable => {
                 in_order(step, self.tables)?;
                 let inputs = self.inputs(step);
-                let (mut input, mut output) = (self.parts, self.received);
-                if self.stage > 0 {
-                    (input, output) = (output, input);
-                } else if self.schedule.stages == 1 {
-                    output = input;
-                }
-                if input < inputs.end || output <= step {
+                let output = if self.schedule.stages == 1 { self.parts } else { self.received };
+                if self.parts < inputs.end || output <= step {
                     return Err("an all-reduce of the table without its parts".into());
                 }
                 if inputs.start != self.joined {
@@ -159,6 +153,14 @@ impl<'a> Ledger<'a> {
                 }
                 self.joined = inputs.end;
                 self.reduced_table = Some(step);
+            }
+            Op::SendTable if self.reduced_table != Some(step) => return Err("a sum that is not made".into()),
+            Op::UpdateTable if self.stage > 0 => {
+                in_order(step, self.tables)?;
+                if self.received != step + 1 {
+                    return Err("an update of the table without its sum".into());
+                }
+                self.tables += 1;
             }
             Op::UpdateTable => {
                 if self.reduced_table.take() != Some(step) {
@@ -175,7 +177,7 @@ impl<'a> Ledger<'a> {
 
     fn inputs(&self, step: usize) -> std::ops::Range<usize> {
         let sync = &self.schedule.sync;
-        self.schedule.table_inputs(step, sync.before(step), sync.after(step))
+        self.schedule.table_inputs(step, sync.before(step), sync.contains(step + 1))
     }
 
     /// The version of the table that `step` uses exists; on a stage that runs its forward early and its backward late,
@@ -204,7 +206,8 @@ impl<'a> Ledger<'a> {
         if self.updates != steps {
             return Err(format!("{} updates in {steps} steps", self.updates));
         }
-        if self.updates_table() && (self.tables != steps || self.joined != steps) {
+        let joined = if self.stage == 0 { self.joined } else { steps };
+        if self.updates_table() && (self.tables != steps || joined != steps) {
             return Err(format!("{} updates of the table in {steps} steps, {} parts", self.tables, self.joined));
         }
         Ok(())

@@ -16,7 +16,7 @@ pub struct Actions<'a> {
     next: Option<usize>,
     /// The step whose reduced gradient still waits for its update.
     pending_update: Option<usize>,
-    /// The next step whose update of the tied table has not been started, and the one that still has to be completed.
+    /// The next step whose update of the tied table has not been started, and the one that has been and is not complete.
     table: usize,
     pending_table: Option<usize>,
     queue: VecDeque<Action>,
@@ -124,88 +124,63 @@ impl<'a> Actions<'a> {
         }
     }
 
-    /// Whether another stage of this device updates the table.
-    fn shares_table(&self) -> bool {
-        self.schedule.placement == Placement::Ring && self.stage > 0
-    }
-
-    /// The last backward of a step is over: its part of the table's gradient is complete. The update starts where
-    /// nothing is left to wait for: under `aligned` the input's part is the later one, under `fresh` the head's is.
+    /// The last backward of a step is over: its part of the table's gradient is complete. Under `aligned` the input's
+    /// part is the later one, so stage 0 can start the update.
     fn table_after_step(&mut self, step: usize) {
-        if !self.schedule.uses_table(self.stage) {
-            return;
-        }
-        self.push(Op::Part, Pass::Train, step, 0);
-        let at_once = match self.schedule.tie {
-            Tie::Fresh => self.is_last(),
-            _ => self.stage == 0,
-        };
-        if at_once && !self.shares_table() {
-            self.start_table(step);
+        if self.schedule.uses_table(self.stage) {
+            self.push(Op::Part, Pass::Train, step, 0);
+            if self.stage == 0 && self.schedule.tie == Tie::Aligned {
+                self.start_table(step);
+            }
         }
     }
 
-    /// What the forward of microbatch `i` of the segment needs of the table.
+    /// Before the forward of microbatch `i` of the segment: the version that it uses is written by the update of the
+    /// step before it.
     fn table_before_forward(&mut self, i: usize) {
-        if !self.schedule.uses_table(self.stage) {
-            return;
-        }
-        let (m, sync) = (self.schedule.microbatches, self.segment.0);
-        let step = sync + i / m;
-        // The version that the forward uses is written by the update of the step before it.
-        let needed = version(sync, step, self.schedule.table_delay());
-        if self.shares_table() {
-            while self.table < needed {
-                self.push(Op::AwaitTable, Pass::Train, self.table, 0);
-                self.table += 1;
-            }
-            return;
-        }
-        // Where the other end's part has come before the message that this forward waits for, it costs nothing to start
-        // the update already: stage 0 sends the part of step t right before it forwards microbatch (t+1) m + a_0.
-        let early = match self.schedule.tie {
-            Tie::Aligned if self.is_last() => sync + i.saturating_sub(self.schedule.ahead[0]) / m,
-            _ => needed,
-        };
-        while self.table < needed.max(early) {
-            self.start_table(self.table);
-        }
-        if self.pending_table.is_some_and(|t| t < needed) {
-            self.finish_table();
-        }
+        let sync = self.segment.0;
+        let step = sync + i / self.schedule.microbatches;
+        self.table_updates(version(sync, step, self.schedule.table_delay()));
     }
 
     /// At the end of a segment every update is made.
     fn table_at_sync(&mut self, end: usize) {
-        if !self.schedule.uses_table(self.stage) {
-            return;
-        }
-        while self.table < end {
-            if self.shares_table() {
-                self.push(Op::AwaitTable, Pass::Train, self.table, 0);
-                self.table += 1;
-            } else {
-                self.start_table(self.table);
-            }
-        }
-        self.finish_table();
-        if self.schedule.placement == Placement::Line && self.schedule.stages > 1 {
+        self.table_updates(end);
+        let copies = self.schedule.placement == Placement::Line && self.schedule.stages > 1;
+        if copies && self.schedule.uses_table(self.stage) {
             self.push(Op::Digest, Pass::Train, end, 0);
         }
     }
 
-    /// Takes the parts of the other end that update `step` needs, and starts its all-reduce.
+    /// Makes the updates of the table before step `past`, as far as they are not made.
+    fn table_updates(&mut self, past: usize) {
+        if !self.schedule.uses_table(self.stage) {
+            return;
+        }
+        while self.table < past {
+            match (self.stage, self.schedule.placement) {
+                (0, _) => self.start_table(self.table),
+                (_, Placement::Line) => {
+                    self.push(Op::RecvTable, Pass::Train, self.table, 0);
+                    self.push(Op::UpdateTable, Pass::Train, self.table, 0);
+                    self.table += 1;
+                }
+                (_, Placement::Ring) => {
+                    self.push(Op::AwaitTable, Pass::Train, self.table, 0);
+                    self.table += 1;
+                }
+            }
+        }
+        if self.pending_table.is_some_and(|t| t < past) {
+            self.finish_table();
+        }
+    }
+
+    /// Stage 0 takes the head's part and starts the all-reduce.
     fn start_table(&mut self, step: usize) {
         self.finish_table();
-        let (from, to) = self.segment;
         if self.schedule.stages > 1 {
-            let parts = match self.stage {
-                0 => step..step + 1,
-                _ => self.schedule.table_inputs(step, from, to),
-            };
-            for part in parts {
-                self.push(Op::RecvPart, Pass::Train, part, 0);
-            }
+            self.push(Op::RecvPart, Pass::Train, step, 0);
         }
         self.push(Op::ReduceTable, Pass::Train, step, 0);
         self.pending_table = Some(step);
@@ -214,6 +189,9 @@ impl<'a> Actions<'a> {
 
     fn finish_table(&mut self) {
         if let Some(step) = self.pending_table.take() {
+            if self.schedule.placement == Placement::Line && self.schedule.stages > 1 {
+                self.push(Op::SendTable, Pass::Train, step, 0);
+            }
             self.push(Op::UpdateTable, Pass::Train, step, 0);
         }
     }

@@ -37,19 +37,22 @@
 //! ```
 //!
 //! (fresh: no input part for the first D_0 steps after a sync point; those still under way at the next one join the
-//! update of the last step before it.) The two ends do, for every step:
+//! update of the last step before it.) Stage 0 puts the parts together and reduces them; the last stage gets the reduced
+//! sum and makes the same update of its own copy. So the copies cannot differ by the order of any sum, and one all-reduce
+//! serves both:
 //!
 //! ```text
-//! stage 0     ... B(last)  P ----part----.    RP  TR  TU          P   the part is complete: hand it over
-//!                                         X                       RP  take the other's
-//! stage K-1   ... B(last)  P ----part----'    RP  TR  TU          TR  start the all-reduce of the whole over the replicas
-//!                                                                 TU  wait for it, write the next version
+//! stage K-1   ... B(last)  P --.                                      .--> RT  TU      P   the part is complete
+//!                              '--part--.                            |                RP  take the head's part
+//! stage 0     ... B(last)  P             '--> RP  TR   ...   ST --sum-'    TU          TR  start the all-reduce
+//!                                                                                     ST  wait for it, send the sum
+//!                                                                                     RT  take it
+//!                                                                                     TU  write the next version
 //! ```
 //!
-//! On a ring there is one table, and stage 0 updates it: the last stage only hands its part over, and before it needs
-//! a version it awaits the update (`AT`) that writes it. Under `aligned` nobody waits for a part: stage 0 takes the
-//! head's long after it was sent, and the head takes the input's before the forward that follows it down the
-//! pipeline, where it has to have arrived.
+//! On a ring there is one table, which stage 0 updates: the last stage hands its part over, and before it needs a
+//! version it awaits the update (`AT`) that writes it. Under `aligned` nobody waits: stage 0 takes the head's part long
+//! after it was sent, and sends the sum before the forward whose activations the last stage waits for anyway.
 
 mod check;
 mod draw;
@@ -87,11 +90,15 @@ pub enum Op {
     Update,
     /// The step's part of the tied table's gradient is complete: hand it to the other end.
     Part,
-    /// Take the other end's part.
+    /// Stage 0: take the head's part.
     RecvPart,
-    /// Put the parts of an update together and start their all-reduce.
+    /// Stage 0: put the parts of an update together and start their all-reduce.
     ReduceTable,
-    /// Wait for the all-reduce and write the next version of the table.
+    /// Stage 0: wait for the all-reduce and send the sum to the other copy.
+    SendTable,
+    /// Last stage: take the sum.
+    RecvTable,
+    /// Write the next version of the table.
     UpdateTable,
     /// The other stage of this device has updated the table that both share.
     AwaitTable,
@@ -100,7 +107,7 @@ pub enum Op {
 }
 
 impl Op {
-    const CODES: [(Op, &'static str); 15] = [
+    const CODES: [(Op, &'static str); 17] = [
         (Op::Load, "L"),
         (Op::RecvActivation, "RA"),
         (Op::Forward, "F"),
@@ -113,6 +120,8 @@ impl Op {
         (Op::Part, "P"),
         (Op::RecvPart, "RP"),
         (Op::ReduceTable, "TR"),
+        (Op::SendTable, "ST"),
+        (Op::RecvTable, "RT"),
         (Op::UpdateTable, "TU"),
         (Op::AwaitTable, "AT"),
         (Op::Digest, "D"),
@@ -126,7 +135,9 @@ impl Op {
     /// Whether the action belongs to a whole step instead of one microbatch.
     pub fn whole_step(self) -> bool {
         use Op::*;
-        matches!(self, Reduce | Update | Part | RecvPart | ReduceTable | UpdateTable | AwaitTable | Digest)
+        let table =
+            matches!(self, Part | RecvPart | ReduceTable | SendTable | RecvTable | UpdateTable | AwaitTable | Digest);
+        table || matches!(self, Reduce | Update)
     }
 }
 
@@ -306,11 +317,12 @@ impl Schedule {
         }
     }
 
-    /// The steps whose input parts join the update of step `t`, between the sync points `from` and `to`.
-    pub fn table_inputs(&self, t: usize, from: usize, to: usize) -> Range<usize> {
+    /// The steps whose input parts join the update of step `t`; `from` is the last sync point, and `last` says that the
+    /// next one comes right after the step.
+    pub fn table_inputs(&self, t: usize, from: usize, last: bool) -> Range<usize> {
         let delay = if self.tie == Tie::Fresh { self.delays[0] } else { 0 };
         let first = (t.max(from + delay) - delay).max(from);
-        let past = if t + 1 == to { to } else { (t + 1).saturating_sub(delay).max(from) };
+        let past = if last { t + 1 } else { (t + 1).saturating_sub(delay).max(from) };
         first.min(past)..past
     }
 
@@ -329,9 +341,11 @@ impl Schedule {
         self.ahead[stage] + 1
     }
 
-    /// More messages than can be under way on any link in one direction while training.
+    /// More messages than can be under way on any link in one direction while training: activations and gradients by the
+    /// lags, parts of the tied table by the delays.
     pub fn link_capacity(&self) -> usize {
-        self.ahead.iter().max().copied().unwrap_or(0) + 2
+        let most = |values: &[usize]| values.iter().max().copied().unwrap_or(0);
+        most(&self.ahead).max(most(&self.delays)) + 3
     }
 }
 
@@ -356,15 +370,15 @@ mod tests {
         let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
         schedule.tie = Tie::Aligned;
         assert_eq!(
-            (2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(),
+            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
             [2..3, 3..4, 4..5, 5..6, 6..7, 7..8]
         );
         schedule.tie = Tie::Fresh;
         assert_eq!(
-            (2..8).map(|t| schedule.table_inputs(t, 2, 8)).collect::<Vec<_>>(),
+            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
             [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]
         );
-        assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, 4)).collect::<Vec<_>>(), [2..2, 2..4]);
-        assert_eq!(schedule.table_inputs(2, 2, 3), 2..3);
+        assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, t == 3)).collect::<Vec<_>>(), [2..2, 2..4]);
+        assert_eq!(schedule.table_inputs(2, 2, true), 2..3);
     }
 }

@@ -39,6 +39,13 @@ struct Message {
     arrives: f64,
 }
 
+/// An all-reduce: when each member of the replica group has started it, and how many have used its sum.
+#[derive(Default)]
+struct Reduced {
+    started: Vec<f64>,
+    used: usize,
+}
+
 /// What is known of all places at some moment of a simulation.
 pub(super) struct World<'a> {
     schedule: &'a Schedule,
@@ -46,8 +53,8 @@ pub(super) struct World<'a> {
     costs: Costs,
     /// (from, to, what) -> messages under way, in order.
     links: HashMap<(Place, Place, Op), VecDeque<Message>>,
-    /// (stage, step, what) -> when each member of the replica group started its all-reduce.
-    reduces: HashMap<(usize, usize, Op), Vec<f64>>,
+    /// (stage, step, what) -> the all-reduces under way.
+    reduces: HashMap<(usize, usize, Op), Reduced>,
     /// replica -> updates of the table on its first device, and when the last of them was made.
     tables: HashMap<usize, (usize, f64)>,
 }
@@ -65,8 +72,10 @@ impl<'a> World<'a> {
             Op::RecvActivation => self.arrival(place, self.grid.upstream(place), Op::SendActivation, action)?,
             Op::RecvGradient => self.arrival(place, self.grid.downstream(place), Op::SendGradient, action)?,
             Op::RecvPart => self.arrival(place, self.other_end(place), Op::Part, action)?,
+            Op::RecvTable => self.arrival(place, self.other_end(place), Op::SendTable, action)?,
             Op::Update => self.reduced(Op::Reduce, action),
-            Op::UpdateTable => self.reduced(Op::ReduceTable, action),
+            Op::SendTable => self.reduced(Op::ReduceTable, action),
+            Op::UpdateTable if place.stage == 0 => self.reduced(Op::ReduceTable, action),
             Op::AwaitTable => {
                 let (updates, made) = self.tables.get(&replica).copied().unwrap_or_default();
                 (updates > action.step).then_some(made)
@@ -84,20 +93,22 @@ impl<'a> World<'a> {
             Op::Backward => return Ok(start + self.costs.backward * share),
             Op::SendActivation => self.send(place, self.grid.downstream(place), action, start)?,
             Op::SendGradient => self.send(place, self.grid.upstream(place), action, start)?,
-            // One stage holds both ends, or the last one needs nothing of the first.
-            Op::Part if self.schedule.stages == 1 => {}
-            Op::Part if self.grid.twin(place).is_none() && place.stage == 0 => {}
-            Op::Part => self.send(place, self.other_end(place), action, start)?,
+            // Stage 0 keeps its part.
+            Op::Part if place.stage == 0 => {}
+            Op::Part | Op::SendTable => self.send(place, self.other_end(place), action, start)?,
             Op::RecvActivation => self.take(place, self.grid.upstream(place), Op::SendActivation),
             Op::RecvGradient => self.take(place, self.grid.downstream(place), Op::SendGradient),
             Op::RecvPart => self.take(place, self.other_end(place), Op::Part),
+            Op::RecvTable => self.take(place, self.other_end(place), Op::SendTable),
             Op::Reduce | Op::ReduceTable => {
-                self.reduces.entry((place.stage, action.step, action.op)).or_default().push(start);
+                self.reduces.entry((place.stage, action.step, action.op)).or_default().started.push(start);
             }
+            Op::Update => self.used(Op::Reduce, action),
             Op::UpdateTable if place.stage == 0 => {
                 self.tables.insert(replica, (action.step + 1, start));
+                self.used(Op::ReduceTable, action);
             }
-            Op::Load | Op::Update | Op::UpdateTable | Op::AwaitTable | Op::Digest => {}
+            Op::Load | Op::UpdateTable | Op::AwaitTable | Op::Digest => {}
         }
         Ok(start)
     }
@@ -136,8 +147,26 @@ impl<'a> World<'a> {
     }
 
     fn reduced(&self, started: Op, action: Action) -> Option<f64> {
-        let members = self.reduces.get(&(action.stage, action.step, started))?;
-        (members.len() == self.grid.replicas).then(|| members.iter().copied().fold(0.0, f64::max))
+        let reduced = self.reduces.get(&(action.stage, action.step, started))?;
+        let all = reduced.started.len() == self.grid.replicas;
+        all.then(|| reduced.started.iter().copied().fold(0.0, f64::max))
+    }
+
+    /// A merged list is made while a run lasts: what is over must not be kept.
+    fn used(&mut self, started: Op, action: Action) {
+        let key = (action.stage, action.step, started);
+        if let Some(reduced) = self.reduces.get_mut(&key) {
+            reduced.used += 1;
+            if reduced.used == self.grid.replicas {
+                self.reduces.remove(&key);
+            }
+        }
+    }
+
+    /// Messages and all-reduces that are held.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.links.values().map(VecDeque::len).sum::<usize>() + self.reduces.len()
     }
 }
 

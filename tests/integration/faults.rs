@@ -32,7 +32,7 @@ fn a_panic_ends_all_ranks_and_is_shown_first() {
         let line = first_line(&finished);
         assert!(line.starts_with("error: stage 1, replica 0"), "{finished}");
         assert!(
-            line.contains("internal error: panic at src/worker.rs:") && line.ends_with(": injected panic at 1L5.0"),
+            line.contains("internal error: panic at src/worker/mod.rs:") && line.ends_with(": injected panic at 1L5.0"),
             "{finished}"
         );
         assert_eq!(finished.errors().len(), 1, "{finished}");
@@ -64,7 +64,7 @@ fn copies_of_the_table_that_differ_are_found() {
     for ranks in [Some(4), None] {
         let folder = Folder::new();
         let sets = ["grid.stages=2", "grid.replicas=2", "steps=1000000", "sync_at=[3, 6]"];
-        let args = folder.train("out", &sets, &["--inject", "alter-table@1,1:5"]);
+        let args = folder.train("out", &sets, &["--inject", "alter-table@1,1:4"]);
         let command = match ranks {
             Some(ranks) => mpirun(ranks, &slices(&args)),
             None => ouroboros(&slices(&args)),

@@ -60,17 +60,19 @@ fn ranks_of_word_models_equal_the_oracle() {
     words("2x1", &["model.embedding_width=8", "model.head_width=12", "model.tie=none", "recompute=true"]);
 }
 
-/// More replicas than two: the order of MPI's sum is its own, so the last digits may differ.
+/// More replicas than two: the order of MPI's sum is its own, so the last digits may differ; but not between the two
+/// copies of the tied table, whose digests are compared at every sync point.
 #[test]
 fn three_replicas_agree_with_the_oracle() {
-    let sets = ["grid.replicas=3", "microbatches=2"];
-    let folder = Folder::new();
-    let args = folder.train("out", &sets, &[]);
-    run(mpirun(3, &slices(&args)), LIMIT).expect_code(0);
-    let (ranks, oracle) = (Outcome::read(&folder.path("out")).losses(), by_oracle(&tiny(&sets)).losses());
-    assert_eq!((ranks.len(), oracle.len()), (6, 6));
-    for (a, b) in ranks.iter().zip(&oracle) {
-        assert!((a / b - 1.0).abs() < 1e-6, "{ranks:?}\n{oracle:?}");
+    let table = [&["grid.replicas=3", "microbatches=2"][..], &["grid.stages=2", "grid.replicas=3", "sync_at=[2, 4]"]];
+    for sets in table {
+        let (setup, folder) = (tiny(sets), Folder::new());
+        run(mpirun(setup.grid.size(), &slices(&folder.train("out", sets, &[]))), LIMIT).expect_code(0);
+        let (ranks, oracle) = (Outcome::read(&folder.path("out")).losses(), by_oracle(&setup).losses());
+        assert_eq!((ranks.len(), oracle.len()), (6, 6));
+        for (a, b) in ranks.iter().zip(&oracle) {
+            assert!((a / b - 1.0).abs() < 1e-6, "{ranks:?}\n{oracle:?}");
+        }
     }
 }
 
@@ -78,24 +80,29 @@ fn three_replicas_agree_with_the_oracle() {
 /// holes between blocks, which are the allocator's affair, do not count.
 #[test]
 fn peak_memory_is_as_predicted() {
-    let folder = Folder::new();
-    let sizes = ["model.d_model=192", "model.heads=4", "model.d_ff=768", "data.sequence=128", "data.synthetic=100000"];
-    let sets = [&sizes[..], &["microbatches=3", "grid.stages=2", "steps=4"]].concat();
-    let mut command = mpirun(2, &slices(&folder.train("out", &sets, &[])));
-    command.env("MALLOC_MMAP_THRESHOLD_", "65536");
-    let finished = run(command, 120).expect_code(0);
-    let rows: Vec<Vec<f64>> = finished
-        .stdout
-        .lines()
-        .filter_map(|line| line.strip_prefix("stage ")?.split_once("replica 0 "))
-        .map(|(_, numbers)| numbers.split_whitespace().map(|n| n.parse().unwrap()).collect())
-        .collect();
-    assert_eq!(rows.len(), 2, "{finished}");
-    for row in rows {
-        let (predicted, measured) = (row[5], row[6]);
-        // MPI's shared memory and buffers come on top, whatever the size of the model.
-        assert!(measured < predicted * 1.05 + 8.0, "predicted {predicted} MiB, measured {measured} MiB{finished}");
-        assert!(measured > predicted * 0.85, "predicted {predicted} MiB, measured {measured} MiB{finished}");
+    let xl = ["model.arch=transformer-xl", "model.mem_len=128", "eval.every=2", "eval.batch=3"];
+    let table = [&[][..], &xl, &[&xl[..], &["recompute=true", "model.dropout=0.1"]].concat()];
+    for more in table {
+        let sizes =
+            ["model.d_model=192", "model.heads=4", "model.d_ff=768", "data.sequence=128", "data.synthetic=100000"];
+        let sets = [&sizes[..], &["microbatches=3", "grid.stages=2", "steps=4"], more].concat();
+        let folder = Folder::new();
+        let mut command = mpirun(2, &slices(&folder.train("out", &sets, &[])));
+        command.env("MALLOC_MMAP_THRESHOLD_", "65536");
+        let finished = run(command, 120).expect_code(0);
+        let rows: Vec<Vec<f64>> = finished
+            .stdout
+            .lines()
+            .filter_map(|line| line.strip_prefix("stage ")?.split_once("replica 0 "))
+            .map(|(_, numbers)| numbers.split_whitespace().map(|n| n.parse().unwrap()).collect())
+            .collect();
+        assert_eq!(rows.len(), 2, "{finished}");
+        for row in rows {
+            let (predicted, measured) = (row[5], row[6]);
+            // MPI's shared memory and buffers come on top, whatever the size of the model.
+            assert!(measured < predicted * 1.05 + 8.0, "predicted {predicted} MiB, measured {measured} MiB{finished}");
+            assert!(measured > predicted * 0.8, "predicted {predicted} MiB, measured {measured} MiB{finished}");
+        }
     }
 }
 

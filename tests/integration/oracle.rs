@@ -134,6 +134,9 @@ fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'stat
         sets.push("data.synthetic=1500".to_owned());
     }
     if sets_evaluation(sets) {
+        if mem_len == 0 {
+            sets.push("data.order=streams".to_owned());
+        }
         sets.push("eval.batch=6".to_owned());
         if draw.one_in(2) {
             covers.insert("evaluation with lengths of its own");
@@ -288,6 +291,15 @@ fn a_wrong_delay_would_be_seen() {
     // Step 3 is the first whose version differs: max(0, 3 - 2) against max(0, 3 - 3).
     assert_eq!(right[..3], wrong[..3]);
     assert_ne!(right[3], wrong[3]);
+}
+
+/// Delays far above what the lag needs keep many parts of the tied table under way between the two ends.
+#[test]
+fn long_delays_do_not_fill_the_links() {
+    for tie in ["model.tie=fresh", "model.tie=aligned"] {
+        let setup = tiny(&["grid.stages=2", "microbatches=4", "grid.delays=[9, 0]", "steps=16", tie]);
+        assert_eq!(as_threads(&setup), by_oracle(&setup), "{tie}");
+    }
 }
 
 /// Losses depend on delays, not on how the run is cut into messages: recompute changes no bit, nor does slack that

@@ -49,7 +49,7 @@ fn a_synchronous_grid_agrees_with_a_plain_loop() {
     }
 }
 
-/// One stage with a tied table is plain training of a tied model: one leaf for both uses, bit for bit.
+/// One stage with a tied table is plain training of a tied model with one leaf for both uses.
 #[test]
 fn a_tied_model_on_one_device_is_plain_training() {
     let sets = ["optimizer.kind=sgd", "optimizer.clip=1e9", "steps=8", "optimizer.weight_decay=0.0"];

@@ -16,7 +16,7 @@ struct Server {
     ranges: Arc<Mutex<Vec<String>>>,
 }
 
-fn serve(name: &'static str, content: Vec<u8>, broken: usize) -> Server {
+fn serve(name: &'static str, content: Vec<u8>, broken: usize, ranges_work: bool) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}/pub", listener.local_addr().unwrap());
     let ranges = Arc::new(Mutex::new(Vec::new()));
@@ -24,14 +24,14 @@ fn serve(name: &'static str, content: Vec<u8>, broken: usize) -> Server {
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let count = seen.lock().unwrap().len();
-            let range = answer(stream, name, &content, count < broken);
+            let range = answer(stream, name, &content, count < broken, ranges_work);
             seen.lock().unwrap().push(range);
         }
     });
     Server { address, ranges }
 }
 
-fn answer(mut stream: TcpStream, name: &str, content: &[u8], broken: bool) -> String {
+fn answer(mut stream: TcpStream, name: &str, content: &[u8], broken: bool, ranges_work: bool) -> String {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let request = lines.next().unwrap().unwrap();
     let headers: Vec<String> = lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
@@ -40,9 +40,15 @@ fn answer(mut stream: TcpStream, name: &str, content: &[u8], broken: bool) -> St
         let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return request;
     }
-    let start: usize = range.as_deref().map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
+    let asked = range.as_deref().filter(|_| ranges_work);
+    let start: usize = asked.map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
+    if asked.is_some() && start >= content.len() {
+        let _ =
+            stream.write_all(b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        return range.unwrap_or_default();
+    }
     let rest = &content[start..];
-    let status = if range.is_some() { "206 Partial Content" } else { "200 OK" };
+    let status = if asked.is_some() { "206 Partial Content" } else { "200 OK" };
     let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
     let _ = stream.write_all(head.as_bytes());
     let _ = stream.write_all(if broken { &rest[..rest.len() / 2] } else { rest });
@@ -90,7 +96,7 @@ fn a_broken_download_goes_on_where_it_ended() {
     let archive = zip(&[("enwik8", &text)]);
     let digest = sha256(&archive);
     let folder = Folder::new();
-    let server = serve("enwik8.zip", archive.clone(), 1);
+    let server = serve("enwik8.zip", archive.clone(), 1, true);
     let args = ["enwik8", "--mirror", &server.address, "--sha256", &digest];
     let finished = prepare(&folder, &args).expect_code(3);
     assert!(finished.stderr.contains("the connection broke"), "{finished}");
@@ -109,6 +115,8 @@ fn a_broken_download_goes_on_where_it_ended() {
     let finished = prepare(&folder, &args).expect_code(0);
     assert!(finished.stdout.contains("prepared already"), "{finished}");
     assert_eq!(server.ranges.lock().unwrap().len(), 2);
+    let finished = prepare(&folder, &["enwik8", "--held-out", "0.1"]).expect_code(2);
+    assert!(finished.stderr.contains("the splits of enwik8 are fixed"), "{finished}");
     // Another corpus is not written over it.
     let other = prepare(&folder, &["enwik8", "--sha256", &"0".repeat(64)]).expect_code(3);
     assert!(other.stderr.contains("remove it, or give another --out"), "{other}");
@@ -121,10 +129,27 @@ fn a_broken_download_goes_on_where_it_ended() {
     let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--grid", "2x1"]))), 60).expect_code(0);
     assert!(finished.stdout.contains("bits per byte"), "{finished}");
     let test = run(ouroboros(&["eval", &folder.text("out"), "--set", "data.held_out=test"]), 60).expect_code(0);
-    assert!(test.stdout.contains("tokens          2,000"), "{test}");
+    assert!(test.stdout.contains("tokens          4,992"), "{test}");
     sets.push("data.tokenizer=characters");
     let finished = run(ouroboros(&slices(&folder.train("other", &sets, &[]))), 60).expect_code(3);
     assert!(finished.stderr.contains("prepared with tokenizer `bytes`, the config has `characters`"), "{finished}");
+}
+
+/// A server without ranges sends everything again; a part that is whole already is only checked.
+#[test]
+fn every_server_ends_in_the_same_file() {
+    let archive = zip(&[("text8", &noise(10_000))]);
+    let digest = sha256(&archive);
+    for (have, ranges_work) in [(archive.len() / 3, false), (archive.len(), true), (archive.len(), false)] {
+        let folder = Folder::new();
+        std::fs::create_dir(folder.path("data")).unwrap();
+        std::fs::write(folder.path("data/text8.zip.part"), &archive[..have]).unwrap();
+        let server = serve("text8.zip", archive.clone(), 0, ranges_work);
+        prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest]).expect_code(0);
+        assert_eq!(*server.ranges.lock().unwrap(), [format!("{have}-")]);
+        assert_eq!(std::fs::read(folder.path("data/text8.zip")).unwrap(), archive);
+        assert_eq!(names(&folder.path("data")), ["text8.tokens", "text8.zip"]);
+    }
 }
 
 #[test]
@@ -134,7 +159,7 @@ fn an_altered_archive_is_refused_and_removed() {
     let place = archive.len() / 2;
     archive[place] ^= 1;
     let folder = Folder::new();
-    let server = serve("text8.zip", archive.clone(), 0);
+    let server = serve("text8.zip", archive.clone(), 0, true);
     let finished = prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest]).expect_code(3);
     assert!(finished.stderr.contains("the file is altered, or only a part of it"), "{finished}");
     assert!(names(&folder.path("data")).is_empty());
@@ -168,7 +193,7 @@ fn the_other_corpora_are_cut_and_tokenised_as_usual() {
     std::fs::write(folder.path("w.zip"), &words).unwrap();
     let args = ["wikitext-103", "--archive", &folder.text("w.zip"), "--sha256", &sha256(&words)];
     let finished = prepare(&folder, &args).expect_code(3);
-    assert!(finished.stderr.contains("data valid: the word `<unk>` is not in the vocabulary"), "{finished}");
+    assert!(finished.stderr.contains("data wikitext-103 (valid): the word `<unk>` is not in the vocabulary, which has no `<unk>`; give --min-count 2"), "{finished}");
     assert_eq!(names(&folder.path("data")), ["text8.tokens"]);
     let finished = prepare(&folder, &[&args[..], &["--min-count", "2"]].concat()).expect_code(0);
     assert!(finished.stdout.contains("train 13, valid 4, test 3 tokens of a vocabulary of 4"), "{finished}");
@@ -185,9 +210,13 @@ fn a_text_of_ones_own_is_prepared_too() {
     let table: [(&[&str], i32, &str); 5] = [
         (&[&text, "--mirror", "http://x"], 2, "`--mirror`: found given; is for enwik8, text8, wikitext-103 only"),
         (&[&text, "--held-out", "0.7"], 2, "`--held-out`: found 0.7"),
-        (&[&text, "--min-count", "3"], 2, "`--min-count`: found given; is for --tokenizer words only"),
+        (&[&text, "--min-count", "3"], 2, "`--min-count`: found 3; is for --tokenizer words only"),
         (&["enwik9"], 3, "enwik9: cannot be read"),
-        (&[&text, "--tokenizer", "words", "--out", "/proc/x/y.tokens"], 2, "`--dir`: found /proc/x"),
+        (
+            &[&text, "--tokenizer", "words", "--out", "/proc/x/y.tokens"],
+            2,
+            "`--out`: found /proc/x/y.tokens; its folder cannot be made",
+        ),
     ];
     for (args, code, expected) in table {
         let finished = prepare(&folder, args).expect_code(code);

@@ -96,7 +96,7 @@ impl World {
             places.push(Ends {
                 upstream: link(*place, grid.upstream(*place), Content::Activation),
                 downstream: link(*place, grid.downstream(*place), Content::Gradient),
-                twin: link(*place, grid.twin(*place), Content::Part),
+                twin: link(*place, grid.twin(*place), if place.stage == 0 { Content::Part } else { Content::Sum }),
                 group: (grid.replicas > 1).then(|| Box::new(group) as Box<dyn ReplicaGroup>),
             });
         }

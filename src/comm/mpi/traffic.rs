@@ -22,6 +22,7 @@ fn tag(content: Content) -> i32 {
         Content::Activation => 1,
         Content::Gradient => 3,
         Content::Part => 5,
+        Content::Sum => 7,
     }
 }
 

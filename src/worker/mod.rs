@@ -1,5 +1,7 @@
 //! One device at work: takes its action list and does what each action says.
 
+mod tied;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,13 +17,14 @@ use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
 use crate::metrics::Report;
 use crate::metrics::memory::Gauge;
-use crate::model::{self, Dimensions, Memory, Stack};
+use crate::model::{Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
-use crate::params::{Layout, Versions, slice, slice_mut};
+use crate::params::{Layout, Versions, slice};
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
 use crate::stage::{At, Input, Output, Settings, Slot, Stage, is_finite};
-use crate::table::{End, Table};
+use crate::table::Table;
+use tied::table_of;
 
 /// A device with everything it needs.
 pub struct Worker {
@@ -114,6 +117,8 @@ impl Worker {
                 Op::Part => self.close_part(&action)?,
                 Op::RecvPart => self.receive_part(&action)?,
                 Op::ReduceTable => self.reduce_table(&action)?,
+                Op::SendTable => self.send_table(&action)?,
+                Op::RecvTable => self.receive_table(&action)?,
                 Op::UpdateTable => self.update_table(&action)?,
                 Op::AwaitTable => self.await_table(&action)?,
                 Op::Digest => self.digest(&action)?,
@@ -288,92 +293,6 @@ impl Worker {
         self.reports.send(Report::Norm { stage: action.stage, step: action.step, norm })
     }
 
-    fn table(&mut self, action: &Action) -> Result<&mut Table> {
-        self.table.as_mut().ok_or_else(|| Error::Internal(format!("{action} finds no table")))
-    }
-
-    /// The step's parts of the table's gradient are complete here.
-    fn close_part(&mut self, action: &Action) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        for end in setup.table_ends(action.stage) {
-            let part = self.table(action)?.close(end, action.step)?;
-            let header = self.part_header(action)?;
-            if let Some(twin) = &mut self.post(action).ends.twin {
-                twin.send(header, part)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn part_header(&mut self, action: &Action) -> Result<Header> {
-        let shape = [1, 1, self.table(action)?.layout().len as i64];
-        Ok(Header { content: Content::Part, pass: Pass::Train, step: action.step, microbatch: 0, shape })
-    }
-
-    fn receive_part(&mut self, action: &Action) -> Result<()> {
-        let header = self.part_header(action)?;
-        let end = if action.stage == 0 { End::Output } else { End::Input };
-        let part = match &mut self.post(action).ends.twin {
-            Some(twin) => Some(twin.receive(header)?),
-            None => None,
-        };
-        let table = self.table(action)?;
-        if let Some(part) = part {
-            table.receive(end, action.step, part.f_view([-1])?);
-        }
-        // Without a twin the other end is on this device, and has closed its part already.
-        let here = table.has(end, action.step);
-        if here { Ok(()) } else { Err(Error::Internal(format!("{action} finds no part"))) }
-    }
-
-    fn reduce_table(&mut self, action: &Action) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        let sync = &setup.schedule.sync;
-        let inputs = setup.schedule.table_inputs(action.step, sync.before(action.step), sync.after(action.step));
-        let whole = self.table(action)?.join(action.step, inputs)?;
-        if let Some(group) = &mut self.post(action).ends.group {
-            self.table_reduction = Some(group.all_reduce(action.step, whole)?);
-        }
-        Ok(())
-    }
-
-    /// `V[t+1] = V[t] + optimizer(mean of the parts' sum over microbatches and replicas)`.
-    fn update_table(&mut self, action: &Action) -> Result<()> {
-        if let Some(reduction) = self.table_reduction.take() {
-            reduction.wait()?;
-        }
-        let (setup, mean) = (Arc::clone(&self.setup), self.mean() * self.setup.tie_factor());
-        let config = &setup.config;
-        let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let norm = self.table(action)?.update(lr, mean, config.optimizer.clip)?;
-        let place = self.post(action).place;
-        if !norm.is_finite() {
-            let tensor = "gradient of the tied embedding".to_owned();
-            return Err(Error::NotFinite { tensor, step: action.step, place });
-        }
-        match place {
-            Place { stage: 0, replica: 0 } => self.reports.send(Report::TableNorm { step: action.step, norm }),
-            _ => Ok(()),
-        }
-    }
-
-    fn await_table(&mut self, action: &Action) -> Result<()> {
-        let newest = self.table(action)?.newest();
-        if newest > action.step { Ok(()) } else { Err(Error::Internal(format!("{action} finds version {newest}"))) }
-    }
-
-    fn digest(&mut self, action: &Action) -> Result<()> {
-        let place = self.post(action).place;
-        let altered = self.injected(Fault::AlterTable, place, action.step.saturating_sub(1));
-        let table = self.table(action)?;
-        if altered {
-            let weight = &mut slice_mut(table.flat_mut())[0];
-            *weight = f32::from_bits(weight.to_bits() ^ 1);
-        }
-        let digest = table.digest();
-        self.reports.send(Report::Digest { place, step: action.step, digest })
-    }
-
     fn finish(mut self) -> Result<()> {
         let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
         let mut shards = Vec::new();
@@ -436,18 +355,6 @@ impl Post {
         }
         Ok(Error::NotFinite { tensor: "norm of the gradient".into(), step, place: self.place })
     }
-}
-
-/// The tied table of a rank, if its stages use one.
-fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
-    let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
-    if ends.is_empty() {
-        return Ok(None);
-    }
-    let layout = Layout::new(&model::table(&setup.dimensions));
-    let optimizer = Optimizer::new(&setup.config.optimizer, &layout, setup.config.threads)?;
-    let held = setup.schedule.tables_held(rank % setup.grid.devices());
-    Table::new(layout, setup.config.seed, held, ends, optimizer).map(Some)
 }
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory

@@ -1,20 +1,20 @@
 //! What is true: a config checked once, with everything that follows from it. Nobody checks again.
 
+mod checks;
+
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::config::{
-    Arch, Config, EvalConfig, HeldOut, LayersPerStage, ModelConfig, Norm, OptimizerConfig, Order, TieGradient,
-    Tokenizer,
-};
+use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
 use crate::data::{Corpus, Shape, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Stack};
 use crate::partition;
-use crate::schedule::{Evals, Schedule, Tie, check};
+use crate::schedule::{Evals, Schedule, check};
 use crate::table::End;
+pub use checks::{check_cutoffs, check_placement, check_settings};
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
 const CHECKED_STEPS: usize = 64;
@@ -45,7 +45,8 @@ impl Setup {
         let grid = config.grid();
         let rows = rows(&config)?;
         let mut schedule = schedule(&config)?;
-        let corpus = Arc::new(Corpus::open(&config.data, config.seed, None)?);
+        check_counts(&config)?;
+        let corpus = Arc::new(Corpus::open(&config.data, config.seed, held_sequence(&config), None)?);
         let vocabulary = corpus.vocabulary.len();
         check_cutoffs(&config.model, vocabulary)?;
         let shares = corpus.train.shares(&config.model.cutoffs);
@@ -135,191 +136,20 @@ impl Setup {
     }
 }
 
-/// Checks every setting by itself.
-///
-/// # Errors
-/// [`Error::Config`] for the first that cannot be used.
-pub fn check_settings(config: &Config) -> Result<()> {
-    check_numbers(config)?;
-    check_model(config)?;
-    check_optimizer(&config.optimizer)?;
-    check_data(config)
+/// Tokens that the held-out text must have for one window; one if nothing is evaluated.
+fn held_sequence(config: &Config) -> usize {
+    config.eval.as_ref().map_or(1, |_| config.eval_sequence())
 }
 
-/// Whether K stages can be placed so; what to do if not.
-///
-/// # Errors
-/// The remedy.
-pub fn check_placement(placement: Placement, stages: usize) -> std::result::Result<(), String> {
-    match placement {
-        Placement::Ring if stages < 3 => {
-            Err(format!("needs at least 3 stages, there are {stages}; take more or `line`"))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn at_least_one(setting: &str, value: usize) -> Result<()> {
-    if value >= 1 { Ok(()) } else { Err(Error::config(setting, value, "must be at least 1")) }
-}
-
-fn within(setting: &str, value: f64, good: bool, remedy: &str) -> Result<()> {
-    if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
-}
-
-fn check_numbers(config: &Config) -> Result<()> {
-    at_least_one("steps", config.steps)?;
-    at_least_one("batch", config.batch)?;
-    at_least_one("microbatches", config.microbatches)?;
-    at_least_one("slack", config.slack)?;
-    at_least_one("threads", config.threads)?;
-    at_least_one("grid.stages", config.grid.stages)?;
-    at_least_one("grid.replicas", config.grid.replicas)?;
-    check_placement(config.grid.placement, config.grid.stages)
-        .map_err(|remedy| Error::config("grid.placement", "`ring`", remedy))?;
-    if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
-        return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
-    }
-    match &config.eval {
-        Some(eval) => {
-            at_least_one("eval.every", eval.every)?;
-            at_least_one("eval.tokens", eval.tokens.unwrap_or(1))?;
-            at_least_one("eval.sequence", eval.sequence.unwrap_or(1))?;
-            at_least_one("eval.batch", eval.batch.unwrap_or(1))
-        }
-        None => Ok(()),
-    }
-}
-
-fn check_model(config: &Config) -> Result<()> {
-    let model = &config.model;
-    at_least_one("model.layers", model.layers)?;
-    at_least_one("model.d_model", model.d_model)?;
-    at_least_one("model.heads", model.heads)?;
-    at_least_one("model.d_ff", model.d_ff)?;
-    if !model.d_model.is_multiple_of(model.heads) {
-        let remedy = format!("must be a multiple of model.heads = {}", model.heads);
-        return Err(Error::config("model.d_model", model.d_model, remedy));
-    }
-    for (setting, rate) in [("model.dropout", model.dropout), ("model.attention_dropout", model.attention_dropout)] {
-        within(setting, rate, (0.0..1.0).contains(&rate), "must be at least 0 and below 1")?;
-    }
-    check_widths(model)?;
-    check_arch(config)?;
-    if config.grid.stages > model.layers {
-        let remedy = format!("at most model.layers = {} stages, one layer each", model.layers);
-        return Err(Error::config("grid.stages", config.grid.stages, remedy));
+/// What can be said of the layers and streams before the text is opened.
+fn check_counts(config: &Config) -> Result<()> {
+    hand_made(config)?;
+    let (streams, replicas) = (config.eval_batch(), config.grid.replicas);
+    if config.eval.is_some() && config.order() == Order::Streams && !streams.is_multiple_of(replicas) {
+        let remedy = format!("must be a multiple of grid.replicas = {replicas}");
+        return Err(Error::config("eval.batch", streams, remedy));
     }
     Ok(())
-}
-
-/// Whether the clusters of the vocabulary fit it.
-///
-/// # Errors
-/// [`Error::Config`] about `model.cutoffs`.
-pub fn check_cutoffs(model: &ModelConfig, vocabulary: usize) -> Result<()> {
-    let cutoffs = &model.cutoffs;
-    let rising = cutoffs.windows(2).all(|pair| pair[0] < pair[1]);
-    if rising && cutoffs.first() != Some(&0) && cutoffs.last().is_none_or(|last| *last < vocabulary) {
-        return Ok(());
-    }
-    let remedy = format!("rising numbers above 0 and below the size of the vocabulary, {vocabulary}");
-    Err(Error::config("model.cutoffs", format!("{cutoffs:?}"), remedy))
-}
-
-/// Widths of embedding and head, and what a tie needs of them.
-fn check_widths(model: &ModelConfig) -> Result<()> {
-    at_least_one("model.div_val", model.div_val)?;
-    let widths = [("model.embedding_width", model.embedding_width), ("model.head_width", model.head_width)];
-    for (setting, width) in widths {
-        at_least_one(setting, width.unwrap_or(1))?;
-    }
-    if model.div_val > 1 && model.cutoffs.is_empty() {
-        return Err(Error::config("model.div_val", model.div_val, "means something with model.cutoffs only"));
-    }
-    let (embedding, head) = (model.embedding_width.unwrap_or(model.d_model), model.head_width.unwrap_or(model.d_model));
-    let (narrowest, clusters) = (embedding.min(head), model.cutoffs.len() as u32);
-    if model.div_val.checked_pow(clusters).is_none_or(|scale| scale > narrowest) {
-        let remedy = format!("{clusters} further clusters leave less than one value of a width of {narrowest}");
-        return Err(Error::config("model.div_val", model.div_val, remedy));
-    }
-    if model.tie != Tie::Untied && embedding != head {
-        let found = format!("{embedding}, and a head_width of {head}");
-        let remedy = "a tied table has one width: make them equal, or set model.tie = \"none\"";
-        return Err(Error::config("model.embedding_width", found, remedy));
-    }
-    Ok(())
-}
-
-/// Settings that only one architecture has, and those that a memory needs.
-fn check_arch(config: &Config) -> Result<()> {
-    let model = &config.model;
-    if model.arch == Arch::Transformer {
-        let found = [
-            ("model.mem_len", (model.mem_len > 0).then(|| model.mem_len.to_string())),
-            ("model.clamp_len", model.clamp_len.map(|clamp| clamp.to_string())),
-            ("model.same_length", model.same_length.then(|| "true".to_owned())),
-            ("model.norm", model.norm.filter(|norm| *norm == Norm::Post).map(|_| "post".to_owned())),
-            ("model.attention_dropout", (model.attention_dropout > 0.0).then(|| model.attention_dropout.to_string())),
-            ("eval.mem_len", (config.eval_mem_len() > 0).then(|| config.eval_mem_len().to_string())),
-        ];
-        for (setting, found) in found {
-            if let Some(found) = found {
-                return Err(Error::config(setting, found, "only model.arch = \"transformer-xl\" has it; leave it out"));
-            }
-        }
-        if config.eval_sequence() > config.data.sequence {
-            let remedy = format!("the model has positions for data.sequence = {} tokens only", config.data.sequence);
-            return Err(Error::config("eval.sequence", config.eval_sequence(), remedy));
-        }
-    }
-    let memory = model.mem_len.max(config.eval_mem_len());
-    if memory > 0 && config.order() == Order::Shuffled {
-        let remedy = "a memory of shuffled windows means nothing; take data.order = \"streams\" or mem_len = 0";
-        return Err(Error::config("model.mem_len", format!("{memory} with data.order = \"shuffled\""), remedy));
-    }
-    if model.same_length && (model.mem_len == 0 || config.eval_mem_len() == 0) {
-        return Err(Error::config("model.same_length", "true with mem_len = 0", "every query looks at mem_len keys"));
-    }
-    Ok(())
-}
-
-fn check_optimizer(o: &OptimizerConfig) -> Result<()> {
-    within("optimizer.lr", o.lr, o.lr > 0.0, "must be above 0")?;
-    within("optimizer.min_lr", o.min_lr, o.min_lr >= 0.0 && o.min_lr <= o.lr, "must lie between 0 and optimizer.lr")?;
-    for beta in o.betas {
-        within("optimizer.betas", beta, (0.0..1.0).contains(&beta), "must be at least 0 and below 1")?;
-    }
-    within("optimizer.eps", o.eps, o.eps > 0.0, "must be above 0")?;
-    let momentum = (0.0..1.0).contains(&o.momentum);
-    within("optimizer.momentum", o.momentum, momentum, "must be at least 0 and below 1")?;
-    within("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "must be 0 or more")?;
-    let clip = o.clip.unwrap_or(1.0);
-    within("optimizer.clip", clip, clip > 0.0, "must be above 0; leave it out for no clipping")
-}
-
-fn check_data(config: &Config) -> Result<()> {
-    let data = &config.data;
-    at_least_one("data.sequence", data.sequence)?;
-    at_least_one("data.min_count", data.min_count)?;
-    if data.tokenizer != Tokenizer::Words {
-        let remedy = "only data.tokenizer = \"words\" has it; leave it out";
-        if data.min_count > 1 {
-            return Err(Error::config("data.min_count", data.min_count, remedy));
-        }
-        if let Some(path) = &data.vocabulary {
-            return Err(Error::config("data.vocabulary", path.display(), remedy));
-        }
-    }
-    let named =
-        usize::from(data.path.is_some()) + usize::from(data.paths.is_some()) + usize::from(data.synthetic.is_some());
-    if named > 1 {
-        return Err(Error::config("data", "more than one of path, paths, synthetic", "keep one of them"));
-    }
-    match data.held_out {
-        HeldOut::Fraction(f) => within("data.held_out", f, f > 0.0 && f < 1.0, "a fraction lies between 0 and 1"),
-        HeldOut::File(_) => Ok(()),
-    }
 }
 
 /// The share of a replica in an evaluation (windows or streams), and its microbatches.
@@ -327,17 +157,11 @@ fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize
     let (shape, replicas) = (Shape::eval(config), config.grid.replicas);
     let (share, microbatches, wanted) = match config.order() {
         Order::Shuffled => {
-            let windows = shape.windows(held_out);
-            let wanted = eval.tokens.map_or(windows, |tokens| tokens.div_ceil(shape.sequence).min(windows));
+            let wanted = shape.wanted_windows(held_out, eval.tokens);
             (wanted / replicas, (wanted / replicas).div_ceil(rows), wanted)
         }
         Order::Streams => {
-            if !shape.rows.is_multiple_of(replicas) {
-                let remedy = format!("must be a multiple of grid.replicas = {replicas}");
-                return Err(Error::config("eval.batch", shape.rows, remedy));
-            }
-            let segments = shape.segments(held_out);
-            let wanted = eval.tokens.map_or(segments, |n| n.div_ceil(shape.rows * shape.sequence).min(segments));
+            let wanted = shape.wanted_segments(held_out, eval.tokens);
             (shape.rows / replicas, wanted, wanted)
         }
     };
@@ -382,21 +206,27 @@ fn rows(config: &Config) -> Result<usize> {
 }
 
 fn layers(config: &Config, dimensions: &Dimensions) -> Result<Vec<Range<usize>>> {
-    let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else {
-        let costs = model::costs(dimensions);
-        let blocks = vec![costs.block; config.model.layers];
-        let cut = match config.grid.placement {
-            Placement::Line => partition::balanced,
-            Placement::Ring => partition::balanced_ring,
-        };
-        return Ok(cut(&blocks, costs.embedding, costs.head, config.grid.stages));
+    if let Some(runs) = hand_made(config)? {
+        return Ok(runs);
+    }
+    let costs = model::costs(dimensions);
+    let blocks = vec![costs.block; config.model.layers];
+    let cut = match config.grid.placement {
+        Placement::Line => partition::balanced,
+        Placement::Ring => partition::balanced_ring,
     };
+    Ok(cut(&blocks, costs.embedding, costs.head, config.grid.stages))
+}
+
+/// The runs of layers that the config lists, if it does.
+fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
+    let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else { return Ok(None) };
     let wrong = |remedy| Error::config("grid.layers_per_stage", format!("{counts:?}"), remedy);
     if counts.len() != config.grid.stages {
         return Err(wrong(format!("needs one number for each of grid.stages = {}", config.grid.stages)));
     }
     let remedy = || format!("every number at least 1, together model.layers = {}", config.model.layers);
-    partition::by_hand(counts, config.model.layers).ok_or_else(|| wrong(remedy()))
+    partition::by_hand(counts, config.model.layers).map(Some).ok_or_else(|| wrong(remedy()))
 }
 
 fn schedule(config: &Config) -> Result<Schedule> {

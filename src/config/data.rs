@@ -1,0 +1,97 @@
+//! The keys of `[data]`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The text to train on. With none of `path`, `paths`, `synthetic`: 4,000,000 synthetic bytes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Files read one after the other as one text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paths: Option<Vec<PathBuf>>,
+    /// Bytes of the embedded text, whose entropy rate is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub synthetic: Option<usize>,
+    pub tokenizer: Tokenizer,
+    /// Words that stand more rarely in the training text become `<unk>`.
+    pub min_count: usize,
+    /// A list of words, one a line, instead of those of the training text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<PathBuf>,
+    /// Tokens a sequence, T.
+    pub sequence: usize,
+    /// By default streams where the model has a memory, else shuffled windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
+    pub held_out: HeldOut,
+}
+
+/// In which order the rows of a batch read the text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Windows in an order that every epoch shuffles.
+    Shuffled,
+    /// Every row of the batch goes through a part of the text of its own, from one step to the next.
+    Streams,
+}
+
+impl Default for DataConfig {
+    fn default() -> DataConfig {
+        DataConfig {
+            path: None,
+            paths: None,
+            synthetic: None,
+            tokenizer: Tokenizer::Bytes,
+            min_count: 1,
+            vocabulary: None,
+            sequence: 128,
+            order: None,
+            held_out: HeldOut::Fraction(0.05),
+        }
+    }
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Tokenizer {
+    /// 256 tokens, one a byte.
+    Bytes,
+    /// The characters of the text.
+    Characters,
+    /// What stands between white space; every line ends in `<eos>`.
+    Words,
+}
+
+impl Tokenizer {
+    /// As in a config.
+    pub fn word(self) -> &'static str {
+        match self {
+            Tokenizer::Bytes => "bytes",
+            Tokenizer::Characters => "characters",
+            Tokenizer::Words => "words",
+        }
+    }
+
+    /// What one token is called.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Tokenizer::Bytes => "byte",
+            Tokenizer::Characters => "character",
+            Tokenizer::Words => "word",
+        }
+    }
+}
+
+/// What evaluation reads: the last part of the corpus, a file of its own, or a split of a prepared file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a fraction between 0 and 1, or the path of a file")]
+pub enum HeldOut {
+    Fraction(f64),
+    File(PathBuf),
+}

@@ -1,0 +1,265 @@
+//! What is asked for: the keys of a config file. `setup` checks them once into values that nobody checks again.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+mod data;
+mod model;
+mod optimizer;
+mod parse;
+
+pub use data::{DataConfig, HeldOut, Order, Tokenizer};
+pub use model::{Arch, ModelConfig, Norm, TieGradient};
+pub use optimizer::{ClipScope, OptimizerConfig, OptimizerKind, RateKind};
+
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Placement};
+use crate::schedule::Kind;
+
+/// A run. Every key has a default, so a config file holds only what differs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Names the run and its folder under `runs/`.
+    pub name: String,
+    /// The origin of all randomness: weights, batches, dropout.
+    pub seed: u64,
+    /// Updates of every stage.
+    pub steps: usize,
+    /// Sequences a step, all replicas together.
+    pub batch: usize,
+    /// Microbatches m, a replica and step.
+    pub microbatches: usize,
+    pub schedule: Kind,
+    /// Slack h per hop: 1, or 2 where messages take time.
+    pub slack: usize,
+    /// Keep only the stage input of a microbatch and run its forward again in the backward.
+    pub recompute: bool,
+    /// The first n steps are sync points: synchronous warm-up.
+    pub sync_steps: usize,
+    /// Further sync points, as step numbers.
+    pub sync_at: Vec<usize>,
+    /// Threads a rank.
+    pub threads: usize,
+    pub grid: GridConfig,
+    pub model: ModelConfig,
+    pub data: DataConfig,
+    pub optimizer: OptimizerConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval: Option<EvalConfig>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            name: "run".into(),
+            seed: 1,
+            steps: 500,
+            batch: 32,
+            microbatches: 4,
+            schedule: Kind::Decoupled,
+            slack: 1,
+            recompute: false,
+            sync_steps: 0,
+            sync_at: Vec::new(),
+            threads: 1,
+            grid: GridConfig::default(),
+            model: ModelConfig::default(),
+            data: DataConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            eval: None,
+        }
+    }
+}
+
+/// The grid and what stands on it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GridConfig {
+    pub stages: usize,
+    pub replicas: usize,
+    /// `line`, or `ring`: the last stage on the first one's device.
+    pub placement: Placement,
+    pub layers_per_stage: LayersPerStage,
+    /// Delays `D_k`, one a stage, where the least ones are not wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delays: Option<Vec<usize>>,
+}
+
+impl Default for GridConfig {
+    fn default() -> GridConfig {
+        GridConfig {
+            stages: 1,
+            replicas: 1,
+            placement: Placement::Line,
+            layers_per_stage: LayersPerStage::Word(Balanced::Balanced),
+            delays: None,
+        }
+    }
+}
+
+/// `"balanced"`, or how many layers every stage has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "`\"balanced\"` or a list of layer counts such as [2, 3, 3]")]
+pub enum LayersPerStage {
+    Word(Balanced),
+    Counts(Vec<usize>),
+}
+
+/// The word `balanced`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Balanced {
+    Balanced,
+}
+
+/// Evaluation on the held-out text while training; each one is a sync point.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalConfig {
+    /// Steps between two evaluations; one more stands at the end of the run.
+    #[serde(default = "default_every")]
+    pub every: usize,
+    /// Tokens of the held-out text to read; none: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
+    /// Tokens a sequence; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<usize>,
+    /// Tokens that a Transformer-XL remembers; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_len: Option<usize>,
+    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
+}
+
+fn default_every() -> usize {
+    100
+}
+
+impl Config {
+    /// In which order rows read the text.
+    pub fn order(&self) -> Order {
+        let by_memory = if self.model.mem_len > 0 { Order::Streams } else { Order::Shuffled };
+        self.data.order.unwrap_or(by_memory)
+    }
+
+    /// Tokens a sequence of an evaluation.
+    pub fn eval_sequence(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.sequence).unwrap_or(self.data.sequence)
+    }
+
+    /// Tokens that the layers remember in an evaluation.
+    pub fn eval_mem_len(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.mem_len).unwrap_or(self.model.mem_len)
+    }
+
+    /// Streams of an evaluation, all replicas together.
+    pub fn eval_batch(&self) -> usize {
+        self.eval.as_ref().and_then(|eval| eval.batch).unwrap_or(self.batch)
+    }
+
+    /// Reads a config file, then `--set key=value` pairs over it, then `--grid` over both.
+    ///
+    /// # Errors
+    /// What cannot be read, an unknown key, a value of the wrong type: [`Error::Config`] with the key's full name.
+    pub fn load(path: &Path, sets: &[String], grid: Option<Grid>) -> Result<Config> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::config("CONFIG", path.display(), format!("cannot be read ({error})")))?;
+        let mut config = Config::parse(&text, sets).map_err(|error| match error {
+            Error::Config { setting, found, remedy } if setting == "CONFIG" => {
+                Error::Config { setting, found: format!("{} {found}", path.display()), remedy }
+            }
+            other => other,
+        })?;
+        if let Some(grid) = grid {
+            config.grid.stages = grid.stages;
+            config.grid.replicas = grid.replicas;
+        }
+        Ok(config)
+    }
+
+    /// The same from text; for files that are not files.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, sets: &[String]) -> Result<Config> {
+        parse::parse(text, sets)
+    }
+
+    /// The config as TOML, every key written out.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| format!("# {error}\n"))
+    }
+
+    /// The grid that is asked for.
+    pub fn grid(&self) -> Grid {
+        Grid { placement: self.grid.placement, ..Grid::line(self.grid.stages, self.grid.replicas) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str, sets: &[&str]) -> String {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        Config::parse(text, &sets).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_empty_config_is_the_default() {
+        assert_eq!(Config::parse("", &[]).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_written_config_reads_back() {
+        let text = "steps = 7\n[grid]\nlayers_per_stage = [1, 3]\n[data]\nheld_out = \"x.txt\"\n[eval]\nevery = 5\n";
+        let config = Config::parse(text, &[]).unwrap();
+        assert_eq!(Config::parse(&config.to_toml(), &[]).unwrap(), config);
+    }
+
+    #[test]
+    fn set_overrides_any_key() {
+        let sets = ["model.d_model=256", "schedule=1f1b", "data.path=a b.txt", "eval.every=10", "optimizer.lr=3e-4"];
+        let config = Config::parse("[model]\nd_model = 64", &sets.map(str::to_owned)).unwrap();
+        assert_eq!(config.model.d_model, 256);
+        assert_eq!(config.schedule, Kind::OneForwardOneBackward);
+        assert_eq!(config.data.path, Some("a b.txt".into()));
+        assert_eq!(config.eval.unwrap().every, 10);
+        assert_eq!(config.optimizer.lr, 3e-4);
+    }
+
+    #[test]
+    fn errors_name_setting_value_and_remedy() {
+        insta::assert_snapshot!(error("[model]\nd_modle = 3", &[]), @r"
+        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
+        ");
+        insta::assert_snapshot!(error("stepz = 3", &[]), @r"
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `grid`, `model`, `data`, `optimizer`, `eval`
+        ");
+        insta::assert_snapshot!(error("", &["steps=many"]), @r#"
+        setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more
+        "#);
+        insta::assert_snapshot!(error("steps = -1", &[]), @r"
+        setting `steps`: found invalid value: integer `-1`; expected a whole number, 0 or more
+        ");
+        insta::assert_snapshot!(error("schedule = \"fast\"", &[]), @r"
+        setting `schedule`: found unknown variant `fast`; expected one of `decoupled`, `1f1b`, `gpipe`, `sequential`
+        ");
+        insta::assert_snapshot!(error("[grid]\nlayers_per_stage = \"even\"", &[]), @r#"
+        setting `grid.layers_per_stage`: found a value that does not fit; `"balanced"` or a list of layer counts such as [2, 3, 3]
+        "#);
+        insta::assert_snapshot!(error("steps = \n", &[]), @r"
+        setting `CONFIG`: found not TOML in line 1; string values must be quoted, expected literal string
+        ");
+        insta::assert_snapshot!(error("", &["steps"]), @r"
+        setting `--set`: found `steps`; write key=value, as in model.d_model=256
+        ");
+        insta::assert_snapshot!(error("steps = 3", &["steps.x=1"]), @r"
+        setting `--set`: found `steps.x=1`; `steps` is not a section
+        ");
+    }
+}

@@ -1,0 +1,65 @@
+//! The sizes that every layer is made from.
+
+use super::clusters;
+use crate::config::{Arch, ModelConfig, Norm};
+use crate::schedule::Tie;
+
+/// The sizes that every layer is made from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dimensions {
+    pub layers: usize,
+    pub d_model: i64,
+    pub heads: i64,
+    pub d_ff: i64,
+    pub vocabulary: i64,
+    pub sequence: i64,
+    pub dropout: f64,
+    /// Tokens after which a new cluster of the vocabulary begins.
+    pub cutoffs: Vec<i64>,
+    pub div_val: i64,
+    /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is known.
+    pub shares: Vec<f64>,
+    /// Of the rows of the embedding's and the head's first cluster.
+    pub embedding_width: i64,
+    pub head_width: i64,
+    /// Whether the head's matrix is the embedding's table.
+    pub tied: bool,
+    pub arch: Arch,
+    /// M, the tokens that a layer remembers of earlier segments while training.
+    pub mem_len: i64,
+    /// Distances beyond this one count as this one.
+    pub clamp_len: Option<i64>,
+    /// Every query looks at as many keys.
+    pub same_length: bool,
+    /// Normalisation before each branch, else after it.
+    pub pre_norm: bool,
+    pub attention_dropout: f64,
+}
+
+impl Dimensions {
+    /// The sizes of a config's model over `vocabulary` tokens and sequences of `sequence`.
+    pub fn new(model: &ModelConfig, vocabulary: usize, sequence: usize) -> Dimensions {
+        let cutoffs: Vec<i64> = model.cutoffs.iter().map(|cut| *cut as i64).collect();
+        Dimensions {
+            layers: model.layers,
+            d_model: model.d_model as i64,
+            heads: model.heads as i64,
+            d_ff: model.d_ff as i64,
+            vocabulary: vocabulary as i64,
+            sequence: sequence as i64,
+            dropout: model.dropout,
+            shares: clusters::zipf(&cutoffs, vocabulary as i64),
+            cutoffs,
+            div_val: model.div_val as i64,
+            embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
+            head_width: model.head_width.unwrap_or(model.d_model) as i64,
+            tied: model.tie != Tie::Untied,
+            arch: model.arch,
+            mem_len: model.mem_len as i64,
+            clamp_len: model.clamp_len.map(|clamp| clamp as i64),
+            same_length: model.same_length,
+            pre_norm: model.norm() == Norm::Pre,
+            attention_dropout: model.attention_dropout,
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What the layers remember of the segments before.
+
+use tch::Tensor;
+
+use crate::error::Result;
+
+/// What one layer remembers: its own last inputs, without gradient.
+#[derive(Debug)]
+pub struct Remembered {
+    /// M: how many tokens at most.
+    pub(super) limit: i64,
+    /// [b, up to M, D]; none at the beginning of a stream.
+    states: Option<Tensor>,
+}
+
+impl Remembered {
+    /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is remembered.
+    pub(super) fn extend(&mut self, x: &Tensor) -> Result<Tensor> {
+        let context = match &self.states {
+            Some(states) => Tensor::f_cat(&[states, x], 1)?,
+            None => x.shallow_clone(),
+        };
+        let (length, t) = (context.size()[1], x.size()[1]);
+        let kept = length.min(self.limit);
+        // A copy, unless it is the segment: a part would keep all of its tensor alive.
+        self.states = match kept {
+            0 => None,
+            _ if kept == t => Some(x.f_detach()?),
+            _ => Some(tch::no_grad(|| context.f_narrow(1, length - kept, kept)?.f_detach_copy())?),
+        };
+        Ok(context)
+    }
+}
+
+/// What the layers of a stack remember of the segments before. It carries no gradient and never travels.
+#[derive(Debug)]
+pub struct Memory {
+    limit: usize,
+    layers: Vec<Remembered>,
+}
+
+impl Memory {
+    /// Nothing yet; up to `limit` tokens later.
+    pub fn new(limit: usize) -> Memory {
+        Memory { limit, layers: Vec::new() }
+    }
+
+    /// Another handle of the same memory.
+    pub fn shallow_clone(&self) -> Memory {
+        let copy = |r: &Remembered| Remembered { limit: r.limit, states: r.states.as_ref().map(Tensor::shallow_clone) };
+        Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
+    }
+
+    /// The memories of `count` layers.
+    pub(super) fn of(&mut self, count: usize) -> &mut [Remembered] {
+        let limit = self.limit as i64;
+        self.layers.resize_with(count, || Remembered { limit, states: None });
+        &mut self.layers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The last M rows of everything so far, whatever the lengths of the segments.
+    #[test]
+    fn the_last_rows_are_remembered() {
+        let all = Tensor::arange(11 * 2, (tch::Kind::Float, tch::Device::Cpu)).view([1, 11, 2]);
+        for limit in [0, 1, 3, 4, 6, 9, 20] {
+            let mut memory = Memory::new(limit);
+            let mut start = 0;
+            for length in [4, 3, 4] {
+                let remembered = memory.of(1)[0].extend(&all.narrow(1, start, length)).unwrap();
+                let from = (start - limit as i64).max(0);
+                assert_eq!(remembered, all.narrow(1, from, start + length - from), "M = {limit} at {start}");
+                start += length;
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The actions of the tied table.
+
+use std::sync::Arc;
+
+use super::{Worker, link};
+use crate::comm::{Content, Header, Reduction};
+use crate::error::{Error, Result};
+use crate::grid::Place;
+use crate::inject::Fault;
+use crate::metrics::Report;
+use crate::model;
+use crate::optim::{Optimizer, learning_rate};
+use crate::params::{Layout, slice_mut};
+use crate::schedule::{Action, Pass};
+use crate::setup::Setup;
+use crate::table::{End, Table};
+
+impl Worker {
+    pub(super) fn table(&mut self, action: &Action) -> Result<&mut Table> {
+        self.table.as_mut().ok_or_else(|| Error::Internal(format!("{action} finds no table")))
+    }
+
+    /// The step's parts of the table's gradient are complete here: kept on stage 0's device, else sent there.
+    pub(super) fn close_part(&mut self, action: &Action) -> Result<()> {
+        let setup = Arc::clone(&self.setup);
+        for end in setup.table_ends(action.stage) {
+            let part = self.table(action)?.close(end)?;
+            let header = self.table_header(Content::Part, action)?;
+            match &mut self.post(action).ends.twin {
+                Some(twin) if end == End::Output => twin.send(header, part)?,
+                _ => self.table(action)?.keep(end, action.step, part),
+            }
+        }
+        Ok(())
+    }
+
+    fn table_header(&mut self, content: Content, action: &Action) -> Result<Header> {
+        let shape = [1, 1, self.table(action)?.layout().len as i64];
+        Ok(Header { content, pass: Pass::Train, step: action.step, microbatch: 0, shape })
+    }
+
+    pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {
+        let header = self.table_header(Content::Part, action)?;
+        if let Some(twin) = &mut self.post(action).ends.twin {
+            let part = twin.receive(header)?.f_view([-1])?;
+            self.table(action)?.keep(End::Output, action.step, part);
+        }
+        // Without a twin the head is on this device, and has closed its part already.
+        let here = self.table(action)?.has(End::Output, action.step);
+        if here { Ok(()) } else { Err(Error::Internal(format!("{action} finds no part"))) }
+    }
+
+    pub(super) fn reduce_table(&mut self, action: &Action) -> Result<()> {
+        let setup = Arc::clone(&self.setup);
+        let last = setup.schedule.sync.contains(action.step + 1);
+        // The next segment's forwards begin only after this one's updates of the table.
+        let inputs = setup.schedule.table_inputs(action.step, self.post(action).sync, last);
+        let whole = self.table(action)?.join(action.step, inputs)?;
+        if let Some(group) = &mut self.post(action).ends.group {
+            self.table_reduction = Some(group.all_reduce(action.step, whole)?);
+        }
+        Ok(())
+    }
+
+    fn wait_for_table(&mut self) -> Result<()> {
+        self.table_reduction.take().map_or(Ok(()), Reduction::wait)
+    }
+
+    pub(super) fn send_table(&mut self, action: &Action) -> Result<()> {
+        self.wait_for_table()?;
+        let header = self.table_header(Content::Sum, action)?;
+        let sum = self.table(action)?.sum()?;
+        link(&mut self.post(action).ends.twin, action)?.send(header, sum)
+    }
+
+    pub(super) fn receive_table(&mut self, action: &Action) -> Result<()> {
+        let header = self.table_header(Content::Sum, action)?;
+        let sum = link(&mut self.post(action).ends.twin, action)?.receive(header)?.f_view([-1])?;
+        self.table(action)?.set_sum(sum);
+        Ok(())
+    }
+
+    /// `V[t+1] = V[t] + optimizer(mean of the parts' sum over microbatches and replicas)`.
+    pub(super) fn update_table(&mut self, action: &Action) -> Result<()> {
+        self.wait_for_table()?;
+        let (setup, mean) = (Arc::clone(&self.setup), self.mean() * self.setup.tie_factor());
+        let config = &setup.config;
+        let lr = learning_rate(&config.optimizer, action.step, config.steps);
+        let norm = self.table(action)?.update(lr, mean, config.optimizer.clip)?;
+        let place = self.post(action).place;
+        if !norm.is_finite() {
+            let tensor = "gradient of the tied embedding".to_owned();
+            return Err(Error::NotFinite { tensor, step: action.step, place });
+        }
+        if self.injected(Fault::AlterTable, place, action.step) {
+            let weight = &mut slice_mut(self.table(action)?.flat_mut())[0];
+            *weight = f32::from_bits(weight.to_bits() ^ 1);
+        }
+        match place {
+            Place { stage: 0, replica: 0 } => self.reports.send(Report::TableNorm { step: action.step, norm }),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn await_table(&mut self, action: &Action) -> Result<()> {
+        let newest = self.table(action)?.newest();
+        if newest > action.step { Ok(()) } else { Err(Error::Internal(format!("{action} finds version {newest}"))) }
+    }
+
+    pub(super) fn digest(&mut self, action: &Action) -> Result<()> {
+        let (place, digest) = (self.post(action).place, self.table(action)?.digest());
+        self.reports.send(Report::Digest { place, step: action.step, digest })
+    }
+}
+
+/// The tied table of a rank, if its stages use one.
+pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
+    let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
+    if ends.is_empty() {
+        return Ok(None);
+    }
+    let layout = Layout::new(&model::table(&setup.dimensions));
+    let optimizer = Optimizer::new(&setup.config.optimizer, &layout, setup.config.threads)?;
+    let held = setup.schedule.tables_held(rank % setup.grid.devices());
+    Table::new(layout, setup.config.seed, held, ends, optimizer).map(Some)
+}
