@@ -38,7 +38,7 @@ impl Prediction {
         if ends > 0 {
             let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
             // Parts wait on stage 0's device; the other copy only gets sums.
-            let parts = if rank % setup.grid.devices() == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
+            let parts = if rank.is_multiple_of(setup.grid.devices()) { setup.schedule.delays[0] as u64 + 4 } else { 3 };
             sum.weights += setup.schedule.tables_held(rank % setup.grid.devices()) as u64 * table;
             sum.gradient += (ends + parts) * table;
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
