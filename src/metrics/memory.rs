@@ -124,8 +124,9 @@ mod tests {
     #[test]
     fn the_gauge_sees_what_is_touched() {
         let gauge = Gauge::start().unwrap();
-        let block = vec![1u8; 64 << 20];
-        assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() == 64 << 20);
-        assert!(gauge.peak().unwrap() >= 60 << 20);
+        let block = vec![1u8; 256 << 20];
+        assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() == 256 << 20);
+        // Other tests of this process may give memory back meanwhile.
+        assert!(gauge.peak().unwrap() >= 160 << 20);
     }
 }

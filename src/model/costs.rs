@@ -12,8 +12,9 @@ pub struct LayerCosts {
 }
 
 /// The stated costs: `4 D^2 + 2 D F` for a block's matrices and `T D` for its causal attention, `D V` for the head (of
-/// an adaptive one the first cluster, and of the others what falls into them), and the additions of the embedding, `2 D`. A Transformer-XL makes keys and values of the memory too,
-/// `2 D^2 M / T` more, and three products over the whole context, `3 (M + T) D`.
+/// an adaptive one the first cluster, and of the others what falls into them), and the additions of the embedding,
+/// `2 D`. A Transformer-XL makes keys and values of the memory too, `2 D^2 M / T` more, and three products over the
+/// whole context, `3 (M + T) D`.
 pub fn costs(d: &Dimensions) -> LayerCosts {
     let (dm, f, t, m) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64, d.mem_len as f64);
     let attention = match d.arch {

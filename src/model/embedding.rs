@@ -71,12 +71,15 @@ impl Layer for Embedding {
     /// `x`: [B, t] with t <= T -> [B, t, D].
     fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
         let mut weights = weights.iter();
-        let hidden = self.lookup(&mut weights, x)?;
-        let hidden = match weights.next() {
-            Some(positions) => hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?,
-            // As in the paper's code: the table is small where it serves as the head's matrix.
-            None => hidden.f_mul_scalar((self.d.d_model as f64).sqrt())?,
-        };
+        let mut hidden = self.lookup(&mut weights, x)?;
+        if self.d.tied || self.d.arch == Arch::TransformerXl {
+            // A table whose rows are small enough for the head would be lost among the other inputs (Vaswani et al.
+            // 2017, section 3.4).
+            hidden = hidden.f_mul_scalar((self.d.d_model as f64).sqrt())?;
+        }
+        if let Some(positions) = weights.next() {
+            hidden = hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?;
+        }
         match dropout {
             Some(dropout) => dropout.apply(hidden, LAYER, 0),
             None => Ok(hidden),

@@ -10,7 +10,8 @@
 //! embedding.tokens [V, D]          embedding.positions [T, D]
 //! layers.l.norm1.weight, .bias [D] layers.l.attention.qkv.weight [3D, D], .bias     layers.l.attention.out.weight [D, D], .bias
 //! layers.l.norm2.weight, .bias [D] layers.l.mlp.up.weight [F, D], .bias             layers.l.mlp.down.weight [D, F], .bias
-//! head.norm.weight, .bias [D]      head.weight [V, D]; with a tie there is none: `embedding.tokens` takes its place
+//! head.norm.weight, .bias [D]      head.weight [V, D]; with a tie there is none: `embedding.tokens` takes its place,
+//!                                  and is multiplied by sqrt(D) on its way in
 //! ```
 //!
 //! and of a Transformer-XL, where they differ:
