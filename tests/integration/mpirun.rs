@@ -1,6 +1,6 @@
 //! The built program under real mpirun against the oracle, and what it prints and leaves.
 
-use crate::harness::{Folder, Outcome, by_oracle, mpirun, run, slices, tiny};
+use crate::harness::{Folder, Outcome, by_oracle, mpirun, ouroboros, run, slices, tiny};
 
 /// Any run here is over in a few seconds; starting MPI takes most of it.
 const LIMIT: u64 = 60;
@@ -58,6 +58,24 @@ fn ranks_of_word_models_equal_the_oracle() {
     words("2x2", &["microbatches=2", "eval.every=4"]);
     words("3x1", &["model.div_val=2", "grid.placement=ring", "model.arch=transformer-xl", "model.mem_len=8"]);
     words("2x1", &["model.embedding_width=8", "model.head_width=12", "model.tie=none", "recompute=true"]);
+}
+
+/// 12 layers on 11 stages and 64 layers on 4, from their configs.
+#[test]
+fn the_wide_and_the_deep_grid_equal_the_oracle() {
+    for (config, ranks, steps) in [("configs/wide-11.toml", 11, "steps=14"), ("configs/deep-64l.toml", 4, "steps=3")] {
+        let folder = Folder::new();
+        let (grid, oracle) = (folder.text("grid"), folder.text("oracle"));
+        let train = |out: &str| {
+            ["train", config, "--set", steps, "--set", "data.synthetic=40000", "--out", out].map(str::to_owned).to_vec()
+        };
+        run(mpirun(ranks, &slices(&train(&grid))), 120).expect_code(0);
+        let emulate = [train(&oracle), vec!["--emulate".to_owned()]].concat();
+        run(ouroboros(&slices(&emulate)), 120).expect_code(0);
+        let (grid, oracle) = (Outcome::read(&folder.path("grid")), Outcome::read(&folder.path("oracle")));
+        assert_eq!(grid, oracle, "{config}");
+        assert_eq!(grid.weights.len(), ranks, "{config}");
+    }
 }
 
 /// More replicas than two: the order of MPI's sum is its own, so the last digits may differ; but not between the two
