@@ -124,7 +124,7 @@ pub struct PrepareArgs {
     /// The prepared file [default: DIR/NAME.tokens].
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// An address that has the archive under its usual name, as in https://example.org/corpora.
+    /// An address that has the archive under its usual name, as in `https://example.org/corpora`.
     #[arg(long, value_name = "ADDRESS")]
     pub mirror: Option<String>,
     /// An archive that is here already.
@@ -136,7 +136,7 @@ pub struct PrepareArgs {
     /// How text becomes tokens [default: as usual for the corpus; bytes for a file].
     #[arg(long, value_enum)]
     pub tokenizer: Option<Tokenizer>,
-    /// Words that stand more rarely in the training split become <unk>.
+    /// Words that stand more rarely in the training split become `<unk>`.
     #[arg(long, default_value_t = 1)]
     pub min_count: usize,
     /// A list of words, one a line, instead of those of the training split.

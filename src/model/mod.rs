@@ -24,10 +24,14 @@
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
 //!
-//! Where the rows of a table are not D wide, embedding.projection and head.projection [D, width] stand beside it. With
-//! cut-offs there is one of each for every cluster i of n_i tokens: embedding.tokens.i, head.weight.i [n_i, w_i],
-//! embedding.projection.i, head.projection.i [D, w_i] (where w_i is not D) and head.bias.i [n_i]; and
-//! head.clusters.weight [clusters - 1, w_0], .bias: the entries of the further clusters in the first softmax.
+//! Where the rows of a table are not D wide, embedding.projection and head.projection stand beside it. With cut-offs
+//! there is one of each for every cluster i of n tokens, w wide, and the entries of the further clusters in the first
+//! softmax:
+//!
+//! ```text
+//! embedding.tokens.i, head.weight.i [n, w]     embedding.projection.i, head.projection.i [D, w], where w is not D
+//! head.bias.i [n]                              head.clusters.weight [clusters - 1, w of cluster 0], .bias
+//! ```
 
 mod parameter;
 mod clusters;

@@ -218,7 +218,7 @@ pub struct Ideal {
     pub speed_up: f64,
     /// Share of its time that each device computes.
     pub utilization: Vec<f64>,
-    /// The speed-up over the [`BEFORE_DRAIN`] steps before a sync point, from the end of a step's last backward on
+    /// The speed-up over the `BEFORE_DRAIN` steps before a sync point, from the end of a step's last backward on
     /// stage 0 to the end of the last one's: the drain waits for no new forward, so it may be faster.
     pub before_drain: f64,
 }
