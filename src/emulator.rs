@@ -18,7 +18,7 @@ use tch::Tensor;
 
 use crate::checkpoint;
 use crate::comm::Reporter;
-use crate::data::Batches;
+use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -48,14 +48,14 @@ struct Gradients {
 /// The oracle of one run.
 pub struct Emulator {
     setup: Arc<Setup>,
-    model: Stack,
+    model: Vec<Stack>,
     stages: Vec<Weights>,
     /// Without parameters where nothing is tied.
     table: Weights,
     /// (step, replica) -> a part of the table's gradient that has not joined an update yet.
     inputs: BTreeMap<(usize, usize), Tensor>,
-    /// (replica, microbatch) -> what the layers remember of its rows.
-    memories: BTreeMap<(usize, usize), Memory>,
+    /// (replica, microbatch) -> what the layers of every stage remember of its rows.
+    memories: BTreeMap<(usize, usize), Vec<Memory>>,
     batches: Batches,
     reports: Reporter,
     out: PathBuf,
@@ -77,7 +77,7 @@ impl Emulator {
         };
         let stages = (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own())).collect::<Result<_>>()?;
         let table = weights(&model::table(&setup.dimensions))?;
-        let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
+        let model = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let (inputs, memories) = (BTreeMap::new(), BTreeMap::new());
         Ok(Emulator { model, stages, table, inputs, memories, batches, reports, out, setup })
@@ -121,10 +121,15 @@ impl Emulator {
             Tie::Aligned => setup.schedule.delays[0],
             _ => 0,
         };
-        let (mut sums, mut table_sum) = (Vec::new(), None);
+        let (mut sums, mut table_sum): (Vec<Tensor>, Option<Tensor>) = (Vec::new(), None);
+        // One replica has nothing to reduce.
+        let reduced = (setup.grid.replicas > 1).then_some(setup.config.wire);
         for replica in 0..setup.grid.replicas {
-            let gradients = self.gradients(t, replica, &numbers, at(table_delay))?;
-            let table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
+            let mut gradients = self.gradients(t, replica, &numbers, at(table_delay))?;
+            let mut table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
+            if let Some(wire) = reduced {
+                gradients.stages.iter_mut().chain([&mut table]).try_for_each(|flat| wire.round(flat))?;
+            }
             match &mut table_sum {
                 None => (sums, table_sum) = (gradients.stages, Some(table)),
                 Some(table_sum) => {
@@ -134,6 +139,9 @@ impl Emulator {
                     }
                 }
             }
+        }
+        if let Some(wire) = reduced {
+            sums.iter_mut().chain(&mut table_sum).try_for_each(|sum| wire.round(sum))?;
         }
         for (stage, sum) in sums.iter_mut().enumerate() {
             let norm = self.update(t, Some(stage), sum)?;
@@ -180,12 +188,48 @@ impl Emulator {
         Ok([own, self.table.leaves(table)?, self.table.leaves(table)?])
     }
 
+    /// The values of the parameters of every stage's layers.
+    fn weights(&self, leaves: &[Vec<Tensor>; 3]) -> Vec<Vec<Tensor>> {
+        let [own, input, output] = leaves;
+        let mut start = 0;
+        let of_stage = |(stack, weights): (&Stack, &Weights)| {
+            let own = &own[start..start + weights.layout.entries.len()];
+            start += own.len();
+            stack.weights(own, input, output)
+        };
+        self.model.iter().zip(&self.stages).map(of_stage).collect()
+    }
+
+    /// Nothing is remembered by any layer.
+    fn forgetful(&self, limit: usize) -> Vec<Memory> {
+        self.model.iter().map(|_| Memory::new(limit)).collect()
+    }
+
+    /// The whole model: tokens [b, T], `targets` [b, T] -> the mean loss. Between two stages the wire rounds.
+    fn loss(
+        &self,
+        weights: &[Vec<Tensor>],
+        batch: &Batch,
+        memories: &mut [Memory],
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
+        let mut x = batch.tokens.shallow_clone();
+        for (k, (stack, memory)) in self.model.iter().zip(memories).enumerate() {
+            if k > 0 {
+                x = self.setup.config.wire.cross(&x)?;
+            }
+            x = stack.forward(&weights[k], &x, memory, dropout)?;
+        }
+        let last = self.model.len() - 1;
+        self.model[last].loss(&weights[last], &x, &batch.targets, dropout)
+    }
+
     /// Gradients of one replica, added up over its microbatches.
     fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize], table: usize) -> Result<Gradients> {
         let setup = Arc::clone(&self.setup);
         let config = &setup.config;
         let leaves = self.leaves(numbers, table)?;
-        let weights = self.model.weights(&leaves[0], &leaves[1], &leaves[2]);
+        let weights = self.weights(&leaves);
         let stages = self.stages.iter().map(|stage| zeros(stage.layout.len)).collect::<Result<Vec<_>>>()?;
         let (input, output) = (zeros(self.table.layout.len)?, zeros(self.table.layout.len)?);
         let mut sums = Vec::new();
@@ -202,10 +246,9 @@ impl Emulator {
             let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
             let remembered = self.memories.remove(&(replica, microbatch));
             let remembered = remembered.filter(|_| !self.batches.restarts(t));
-            let mut memory = remembered.unwrap_or_else(|| Memory::new(config.model.mem_len));
-            let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, dropout)?;
-            self.memories.insert((replica, microbatch), memory);
-            let loss = self.model.loss(&weights, &hidden, &batch.targets, dropout)?;
+            let mut memories = remembered.unwrap_or_else(|| self.forgetful(config.model.mem_len));
+            let loss = self.loss(&weights, &batch, &mut memories, dropout)?;
+            self.memories.insert((replica, microbatch), memories);
             total += self.finite(t, replica, loss.f_double_value(&[])?)?;
             let leaves: Vec<&Tensor> = leaves.iter().flatten().collect();
             let gradients = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
@@ -251,16 +294,14 @@ impl Emulator {
 
     fn evaluate(&mut self, t: usize) -> Result<()> {
         let leaves = self.leaves(&vec![t; self.stages.len()], t)?;
-        let weights = self.model.weights(&leaves[0], &leaves[1], &leaves[2]);
+        let weights = self.weights(&leaves);
         for replica in 0..self.setup.grid.replicas {
             let (mut loss_sum, mut tokens) = (0.0, 0);
-            let mut memory = Memory::new(self.setup.config.eval_mem_len());
+            let mut memories = self.forgetful(self.setup.config.eval_mem_len());
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
                 let batch = self.batches.held_out(self.setup.eval_rows(replica, microbatch), microbatch);
-                let mean = tch::no_grad(|| -> Result<f64> {
-                    let hidden = self.model.forward(&weights, &batch.tokens, &mut memory, None)?;
-                    Ok(self.model.loss(&weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
-                })?;
+                let loss = tch::no_grad(|| self.loss(&weights, &batch, &mut memories, None))?;
+                let mean = loss.f_double_value(&[])?;
                 loss_sum += mean * batch.targets.numel() as f64;
                 tokens += batch.targets.numel();
             }

@@ -200,7 +200,7 @@ fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
 pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Option<Injection>) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
-    let ports = local::connect(grid, setup.schedule.link_capacity(), &reports);
+    let ports = local::connect(grid, setup.schedule.link_capacity(), setup.config.wire, &reports);
     drop(reports);
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
@@ -342,7 +342,8 @@ fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
 fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Placed<()> {
     let rank = world.identity.rank;
     let origin = format!("{} (rank {rank} on {})", setup.grid.name(rank), world.identity.host);
-    let (ports, reports) = world.connect(setup.grid, setup.schedule.link_capacity()).map_err(|error| (None, error))?;
+    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire);
+    let (ports, reports) = connected.map_err(|error| (None, error))?;
     let mut reporter = world.reporter();
     let (inject, out, worker_setup) = (job.inject, out.to_owned(), Arc::clone(setup));
     let work = move || -> Placed<()> {

@@ -32,6 +32,7 @@ pub mod error;
 pub mod partition;
 pub mod delay;
 pub mod schedule;
+pub mod wire;
 pub mod config;
 pub mod random;
 pub mod data;

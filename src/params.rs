@@ -55,6 +55,11 @@ impl Layout {
         Layout { entries, len }
     }
 
+    /// Where a parameter begins; behind the last one the end of the buffer.
+    pub fn offset(&self, parameter: usize) -> usize {
+        self.entries.get(parameter).map_or(self.len, |entry| entry.offset)
+    }
+
     /// Values of all parameters, padding not counted.
     pub fn count(&self) -> usize {
         self.entries.iter().map(|entry| entry.parameter.count()).sum()

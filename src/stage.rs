@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{Dropout, Memory, Stack};
+use crate::model::{Dropout, Memory, Run, Stack};
 use crate::params::Versions;
 use crate::table::{End, Table};
 
@@ -46,6 +46,12 @@ pub struct Input {
     pub restart: bool,
 }
 
+/// A part of a step's gradient that is complete: `values` of the flat buffer from `offset` on.
+pub struct Bucket {
+    pub offset: usize,
+    pub values: Tensor,
+}
+
 /// A forward that waits for its backward.
 struct Saved {
     slot: Slot,
@@ -56,7 +62,22 @@ struct Saved {
     /// What the layers remembered before: the forward that is run again sees the same.
     memory: Memory,
     /// Hidden states or loss with the graph behind them; none under recompute.
-    output: Option<Tensor>,
+    graphs: Vec<Graph>,
+}
+
+/// The graph of a run of layers, from its input to its output. The last microbatch of a step has one for every bucket of
+/// gradients, so that a bucket can be reduced while the backward of the layers before it is made:
+///
+/// ```text
+/// forward     x -> [ run 0 ] -> y0 | x1 -> [ run 1 ] -> loss         x1 is y0, a leaf
+/// backward                                 [ run 1 ]  dx1            bucket 1 is complete: its all-reduce starts
+///             dx <- [ run 0 ] <- sum(y0 dx1)                         bucket 0
+/// ```
+struct Graph {
+    input: Tensor,
+    output: Tensor,
+    /// Where its gradients begin in the flat buffer.
+    offset: usize,
 }
 
 /// The layers of one place, their weights, and the microbatches under way.
@@ -65,6 +86,9 @@ pub struct Stage {
     stack: Stack,
     pub versions: Versions,
     settings: Settings,
+    /// The layers at one go; those of the last microbatch of a step.
+    whole: Vec<Run>,
+    buckets: Vec<Run>,
     saved: VecDeque<Saved>,
     /// What the layers remember, a microbatch of rows each; of the evaluation.
     memories: BTreeMap<usize, Memory>,
@@ -82,6 +106,9 @@ pub struct Settings {
     /// Tokens that the layers remember, in training and in evaluation.
     pub mem_len: usize,
     pub eval_mem_len: usize,
+    /// m, and the values of a bucket of gradients; none where nothing is reduced.
+    pub microbatches: usize,
+    pub bucket: Option<usize>,
 }
 
 impl Settings {
@@ -94,6 +121,8 @@ impl Settings {
             seed: config.seed,
             mem_len: config.model.mem_len,
             eval_mem_len: config.eval_mem_len(),
+            microbatches: config.microbatches,
+            bucket: (config.grid.replicas > 1).then_some(config.bucket_kib * 1024 / size_of::<f32>()),
         }
     }
 
@@ -110,7 +139,9 @@ impl Stage {
     /// A stage without microbatches under way.
     pub fn new(place: Place, stack: Stack, versions: Versions, settings: Settings) -> Stage {
         let eval_memory = Memory::new(settings.eval_mem_len);
-        Stage { place, stack, versions, settings, saved: VecDeque::new(), memories: BTreeMap::new(), eval_memory }
+        let (whole, buckets) = (stack.runs(usize::MAX), stack.runs(settings.bucket.unwrap_or(usize::MAX)));
+        let (saved, memories) = (VecDeque::new(), BTreeMap::new());
+        Stage { place, stack, versions, settings, whole, buckets, saved, memories, eval_memory }
     }
 
     /// Forward of a microbatch at the given versions. `table` is the tied table if this stage uses one.
@@ -122,39 +153,57 @@ impl Stage {
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
         let memory = remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len));
-        let mut saved = Saved { slot, at, input, targets, memory, output: None };
+        let mut saved = Saved { slot, at, input, targets, memory, graphs: Vec::new() };
         let mut memory = saved.memory.shallow_clone();
-        let output = match self.settings.recompute {
+        let graphs = match self.settings.recompute {
             true => tch::no_grad(|| self.run(&saved, &mut memory, table))?,
             false => self.run(&saved, &mut memory, table)?,
         };
         self.memories.insert(slot.microbatch, memory);
-        let result = self.checked(&saved, &output, table)?;
+        let result = self.checked(&saved, &graphs, table)?;
         if !self.settings.recompute {
-            saved.output = Some(output);
+            saved.graphs = graphs;
         }
         self.saved.push_back(saved);
         Ok(result)
     }
 
     /// Backward of the oldest microbatch under way: adds to the gradients, gives the gradient of the stage input.
-    /// `dy` is the gradient of its output, none on the last stage.
+    /// `dy` is the gradient of its output, none on the last stage. `ready` is given the buckets of the step's gradient
+    /// that are complete while layers are left.
     ///
     /// # Errors
-    /// What libtorch reports.
-    pub fn backward(&mut self, slot: Slot, table: Option<&Table>, dy: Option<Tensor>) -> Result<Option<Tensor>> {
+    /// What libtorch reports, and those of `ready`.
+    pub fn backward(
+        &mut self,
+        slot: Slot,
+        table: Option<&Table>,
+        mut dy: Option<Tensor>,
+        ready: &mut dyn FnMut(Bucket) -> Result<()>,
+    ) -> Result<Option<Tensor>> {
         let saved = self.saved.pop_front().filter(|saved| saved.slot == slot);
         let mut saved = saved.ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
-        let output = match saved.output.take() {
-            Some(output) => output,
-            None => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,
+        let graphs = match saved.graphs.is_empty() {
+            false => std::mem::take(&mut saved.graphs),
+            true => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,
         };
-        match dy {
-            // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
-            Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?.f_backward()?,
-            None => output.f_backward()?,
+        let mut end = self.versions.layout().len;
+        for Graph { input, output, offset } in graphs.into_iter().rev() {
+            match dy.take() {
+                // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
+                Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?.f_backward()?,
+                None => output.f_backward()?,
+            }
+            if input.requires_grad() {
+                dy = Some(input.f_grad()?);
+            }
+            if offset > 0 {
+                let values = self.versions.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
+                ready(Bucket { offset, values })?;
+                end = offset;
+            }
         }
-        if self.place.stage == 0 { Ok(None) } else { Ok(Some(saved.input.f_grad()?)) }
+        Ok(dy)
     }
 
     /// Forward of an evaluation at the newest versions: hidden states, or the sum of the losses of all tokens.
@@ -195,17 +244,30 @@ impl Stage {
     }
 
     /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
-    fn run(&self, saved: &Saved, memory: &mut Memory, table: Option<&Table>) -> Result<Tensor> {
+    fn run(&self, saved: &Saved, memory: &mut Memory, table: Option<&Table>) -> Result<Vec<Graph>> {
         let (weights, dropout) = (self.weights(saved.at, table), self.dropout(saved.slot));
-        let y = self.stack.forward(&weights, &saved.input, memory, dropout)?;
-        match &saved.targets {
-            Some(targets) => self.stack.loss(&weights, &y, targets, dropout),
-            None => Ok(y),
+        let last = saved.slot.microbatch + 1 == self.settings.microbatches;
+        let runs = if last { &self.buckets } else { &self.whole };
+        let mut graphs: Vec<Graph> = Vec::with_capacity(runs.len());
+        for run in runs {
+            let input = match graphs.last() {
+                None => saved.input.shallow_clone(),
+                Some(before) => before.output.f_detach()?.f_set_requires_grad(true)?,
+            };
+            let output = self.stack.forward_run(run.layers.clone(), &weights, &input, memory, dropout)?;
+            let offset = self.versions.layout().offset(run.first);
+            graphs.push(Graph { input, output, offset });
         }
+        if let (Some(targets), Some(end)) = (&saved.targets, graphs.last_mut()) {
+            end.output = self.stack.loss(&weights, &end.output, targets, dropout)?;
+        }
+        Ok(graphs)
     }
 
     /// Looks at every output before it is sent, so that the first stage with a bad tensor is the one that says so.
-    fn checked(&self, saved: &Saved, output: &Tensor, table: Option<&Table>) -> Result<Output> {
+    fn checked(&self, saved: &Saved, graphs: &[Graph], table: Option<&Table>) -> Result<Output> {
+        let output = graphs.last().map(|graph| &graph.output);
+        let output = output.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
         let (result, finite) = match saved.targets {
             Some(_) => {
                 let loss = output.f_double_value(&[])?;

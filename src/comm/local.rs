@@ -13,11 +13,12 @@ use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
 use crate::params::{slice, slice_mut};
+use crate::wire::Wire;
 
 type Message = (Header, Tensor);
 
 /// The ports of all ranks, in their order. `capacity` bounds the messages under way on a link.
-pub fn connect(grid: Grid, capacity: usize, reports: &Sender<Report>) -> Vec<Ports> {
+pub fn connect(grid: Grid, capacity: usize, wire: Wire, reports: &Sender<Report>) -> Vec<Ports> {
     let mut ends: BTreeMap<Place, Ends> = grid.places().map(|place| (place, Ends::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
@@ -35,7 +36,7 @@ pub fn connect(grid: Grid, capacity: usize, reports: &Sender<Report>) -> Vec<Por
     }
     if grid.replicas > 1 {
         for stage in 0..grid.stages {
-            for (place, group) in grid.group(stage).zip(groups(grid, stage)) {
+            for (place, group) in grid.group(stage).zip(groups(grid, stage, wire)) {
                 ends.entry(place).or_default().group = Some(group);
             }
         }
@@ -106,6 +107,7 @@ impl<T> Mailbox<T> {
 /// Replica 0 adds up, in the order of the replicas, so the sum is the same for every run and every R.
 struct Leader {
     stage: usize,
+    wire: Wire,
     members: Arc<Mutex<Vec<Member>>>,
     started: u64,
 }
@@ -118,12 +120,13 @@ struct Member {
 
 struct Follower {
     place: Place,
+    wire: Wire,
     sender: Sender<Numbered<Vec<f32>>>,
     mailbox: Arc<Mutex<Mailbox<Arc<Vec<f32>>>>>,
     started: u64,
 }
 
-fn groups(grid: Grid, stage: usize) -> Vec<Box<dyn ReplicaGroup>> {
+fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
     let mut members = Vec::new();
     let mut followers: Vec<Box<dyn ReplicaGroup>> = Vec::new();
     for place in grid.group(stage).skip(1) {
@@ -131,15 +134,16 @@ fn groups(grid: Grid, stage: usize) -> Vec<Box<dyn ReplicaGroup>> {
         let (sender, from_leader) = channel();
         members.push(Member { mailbox: Mailbox::new(receiver), sender });
         let mailbox = Arc::new(Mutex::new(Mailbox::new(from_leader)));
-        followers.push(Box::new(Follower { place, sender: to_leader, mailbox, started: 0 }));
+        followers.push(Box::new(Follower { place, wire, sender: to_leader, mailbox, started: 0 }));
     }
-    let leader: Box<dyn ReplicaGroup> = Box::new(Leader { stage, members: Arc::new(Mutex::new(members)), started: 0 });
+    let leader: Box<dyn ReplicaGroup> =
+        Box::new(Leader { stage, wire, members: Arc::new(Mutex::new(members)), started: 0 });
     std::iter::once(leader).chain(followers).collect()
 }
 
 impl ReplicaGroup for Leader {
     fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let (members, stage, number) = (Arc::clone(&self.members), self.stage, self.started);
+        let (members, stage, wire, number) = (Arc::clone(&self.members), self.stage, self.wire, self.started);
         self.started += 1;
         let lost = move |replica| Error::Lost {
             peer: Place { stage, replica },
@@ -147,12 +151,14 @@ impl ReplicaGroup for Leader {
         };
         Ok(Reduction::new(move || {
             let mut members = members.lock().map_err(|_| lost(0))?;
+            wire.round(&mut flat)?;
             let sum = slice_mut(&mut flat);
             for (i, member) in members.iter_mut().enumerate() {
                 let gradient = member.mailbox.take(number).ok_or_else(|| lost(i + 1))?;
                 sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g);
             }
-            let sum = Arc::new(sum.to_vec());
+            wire.round(&mut flat)?;
+            let sum = Arc::new(slice(&flat).to_vec());
             for (i, member) in members.iter().enumerate() {
                 member.sender.send((number, Arc::clone(&sum))).map_err(|_| lost(i + 1))?;
             }
@@ -166,6 +172,7 @@ impl ReplicaGroup for Follower {
         let (peer, number) = (Place { replica: 0, ..self.place }, self.started);
         self.started += 1;
         let lost = move || Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") };
+        self.wire.round(&mut flat)?;
         self.sender.send((number, slice(&flat).to_vec())).map_err(|_| lost())?;
         let mailbox = Arc::clone(&self.mailbox);
         Ok(Reduction::new(move || {
@@ -184,12 +191,12 @@ mod tests {
     use crate::schedule::Pass;
 
     fn header(step: usize) -> Header {
-        Header { content: Content::Activation, pass: Pass::Train, step, microbatch: 0, shape: [1, 1, 2] }
+        Header { content: Content::Activation, pass: Pass::Train, step, microbatch: 0, shape: [1, 1, 2], wire: Wire::F32 }
     }
 
     #[test]
     fn a_link_carries_and_checks() {
-        let mut ports = connect(Grid::line(2, 1), 2, &channel().0);
+        let mut ports = connect(Grid::line(2, 1), 2, Wire::F32, &channel().0);
         let mut below = ports.pop().unwrap().places.remove(0).upstream.unwrap();
         let mut above = ports.pop().unwrap().places.remove(0).downstream.unwrap();
         above.send(header(3), Tensor::from_slice(&[1f32, 2.0])).unwrap();
@@ -207,7 +214,7 @@ mod tests {
     #[test]
     fn a_group_adds_in_the_order_of_the_replicas() {
         let values = [1e8f32, 1.0, -1e8];
-        let threads: Vec<_> = connect(Grid::line(1, 3), 2, &channel().0)
+        let threads: Vec<_> = connect(Grid::line(1, 3), 2, Wire::F32, &channel().0)
             .into_iter()
             .zip(values)
             .enumerate()

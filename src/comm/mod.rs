@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::metrics::Report;
 use crate::schedule::Pass;
+use crate::wire::Wire;
 
 /// What a message carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +33,7 @@ impl Content {
     const ALL: [Content; 4] = [Content::Activation, Content::Gradient, Content::Part, Content::Sum];
 }
 
-/// The tag of a message: what it is, so that a wrong one is found where it arrives. All tensors are f32.
+/// The tag of a message: what it is, so that a wrong one is found where it arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     pub content: Content,
@@ -41,6 +42,7 @@ pub struct Header {
     pub microbatch: usize,
     /// Rows, tokens, values: [b, T, D].
     pub shape: [i64; 3],
+    pub wire: Wire,
 }
 
 impl fmt::Display for Header {
@@ -52,40 +54,38 @@ impl fmt::Display for Header {
             Content::Sum => "gradient of the table",
         };
         let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
-        write!(f, "{content}{pass} {}.{} f32 {:?}", self.step, self.microbatch, self.shape)
+        write!(f, "{content}{pass} {}.{} {} {:?}", self.step, self.microbatch, self.wire.word(), self.shape)
     }
 }
 
 impl Header {
     /// Words of the header on the wire.
-    pub const WORDS: usize = 8;
+    pub const WORDS: usize = 9;
     /// The first word: tells a header from stray bytes, and one layout of headers from the next.
-    const MAGIC: i64 = 0x6f75_726f_0002;
-
-    /// Values of the tensor.
-    pub fn values(&self) -> usize {
-        self.shape.iter().product::<i64>() as usize
-    }
+    const MAGIC: i64 = 0x6f75_726f_0003;
 
     /// The header as it travels.
     pub fn encode(&self) -> [i64; Header::WORDS] {
         let [b, t, d] = self.shape;
         let content = self.content as i64;
         let pass = i64::from(self.pass == Pass::Eval);
-        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d]
+        let wire = self.wire as i64;
+        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire]
     }
 
     /// The header out of what travelled, `None` if that is none.
     pub fn decode(words: [i64; Header::WORDS]) -> Option<Header> {
-        let [magic, content, pass, step, microbatch, b, t, d] = words;
+        let [magic, content, pass, step, microbatch, b, t, d, wire] = words;
         let content = Content::ALL.get(usize::try_from(content).ok()?).copied()?;
         let pass = [Pass::Train, Pass::Eval].get(usize::try_from(pass).ok()?).copied()?;
+        let wire = [Wire::F32, Wire::Bf16].get(usize::try_from(wire).ok()?).copied()?;
         let header = Header {
             content,
             pass,
             step: usize::try_from(step).ok()?,
             microbatch: usize::try_from(microbatch).ok()?,
             shape: [b, t, d],
+            wire,
         };
         (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n))).then_some(header)
     }
@@ -184,10 +184,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
+        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, half: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
                           shape in prop::array::uniform3(0i64..1 << 31)) {
             let pass = if eval { Pass::Eval } else { Pass::Train };
-            let header = Header { content, pass, step, microbatch, shape };
+            let wire = if half { Wire::Bf16 } else { Wire::F32 };
+            let header = Header { content, pass, step, microbatch, shape, wire };
             prop_assert_eq!(Header::decode(header.encode()), Some(header));
         }
 

@@ -16,6 +16,7 @@ pub use optimizer::{ClipScope, OptimizerConfig, OptimizerKind, RateKind};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Placement};
 use crate::schedule::Kind;
+use crate::wire::Wire;
 
 /// A run. Every key has a default, so a config file holds only what differs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +43,10 @@ pub struct Config {
     pub sync_at: Vec<usize>,
     /// Threads a rank.
     pub threads: usize,
+    /// How activations, gradients and the all-reduce travel between devices: `f32`, or `bf16` in half the bytes.
+    pub wire: Wire,
+    /// KiB of gradients that are reduced at once, as soon as the backward has made them.
+    pub bucket_kib: usize,
     pub grid: GridConfig,
     pub model: ModelConfig,
     pub data: DataConfig,
@@ -64,6 +69,8 @@ impl Default for Config {
             sync_steps: 0,
             sync_at: Vec::new(),
             threads: 1,
+            wire: Wire::F32,
+            bucket_kib: 4096,
             grid: GridConfig::default(),
             model: ModelConfig::default(),
             data: DataConfig::default(),
@@ -238,7 +245,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `grid`, `model`, `data`, `optimizer`, `eval`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `grid`, `model`, `data`, `optimizer`, `eval`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

@@ -86,6 +86,14 @@ trait Layer: Send + Sync {
     }
 }
 
+/// Layers of a stack whose backward is made at one go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    pub layers: Range<usize>,
+    /// The number of their first parameter among those of [`Stack::own`].
+    pub first: usize,
+}
+
 /// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
 pub struct Stack {
     /// Each with the range of its parameters.
@@ -173,11 +181,47 @@ impl Stack {
         memory: &mut Memory,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
+        self.forward_run(0..self.layers.len(), weights, x, memory, dropout)
+    }
+
+    /// The same for a run of the layers, counted in this stack; a run that starts later takes hidden states.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn forward_run(
+        &self,
+        run: Range<usize>,
+        weights: &[Tensor],
+        x: &Tensor,
+        memory: &mut Memory,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let mut x = x.shallow_clone();
-        for ((layer, range), memory) in self.layers.iter().zip(memory.of(self.layers.len())) {
+        let memories = &mut memory.of(self.layers.len())[run.clone()];
+        for ((layer, range), memory) in self.layers[run].iter().zip(memories) {
             x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
         }
         Ok(x)
+    }
+
+    /// Cuts the layers, from the last to the first, into runs that hold at least `values` values of the parameters that
+    /// are not tied (the first may hold fewer); the head belongs to the last run. In the order of the layers.
+    pub fn runs(&self, values: usize) -> Vec<Run> {
+        let count = |range: &Range<usize>| {
+            let own = self.parameters[range.clone()].iter().filter(|p| !p.tied);
+            own.map(Parameter::count).sum::<usize>()
+        };
+        let mut held = self.head.as_ref().map_or(0, |(_, range)| count(range));
+        let (mut runs, mut end) = (Vec::new(), self.layers.len());
+        for (i, (_, range)) in self.layers.iter().enumerate().rev() {
+            held += count(range);
+            if held >= values || i == 0 {
+                let before = &self.parameters[..range.start];
+                runs.insert(0, Run { layers: i..end, first: before.iter().filter(|p| !p.tied).count() });
+                (held, end) = (0, i);
+            }
+        }
+        runs
     }
 
     /// Mean cross-entropy in nats per token: hidden states [B, T, D], `targets` [B, T] -> a scalar.
@@ -321,6 +365,18 @@ mod tests {
         assert_eq!(run(&b, &run(&a, &tokens, None), None), y);
         assert_eq!(y.size(), [2, 5, 8]);
         assert_eq!(whole.log_probabilities(&values(&whole), &y).unwrap().size(), [2, 5, 11]);
+    }
+
+    #[test]
+    fn runs_of_layers_hold_at_least_a_bucket() {
+        let whole = Stack::new(&dimensions(), 0..3);
+        let block = count(&dimensions()) / 4; // embedding and head together are smaller than a block
+        let runs = |values| whole.runs(values).into_iter().map(|run| (run.layers, run.first)).collect::<Vec<_>>();
+        assert_eq!(runs(1), [(0..1, 0), (1..2, 2), (2..3, 14), (3..4, 26)]);
+        assert_eq!(runs(block), [(0..2, 0), (2..3, 14), (3..4, 26)]);
+        assert_eq!(runs(usize::MAX), [(0..4, 0)]);
+        let middle = Stack::new(&Dimensions { tied: true, ..dimensions() }, 1..2);
+        assert_eq!(middle.runs(1), [Run { layers: 0..1, first: 0 }]);
     }
 
     #[test]

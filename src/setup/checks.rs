@@ -5,6 +5,9 @@ use crate::error::{Error, Result};
 use crate::grid::Placement;
 use crate::schedule::Tie;
 
+/// Sizes of a bucket of gradients.
+const BUCKET_KIB: std::ops::RangeInclusive<usize> = 1..=1 << 20;
+
 /// Checks every setting by itself.
 ///
 /// # Errors
@@ -43,6 +46,10 @@ fn check_numbers(config: &Config) -> Result<()> {
     at_least_one("microbatches", config.microbatches)?;
     at_least_one("slack", config.slack)?;
     at_least_one("threads", config.threads)?;
+    if !BUCKET_KIB.contains(&config.bucket_kib) {
+        let remedy = format!("from {} to {} KiB", BUCKET_KIB.start(), BUCKET_KIB.end());
+        return Err(Error::config("bucket_kib", config.bucket_kib, remedy));
+    }
     at_least_one("grid.stages", config.grid.stages)?;
     at_least_one("grid.replicas", config.grid.replicas)?;
     check_placement(config.grid.placement, config.grid.stages)

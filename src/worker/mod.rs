@@ -22,7 +22,7 @@ use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::params::{Layout, Versions, slice};
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
-use crate::stage::{At, Input, Output, Settings, Slot, Stage, is_finite};
+use crate::stage::{At, Bucket, Input, Output, Settings, Slot, Stage, is_finite};
 use crate::table::Table;
 use tied::table_of;
 
@@ -50,7 +50,9 @@ struct Post {
     optimizer: Optimizer,
     /// The last sync point at or before the step that is being forwarded.
     sync: usize,
-    reduction: Option<Reduction>,
+    /// The all-reduces under way, and where the part of the gradient ends that none of them holds.
+    reductions: Vec<Reduction>,
+    unreduced: usize,
     registers: Registers,
     /// Losses of the step's microbatches so far, of the evaluation's so far.
     loss: f64,
@@ -152,34 +154,37 @@ impl Worker {
             }
         };
         let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
-        Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape }
+        let wire = self.setup.config.wire;
+        Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape, wire }
     }
 
     fn receive_activation(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Activation, action);
         let post = self.post(action);
-        post.registers.activation = Some(link(&mut post.ends.upstream, action)?.receive(header)?);
+        let received = link(&mut post.ends.upstream, action)?.receive(header)?;
+        post.registers.activation = Some(header.wire.unpack(&received)?);
         Ok(())
     }
 
     fn send_activation(&mut self, action: &Action) -> Result<()> {
         let header = self.disguised(self.header(Content::Activation, action), action);
         let post = self.post(action);
-        let tensor = taken(&mut post.registers.activation, action)?;
+        let tensor = header.wire.pack(&taken(&mut post.registers.activation, action)?)?;
         link(&mut post.ends.downstream, action)?.send(header, tensor)
     }
 
     fn receive_gradient(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Gradient, action);
         let post = self.post(action);
-        post.registers.gradient = Some(link(&mut post.ends.downstream, action)?.receive(header)?);
+        let received = link(&mut post.ends.downstream, action)?.receive(header)?;
+        post.registers.gradient = Some(header.wire.unpack(&received)?);
         Ok(())
     }
 
     fn send_gradient(&mut self, action: &Action) -> Result<()> {
         let header = self.disguised(self.header(Content::Gradient, action), action);
         let post = self.post(action);
-        let tensor = taken(&mut post.registers.gradient, action)?;
+        let tensor = header.wire.pack(&taken(&mut post.registers.gradient, action)?)?;
         link(&mut post.ends.upstream, action)?.send(header, tensor)
     }
 
@@ -250,18 +255,30 @@ impl Worker {
         Ok(())
     }
 
+    /// On the last microbatch of a step buckets of the gradient are reduced as soon as they are complete.
     fn backward(&mut self, action: &Action) -> Result<()> {
         let slot = Slot { step: action.step, microbatch: action.microbatch };
         let table = self.table.as_ref();
         let post = &mut self.posts[action.stage / self.setup.grid.devices()];
-        post.registers.gradient = post.stage.backward(slot, table, post.registers.gradient.take())?;
+        let Post { stage, ends, reductions, unreduced, registers, .. } = post;
+        let mut ready = |bucket: Bucket| -> Result<()> {
+            if let Some(group) = &mut ends.group {
+                reductions.push(group.all_reduce(action.step, bucket.values)?);
+                *unreduced = bucket.offset;
+            }
+            Ok(())
+        };
+        registers.gradient = stage.backward(slot, table, registers.gradient.take(), &mut ready)?;
         Ok(())
     }
 
+    /// Starts the all-reduce of what the backward has left.
     fn reduce(&mut self, action: &Action) -> Result<()> {
-        let post = self.post(action);
-        if let Some(group) = &mut post.ends.group {
-            post.reduction = Some(group.all_reduce(action.step, post.stage.versions.gradient(0).shallow_clone())?);
+        let Post { stage, ends, reductions, unreduced, .. } = self.post(action);
+        if let Some(group) = &mut ends.group {
+            let rest = stage.versions.gradient(0).f_narrow(0, 0, *unreduced as i64)?;
+            reductions.push(group.all_reduce(action.step, rest)?);
+            *unreduced = stage.versions.layout().len;
         }
         Ok(())
     }
@@ -276,9 +293,7 @@ impl Worker {
         let (setup, mean) = (Arc::clone(&self.setup), self.mean());
         let config = &setup.config;
         let post = self.post(action);
-        if let Some(reduction) = post.reduction.take() {
-            reduction.wait()?;
-        }
+        post.reductions.drain(..).try_for_each(Reduction::wait)?;
         let norm = norm(slice(post.stage.versions.gradient(0))) * mean;
         if !norm.is_finite() {
             return Err(post.bad_gradient(action.step)?);
@@ -339,8 +354,10 @@ impl Post {
         let initial = layout.initial(config.seed)?;
         let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage), 1)?;
         let stage = Stage::new(place, stack, versions, Settings::new(config));
+        let (reductions, unreduced) = (Vec::new(), stage.versions.layout().len);
         let registers = Registers::default();
-        Ok(Post { place, ends, stage, optimizer, sync: 0, reduction: None, registers, loss: 0.0, eval: (0.0, 0) })
+        let (loss, eval) = (0.0, (0.0, 0));
+        Ok(Post { place, ends, stage, optimizer, sync: 0, reductions, unreduced, registers, loss, eval })
     }
 
     /// Names the first parameter whose gradient is not finite.

@@ -14,6 +14,7 @@ use crate::params::{Layout, slice_mut};
 use crate::schedule::{Action, Pass};
 use crate::setup::Setup;
 use crate::table::{End, Table};
+use crate::wire::Wire;
 
 impl Worker {
     pub(super) fn table(&mut self, action: &Action) -> Result<&mut Table> {
@@ -36,7 +37,7 @@ impl Worker {
 
     fn table_header(&mut self, content: Content, action: &Action) -> Result<Header> {
         let shape = [1, 1, self.table(action)?.layout().len as i64];
-        Ok(Header { content, pass: Pass::Train, step: action.step, microbatch: 0, shape })
+        Ok(Header { content, pass: Pass::Train, step: action.step, microbatch: 0, shape, wire: Wire::F32 })
     }
 
     pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {

@@ -90,6 +90,17 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         }
         cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
     }
+    // A draw of its own, so that the others stay what they were.
+    let mut travel = Draw(number as u64 * 104_729 + 7);
+    if travel.one_in(3) {
+        cover(if stages > 1 { "bf16 between stages" } else { "bf16" }, "wire=bf16".into());
+        if replicas > 1 {
+            covers_more.insert("bf16 between replicas");
+        }
+    }
+    if replicas > 1 && travel.one_in(2) {
+        cover("several buckets", format!("bucket_kib={}", 1 + travel.below(12)));
+    }
     covers.extend(covers_more);
     if number >= DRAWN + DRAWN_XL {
         draw_words(&mut draw, &mut sets, &mut covers);

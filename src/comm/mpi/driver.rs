@@ -10,7 +10,6 @@
 //! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, a little longer every
 //! time up to `LONGEST_SLEEP`, so a waiting rank does not burn a core; a command wakes it at once.
 
-use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -21,10 +20,12 @@ use tch::Tensor;
 
 use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
-use super::traffic::{Inbox, Incoming, Outgoing, Reducing, address};
+use super::reduce::Reducer;
+use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
 use crate::error::Error;
 use crate::metrics::Report;
+use crate::wire::Wire;
 
 /// Rounds without progress before the driver begins to sleep.
 const ROUNDS_AWAKE: u32 = 20;
@@ -45,6 +46,7 @@ pub enum Command {
         /// The stage of each place of this rank; none where another rank holds more.
         colors: Vec<Option<i32>>,
         key: i32,
+        wire: Wire,
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
         reply: Sender<MpiResult<()>>,
@@ -86,6 +88,7 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
     let host = mpi::environment::processor_name().unwrap_or_default();
     let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host };
     let rank = identity.rank;
+    tch::set_num_threads(1); // Sums are added up here, beside the computing thread.
     if started.send(Some(identity)).is_err() {
         return;
     }
@@ -100,8 +103,8 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
 
 struct Grids {
     links: SimpleCommunicator,
-    /// The replica groups, one a place.
-    groups: Vec<SimpleCommunicator>,
+    /// Of the replica groups, one a place.
+    reducers: Vec<Reducer>,
 }
 
 struct Driver {
@@ -110,7 +113,6 @@ struct Driver {
     grids: Option<Grids>,
     outgoing: Vec<Outgoing>,
     incoming: Vec<Incoming>,
-    reduces: VecDeque<Reducing>,
     own_reports: Vec<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
     failure: Option<String>,
@@ -124,7 +126,6 @@ impl Driver {
             grids: None,
             outgoing: Vec::new(),
             incoming: Vec::new(),
-            reduces: VecDeque::new(),
             own_reports: Vec::new(),
             reports: None,
             failure: None,
@@ -168,16 +169,13 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { colors, key, inboxes, reports, reply } => {
+            Command::Connect { colors, key, wire, inboxes, reports, reply } => {
                 self.reports = reports;
-                let _ = reply.send(self.connect(&colors, key, inboxes));
+                let _ = reply.send(self.connect(&colors, key, wire, inboxes));
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Command::Reduce { slot, flat, reply } => {
-                self.reduces.push_back(Reducing::new(slot, flat, reply));
-                Ok(())
-            }
+            Command::Reduce { slot, flat, reply } => self.reduce(slot, flat, reply),
             Command::Report(bytes) => self.report(bytes),
             Command::Abort(code) => self.world.abort(code),
             Command::Finish(_) => Ok(()),
@@ -187,17 +185,18 @@ impl Driver {
         }
     }
 
-    fn connect(&mut self, colors: &[Option<i32>], key: i32, inboxes: Vec<Inbox>) -> MpiResult<()> {
-        let mut groups = Vec::new();
+    fn connect(&mut self, colors: &[Option<i32>], key: i32, wire: Wire, inboxes: Vec<Inbox>) -> MpiResult<()> {
+        let mut reducers = Vec::new();
         for color in colors {
             let group = self.world.split_by_color_with_key(color.map_or(Color::undefined(), Color::with_value), key);
             if color.is_some() {
-                groups.push(group.ok_or("no communicator for the replica group")?);
+                let group = group.ok_or("no communicator for the replica group")?;
+                raw::return_errors(&group)?;
+                reducers.push(Reducer::new(group, wire));
             }
         }
-        let grids = Grids { links: self.world.duplicate(), groups };
+        let grids = Grids { links: self.world.duplicate(), reducers };
         raw::return_errors(&grids.links)?;
-        grids.groups.iter().try_for_each(raw::return_errors)?;
         for inbox in inboxes {
             self.incoming.push(Incoming::start(&grids.links, inbox)?);
         }
@@ -211,6 +210,12 @@ impl Driver {
 
     fn send(&mut self, to: usize, header: &Header, tensor: Tensor, permit: Permit) -> MpiResult<()> {
         self.outgoing.push(Outgoing::start(self.links()?, to, header, tensor, permit)?);
+        Ok(())
+    }
+
+    fn reduce(&mut self, slot: usize, flat: Tensor, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
+        let grids = self.grids.as_mut().ok_or("the grid is not connected")?;
+        grids.reducers[slot].push(flat, reply);
         Ok(())
     }
 
@@ -234,7 +239,7 @@ impl Driver {
     /// Completes what can be completed now; says whether anything could.
     fn advance(&mut self) -> MpiResult<bool> {
         let mut moved = false;
-        let Some(grids) = &self.grids else { return Ok(false) };
+        let Some(grids) = &mut self.grids else { return Ok(false) };
         for incoming in &mut self.incoming {
             moved |= incoming.advance(&grids.links)?;
         }
@@ -247,14 +252,8 @@ impl Driver {
                 i += 1;
             }
         }
-        // One after the other: calls on a communicator must come in the same order on all its ranks. A rank's groups have
-        // the same members, whose action lists are the same.
-        if let Some(reducing) = self.reduces.front_mut() {
-            moved |= reducing.advance(&grids.groups[reducing.slot])?;
-            if reducing.is_over() {
-                let _ = reducing.reply.send(Ok(()));
-                self.reduces.pop_front();
-            }
+        for reducer in &mut grids.reducers {
+            moved |= reducer.advance()?;
         }
         while let Some(pending) = self.own_reports.first_mut() {
             if pending.test()?.is_none() {
@@ -281,8 +280,8 @@ impl Driver {
         for incoming in self.incoming.drain(..) {
             incoming.fail(error);
         }
-        for reducing in self.reduces.drain(..) {
-            let _ = reducing.reply.send(Err(error.to_owned()));
+        for reducer in self.grids.iter_mut().flat_map(|grids| &mut grids.reducers) {
+            reducer.fail(error);
         }
         self.outgoing.clear();
         if let Some(reports) = self.reports.take() {

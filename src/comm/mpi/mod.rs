@@ -3,6 +3,7 @@
 mod raw;
 mod permits;
 mod traffic;
+mod reduce;
 mod driver;
 
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
@@ -15,6 +16,7 @@ use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporte
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
+use crate::wire::Wire;
 use driver::Command;
 pub use driver::Identity;
 use permits::Permits;
@@ -80,7 +82,7 @@ impl World {
     ///
     /// # Errors
     /// What MPI reports.
-    pub fn connect(&self, grid: Grid, capacity: usize) -> Result<(Ports, Option<Receiver<Report>>)> {
+    pub fn connect(&self, grid: Grid, capacity: usize, wire: Wire) -> Result<(Ports, Option<Receiver<Report>>)> {
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
         let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
@@ -112,7 +114,7 @@ impl World {
         let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        self.command(Command::Connect { colors, key, inboxes, reports, reply })?;
+        self.command(Command::Connect { colors, key, wire, inboxes, reports, reply })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
         Ok((Ports { places, reports: self.reporter() }, received))

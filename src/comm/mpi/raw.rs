@@ -3,15 +3,13 @@
 //! Every call here must be made on the thread that initialised MPI (`Threading::Funneled`); the types are not `Send`.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::OnceLock;
 
 use mpi::ffi;
 use mpi::raw::AsRaw;
 use mpi::topology::SimpleCommunicator;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::comm::Header;
-use crate::params::zeros;
 
 /// An MPI error as text.
 pub type MpiResult<T> = std::result::Result<T, String>;
@@ -95,14 +93,15 @@ pub fn send_bytes(to: Address, buffer: Vec<u8>) -> MpiResult<Pending<Vec<u8>>> {
     Ok(Pending { request, buffer: Some(buffer) })
 }
 
-/// Sends the values of a contiguous f32 tensor on the CPU.
+/// Sends the values of a contiguous tensor on the CPU, f32 or bf16.
 ///
 /// # Errors
 /// What MPI reports.
-pub fn send_tensor(to: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
+pub fn send(to: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
     let tensor = tensor.f_contiguous().map_err(|error| error.to_string())?;
+    let kind = datatype(&tensor)?;
     // SAFETY: contiguous, so `numel` values lie at `data_ptr`; the handle in the Pending keeps the storage alive.
-    let request = unsafe { isend(to, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
+    let request = unsafe { isend(to, tensor.data_ptr(), tensor.numel(), kind)? };
     Ok(Pending { request, buffer: Some(tensor) })
 }
 
@@ -118,38 +117,30 @@ pub fn receive_header(from: Address) -> MpiResult<Pending<Box<[i64; Header::WORD
     Ok(Pending { request, buffer: Some(buffer) })
 }
 
-/// Posts the receive of a header's tensor.
+/// Posts a receive into a contiguous tensor on the CPU, f32 or bf16, that nobody else touches until it is complete.
 ///
 /// # Errors
 /// What MPI or libtorch reports.
-pub fn receive_tensor(from: Address, header: &Header) -> MpiResult<Pending<Tensor>> {
-    let tensor = zeros(header.values()).and_then(|flat| Ok(flat.f_view(header.shape)?));
-    let tensor = tensor.map_err(|error| error.to_string())?;
-    // SAFETY: a fresh contiguous f32 tensor of that many values, kept in the Pending until the receive is complete.
-    let request = unsafe { irecv(from, tensor.data_ptr(), tensor.numel(), ffi::RSMPI_FLOAT)? };
+pub fn receive(from: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
+    if !tensor.is_contiguous() {
+        return Err("a receive into a tensor with holes".to_owned());
+    }
+    let kind = datatype(&tensor)?;
+    // SAFETY: contiguous, with room for `numel` values at `data_ptr`; the handle in the Pending keeps the storage alive,
+    // and the caller keeps others off it: it is fresh, or a slice of a gradient that is being reduced, which the schedule
+    // guards.
+    let request = unsafe { irecv(from, tensor.data_ptr(), tensor.numel(), kind)? };
     Ok(Pending { request, buffer: Some(tensor) })
 }
 
-/// Starts the sum over a communicator of a part of a flat f32 buffer, in place: `count` values from `start`.
-///
-/// # Errors
-/// What MPI reports.
-///
-/// # Panics
-/// If the part reaches past the end of the buffer.
-pub fn all_reduce(comm: &SimpleCommunicator, flat: &Tensor, start: usize, count: usize) -> MpiResult<Pending<Tensor>> {
-    assert!(start + count <= flat.numel(), "{start} + {count} of {} values", flat.numel());
-    let mut request = null();
-    let buffer = flat.shallow_clone();
-    // SAFETY: `start + count` values lie at `data_ptr`; the handle in the Pending keeps them alive, and the schedule
-    // keeps everybody else off the gradient buffer until the reduction has been waited for.
-    let code = unsafe {
-        let data = buffer.data_ptr().cast::<f32>().add(start).cast::<c_void>();
-        let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
-        ffi::MPI_Iallreduce(in_place(), data, count as c_int, float, sum, comm.as_raw(), &mut request)
-    };
-    ok(code)?;
-    Ok(Pending { request, buffer: Some(buffer) })
+/// How MPI calls a tensor's values; it has no bf16, but never looks into a message.
+fn datatype(tensor: &Tensor) -> MpiResult<ffi::MPI_Datatype> {
+    // SAFETY: constants of the MPI library.
+    match tensor.kind() {
+        Kind::Float => Ok(unsafe { ffi::RSMPI_FLOAT }),
+        Kind::BFloat16 => Ok(unsafe { ffi::RSMPI_UINT16_T }),
+        other => Err(format!("values of type {other:?} cannot be sent")),
+    }
 }
 
 /// A message of bytes with this tag from anybody, if one is there.
@@ -210,16 +201,6 @@ fn c_count(count: usize) -> MpiResult<c_int> {
 fn null() -> ffi::MPI_Request {
     // SAFETY: a constant of the MPI library.
     unsafe { ffi::RSMPI_REQUEST_NULL }
-}
-
-/// MPI_IN_PLACE, which the bindings lack: `(void *) 1` in Open MPI, `(void *) -1` in MPICH and its relatives.
-fn in_place() -> *const c_void {
-    static ADDRESS: OnceLock<usize> = OnceLock::new();
-    let address = ADDRESS.get_or_init(|| {
-        let version = mpi::environment::library_version().unwrap_or_default();
-        if version.contains("Open MPI") { 1 } else { usize::MAX }
-    });
-    std::ptr::without_provenance(*address)
 }
 
 fn ok(code: c_int) -> MpiResult<()> {

@@ -1,20 +1,13 @@
-//! What is under way: messages out, messages in, all-reduces. Each is a small state machine that the driver advances.
+//! Messages under way, out and in. Each is a small state machine that the driver advances.
 
-use std::collections::VecDeque;
-use std::sync::mpsc::{Sender, SyncSender, TrySendError};
+use std::sync::mpsc::{SyncSender, TrySendError};
 
 use mpi::topology::SimpleCommunicator;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::permits::Permit;
 use super::raw::{self, Address, MpiResult, Pending};
 use crate::comm::{Content, Header};
-
-/// Values of one call of an all-reduce, 4 MiB: MPI keeps a copy of what is under way, which must not be a second
-/// gradient.
-const REDUCE_VALUES: usize = 1 << 20;
-/// Calls of one all-reduce under way, so that the next part moves while one is added up.
-const REDUCE_CALLS: usize = 2;
 
 /// Tags of a header; its tensor has the next one.
 fn tag(content: Content) -> i32 {
@@ -54,17 +47,6 @@ pub struct Incoming {
     deserted: bool,
 }
 
-/// An all-reduce under way, part by part; all members of the group cut it alike.
-pub struct Reducing {
-    /// Which of the rank's replica groups.
-    pub slot: usize,
-    flat: Tensor,
-    /// Values whose sum has been started.
-    started: usize,
-    calls: VecDeque<Pending<Tensor>>,
-    pub reply: Sender<MpiResult<()>>,
-}
-
 impl Outgoing {
     /// Starts to send a message; `permit` is given back when its tensor has left.
     ///
@@ -79,7 +61,7 @@ impl Outgoing {
     ) -> MpiResult<Outgoing> {
         let tag = tag(header.content);
         let first = raw::send_header(address(links, to, tag), header)?;
-        let second = raw::send_tensor(address(links, to, tag + 1), tensor)?;
+        let second = raw::send(address(links, to, tag + 1), tensor)?;
         Ok(Outgoing { header: first, tensor: Some(second), permit: Some(permit) })
     }
 
@@ -95,40 +77,6 @@ impl Outgoing {
             self.permit = None;
         }
         Ok(self.tensor.is_none() && self.header.test()?.is_some())
-    }
-}
-
-impl Reducing {
-    /// An all-reduce of `flat`, not yet started.
-    pub fn new(slot: usize, flat: Tensor, reply: Sender<MpiResult<()>>) -> Reducing {
-        Reducing { slot, flat, started: 0, calls: VecDeque::new(), reply }
-    }
-
-    /// True if anything moved.
-    ///
-    /// # Errors
-    /// What MPI reports.
-    pub fn advance(&mut self, group: &SimpleCommunicator) -> MpiResult<bool> {
-        let mut moved = false;
-        while let Some(call) = self.calls.front_mut() {
-            if call.test()?.is_none() {
-                break;
-            }
-            self.calls.pop_front();
-            moved = true;
-        }
-        while self.calls.len() < REDUCE_CALLS && self.started < self.flat.numel() {
-            let count = (self.flat.numel() - self.started).min(REDUCE_VALUES);
-            self.calls.push_back(raw::all_reduce(group, &self.flat, self.started, count)?);
-            self.started += count;
-            moved = true;
-        }
-        Ok(moved)
-    }
-
-    /// Whether the whole sum is there.
-    pub fn is_over(&self) -> bool {
-        self.calls.is_empty() && self.started == self.flat.numel()
     }
 }
 
@@ -177,7 +125,8 @@ impl Incoming {
         }
         let Some(words) = self.header.test()? else { return Ok(false) };
         let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
-        self.tensor = Some((header, raw::receive_tensor(address(links, from, tag + 1), &header)?));
+        let room = Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
+        self.tensor = Some((header, raw::receive(address(links, from, tag + 1), room)?));
         Ok(true)
     }
 
