@@ -94,12 +94,11 @@ pub fn write_shard(out: &Path, step: usize, stage: usize, weights: &[(&Layout, &
     Ok(Shard { file, stage, bytes })
 }
 
-/// Writes the manifest over complete shards and gives the folder its final name, which it returns.
+/// Writes the manifest over the complete shards of `step` and gives the folder its final name, which it returns.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if that cannot be done.
-pub fn complete(setup: &Setup, out: &Path, mut shards: Vec<Shard>) -> Result<PathBuf> {
-    let step = setup.config.steps;
+pub fn complete(setup: &Setup, out: &Path, step: usize, mut shards: Vec<Shard>) -> Result<PathBuf> {
     let (tmp, last, old) = (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
     shards.sort_by_key(|shard| shard.stage);
     let manifest = Manifest {

@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Tokenizer;
+use crate::emulation::Emulation;
+use crate::error::Result;
 use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
+use crate::metrics::Mode;
 use crate::prepare::Request;
 use crate::schedule::{Kind, Tie};
 
@@ -26,6 +29,10 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 2 usage or config; 3 data; 4 a pee
 pub enum Command {
     /// Trains a model; under mpirun one rank a place, else threads of one process.
     Train(TrainArgs),
+    /// Measures a training: tokens/s, and where the time of every place goes; saves no weights.
+    Bench(BenchArgs),
+    /// Writes the weights that a training would begin with, for other programs to begin with the same.
+    Init(InitArgs),
     /// Loss of saved weights on held-out text.
     Eval(EvalArgs),
     /// Continues a text with saved weights.
@@ -67,8 +74,59 @@ impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
         let TrainArgs { config, grid, transport, emulate, out, set, inject } = self;
-        Job { config, sets: set, grid, out, transport, emulate, inject }
+        let mode = Mode { inject, ..Mode::default() };
+        Job { config, sets: set, grid, out, transport, emulate, mode, steps: None }
     }
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A config file, as in configs/; sync points and evaluations are left out.
+    pub config: PathBuf,
+    /// Stages x replicas, as in 4x2; over the config's grid.
+    #[arg(long, value_name = "KxR")]
+    pub grid: Option<Grid>,
+    /// What carries tensors; mpi under mpirun, else local.
+    #[arg(long)]
+    pub transport: Option<Transport>,
+    /// Folder of bench.json and metrics.jsonl [default: runs/NAME-bench].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Overrides a key of the config, as in microbatches=4; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Steps to run [default: 16, and those that fill and drain the pipeline].
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Sleep instead of computing: milliseconds of forward and backward of a microbatch on a device, as in 10,20, or the
+    /// bench.json of another run.
+    #[arg(long, value_name = "F,B|FILE")]
+    pub emulated_compute: Option<String>,
+}
+
+impl BenchArgs {
+    /// The job that is asked for.
+    ///
+    /// # Errors
+    /// Times or a profile that cannot be used.
+    pub fn job(self) -> Result<Job> {
+        let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
+        let emulation = emulated_compute.as_deref().map(Emulation::read).transpose()?;
+        let mode = Mode { inject: None, bench: true, emulation };
+        Ok(Job { config, sets: set, grid, out, transport, emulate: false, mode, steps })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// A config file, as in configs/.
+    pub config: PathBuf,
+    /// Folder that gets checkpoints/step-0 [default: runs/NAME].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Overrides a key of the config; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
 }
 
 #[derive(Debug, Args)]

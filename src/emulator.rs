@@ -110,7 +110,7 @@ impl Emulator {
                 Some(table).filter(|_| stage == 0 && setup.dimensions.tied).into_iter().chain([own]).collect();
             shards.push(checkpoint::write_shard(&self.out, setup.config.steps, stage, &saved)?);
         }
-        self.reports.send(Report::Done { rank: 0, shards, peak_bytes: None })
+        self.reports.send(Report::Done { rank: 0, shards, peak_bytes: None, times: None })
     }
 
     fn step(&mut self, t: usize, sync: usize) -> Result<()> {

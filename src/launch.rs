@@ -16,7 +16,7 @@ use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::grid::{Grid, Placement};
 use crate::inject::{Fault, Injection};
-use crate::metrics::{Recorder, Report, Summary};
+use crate::metrics::{Mode, Recorder, Report, Summary};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
@@ -27,6 +27,9 @@ const MESSAGE_TIME: Duration = Duration::from_millis(200);
 
 /// How long a failed rank waits for rank 0 to tell the error and end the run, before it does so itself.
 const END_TIME: Duration = Duration::from_secs(3);
+
+/// Steps of a measurement, besides those that fill and drain the pipeline.
+const MEASURED_STEPS: usize = 16;
 
 /// What carries tensors between places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -46,20 +49,29 @@ pub struct Job {
     pub out: Option<PathBuf>,
     pub transport: Option<Transport>,
     pub emulate: bool,
-    pub inject: Option<Injection>,
+    pub mode: Mode,
+    /// Steps of a run that only measures; none: as many as the schedule needs.
+    pub steps: Option<usize>,
 }
 
 impl Job {
     fn setup(&self) -> Result<Arc<Setup>> {
         runtime::check_libtorch()?;
-        let setup = Setup::new(Config::load(&self.config, &self.sets, self.grid)?)?;
-        if let Some(Injection { place, step, .. }) = self.inject
+        let mut config = Config::load(&self.config, &self.sets, self.grid)?;
+        if self.mode.bench {
+            config = self.measured(config)?;
+        }
+        let setup = Setup::new(config)?;
+        if let Some(emulation) = &self.mode.emulation {
+            emulation.check(setup.grid.stages)?;
+        }
+        if let Some(Injection { place, step, .. }) = self.mode.inject
             && (place.stage >= setup.grid.stages || place.replica >= setup.grid.replicas || step >= setup.config.steps)
         {
             let remedy = format!("the grid is {} and the run has {} steps", setup.grid, setup.config.steps);
             return Err(Error::config("--inject", format!("{place}, step {step}"), remedy));
         }
-        if let Some(Injection { fault: Fault::AlterTable, place, .. }) = self.inject
+        if let Some(Injection { fault: Fault::AlterTable, place, .. }) = self.mode.inject
             && (!setup.dimensions.tied || setup.grid.twin(place).is_none())
         {
             let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
@@ -68,8 +80,23 @@ impl Job {
         Ok(Arc::new(setup))
     }
 
+    /// The same training without the sync points that would disturb a measurement.
+    fn measured(&self, config: Config) -> Result<Config> {
+        let mut config = Config { sync_steps: 0, sync_at: Vec::new(), eval: None, ..config };
+        config.steps = match self.steps {
+            Some(steps) => steps,
+            None => {
+                let lag = config.slack * config.grid.stages.saturating_sub(1);
+                MEASURED_STEPS + 4 * lag.div_ceil(config.microbatches.max(1))
+            }
+        };
+        Ok(config)
+    }
+
     fn out(&self, setup: &Setup) -> PathBuf {
-        self.out.clone().unwrap_or_else(|| Path::new("runs").join(&setup.config.name))
+        let name = &setup.config.name;
+        let folder = if self.mode.bench { format!("{name}-bench") } else { name.clone() };
+        self.out.clone().unwrap_or_else(|| Path::new("runs").join(folder))
     }
 }
 
@@ -181,14 +208,14 @@ impl FirstError {
 fn local(job: &Job) -> Placed<Summary> {
     let (setup, out, recorder) = prepare(job).map_err(|error| (None, error))?;
     announce(&setup, "threads of one process");
-    run_local(&setup, &out, recorder, job.inject)
+    run_local(&setup, &out, recorder, job.mode.clone())
 }
 
 /// Folder, log and recorder of a run in one process.
 fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
     let setup = job.setup()?;
     let out = job.out(&setup);
-    let recorder = Recorder::new(Arc::clone(&setup), &out)?;
+    let recorder = Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;
     Ok((setup, out, recorder))
 }
@@ -197,7 +224,7 @@ fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
 ///
 /// # Errors
 /// The first error of any place, with the place.
-pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Option<Injection>) -> Placed<Summary> {
+pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
     let ports = local::connect(grid, setup.schedule.link_capacity(), setup.config.wire, &reports);
@@ -205,9 +232,9 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, inject: Opt
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
         for (rank, ports) in ports.into_iter().enumerate() {
-            let first = &first;
+            let (first, mode) = (&first, mode.clone());
             scope.spawn(move || {
-                let work = || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), inject)?.run();
+                let work = || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), mode)?.run();
                 if let Err(error) = caught(work) {
                     first.set(rank, error);
                 }
@@ -272,7 +299,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     together(world, || same_everywhere(world, &setup))?;
     let out = job.out(&setup);
     let recorder = together(world, || match rank {
-        0 => Ok(Some(Recorder::new(Arc::clone(&setup), &out)?)),
+        0 => Ok(Some(Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
         _ => Ok(None),
     })?;
     together(world, || runtime::log_to(&out, rank))?;
@@ -345,9 +372,9 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let mut reporter = world.reporter();
-    let (inject, out, worker_setup) = (job.inject, out.to_owned(), Arc::clone(setup));
+    let (mode, out, worker_setup) = (job.mode.clone(), out.to_owned(), Arc::clone(setup));
     let work = move || -> Placed<()> {
-        let result = caught(|| Worker::new(worker_setup, rank, ports, out, inject)?.run());
+        let result = caught(|| Worker::new(worker_setup, rank, ports, out, mode)?.run());
         result.map_err(|error| {
             let told = reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
             if told.is_ok() {

@@ -27,6 +27,7 @@
 //! Letters used everywhere: stage k of K, replica r of R, step t, microbatch j of m; rows B (b in a microbatch), tokens
 //! T, hidden size D, vocabulary V.
 
+mod allocator;
 pub mod grid;
 pub mod error;
 pub mod partition;
@@ -38,14 +39,15 @@ pub mod random;
 pub mod data;
 pub mod model;
 pub mod params;
+pub mod emulation;
 pub mod optim;
 pub mod table;
 pub mod setup;
 pub mod stage;
 pub mod checkpoint;
+pub mod inject;
 pub mod metrics;
 pub mod comm;
-pub mod inject;
 pub mod prepare;
 pub mod worker;
 pub mod emulator;

@@ -23,6 +23,8 @@ fn main() -> ExitCode {
     };
     ExitCode::from(match cli.command {
         Command::Train(args) => launch::train(&args.job()),
+        Command::Bench(args) => args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job)),
+        Command::Init(args) => answer(|| commands::init(&args)),
         Command::Eval(args) => answer(|| commands::eval(&args)),
         Command::Generate(args) => answer(|| commands::generate(&args)),
         Command::Schedule(args) => answer(|| commands::schedule(&args)),

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use tch::{Kind, Tensor};
 
 use crate::config::Config;
+use crate::emulation::Sleep;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{Dropout, Memory, Run, Stack};
@@ -93,6 +94,8 @@ pub struct Stage {
     /// What the layers remember, a microbatch of rows each; of the evaluation.
     memories: BTreeMap<usize, Memory>,
     eval_memory: Memory,
+    /// Sleeps instead of computing; what it gives then.
+    emulated: Option<(Sleep, Option<Tensor>)>,
 }
 
 /// How a stage works.
@@ -141,7 +144,55 @@ impl Stage {
         let eval_memory = Memory::new(settings.eval_mem_len);
         let (whole, buckets) = (stack.runs(usize::MAX), stack.runs(settings.bucket.unwrap_or(usize::MAX)));
         let (saved, memories) = (VecDeque::new(), BTreeMap::new());
-        Stage { place, stack, versions, settings, whole, buckets, saved, memories, eval_memory }
+        Stage { place, stack, versions, settings, whole, buckets, saved, memories, eval_memory, emulated: None }
+    }
+
+    /// From now on sleeps instead of computing: losses and gradients are 0.
+    pub fn emulate(&mut self, sleep: Sleep) {
+        self.emulated = Some((sleep, None));
+    }
+
+    fn emulated_forward(&mut self, slot: Slot, at: At, input: Input) -> Result<Output> {
+        let Some((sleep, blank)) = &mut self.emulated else {
+            return Err(Error::Internal("no emulated compute".into()));
+        };
+        std::thread::sleep(sleep.forward);
+        let Input { x, targets, .. } = input;
+        let output = match (&targets, &blank) {
+            (Some(_), _) => Output::Loss(0.0),
+            (None, Some(blank)) => Output::Hidden(blank.shallow_clone()),
+            (None, None) => {
+                let shape = [x.size()[0], x.size()[1], self.stack.d_model() as i64];
+                let zeros = Tensor::f_zeros(shape, (Kind::Float, x.device()))?;
+                *blank = Some(zeros.shallow_clone());
+                Output::Hidden(zeros)
+            }
+        };
+        let memory = Memory::new(0);
+        self.saved.push_back(Saved { slot, at, input: x, targets, memory, graphs: Vec::new() });
+        Ok(output)
+    }
+
+    fn emulated_backward(
+        &mut self,
+        saved: &Saved,
+        sleep: Sleep,
+        ready: &mut dyn FnMut(Bucket) -> Result<()>,
+    ) -> Result<Option<Tensor>> {
+        let last = saved.slot.microbatch + 1 == self.settings.microbatches;
+        let runs = if last { &self.buckets } else { &self.whole };
+        let mut end = self.versions.layout().len;
+        for run in runs.iter().rev() {
+            std::thread::sleep(sleep.backward / runs.len() as u32);
+            let offset = self.versions.layout().offset(run.first);
+            if offset > 0 {
+                let values = self.versions.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
+                ready(Bucket { offset, values })?;
+                end = offset;
+            }
+        }
+        // A stage's input is as large as its output.
+        if self.place.stage == 0 { Ok(None) } else { Ok(Some(saved.input.shallow_clone())) }
     }
 
     /// Forward of a microbatch at the given versions. `table` is the tied table if this stage uses one.
@@ -149,6 +200,9 @@ impl Stage {
     /// # Errors
     /// [`Error::NotFinite`] if the output is not, and what libtorch reports.
     pub fn forward(&mut self, slot: Slot, at: At, table: Option<&Table>, input: Input) -> Result<Output> {
+        if self.emulated.is_some() {
+            return self.emulated_forward(slot, at, input);
+        }
         let Input { x, targets, restart } = input;
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
@@ -183,6 +237,9 @@ impl Stage {
     ) -> Result<Option<Tensor>> {
         let saved = self.saved.pop_front().filter(|saved| saved.slot == slot);
         let mut saved = saved.ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
+        if let Some((sleep, _)) = self.emulated {
+            return self.emulated_backward(&saved, sleep, ready);
+        }
         let graphs = match saved.graphs.is_empty() {
             false => std::mem::take(&mut saved.graphs),
             true => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,

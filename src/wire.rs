@@ -6,6 +6,11 @@
 
 use tch::{Kind, TchError, Tensor};
 
+/// Values of a gradient that an all-reduce over ranks works on at once, 4 MiB of f32, and how many such parts are under way:
+/// what comes from the other replicas is kept beside the gradient, and must not be a second one.
+pub const PART: usize = 1 << 20;
+pub const PARTS_UNDER_WAY: usize = 2;
+
 /// The type of the values on the wire; everything else stays f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

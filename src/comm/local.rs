@@ -191,7 +191,14 @@ mod tests {
     use crate::schedule::Pass;
 
     fn header(step: usize) -> Header {
-        Header { content: Content::Activation, pass: Pass::Train, step, microbatch: 0, shape: [1, 1, 2], wire: Wire::F32 }
+        Header {
+            content: Content::Activation,
+            pass: Pass::Train,
+            step,
+            microbatch: 0,
+            shape: [1, 1, 2],
+            wire: Wire::F32,
+        }
     }
 
     #[test]

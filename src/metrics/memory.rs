@@ -8,6 +8,7 @@ use crate::model::{self, Stack};
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::setup::Setup;
+use crate::wire::{PART, PARTS_UNDER_WAY};
 
 /// f32.
 const VALUE: u64 = 4;
@@ -43,6 +44,7 @@ impl Prediction {
             sum.gradient += (ends + parts) * table;
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }
+        sum.transient += reduced_at_once(setup);
         sum
     }
 
@@ -75,6 +77,12 @@ impl Prediction {
     pub fn total(&self) -> u64 {
         self.weights + self.gradient + self.optimizer + self.activations + self.transient
     }
+}
+
+/// Room for the slices of the other replicas, of the parts that are reduced at once.
+fn reduced_at_once(setup: &Setup) -> u64 {
+    let replicas = setup.grid.replicas;
+    (PARTS_UNDER_WAY * PART.div_ceil(replicas) * (replicas - 1) * setup.config.wire.bytes()) as u64
 }
 
 /// What an evaluation holds at most: nothing is kept but memories, and one layer's work.

@@ -1,7 +1,9 @@
 //! What a run tells: reports of the places, and the recorder on rank 0 that makes `metrics.jsonl`, the progress and
 //! the last checkpoint's manifest of them.
 
+pub mod clock;
 pub mod memory;
+mod bench;
 mod progress;
 mod recorder;
 
@@ -12,8 +14,20 @@ pub use recorder::{Recorder, Summary};
 
 use crate::checkpoint::Shard;
 use crate::config::Tokenizer;
+use crate::emulation::Emulation;
 use crate::error::Error;
 use crate::grid::Place;
+use crate::inject::Injection;
+use clock::Times;
+
+/// How a run differs from plain training.
+#[derive(Debug, Clone, Default)]
+pub struct Mode {
+    pub inject: Option<Injection>,
+    /// Only measures: nothing is saved.
+    pub bench: bool,
+    pub emulation: Option<Emulation>,
+}
 
 /// What a loss in nats per token is called in the field: bits per byte or character, perplexity per word.
 pub fn quality(loss: f64, tokenizer: Tokenizer) -> String {
@@ -37,7 +51,7 @@ pub enum Report {
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
     Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
     /// The rank has finished; those of replica 0 have written their weights.
-    Done { rank: usize, shards: Vec<Shard>, peak_bytes: Option<u64> },
+    Done { rank: usize, shards: Vec<Shard>, peak_bytes: Option<u64>, times: Option<Times> },
     /// The rank has failed, and waits to be ended.
     Failed { origin: String, error: Error },
 }

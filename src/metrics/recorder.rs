@@ -10,11 +10,14 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::bench::Bench;
+use super::clock::Times;
 use super::memory::Prediction;
 use super::progress::{Progress, State, thousands};
-use super::{Report, quality};
+use super::{Mode, Report, quality};
 use crate::checkpoint::{self, Shard};
 use crate::config::Tokenizer;
+use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
 use crate::grid::Place;
 use crate::optim::learning_rate;
@@ -65,7 +68,8 @@ pub struct Summary {
     pub eval_loss: Option<f64>,
     /// Tokens over the median time of a step.
     pub tokens_per_s: f64,
-    pub checkpoint: PathBuf,
+    /// None of a run that only measures.
+    pub checkpoint: Option<PathBuf>,
 }
 
 /// Collects reports until every place is done.
@@ -82,6 +86,10 @@ pub struct Recorder {
     /// step -> copy -> digest of the tied table.
     digests: BTreeMap<usize, BTreeMap<Place, u64>>,
     done: Vec<(usize, Option<u64>)>,
+    times: Vec<(usize, Option<Times>)>,
+    /// Only measures: tells where the time goes, saves nothing.
+    bench: bool,
+    emulation: Option<Emulation>,
     shards: Vec<Shard>,
     last: Instant,
     losses: Vec<f64>,
@@ -91,7 +99,7 @@ pub struct Recorder {
 
 impl Recorder {
     /// Prepares the run's folder: `config.toml`, an empty `metrics.jsonl` (one of an earlier run is kept as
-    /// `metrics.previous.jsonl`), `checkpoints/`.
+    /// `metrics.previous.jsonl`).
     ///
     /// # Errors
     /// [`Error::Config`] about `--out` if the folder cannot be written.
@@ -99,7 +107,7 @@ impl Recorder {
         let wrong = |error: std::io::Error| {
             Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
         };
-        std::fs::create_dir_all(out.join("checkpoints")).map_err(wrong)?;
+        std::fs::create_dir_all(out).map_err(wrong)?;
         std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
         let path = out.join("metrics.jsonl");
         if path.exists() {
@@ -117,12 +125,20 @@ impl Recorder {
             evals: BTreeMap::new(),
             digests: BTreeMap::new(),
             done: Vec::new(),
+            times: Vec::new(),
+            bench: false,
+            emulation: None,
             shards: Vec::new(),
             last: Instant::now(),
             losses: Vec::new(),
             seconds: Vec::new(),
             eval_loss: None,
         })
+    }
+
+    /// The recorder of a run of this mode.
+    pub fn of_mode(self, mode: &Mode) -> Recorder {
+        Recorder { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
     }
 
     /// Takes reports until `ranks` ranks are done, then completes the checkpoint. `shared` says that the ranks
@@ -145,9 +161,17 @@ impl Recorder {
     fn finish(mut self, shared: bool) -> Result<Summary> {
         self.progress.finish();
         self.metrics.flush().map_err(|error| self.disk(error))?;
-        let checkpoint = checkpoint::complete(&self.setup, &self.out, std::mem::take(&mut self.shards))?;
+        if self.bench {
+            self.times.sort_by_key(|(rank, _)| *rank);
+            let bench = Bench::new(&self.setup, self.emulation.as_ref(), &self.times, &self.done)?;
+            bench.write(&self.out)?;
+            print!("{}", bench.table(shared));
+            return Ok(self.summary(None));
+        }
+        let checkpoint =
+            checkpoint::complete(&self.setup, &self.out, self.setup.config.steps, std::mem::take(&mut self.shards))?;
         self.print_memory(shared);
-        let summary = self.summary(checkpoint);
+        let summary = self.summary(Some(checkpoint));
         self.print_summary(&summary);
         Ok(summary)
     }
@@ -165,7 +189,8 @@ impl Recorder {
             }
             Report::TableNorm { step, norm } => self.steps.entry(step).or_default().table = Some(norm),
             Report::Digest { place, step, digest } => self.compare(place, step, digest)?,
-            Report::Done { rank, shards, peak_bytes } => {
+            Report::Done { rank, shards, peak_bytes, times } => {
+                self.times.push((rank, times));
                 self.shards.extend(shards);
                 self.done.push((rank, peak_bytes));
                 self.done.sort();
@@ -265,7 +290,7 @@ impl Recorder {
         Error::config("--out", self.out.display(), format!("metrics.jsonl cannot be written ({error})"))
     }
 
-    fn summary(&self, checkpoint: PathBuf) -> Summary {
+    fn summary(&self, checkpoint: Option<PathBuf>) -> Summary {
         let tail = &self.losses[self.losses.len() - self.losses.len().div_ceil(10)..];
         let mut seconds = self.seconds.clone();
         seconds.sort_by(f64::total_cmp);
@@ -318,6 +343,8 @@ impl Recorder {
             );
         }
         println!("tokens/s            {}", thousands(summary.tokens_per_s as u64));
-        println!("weights             {}", summary.checkpoint.display());
+        if let Some(checkpoint) = &summary.checkpoint {
+            println!("weights             {}", checkpoint.display());
+        }
     }
 }

@@ -164,6 +164,11 @@ impl Stack {
         self.parameters.iter().enumerate().map(value).collect()
     }
 
+    /// D.
+    pub fn d_model(&self) -> usize {
+        self.d_model
+    }
+
     /// Whether the stack ends in the loss.
     pub fn has_head(&self) -> bool {
         self.head.is_some()

@@ -44,7 +44,7 @@ impl Iterator for DeviceActions<'_> {
 
 /// A running simulation of one pipeline on a ring, of which the first device's actions are kept.
 pub struct Merged<'a> {
-    world: World<'a>,
+    world: World,
     stages: Vec<Peekable<Actions<'a>>>,
     /// Of the devices.
     clock: Vec<f64>,
@@ -54,7 +54,7 @@ pub struct Merged<'a> {
 impl<'a> Merged<'a> {
     fn new(schedule: &'a Schedule) -> Merged<'a> {
         Merged {
-            world: World::new(schedule, 1, COSTS),
+            world: World::new(schedule, 1, COSTS.stages(schedule), COSTS.message),
             stages: (0..schedule.stages).map(|stage| schedule.actions(stage).peekable()).collect(),
             clock: vec![0.0; schedule.grid(1).devices()],
             queue: VecDeque::new(),

@@ -68,7 +68,7 @@ pub use check::check;
 pub use draw::{draw, summary};
 pub use generate::Actions;
 pub use merge::DeviceActions;
-pub use simulate::{Costs, Fault, Ideal, Span, ideal, simulate};
+pub use simulate::{Costs, Fault, Ideal, Span, StageCosts, ideal, simulate, step_time};
 
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::grid::{Grid, Placement};

@@ -16,6 +16,23 @@ pub struct Costs {
     pub message: f64,
 }
 
+/// Times of one microbatch and of one update on one stage, in any unit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StageCosts {
+    pub forward: f64,
+    pub backward: f64,
+    pub update: f64,
+}
+
+impl Costs {
+    /// The times of every stage; updates are free.
+    pub fn stages(self, schedule: &Schedule) -> Vec<StageCosts> {
+        let of =
+            |share: f64| StageCosts { forward: self.forward * share, backward: self.backward * share, update: 0.0 };
+        (0..schedule.stages).map(|stage| of(schedule.share(stage))).collect()
+    }
+}
+
 /// What is wrong with a set of action lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault(pub String);
@@ -47,10 +64,10 @@ struct Reduced {
 }
 
 /// What is known of all places at some moment of a simulation.
-pub(super) struct World<'a> {
-    schedule: &'a Schedule,
+pub(super) struct World {
     grid: Grid,
-    costs: Costs,
+    stages: Vec<StageCosts>,
+    message: f64,
     /// (from, to, what) -> messages under way, in order.
     links: HashMap<(Place, Place, Op), VecDeque<Message>>,
     /// (stage, step, what) -> the all-reduces under way.
@@ -59,10 +76,10 @@ pub(super) struct World<'a> {
     tables: HashMap<usize, (usize, f64)>,
 }
 
-impl<'a> World<'a> {
-    pub(super) fn new(schedule: &'a Schedule, replicas: usize, costs: Costs) -> World<'a> {
+impl World {
+    pub(super) fn new(schedule: &Schedule, replicas: usize, stages: Vec<StageCosts>, message: f64) -> World {
         let grid = schedule.grid(replicas);
-        World { schedule, grid, costs, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
+        World { grid, stages, message, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
     }
 
     /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not known.
@@ -87,10 +104,10 @@ impl<'a> World<'a> {
     /// Runs an action that is ready; when it ends.
     pub(super) fn run(&mut self, replica: usize, action: Action, start: f64) -> Result<f64, Fault> {
         let place = Place { stage: action.stage, replica };
-        let share = self.schedule.share(action.stage);
+        let costs = self.stages[action.stage];
         match action.op {
-            Op::Forward => return Ok(start + self.costs.forward * share),
-            Op::Backward => return Ok(start + self.costs.backward * share),
+            Op::Forward => return Ok(start + costs.forward),
+            Op::Backward => return Ok(start + costs.backward),
             Op::SendActivation => self.send(place, self.grid.downstream(place), action, start)?,
             Op::SendGradient => self.send(place, self.grid.upstream(place), action, start)?,
             // Stage 0 keeps its part.
@@ -103,7 +120,10 @@ impl<'a> World<'a> {
             Op::Reduce | Op::ReduceTable => {
                 self.reduces.entry((place.stage, action.step, action.op)).or_default().started.push(start);
             }
-            Op::Update => self.used(Op::Reduce, action),
+            Op::Update => {
+                self.used(Op::Reduce, action);
+                return Ok(start + costs.update);
+            }
             Op::UpdateTable if place.stage == 0 => {
                 self.tables.insert(replica, (action.step + 1, start));
                 self.used(Op::ReduceTable, action);
@@ -126,7 +146,7 @@ impl<'a> World<'a> {
 
     fn send(&mut self, from: Place, to: Option<Place>, action: Action, now: f64) -> Result<(), Fault> {
         let to = to.ok_or_else(|| Fault(format!("{action} has nobody to send to")))?;
-        let message = if self.grid.rank(from) == self.grid.rank(to) { 0.0 } else { self.costs.message };
+        let message = if self.grid.rank(from) == self.grid.rank(to) { 0.0 } else { self.message };
         self.links.entry((from, to, action.op)).or_default().push_back(Message { action, arrives: now + message });
         Ok(())
     }
@@ -176,8 +196,18 @@ impl<'a> World<'a> {
 /// A receive that meets another message than its own, messages left over at the end, or a deadlock (with what every
 /// stuck place waits for).
 pub fn simulate(schedule: &Schedule, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Fault> {
+    simulate_stages(schedule, lists, costs.stages(schedule), costs.message)
+}
+
+/// The same with times of every stage's own.
+fn simulate_stages(
+    schedule: &Schedule,
+    lists: &[Vec<Action>],
+    stages: Vec<StageCosts>,
+    message: f64,
+) -> Result<Vec<Vec<Span>>, Fault> {
     let devices = schedule.grid(1).devices();
-    let mut world = World::new(schedule, lists.len() / devices, costs);
+    let mut world = World::new(schedule, lists.len() / devices, stages, message);
     let mut clock = vec![0.0f64; lists.len()];
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); lists.len()];
     loop {
@@ -226,39 +256,68 @@ pub struct Ideal {
 /// Steps before a sync point that [`Ideal::before_drain`] is taken over.
 pub const BEFORE_DRAIN: usize = 30;
 
-/// Simulates long enough for fill and drain not to count.
+/// A simulation that is long enough for fill and drain not to count.
+struct Long {
+    schedule: Schedule,
+    spans: Vec<Vec<Span>>,
+    /// Whole runs of K steps average out a pattern that repeats only after several steps.
+    window: std::ops::Range<usize>,
+}
+
+impl Long {
+    fn new(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<Long, Fault> {
+        let (k, m) = (schedule.stages, schedule.microbatches);
+        let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
+        let window = 2 * fill..2 * fill + 8 * k;
+        let mut long = schedule.clone();
+        long.sync.steps = (window.end + fill).max(fill + BEFORE_DRAIN + 1);
+        long.sync.warm_up = 0;
+        long.sync.periods.clear();
+        long.sync.at.clear();
+        long.evals = None;
+        let devices = schedule.grid(1).devices();
+        let lists: Vec<Vec<Action>> = (0..devices).map(|device| long.device_actions(device).collect()).collect();
+        let spans = simulate_stages(&long, &lists, stages, message)?;
+        Ok(Long { schedule: long, spans, window })
+    }
+
+    /// When a stage's last backward of a step ends: the same place of the pattern in every step.
+    fn end_of(&self, stage: usize, step: usize) -> f64 {
+        let last = |s: &&Span| {
+            let Action { stage: of, op, step: t, microbatch, .. } = s.action;
+            (of, op, t, microbatch) == (stage, Op::Backward, step, self.schedule.microbatches - 1)
+        };
+        self.spans[self.schedule.grid(1).device(stage)].iter().find(last).map_or(0.0, |s| s.end)
+    }
+
+    /// What the window takes a device.
+    fn time(&self, device: usize) -> f64 {
+        self.end_of(device, self.window.end) - self.end_of(device, self.window.start)
+    }
+}
+
+/// The steady state under times of one microbatch on a device.
 ///
 /// # Errors
 /// As [`simulate`].
 pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Fault> {
-    let (k, m) = (schedule.stages, schedule.microbatches);
-    let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
-    // Whole runs of K steps average out a pattern that repeats only after several steps.
-    let (from, to) = (2 * fill, 2 * fill + 8 * k);
-    let mut long = schedule.clone();
-    long.sync.steps = (to + fill).max(fill + BEFORE_DRAIN + 1);
-    long.sync.warm_up = 0;
-    long.sync.periods.clear();
-    long.sync.at.clear();
-    long.evals = None;
+    let long = Long::new(schedule, costs.stages(schedule), costs.message)?;
     let devices = schedule.grid(1).devices();
-    let lists: Vec<Vec<Action>> = (0..devices).map(|device| long.device_actions(device).collect()).collect();
-    let spans = simulate(&long, &lists, costs)?;
-    // Between the ends of two backwards at the same place of the pattern.
-    let end_of = |stage: usize, step: usize| {
-        let last = |s: &&Span| {
-            let Action { stage: of, op, step: t, microbatch, .. } = s.action;
-            (of, op, t, microbatch) == (stage, Op::Backward, step, m - 1)
-        };
-        spans[schedule.grid(1).device(stage)].iter().find(last).map_or(0.0, |s| s.end)
-    };
-    let work = |steps: usize| (costs.forward + costs.backward) * (m * steps) as f64;
-    let utilization: Vec<f64> =
-        (0..devices).map(|device| work(to - from) / (end_of(device, to) - end_of(device, from))).collect();
-    let last = long.sync.steps - 1;
-    let tail = end_of(0, last) - end_of(0, last - BEFORE_DRAIN);
+    let work = |steps: usize| (costs.forward + costs.backward) * (schedule.microbatches * steps) as f64;
+    let utilization: Vec<f64> = (0..devices).map(|device| work(long.window.len()) / long.time(device)).collect();
+    let last = long.schedule.sync.steps - 1;
+    let tail = long.end_of(0, last) - long.end_of(0, last - BEFORE_DRAIN);
     let before_drain = work(BEFORE_DRAIN) * devices as f64 / tail;
     Ok(Ideal { speed_up: utilization.iter().sum(), utilization, before_drain })
+}
+
+/// The time of a step in the steady state, under times of every stage's own.
+///
+/// # Errors
+/// As [`simulate`].
+pub fn step_time(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<f64, Fault> {
+    let long = Long::new(schedule, stages, message)?;
+    Ok(long.time(0) / long.window.len() as f64)
 }
 
 #[cfg(test)]
@@ -307,6 +366,14 @@ mod tests {
             assert!((aligned.speed_up - stages as f64).abs() < 1e-9, "{stages}: {aligned:?}");
             assert!((aligned.before_drain - stages as f64).abs() < 1e-9, "{stages}: {aligned:?}");
         }
+    }
+
+    #[test]
+    fn the_slowest_stage_sets_the_pace() {
+        let stage = |forward, update| StageCosts { forward, backward: 2.0, update };
+        let schedule = Schedule::new(Kind::Decoupled, 3, 2, 1, SyncPoints::ends(1));
+        let time = step_time(&schedule, vec![stage(1.0, 0.5), stage(1.5, 0.5), stage(1.0, 0.0)], 0.0).unwrap();
+        assert!((time - 7.5).abs() < 1e-9, "2 (1.5 + 2) + 0.5, not {time}");
     }
 
     #[test]

@@ -15,8 +15,9 @@ use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
-use crate::metrics::Report;
+use crate::metrics::clock::{Clock, Share};
 use crate::metrics::memory::Gauge;
+use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::params::{Layout, Versions, slice};
@@ -38,8 +39,9 @@ pub struct Worker {
     table_reduction: Option<Reduction>,
     reports: Reporter,
     batches: Batches,
-    inject: Option<Injection>,
+    mode: Mode,
     gauge: Option<Gauge>,
+    clock: Clock,
 }
 
 /// A place with what is its own; the registers hold what one action leaves for the next.
@@ -73,28 +75,27 @@ impl Worker {
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(
-        setup: Arc<Setup>,
-        rank: usize,
-        ports: Ports,
-        out: PathBuf,
-        inject: Option<Injection>,
-    ) -> Result<Worker> {
+    pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up()?;
         let gauge = Gauge::start();
         let config = &setup.config;
         let held = setup.grid.held(rank);
-        let posts = held
+        let mut posts: Vec<Post> = held
             .iter()
             .zip(ports.places)
             .map(|(place, ends)| Post::new(&setup, *place, ends))
             .collect::<Result<_>>()?;
+        if let Some(emulation) = &mode.emulation {
+            posts.iter_mut().for_each(|post| post.stage.emulate(emulation.sleep(&setup.schedule, post.place.stage)));
+        }
         let table = table_of(&setup, rank)?;
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let reports = ports.reports;
-        Ok(Worker { rank, out, posts, table, table_reduction: None, reports, batches, inject, gauge, setup })
+        let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
+        let clock = Clock::new(&setup.schedule, &stages);
+        Ok(Worker { rank, out, posts, table, table_reduction: None, reports, batches, mode, gauge, clock, setup })
     }
 
     /// Runs the whole action list, then writes the weights (replica 0) and says goodbye.
@@ -106,6 +107,7 @@ impl Worker {
         for action in setup.schedule.device_actions(self.rank % setup.grid.devices()) {
             tracing::trace!(%action);
             self.run_injection(&action);
+            self.clock.lap(Share::Idle);
             match action.op {
                 Op::Load => self.load(&action),
                 Op::RecvActivation => self.receive_activation(&action)?,
@@ -125,6 +127,7 @@ impl Worker {
                 Op::AwaitTable => self.await_table(&action)?,
                 Op::Digest => self.digest(&action)?,
             }
+            self.clock.passed(&action);
         }
         self.finish()
     }
@@ -292,8 +295,13 @@ impl Worker {
     fn update(&mut self, action: &Action) -> Result<()> {
         let (setup, mean) = (Arc::clone(&self.setup), self.mean());
         let config = &setup.config;
+        self.post(action).reductions.drain(..).try_for_each(Reduction::wait)?;
+        self.clock.lap(Share::Reduce);
+        if self.mode.emulation.is_some() {
+            self.post(action).stage.versions.advance();
+            return self.report_norm(action, 0.0);
+        }
         let post = self.post(action);
-        post.reductions.drain(..).try_for_each(Reduction::wait)?;
         let norm = norm(slice(post.stage.versions.gradient(0))) * mean;
         if !norm.is_finite() {
             return Err(post.bad_gradient(action.step)?);
@@ -302,7 +310,11 @@ impl Worker {
         let scale = mean * clip_factor(norm, config.optimizer.clip);
         let (old, new, gradient) = post.stage.versions.advance();
         post.optimizer.update(Update { old, new, gradient, lr, scale });
-        if post.place.replica > 0 {
+        self.report_norm(action, norm)
+    }
+
+    fn report_norm(&mut self, action: &Action, norm: f64) -> Result<()> {
+        if self.posts[0].place.replica > 0 {
             return Ok(());
         }
         self.reports.send(Report::Norm { stage: action.stage, step: action.step, norm })
@@ -312,7 +324,7 @@ impl Worker {
         let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
         let mut shards = Vec::new();
         for post in &self.posts {
-            if post.place.replica > 0 {
+            if post.place.replica > 0 || self.mode.bench {
                 continue;
             }
             let table =
@@ -321,11 +333,12 @@ impl Worker {
             let weights: Vec<_> = table.into_iter().chain([own]).collect();
             shards.push(checkpoint::write_shard(&self.out, self.setup.config.steps, post.place.stage, &weights)?);
         }
-        self.reports.send(Report::Done { rank: self.rank, shards, peak_bytes })
+        let times = self.clock.times();
+        self.reports.send(Report::Done { rank: self.rank, shards, peak_bytes, times })
     }
 
     fn injected(&self, fault: Fault, place: Place, step: usize) -> bool {
-        self.inject == Some(Injection { fault, place, step })
+        self.mode.inject == Some(Injection { fault, place, step })
     }
 
     fn run_injection(&self, action: &Action) {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ouroboros::config::Config;
 use ouroboros::launch::{run_emulated, run_local};
-use ouroboros::metrics::Recorder;
+use ouroboros::metrics::{Mode, Recorder};
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
@@ -87,7 +87,7 @@ pub fn setup_of(text: &str, sets: &[&str]) -> Arc<Setup> {
 pub fn as_threads(setup: &Arc<Setup>) -> Outcome {
     let out = TempDir::new().unwrap();
     let recorder = Recorder::new(Arc::clone(setup), out.path()).unwrap();
-    run_local(setup, out.path(), recorder, None).unwrap();
+    run_local(setup, out.path(), recorder, Mode::default()).unwrap();
     Outcome::read(out.path())
 }
 

@@ -262,6 +262,9 @@ fn the_draws_cover_everything() {
         "synchronous warm-up",
         "evaluation",
         "uneven layers",
+        "bf16 between stages",
+        "bf16 between replicas",
+        "several buckets",
         "aligned",
         "fresh",
         "none",
@@ -321,4 +324,10 @@ fn machinery_does_not_change_numbers() {
     let plain = as_threads(&tiny(&keys));
     assert_eq!(as_threads(&tiny(&[&keys[..], &["recompute=true"]].concat())), plain);
     assert_eq!(as_threads(&tiny(&[&keys[..], &["slack=2"]].concat())), plain, "ceil(2 q / 4) = ceil(q / 4) here");
+    // Rounding on the wire does.
+    assert_ne!(as_threads(&tiny(&[&keys[..], &["wire=bf16"]].concat())), plain);
+    let replicas = as_threads(&tiny(&["grid.replicas=2"]));
+    assert_eq!(as_threads(&tiny(&["grid.replicas=2", "bucket_kib=2"])), replicas);
+    assert_ne!(as_threads(&tiny(&["grid.replicas=2", "wire=bf16"])), replicas);
+    assert_eq!(as_threads(&tiny(&["wire=bf16"])), as_threads(&tiny(&[])), "nothing travels");
 }

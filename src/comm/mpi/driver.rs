@@ -10,6 +10,7 @@
 //! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, a little longer every
 //! time up to `LONGEST_SLEEP`, so a waiting rank does not burn a core; a command wakes it at once.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -111,9 +112,10 @@ struct Driver {
     world: SimpleCommunicator,
     rank: usize,
     grids: Option<Grids>,
-    outgoing: Vec<Outgoing>,
+    /// By the rank that they go to.
+    outgoing: BTreeMap<usize, VecDeque<Outgoing>>,
     incoming: Vec<Incoming>,
-    own_reports: Vec<Pending<Vec<u8>>>,
+    own_reports: VecDeque<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
     failure: Option<String>,
 }
@@ -124,9 +126,9 @@ impl Driver {
             world,
             rank,
             grids: None,
-            outgoing: Vec::new(),
+            outgoing: BTreeMap::new(),
             incoming: Vec::new(),
-            own_reports: Vec::new(),
+            own_reports: VecDeque::new(),
             reports: None,
             failure: None,
         }
@@ -209,7 +211,8 @@ impl Driver {
     }
 
     fn send(&mut self, to: usize, header: &Header, tensor: Tensor, permit: Permit) -> MpiResult<()> {
-        self.outgoing.push(Outgoing::start(self.links()?, to, header, tensor, permit)?);
+        let outgoing = Outgoing::start(self.links()?, to, header, tensor, permit)?;
+        self.outgoing.entry(to).or_default().push_back(outgoing);
         Ok(())
     }
 
@@ -223,7 +226,7 @@ impl Driver {
         if self.rank == 0 {
             return self.deliver(&bytes);
         }
-        self.own_reports.push(raw::send_bytes(address(self.links()?, 0, TAG_REPORT), bytes)?);
+        self.own_reports.push_back(raw::send_bytes(address(self.links()?, 0, TAG_REPORT), bytes)?);
         Ok(())
     }
 
@@ -243,23 +246,24 @@ impl Driver {
         for incoming in &mut self.incoming {
             moved |= incoming.advance(&grids.links)?;
         }
-        let mut i = 0;
-        while i < self.outgoing.len() {
-            if self.outgoing[i].advance()? {
-                self.outgoing.swap_remove(i);
+        // Only the oldest to every rank: each question lets MPI look everywhere, and messages leave about in order.
+        for queue in self.outgoing.values_mut() {
+            while let Some(outgoing) = queue.front_mut() {
+                if !outgoing.advance()? {
+                    break;
+                }
+                queue.pop_front();
                 moved = true;
-            } else {
-                i += 1;
             }
         }
         for reducer in &mut grids.reducers {
             moved |= reducer.advance()?;
         }
-        while let Some(pending) = self.own_reports.first_mut() {
+        while let Some(pending) = self.own_reports.front_mut() {
             if pending.test()?.is_none() {
                 break;
             }
-            self.own_reports.remove(0);
+            self.own_reports.pop_front();
         }
         if self.rank == 0 {
             while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_REPORT)? {
@@ -292,7 +296,8 @@ impl Driver {
 
     /// Everything that was sent is on its way before the headers that nobody will send are taken back.
     fn finish(&mut self) {
-        while self.failure.is_none() && !(self.outgoing.is_empty() && self.own_reports.is_empty()) {
+        while self.failure.is_none() && !(self.outgoing.values().all(VecDeque::is_empty) && self.own_reports.is_empty())
+        {
             match self.advance() {
                 Ok(true) => {}
                 Ok(false) => std::thread::sleep(SHORTEST_SLEEP),

@@ -22,12 +22,7 @@ use tch::{Kind, Tensor};
 
 use super::raw::{self, MpiResult, Pending};
 use super::traffic::address;
-use crate::wire::Wire;
-
-/// Values of a part, 4 MiB of f32: what comes from the others is kept beside it, and must not be a second gradient.
-const PART: usize = 1 << 20;
-/// Parts under way, so that the next one moves while one is added up.
-const UNDER_WAY: usize = 2;
+use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
 
 /// The all-reduces of one replica group, one after the other, part by part; all members cut them alike.
 pub struct Reducer {
@@ -41,7 +36,7 @@ pub struct Reducer {
     parts: VecDeque<Part>,
     /// Parts that have been started: the parity tells two that are under way apart.
     started: usize,
-    /// Buffers of finished parts, to be used again.
+    /// Buffers of finished parts, each for the largest slice, to be used again.
     spare: Vec<Tensor>,
 }
 
@@ -61,9 +56,11 @@ struct Part {
     values: Range<usize>,
     tags: [i32; 2],
     /// What is on its way out; what the other replicas have of the slice of this one, while it comes in and afterwards.
-    sends: Vec<Pending<Tensor>>,
-    receives: Vec<(usize, Pending<Tensor>)>,
+    sends: VecDeque<Pending<Tensor>>,
+    receives: VecDeque<(usize, Pending<Tensor>)>,
     arrived: Vec<Option<Tensor>>,
+    /// The buffers that these are in.
+    buffers: Vec<Tensor>,
     gathering: bool,
 }
 
@@ -103,7 +100,7 @@ impl Reducer {
                 i += 1;
             }
         }
-        while self.parts.len() < UNDER_WAY && self.start_part()? {
+        while self.parts.len() < PARTS_UNDER_WAY && self.start_part()? {
             moved = true;
         }
         while self.jobs.front().is_some_and(|job| job.summed == job.flat.numel()) {
@@ -123,9 +120,9 @@ impl Reducer {
         let values = job.started..job.flat.numel().min(job.started + PART);
         job.started = values.end;
         let flat = job.flat.shallow_clone();
-        let parity = (self.started % UNDER_WAY) as i32;
+        let parity = (self.started % PARTS_UNDER_WAY) as i32;
         self.started += 1;
-        let (sends, receives) = (Vec::new(), Vec::new());
+        let (sends, receives) = (VecDeque::new(), VecDeque::new());
         let mut part = Part {
             job: self.over + number,
             values,
@@ -133,20 +130,21 @@ impl Reducer {
             sends,
             receives,
             arrived: (0..self.replicas).map(|_| None).collect(),
+            buffers: Vec::new(),
             gathering: false,
         };
         let mine = part.slice(self.me, self.replicas);
         for other in self.others() {
             if !mine.is_empty() {
-                let buffer = self.buffer(mine.len())?;
-                part.receives.push((other, raw::receive(address(&self.group, other, part.tags[0]), buffer)?));
+                let room = self.room(mine.len(), &mut part.buffers)?;
+                part.receives.push_back((other, raw::receive(address(&self.group, other, part.tags[0]), room)?));
             }
         }
         for other in self.others() {
             let slice = part.slice(other, self.replicas);
             if !slice.is_empty() {
                 let out = self.packed(&view(&flat, &slice)?)?;
-                part.sends.push(raw::send(address(&self.group, other, part.tags[0]), out)?);
+                part.sends.push_back(raw::send(address(&self.group, other, part.tags[0]), out)?);
             }
         }
         self.parts.push_back(part);
@@ -159,14 +157,16 @@ impl Reducer {
         (1..replicas).map(move |i| (me + i) % replicas)
     }
 
-    /// A buffer for what comes from another replica.
-    fn buffer(&mut self, count: usize) -> MpiResult<Tensor> {
-        let kind = self.wire.kind();
-        let whole = match self.spare.iter().position(|buffer| buffer.numel() >= count) {
-            Some(i) => self.spare.swap_remove(i),
-            None => Tensor::f_empty([count as i64], (kind, tch::Device::Cpu)).map_err(text)?,
+    /// Room for what comes from another replica, in a buffer that joins `buffers`.
+    fn room(&mut self, count: usize, buffers: &mut Vec<Tensor>) -> MpiResult<Tensor> {
+        let largest = PART.div_ceil(self.replicas) as i64;
+        let whole = match self.spare.pop() {
+            Some(whole) => whole,
+            None => Tensor::f_empty([largest], (self.wire.kind(), tch::Device::Cpu)).map_err(text)?,
         };
-        whole.f_narrow(0, 0, count as i64).map_err(text)
+        let room = whole.f_narrow(0, 0, count as i64).map_err(text)?;
+        buffers.push(whole);
+        Ok(room)
     }
 
     /// Values as they travel.
@@ -180,25 +180,20 @@ impl Reducer {
     fn advance_part(&mut self, i: usize) -> MpiResult<bool> {
         let part = &mut self.parts[i];
         let mut moved = false;
-        let mut sends = Vec::new();
-        for mut send in part.sends.drain(..) {
-            match send.test()? {
-                Some(_) => moved = true,
-                None => sends.push(send),
+        // Only the oldest of each: every question lets MPI look everywhere, and the answers come about in order.
+        while let Some(send) = part.sends.front_mut() {
+            if send.test()?.is_none() {
+                break;
             }
+            part.sends.pop_front();
+            moved = true;
         }
-        part.sends = sends;
-        let mut receives = Vec::new();
-        for (other, mut receive) in part.receives.drain(..) {
-            match receive.test()? {
-                Some(values) => {
-                    part.arrived[other] = Some(values);
-                    moved = true;
-                }
-                None => receives.push((other, receive)),
-            }
+        while let Some((other, receive)) = part.receives.front_mut() {
+            let Some(values) = receive.test()? else { break };
+            part.arrived[*other] = Some(values);
+            part.receives.pop_front();
+            moved = true;
         }
-        part.receives = receives;
         // A slice must have left before its sum is written over it.
         if !part.gathering && part.sends.is_empty() && part.receives.is_empty() {
             self.gather(i)?;
@@ -218,7 +213,9 @@ impl Reducer {
         part.arrived = (0..self.replicas).map(|_| None).collect();
         let sum = view(&flat, &mine)?;
         add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
-        self.spare.extend(arrived.into_iter().flatten());
+        drop(arrived);
+        let mut buffers = Vec::new();
+        self.spare.append(&mut self.parts[i].buffers);
         let out = self.packed(&sum)?;
         for other in self.others() {
             let slice = self.parts[i].slice(other, self.replicas);
@@ -227,15 +224,16 @@ impl Reducer {
             }
             let into = match self.wire {
                 Wire::F32 => view(&flat, &slice)?,
-                Wire::Bf16 => self.buffer(slice.len())?,
+                Wire::Bf16 => self.room(slice.len(), &mut buffers)?,
             };
             let from = address(&self.group, other, self.parts[i].tags[1]);
             let receive = raw::receive(from, into)?;
-            self.parts[i].receives.push((other, receive));
+            self.parts[i].receives.push_back((other, receive));
         }
+        self.parts[i].buffers = buffers;
         for other in self.others().filter(|_| !mine.is_empty()) {
             let send = raw::send(address(&self.group, other, self.parts[i].tags[1]), out.shallow_clone())?;
-            self.parts[i].sends.push(send);
+            self.parts[i].sends.push_back(send);
         }
         Ok(())
     }
@@ -249,8 +247,8 @@ impl Reducer {
                 let Some(values) = values else { continue };
                 let slice = slice_of(&part.values, other, self.replicas);
                 view(&job.flat, &slice)?.f_copy_(&values).map_err(text)?;
-                self.spare.push(values);
             }
+            self.spare.append(&mut part.buffers);
         }
         Ok(())
     }

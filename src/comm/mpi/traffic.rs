@@ -125,7 +125,8 @@ impl Incoming {
         }
         let Some(words) = self.header.test()? else { return Ok(false) };
         let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
-        let room = Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
+        let room =
+            Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
         self.tensor = Some((header, raw::receive(address(links, from, tag + 1), room)?));
         Ok(true)
     }

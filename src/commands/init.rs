@@ -1,0 +1,25 @@
+//! `ouroboros init`: the weights that a training begins with.
+
+use std::path::Path;
+
+use crate::checkpoint;
+use crate::cli::InitArgs;
+use crate::config::Config;
+use crate::error::Result;
+use crate::model;
+use crate::params::Layout;
+use crate::setup::Setup;
+
+/// Writes `checkpoints/step-0` of a config's run: one file with every parameter, whatever the grid.
+///
+/// # Errors
+/// A config that cannot be used, or a file that cannot be written.
+pub fn init(args: &InitArgs) -> Result<()> {
+    let setup = Setup::new(Config::load(&args.config, &args.set, None)?)?;
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&setup.config.name));
+    let layout = Layout::new(&model::parameters(&setup.dimensions));
+    let weights = layout.initial(setup.config.seed)?;
+    let shard = checkpoint::write_shard(&out, 0, 0, &[(&layout, &weights)])?;
+    println!("{}", checkpoint::complete(&setup, &out, 0, vec![shard])?.display());
+    Ok(())
+}

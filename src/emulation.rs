@@ -1,0 +1,150 @@
+//! Emulated compute: stages sleep instead of computing, while the schedule, the messages (at their real sizes), the
+//! reductions and the bookkeeping stay what they are. So the runtime's own efficiency can be measured on grids that are
+//! larger than the machine.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::schedule::Schedule;
+
+/// How long the stages sleep for one microbatch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Emulation {
+    /// The same on every device; a stage that has half a device takes half of it. Seconds.
+    Uniform { forward: f64, backward: f64 },
+    /// Of every stage, as `ouroboros bench` has measured them.
+    Profile(Vec<StageTime>),
+}
+
+/// Times of one microbatch on one stage, in milliseconds: a part of the file that `ouroboros bench` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+pub struct StageTime {
+    pub forward_ms: f64,
+    pub backward_ms: f64,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    stages: Vec<StageTime>,
+}
+
+/// How long one stage sleeps.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sleep {
+    pub forward: Duration,
+    pub backward: Duration,
+}
+
+const OPTION: &str = "--emulated-compute";
+/// The longest that a stage may be told to sleep: a day is a mistake.
+const LONGEST_MS: f64 = 60_000.0;
+
+impl Emulation {
+    /// Reads `F,B` in milliseconds a microbatch, or the name of a file.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is neither.
+    pub fn read(text: &str) -> Result<Emulation> {
+        let numbers: Option<Vec<f64>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
+        match numbers.as_deref() {
+            Some([forward, backward]) if [*forward, *backward].iter().all(|ms| possible(*ms)) => {
+                Ok(Emulation::Uniform { forward: forward / 1e3, backward: backward / 1e3 })
+            }
+            Some(_) => {
+                let remedy = format!("write forward,backward in milliseconds from 0 to {LONGEST_MS}, as in 10,20");
+                Err(Error::config(OPTION, text, remedy))
+            }
+            None => Emulation::of_file(Path::new(text)),
+        }
+    }
+
+    fn of_file(path: &Path) -> Result<Emulation> {
+        let wrong = |problem: String| {
+            Error::config(
+                OPTION,
+                path.display(),
+                format!("{problem}; write F,B or name a bench.json of `ouroboros bench`"),
+            )
+        };
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let profile: Profile =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("is no profile ({error})")))?;
+        if !profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms)) {
+            return Err(wrong(format!("has times that are not between 0 and {LONGEST_MS} ms")));
+        }
+        Ok(Emulation::Profile(profile.stages))
+    }
+
+    /// Whether there is a time for every stage.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the profile is of another number of stages.
+    pub fn check(&self, stages: usize) -> Result<()> {
+        match self {
+            Emulation::Profile(times) if times.len() != stages => {
+                let remedy = format!("the grid has {stages}; measure one that has as many");
+                Err(Error::config(OPTION, format!("a profile of {} stages", times.len()), remedy))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How long a stage sleeps.
+    pub fn sleep(&self, schedule: &Schedule, stage: usize) -> Sleep {
+        let (forward, backward) = match self {
+            Emulation::Uniform { forward, backward } => {
+                (forward * schedule.share(stage), backward * schedule.share(stage))
+            }
+            Emulation::Profile(times) => (times[stage].forward_ms / 1e3, times[stage].backward_ms / 1e3),
+        };
+        Sleep { forward: Duration::from_secs_f64(forward), backward: Duration::from_secs_f64(backward) }
+    }
+}
+
+fn possible(ms: f64) -> bool {
+    (0.0..=LONGEST_MS).contains(&ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delay::SyncPoints;
+    use crate::grid::Placement;
+    use crate::schedule::Kind;
+
+    #[test]
+    fn times_or_a_profile_are_read() {
+        let uniform = Emulation::read("10, 20.5").unwrap();
+        assert_eq!(uniform, Emulation::Uniform { forward: 0.01, backward: 0.0205 });
+        let mut schedule = Schedule::new(Kind::Decoupled, 3, 1, 1, SyncPoints::ends(1));
+        schedule.placement = Placement::Ring;
+        assert_eq!(uniform.sleep(&schedule, 1).forward, Duration::from_millis(10));
+        assert_eq!(uniform.sleep(&schedule, 2).forward, Duration::from_millis(5));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = r#"{"stages": [{"forward_ms": 3, "backward_ms": 6.5, "update_ms": 1}], "more": 1}"#;
+        std::fs::write(file.path(), text).unwrap();
+        let profile = Emulation::read(file.path().to_str().unwrap()).unwrap();
+        assert_eq!(profile, Emulation::Profile(vec![StageTime { forward_ms: 3.0, backward_ms: 6.5 }]));
+        assert!(profile.check(1).is_ok());
+        assert!(profile.check(2).unwrap_err().to_string().contains("a profile of 1 stages; the grid has 2"));
+    }
+
+    #[test]
+    fn what_is_neither_is_refused() {
+        for (text, expected) in [
+            ("10", "write forward,backward in milliseconds"),
+            ("10,-1", "write forward,backward in milliseconds"),
+            ("1,2,3", "write forward,backward in milliseconds"),
+            ("1,nan", "write forward,backward in milliseconds"),
+            ("no/such.json", "cannot be read"),
+            ("Cargo.toml", "is no profile"),
+        ] {
+            let error = Emulation::read(text).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! What `ouroboros bench` tells: where every device's time goes, the step's time beside the schedule's, memory.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::clock::{Share, StageTimes, Times, fill};
+use super::memory::Prediction;
+use super::thousands;
+use crate::emulation::Emulation;
+use crate::error::{Error, Result};
+use crate::schedule::{StageCosts, step_time};
+use crate::setup::Setup;
+
+/// The measurements of one run; written as `bench.json`, whose `stages` are a profile for `--emulated-compute`.
+#[derive(Debug, Serialize)]
+pub struct Bench {
+    name: String,
+    grid: String,
+    schedule: crate::schedule::Kind,
+    microbatches: usize,
+    parameters: usize,
+    emulated: bool,
+    /// Steps that were measured; the time of one, and what the schedule makes of the stages' times.
+    steps: usize,
+    pub step_s: f64,
+    predicted_step_s: f64,
+    pub tokens_per_s: f64,
+    /// Mean share of the devices' time that is compute.
+    pub utilisation: f64,
+    /// K times the utilisation: over one device that holds the whole model.
+    speed_up: f64,
+    stages: Vec<Stage>,
+    devices: Vec<Device>,
+}
+
+/// Times of a microbatch or an update on one stage, means over its replicas.
+#[derive(Debug, Serialize)]
+struct Stage {
+    stage: usize,
+    forward_ms: f64,
+    backward_ms: f64,
+    update_ms: f64,
+    /// Least wait for the sum over the replicas, an update.
+    reduce_ms: f64,
+}
+
+/// One rank.
+#[derive(Debug, Serialize)]
+struct Device {
+    rank: usize,
+    place: String,
+    shares: Vec<(&'static str, f64)>,
+    predicted_bytes: u64,
+    peak_bytes: Option<u64>,
+}
+
+impl Bench {
+    /// Puts the times of all ranks together.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the run was too short to be measured.
+    pub fn new(
+        setup: &Setup,
+        emulation: Option<&Emulation>,
+        times: &[(usize, Option<Times>)],
+        peaks: &[(usize, Option<u64>)],
+    ) -> Result<Bench> {
+        let config = &setup.config;
+        let short = || {
+            let needed = 2 * fill(&setup.schedule) + 4;
+            Error::config("steps", config.steps, format!("too few to measure; take {needed} or more"))
+        };
+        let measured: Vec<(usize, &Times)> = times
+            .iter()
+            .map(|(rank, times)| Some((*rank, times.as_ref()?)))
+            .collect::<Option<_>>()
+            .ok_or_else(short)?;
+        let steps = measured.first().map_or(0, |(_, times)| times.steps);
+        let step_s = mean(measured.iter().map(|(_, times)| times.seconds / times.steps as f64));
+        let stages: Vec<Stage> = (0..setup.grid.stages).map(|stage| Stage::new(stage, &measured)).collect();
+        let costs = stages.iter().map(Stage::costs).collect();
+        let predicted_step_s =
+            step_time(&setup.schedule, costs, 0.0).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
+        // What a device was asked to sleep is its work, however late it was woken.
+        let busy = |rank: usize, times: &Times| match emulation {
+            None => times.share(Share::Compute),
+            Some(emulation) => {
+                let asked = setup.grid.held(rank).into_iter().map(|place| {
+                    let sleep = emulation.sleep(&setup.schedule, place.stage);
+                    (sleep.forward + sleep.backward).as_secs_f64()
+                });
+                asked.sum::<f64>() * (config.microbatches * times.steps) as f64 / times.seconds
+            }
+        };
+        let utilisation = mean(measured.iter().map(|(rank, times)| busy(*rank, times)));
+        let devices = measured.iter().zip(peaks).map(|((rank, times), (_, peak))| Device {
+            rank: *rank,
+            place: setup.grid.name(*rank),
+            shares: Share::ALL.iter().map(|(share, name)| (*name, times.share(*share))).collect(),
+            predicted_bytes: Prediction::new(setup, *rank).total(),
+            peak_bytes: *peak,
+        });
+        Ok(Bench {
+            name: config.name.clone(),
+            grid: setup.grid.to_string(),
+            schedule: config.schedule,
+            microbatches: config.microbatches,
+            parameters: setup.parameters(),
+            emulated: emulation.is_some(),
+            steps,
+            step_s,
+            predicted_step_s,
+            tokens_per_s: (config.batch * config.data.sequence) as f64 / step_s,
+            utilisation,
+            speed_up: utilisation * setup.grid.devices() as f64,
+            devices: devices.collect(),
+            stages,
+        })
+    }
+
+    /// Writes `bench.json`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, out: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(error.to_string()))?;
+        std::fs::write(out.join("bench.json"), text)
+            .map_err(|error| Error::config("--out", out.display(), format!("bench.json cannot be written ({error})")))
+    }
+
+    /// The table. `shared` says that the ranks are threads of one process, so that only their sum can be measured.
+    pub fn table(&self, shared: bool) -> String {
+        let mut text = format!("\n% of the time       {:>8}", "");
+        for (_, name) in Share::ALL {
+            let _ = write!(text, " {name:>10}");
+        }
+        text.push_str("   peak MiB  of prediction\n");
+        for device in &self.devices {
+            let _ = write!(text, "{:<28}", device.place);
+            for (_, share) in &device.shares {
+                let _ = write!(text, " {:>10.1}", share * 100.0);
+            }
+            match device.peak_bytes.filter(|_| !shared) {
+                Some(peak) => {
+                    let ratio = peak as f64 / device.predicted_bytes as f64;
+                    let _ = writeln!(text, " {:>10.1} {ratio:>14.2}", peak as f64 / f64::from(1 << 20));
+                }
+                None => text.push_str("          -              -\n"),
+            }
+        }
+        text.push_str("\nms                   forward   backward     update     reduce\n");
+        for stage in &self.stages {
+            let Stage { stage, forward_ms, backward_ms, update_ms, reduce_ms } = stage;
+            let _ = writeln!(
+                text,
+                "stage {stage:<12} {forward_ms:>9.2} {backward_ms:>10.2} {update_ms:>10.2} {reduce_ms:>10.2}"
+            );
+        }
+        let off = self.predicted_step_s / self.step_s;
+        let _ = writeln!(text, "\nstep                {:.4} s over {} steps", self.step_s, self.steps);
+        let _ = writeln!(text, "schedule predicts   {:.4} s from these times, {off:.3} of it", self.predicted_step_s);
+        let _ = writeln!(text, "utilisation         {:.3}; speed-up {:.2}", self.utilisation, self.speed_up);
+        let _ = writeln!(text, "tokens/s            {}", thousands(self.tokens_per_s as u64));
+        text
+    }
+}
+
+impl Stage {
+    fn new(stage: usize, measured: &[(usize, &Times)]) -> Stage {
+        let found: Vec<(&StageTimes, &Times)> = measured
+            .iter()
+            .flat_map(|(_, times)| times.stages.iter().map(move |of| (of, *times)))
+            .filter(|(of, _)| of.stage == stage)
+            .collect();
+        let ms = |seconds: f64, count: usize| 1e3 * seconds / count.max(1) as f64;
+        // Copies belong to the microbatch that they are of.
+        let copies = |times: &Times| times.shares[Share::Copies as usize] / times.stages.len() as f64;
+        let waits = found.iter().map(|(of, times)| ms(times.shares[Share::Reduce as usize], of.updates));
+        Stage {
+            stage,
+            forward_ms: mean(found.iter().map(|(of, times)| ms(of.forward + copies(times), of.microbatches))),
+            backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
+            update_ms: mean(found.iter().map(|(of, _)| ms(of.update, of.updates))),
+            reduce_ms: waits.fold(f64::INFINITY, f64::min),
+        }
+    }
+
+    fn costs(&self) -> StageCosts {
+        let update = (self.update_ms + self.reduce_ms) / 1e3;
+        StageCosts { forward: self.forward_ms / 1e3, backward: self.backward_ms / 1e3, update }
+    }
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1) as f64;
+    values.sum::<f64>() / count
+}

@@ -1,0 +1,214 @@
+//! Where a device's time goes, action by action, between the ends of two steps' last backwards: from the one to the other
+//! a pipeline in its steady state does the work of so many steps, whatever stage it is watched at.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::schedule::{Action, Op, Pass, Schedule};
+
+/// What a device's time is spent on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// Forwards and backwards.
+    Compute,
+    /// Waiting for activations.
+    Upstream,
+    /// Waiting for gradients.
+    Downstream,
+    /// Waiting for the replicas' sums.
+    Reduce,
+    /// Norms and optimizers.
+    Update,
+    /// Reading batches, handing messages over.
+    Copies,
+    /// The tied table: putting parts together, waiting for the other end.
+    Table,
+    /// Between actions.
+    Idle,
+}
+
+impl Share {
+    /// All of them, as tables show them.
+    pub const ALL: [(Share, &'static str); 8] = [
+        (Share::Compute, "compute"),
+        (Share::Upstream, "upstream"),
+        (Share::Downstream, "downstream"),
+        (Share::Reduce, "reduce"),
+        (Share::Update, "update"),
+        (Share::Copies, "copies"),
+        (Share::Table, "table"),
+        (Share::Idle, "idle"),
+    ];
+
+    /// What an action is counted as.
+    pub fn of(op: Op) -> Share {
+        match op {
+            Op::Forward | Op::Backward => Share::Compute,
+            Op::RecvActivation => Share::Upstream,
+            Op::RecvGradient => Share::Downstream,
+            Op::Update => Share::Update,
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => Share::Copies,
+            Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => Share::Table,
+            Op::UpdateTable | Op::AwaitTable | Op::Digest => Share::Table,
+        }
+    }
+}
+
+/// The times of one stage while the clock ran, in seconds: the sums, and how many microbatches and updates they are of.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct StageTimes {
+    pub stage: usize,
+    pub forward: f64,
+    pub backward: f64,
+    pub update: f64,
+    pub microbatches: usize,
+    pub updates: usize,
+}
+
+/// The times of one device.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Times {
+    /// Steps that the clock ran for, and seconds.
+    pub steps: usize,
+    pub seconds: f64,
+    /// Seconds by share, in the order of [`Share::ALL`].
+    pub shares: [f64; Share::ALL.len()],
+    /// One for each stage of the device.
+    pub stages: Vec<StageTimes>,
+}
+
+impl Times {
+    /// A share of the device's time, from 0 to 1.
+    pub fn share(&self, share: Share) -> f64 {
+        self.shares[share as usize] / self.seconds
+    }
+}
+
+/// Steps from whose last backward to which one's the clock runs: filling and draining are left out. None in a run that
+/// is too short.
+pub fn window(schedule: &Schedule) -> Option<Range<usize>> {
+    let steps = schedule.sync.steps;
+    let fill = fill(schedule);
+    let window = fill + steps / 8..steps.saturating_sub(1 + fill);
+    (window.end > window.start + 1).then_some(window)
+}
+
+/// Steps after which a schedule has filled its pipeline.
+pub fn fill(schedule: &Schedule) -> usize {
+    let most = |values: &[usize]| values.iter().max().copied().unwrap_or(0);
+    most(&schedule.ahead).div_ceil(schedule.microbatches).max(most(&schedule.delays)) + 1
+}
+
+/// The clock of one device.
+pub struct Clock {
+    window: Option<Range<usize>>,
+    microbatches: usize,
+    /// The stage whose backwards start and stop it.
+    marker: usize,
+    started: Option<Instant>,
+    last: Instant,
+    times: Times,
+}
+
+impl Clock {
+    /// A clock for the stages of one device.
+    pub fn new(schedule: &Schedule, stages: &[usize]) -> Clock {
+        let stages: Vec<_> = stages.iter().map(|stage| StageTimes { stage: *stage, ..StageTimes::default() }).collect();
+        Clock {
+            window: window(schedule),
+            microbatches: schedule.microbatches,
+            marker: stages.first().map_or(0, |times| times.stage),
+            started: None,
+            last: Instant::now(),
+            times: Times { stages, ..Times::default() },
+        }
+    }
+
+    /// The time since the last call was spent on `share`; how much it was.
+    pub fn lap(&mut self, share: Share) -> f64 {
+        let now = Instant::now();
+        let seconds = now.duration_since(self.last).as_secs_f64();
+        self.last = now;
+        if self.started.is_some() {
+            self.times.shares[share as usize] += seconds;
+        }
+        seconds
+    }
+
+    /// An action is over.
+    pub fn passed(&mut self, action: &Action) {
+        let seconds = self.lap(Share::of(action.op));
+        if action.pass == Pass::Eval {
+            return;
+        }
+        if self.started.is_some()
+            && let Some(stage) = self.times.stages.iter_mut().find(|times| times.stage == action.stage)
+        {
+            match action.op {
+                Op::Forward => stage.forward += seconds,
+                Op::Backward => {
+                    stage.backward += seconds;
+                    stage.microbatches += 1;
+                }
+                Op::Update => {
+                    stage.update += seconds;
+                    stage.updates += 1;
+                }
+                _ => {}
+            }
+        }
+        let ends_step = action.op == Op::Backward && action.microbatch + 1 == self.microbatches;
+        if let Some(window) = self.window.clone().filter(|_| ends_step && action.stage == self.marker) {
+            if action.step == window.start {
+                self.started = Some(self.last);
+            } else if action.step == window.end
+                && let Some(started) = self.started.take()
+            {
+                self.times.seconds = self.last.duration_since(started).as_secs_f64();
+                self.times.steps = window.len();
+            }
+        }
+    }
+
+    /// What was measured; none in a run that was too short.
+    pub fn times(&self) -> Option<Times> {
+        (self.times.steps > 0).then(|| self.times.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delay::SyncPoints;
+    use crate::schedule::Kind;
+
+    #[test]
+    fn the_window_leaves_filling_and_draining_out() {
+        let window = |stages, m, steps| window(&Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(steps)));
+        assert_eq!(window(1, 4, 16), Some(3..14));
+        assert_eq!(window(4, 1, 24), Some(7..19));
+        assert_eq!(window(4, 1, 9), None);
+        assert_eq!(window(11, 8, 24), Some(6..20));
+    }
+
+    #[test]
+    fn every_moment_of_the_window_is_somebodys() {
+        let schedule = Schedule::new(Kind::Decoupled, 2, 2, 1, SyncPoints::ends(8));
+        let mut clock = Clock::new(&schedule, &[0]);
+        for action in schedule.actions(0) {
+            clock.lap(Share::Idle);
+            if action.op == Op::Forward {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            clock.passed(&action);
+        }
+        let times = clock.times().unwrap();
+        let window = window(&schedule).unwrap();
+        assert_eq!((times.steps, times.stages[0].microbatches), (window.len(), 2 * window.len()));
+        assert_eq!(times.stages[0].updates, window.len());
+        assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
+        assert!(times.share(Share::Compute) > 0.5, "{times:?}");
+    }
+}
