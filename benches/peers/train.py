@@ -1,9 +1,9 @@
 """Trains the benchmark's model as a PyTorch user would, and prints what it measured as one line of JSON.
 
-    python benches/peers/train.py KIND CONFIG WEIGHTS --microbatches M --steps N
+    python benches/peers/train.py KIND WEIGHTS --microbatches M --steps N
 
 KIND: eager (one process), ddp (two ranks, gloo), gpipe or 1f1b (two ranks, torch.distributed.pipelining, gloo).
-CONFIG: the effective config.toml of a run. WEIGHTS: a folder of initial weights (`ouroboros init`). One thread a rank.
+WEIGHTS: a folder that `ouroboros init` has written, with the initial weights and the config. One thread a rank.
 The steps' losses are printed too: they must be those of the other programs.
 """
 
@@ -11,9 +11,9 @@ import argparse
 import glob
 import json
 import os
-import sys
+import socket
+import tempfile
 import time
-import tomllib
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from model import Part, Streams, load, loss, optimizer
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["eager", "ddp", "gpipe", "1f1b"])
-    parser.add_argument("config")
     parser.add_argument("weights")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
@@ -36,8 +35,8 @@ class Run:
     """What all kinds share: settings, text, the clock and the losses."""
 
     def __init__(self, args, rank, ranks):
-        with open(args.config, "rb") as file:
-            self.config = tomllib.load(file)
+        with open(os.path.join(args.weights, "manifest.json")) as file:
+            self.config = json.load(file)["config"]
         config = self.config
         self.args, self.rank, self.ranks = args, rank, ranks
         self.model, self.sequence, self.batch = config["model"], config["data"]["sequence"], config["batch"]
@@ -123,7 +122,7 @@ def pipeline(run, kind):
     run.train(step)
 
 
-def rank_main(rank, ranks, args, port, results):
+def rank_main(rank, ranks, args, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     run = Run(args, rank, ranks)
@@ -138,14 +137,14 @@ def rank_main(rank, ranks, args, port, results):
     gathered = [None] * ranks
     dist.all_gather_object(gathered, run.report())
     if rank == 0:
-        results.put({**gathered[0], "losses": gathered[-1]["losses"]})
+        with open(path, "w") as file:
+            json.dump({**gathered[0], "losses": gathered[-1]["losses"]}, file)
     dist.barrier()
-    dist.destroy_process_group()
+    # gloo's threads may abort a process that leaves in the ordinary way ("terminate called without an active exception").
+    os._exit(0)
 
 
 def free_port():
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -158,13 +157,13 @@ def main():
         whole(run, lambda module: module)
         print(json.dumps(run.report()))
         return
-    results = mp.get_context("spawn").Queue()
-    context = mp.spawn(rank_main, args=(2, args, free_port(), results), nprocs=2, join=False)
-    answer = results.get(timeout=600)
-    while not context.join():
-        pass
-    print(json.dumps(answer))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "report.json")
+        # A rank that fails ends the others.
+        mp.spawn(rank_main, args=(2, args, free_port(), path), nprocs=2, join=True)
+        with open(path) as file:
+            print(file.read())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
