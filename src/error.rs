@@ -84,7 +84,12 @@ impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Error {
         // libtorch appends a C++ stack; the first line is the message.
         let text = error.to_string();
-        Error::Internal(format!("libtorch: {}", text.lines().next().unwrap_or_default()))
+        let first = text.lines().next().unwrap_or_default();
+        if first.contains("can't allocate memory") {
+            let remedy = "take more stages (--grid), more microbatches, recompute = true, or a higher limit";
+            return Error::config("memory", format!("not enough ({first})"), remedy);
+        }
+        Error::Internal(format!("libtorch: {first}"))
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::cell::RefCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
@@ -16,7 +17,7 @@ use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::grid::{Grid, Placement};
 use crate::inject::{Fault, Injection};
-use crate::metrics::{Mode, Recorder, Report, Summary};
+use crate::metrics::{Mode, Recorder, Report, Summary, memory};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
@@ -91,6 +92,11 @@ impl Job {
             }
         };
         Ok(config)
+    }
+
+    /// Whether the ranks of this process fit into its memory. Stages that only sleep hardly touch theirs.
+    fn check_memory(&self, setup: &Setup, ranks: Range<usize>) -> Result<()> {
+        if self.mode.emulation.is_some() { Ok(()) } else { memory::check(setup, ranks) }
     }
 
     fn out(&self, setup: &Setup) -> PathBuf {
@@ -206,14 +212,16 @@ impl FirstError {
 
 /// The grid as threads of this process.
 fn local(job: &Job) -> Placed<Summary> {
-    let (setup, out, recorder) = prepare(job).map_err(|error| (None, error))?;
+    let (setup, out, recorder) =
+        prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size())).map_err(|error| (None, error))?;
     announce(&setup, "threads of one process");
     run_local(&setup, &out, recorder, job.mode.clone())
 }
 
 /// Folder, log and recorder of a run in one process.
-fn prepare(job: &Job) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
+fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
     let setup = job.setup()?;
+    check(&setup)?;
     let out = job.out(&setup);
     let recorder = Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;
@@ -255,7 +263,7 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
 
 /// The oracle.
 fn emulate(job: &Job) -> Placed<Summary> {
-    let (setup, out, recorder) = prepare(job).map_err(|error| (None, error))?;
+    let (setup, out, recorder) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
     announce(&setup, "emulated in one process");
     run_emulated(&setup, &out, recorder)
 }
@@ -347,6 +355,8 @@ fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
         let remedy = format!("run mpirun -n {}, or give --grid KxR with {devices} = {size}", grid.size());
         return Err(Error::config("grid", format!("{grid} = {} devices and {size} ranks", grid.size()), remedy));
     }
+    let rank = world.identity.rank;
+    job.check_memory(&setup, rank..rank + 1)?;
     Ok(setup)
 }
 

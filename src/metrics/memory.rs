@@ -1,8 +1,11 @@
 //! Predicted and measured peak memory of a rank.
 
 use std::fs;
+use std::ops::Range;
+use std::path::Path;
 
 use crate::config::Order;
+use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::optim::Optimizer;
@@ -97,6 +100,45 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
     let remembered = setup.config.eval_mem_len() * stack.remembering() * setup.config.model.d_model;
     let work = setup.config.eval_sequence() * stack.evaluation_per_token();
     (rows * (remembered + work)) as u64 * VALUE
+}
+
+/// Refuses a run whose ranks need more memory than this process may have, before it has begun.
+///
+/// # Errors
+/// [`Error::Config`] with the need by the prediction, the limit, and what makes the need smaller.
+pub fn check(setup: &Setup, ranks: Range<usize>) -> Result<()> {
+    let needed: u64 = ranks.clone().map(|rank| Prediction::new(setup, rank).total()).sum();
+    let Some((left, limit)) = limits().into_iter().min() else { return Ok(()) };
+    if needed <= left {
+        return Ok(());
+    }
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} ranks", ranks.len()) };
+    let found = format!("{} MiB predicted for {who}, {} MiB left of {limit}", mib(needed), mib(left));
+    let remedy = "take more stages (--grid), more microbatches, recompute = true, or a higher limit";
+    Err(Error::config("memory", found, remedy))
+}
+
+/// What is left of every limit of this process, in bytes, and the limit's name.
+fn limits() -> Vec<(u64, &'static str)> {
+    let text = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    // Lines such as "Max data size   655360000   unlimited   bytes"; `unlimited` is no number.
+    let soft =
+        |name: &str| text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok();
+    let left = |name: &str, used: &str| Some(u64::saturating_sub(soft(name)?, status(used)?));
+    let found = [
+        (left("Max data size", "VmData:"), "the limit of data (ulimit -d)"),
+        (left("Max address space", "VmSize:"), "the limit of address space (ulimit -v)"),
+        (control_group(), "the control group's memory.max"),
+    ];
+    found.into_iter().filter_map(|(left, name)| Some((left?, name))).collect()
+}
+
+/// The limit of the control group that this process is in; groups above it may have lower ones.
+fn control_group() -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
+    fs::read_to_string(Path::new("/sys/fs/cgroup").join(path).join("memory.max")).ok()?.trim().parse().ok()
 }
 
 /// Measures how far the resident memory of this process rises above where it stood.

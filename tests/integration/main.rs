@@ -1,5 +1,6 @@
 //! Whole runs: threads against the oracle, against plain training, real mpirun, faults, the command line.
 
+mod bench;
 mod command_line;
 mod faults;
 mod harness;

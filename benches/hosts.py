@@ -1,0 +1,117 @@
+"""Two hosts with a link of 1 Gb/s between them: network namespaces of this machine, one core each, Open MPI over TCP. How
+much of its unlimited speed a run keeps, for K = 2 and R = 2, f32 and bf16 on the wire. Called by scripts/bench-hosts.sh,
+which makes the namespaces and takes them away.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from common import NOISY, PROGRAM, ROOT, bench, machine, run, settings, spread, table, write
+
+# The link, and what TCP over Ethernet leaves of it: 1448 bytes of every 1538.
+BITS = 1e9
+BYTES = BITS / 8 * 1448 / 1538
+MICROBATCHES = {"2x1": 2, "1x2": 1}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="small model, one round: whether it works")
+    parser.add_argument("--json", default=os.path.join("runs", "bench-hosts.json"))
+    parser.add_argument("--launcher", required=True, help="starts mpirun on the first host")
+    parser.add_argument("--link", required=True, help="on | off: limits the link, or frees it")
+    return parser.parse_args()
+
+
+class Hosts:
+    def __init__(self, args, folder):
+        self.args, self.folder = args, folder
+
+    def limit(self, on):
+        subprocess.run([self.args.link, "on" if on else "off"], check=True)
+
+    def measure(self, grid, wire, limited):
+        self.limit(limited)
+        sets = {"model.tie": "none", "microbatches": MICROBATCHES[grid], "wire": wire, "slack": 2}
+        if self.args.short:
+            sets.update({"model.layers": 2, "model.d_model": 64, "model.d_ff": 128, "data.sequence": 64})
+        # The launcher takes mpirun's own options.
+        steps = ["--steps", 10 if self.args.short else 14]
+        return bench("configs/scaling.toml", grid, os.path.join(self.folder, "run"), sets, steps, (self.args.launcher,))
+
+    def final_loss(self, wire):
+        """Held-out loss of the quickstart's grid; both run on this machine, without the hosts."""
+        steps = 20 if self.args.short else 400
+        out = os.path.join(self.folder, f"loss-{wire}")
+        sets = {"wire": wire, "steps": steps, "sync_steps": 50, "eval.every": steps}
+        run(["mpirun", "-n", 4, "--oversubscribe", PROGRAM, "train", "configs/quickstart.toml", "--out", out, *settings(sets)])
+        with open(os.path.join(out, "metrics.jsonl")) as file:
+            return [line["eval_loss"] for line in map(json.loads, file) if "eval_loss" in line][-1]
+
+
+def bound(grid, wire, free):
+    """The share of its speed that the arithmetic of the bytes leaves. K = 2: activations down and gradients up at the same
+    time, hidden under the compute unless they take longer than it. R = 2: the sums of all buckets but the first layers'
+    can move during the last microbatch's backward, the rest after it."""
+    value = 2 if wire == "bf16" else 4
+    step, stages = free["step_s"], free["stages"]
+    if grid == "2x1":
+        each_way = free["tokens"] * free["d_model"] * value / BYTES
+        return min(1.0, step / max(step, each_way)), each_way
+    # Half of the gradient is sent to be summed, half as sums: one whole gradient each way.
+    transfer = free["parameters"] * value / BYTES
+    buckets = max(1, math.ceil(free["parameters"] * 4 / (free["bucket_kib"] * 1024)))
+    hidden = stages[0]["backward_ms"] / 1e3 * (buckets - 1) / buckets
+    return step / (step + max(transfer - hidden, transfer / buckets)), transfer
+
+
+def main():
+    args = arguments()
+    rounds = 1 if args.short else args.rounds
+    cases = [(grid, wire) for grid in ("2x1", "1x2") for wire in ("f32", "bf16")]
+    found = {case: {"free": [], "limited": []} for case in cases}
+    last = {}
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Hosts(args, folder)
+        for _ in range(rounds):
+            for grid, wire in cases:
+                for limited in (False, True):
+                    result = hosts.measure(grid, wire, limited)
+                    found[grid, wire]["limited" if limited else "free"].append(result["tokens_per_s"])
+                    if not limited:
+                        with open(os.path.join(folder, "run", "config.toml")) as file:
+                            config = file.read()
+                        setting = lambda key: int(next(l for l in config.splitlines() if l.startswith(key + " =")).split("=")[1])
+                        tokens = setting("batch") * setting("sequence")
+                        last[grid, wire] = {**result, "tokens": tokens, "d_model": setting("d_model"),
+                                            "bucket_kib": setting("bucket_kib")}
+                    print(f"{grid} {wire} {'1 Gb/s' if limited else 'free'}: {result['tokens_per_s']:,.0f} tokens/s", flush=True)
+        losses = {wire: hosts.final_loss(wire) for wire in ("f32", "bf16")}
+    rows, result = [], {"machine": machine(), "date": str(datetime.date.today()), "losses": losses}
+    for (grid, wire), rates in found.items():
+        ratio = statistics.median(a / b for a, b in zip(rates["limited"], rates["free"]))
+        noisy = any(spread(values) > NOISY for values in rates.values())
+        allowed, transfer = bound(grid, wire, last[grid, wire])
+        shown = "too noisy to say" if noisy else f"{ratio:.2f}"
+        rows.append((grid, wire, f"{statistics.median(rates['free']):,.0f}", f"{statistics.median(rates['limited']):,.0f}",
+                     f"{transfer * 1e3:.0f}", f"{last[grid, wire]['step_s'] * 1e3:.0f}", shown, f"{allowed:.2f}"))
+        result[f"{grid} {wire}"] = {**rates, "bound": allowed}
+    print(f"\n{machine()}, two hosts of one core, link 1 Gb/s, Open MPI over TCP, {result['date']}\n")
+    if args.short:
+        print("the short form: these figures say that everything runs\n")
+    print(table(["grid", "wire", "tokens/s free", "at 1 Gb/s", "transfer, ms a step", "step, ms", "kept", "bound"], rows))
+    print(f"\nheld-out loss of the quickstart's model on 2x2: {losses['f32']:.4f} with f32 on the wire, {losses['bf16']:.4f} with bf16")
+    write(os.path.join(ROOT, args.json), result)
+    print(f"{args.json} has every number")
+
+
+main()
