@@ -12,6 +12,8 @@ PROGRAM = os.path.join(ROOT, "target", "release", "ouroboros")
 # A spread over this share of the median is a machine that cannot be trusted.
 NOISY = 0.15
 TIME_LIMIT = 240
+# Steps that are not measured.
+WARM = 3
 
 
 def mpi_environment():
@@ -52,8 +54,16 @@ def bench(config, grid, out, sets=(), more=(), launcher=("mpirun",), devices=Non
     with open(os.path.join(out, "bench.json")) as file:
         result = json.load(file)
     with open(os.path.join(out, "metrics.jsonl")) as file:
-        result["losses"] = [line["loss"] for line in map(json.loads, file) if "loss" in line]
+        steps = [line for line in map(json.loads, file) if "loss" in line]
+    result["losses"] = [line["loss"] for line in steps]
+    result["seconds"] = [line["step_s"] for line in steps]
     return result
+
+
+def rate(tokens, seconds):
+    """Tokens/s of the median step; the first ones allocate, tune and fill the pipeline. A busy neighbour slows some steps of
+    a run down, but hardly ever half of them."""
+    return tokens / statistics.median(seconds[WARM:])
 
 
 def spread(values):

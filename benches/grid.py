@@ -78,7 +78,10 @@ def main():
         paper = [row(folder, f"{k}x1", 1, slack=1, rounds=rounds if k == 4 else 1) for k in stages]
         paper += [row(folder, f"{k}x1", 1, slack=1, tie="fresh") for k in stages if k > 2]
         others = ["1f1b", "gpipe", "sequential"]
-        synchronous = [row(folder, f"{k}x1", m, kind, slack=1) for m in (1, 8) for kind in others for k in stages]
+        draining = [(m, kind, k) for m in (1, 8) for kind in others for k in stages]
+        if args.short:
+            draining = draining[-2:]
+        synchronous = [row(folder, f"{k}x1", m, kind, slack=1) for m, kind, k in draining]
         deep = [] if args.short else [row(folder, "4x1", 8, layers=64)]
     today = datetime.date.today()
     print(f"\n{machine()}, {today}: emulated compute {FORWARD} + {BACKWARD} ms, 1 MiB of activations, 4 MiB of gradients a layer")

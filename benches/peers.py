@@ -14,19 +14,17 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from common import NOISY, PROGRAM, ROOT, bench, machine, mpi_environment, run, settings, spread, table, write
+from common import NOISY, PROGRAM, ROOT, bench, machine, mpi_environment, rate, run, settings, spread, table, write
 
 PYTHON = os.path.join(ROOT, ".venv", "bin", "python")
 PEER = os.path.join(ROOT, "benches", "peers", "train.py")
-# Steps of a peer that are not measured: the first ones allocate and tune.
-WARM = 3
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--microbatches", type=int, nargs="+", help="those that are tried; by default 1, 2, 4 or 2, 4, 8")
+    parser.add_argument("--microbatches", type=int, nargs="+", help="those that are tried; by default two of 1, 2, 4, 8")
     parser.add_argument("--short", action="store_true", help="small model, one round: whether it works, not how fast")
     parser.add_argument("--json", default=os.path.join("runs", "bench-peers.json"))
     return parser.parse_args()
@@ -67,14 +65,14 @@ class Bench:
         result = bench(config, grid, os.path.join(self.folder, "ours"), sets, ["--steps", steps])
         places = result["devices"]
         memory = max(place["peak_bytes"] / place["predicted_bytes"] for place in places)
-        return {"rate": result["tokens_per_s"], "losses": result["losses"], "memory": memory,
+        tokens = round(result["tokens_per_s"] * result["step_s"])
+        return {"rate": rate(tokens, result["seconds"]), "losses": result["losses"], "memory": memory,
                 "predicted": result["predicted_step_s"] / result["step_s"]}
 
     def peer(self, kind, microbatches):
         command = [PYTHON, PEER, kind, self.weights, "--microbatches", microbatches, "--steps", self.args.steps]
         result = json.loads(run(command).splitlines()[-1])
-        seconds = result["seconds"][WARM:]
-        return {"rate": result["tokens"] * len(seconds) / sum(seconds), "losses": result["losses"]}
+        return {"rate": rate(result["tokens"], result["seconds"]), "losses": result["losses"]}
 
     def measure(self, name, microbatches):
         if name.startswith("xl "):
@@ -134,7 +132,7 @@ def main():
         best = {}
         for name in names:
             # Those that share the batch out have fewer rows to cut; pipelines that drain need more pieces.
-            tried = args.microbatches or (2, 4, 8) if name in ("gpipe", "1f1b") else args.microbatches or (1, 2, 4)
+            tried = args.microbatches or ((4, 8) if name in ("gpipe", "1f1b") else (1, 2) if name in ("1x2", "ddp") else (2, 4))
             best[name] = tried[0]
             if len(tried) > 1:
                 rates = {m: it.measure(name, m)["rate"] for m in tried}
@@ -154,7 +152,7 @@ def show(args, names, best, rounds, starts):
     rates = {name: [results[name]["rate"] for results in rounds] for name in names}
     noisy = {name for name in names if spread(rates[name]) > NOISY}
     today = datetime.date.today()
-    print(f"\n{machine()}, one thread a rank, {args.rounds} rounds, {today}: tokens/s, all from the same first loss\n")
+    print(f"\n{machine()}, one thread a rank, {args.rounds} rounds, {today}: tokens/s of the median step, all from the same first loss\n")
     rows = [(n, best[n], f"{statistics.median(rates[n]):,.0f}", f"{min(rates[n]):,.0f} to {max(rates[n]):,.0f}")
             for n in names]
     print(table(["", "m", "median", "range"], rows))

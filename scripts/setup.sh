@@ -4,11 +4,11 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 torch=2.11.0
-packages=(libopenmpi-dev openmpi-bin libclang-dev pkg-config g++ procps)
+packages=(libopenmpi-dev openmpi-bin libclang-dev pkg-config g++ make procps)
 
 has_packages() {
     local name pattern
-    for name in mpicc mpirun pkg-config c++ kill; do
+    for name in mpicc mpirun pkg-config c++ make kill; do
         type -P "$name" >/dev/null || return 1
     done
     for pattern in /usr/lib/llvm-*/lib /usr/lib /usr/lib64 /usr/lib/x86_64-linux-gnu; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every gate, cheapest first: set-up, format, lints, documentation, tests.
+# Every gate, cheapest first: set-up, format, lints, documentation, tests, then whether the benchmarks run.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 scripts/setup.sh
@@ -11,3 +11,12 @@ say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
 say "tests"
 cargo test --no-fail-fast
+say "benchmarks, in their short form"
+# With a libtorch of one's own there is no Python package of torch, and so no peers.
+if [ -x .venv/bin/python ]; then
+    scripts/bench-peers.sh --short
+else
+    echo "bench-peers: skipped: no torch in .venv (set up without LIBTORCH to have it)"
+fi
+scripts/bench-grid.sh --short
+scripts/bench-hosts.sh --short

@@ -427,9 +427,23 @@ fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
     Some(first.0)
 }
 
+/// What to tell a user whose launcher has bound this rank to fewer cores than it has threads for.
+fn bound_too_tightly(threads: usize) -> Option<String> {
+    let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
+    (threads > cores).then(|| {
+        format!(
+            "note: threads = {threads}, but this rank may use {cores} of the machine's cores; start it with mpirun --map-by \
+             slot:PE={threads} --bind-to core, or --bind-to none"
+        )
+    })
+}
+
 fn announce(setup: &Setup, how: &str) {
     println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
     print!("{}", setup.picture());
+    if let Some(note) = bound_too_tightly(setup.config.threads) {
+        println!("{note}");
+    }
     if let Some(floor) = setup.corpus.floor {
         println!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }

@@ -8,9 +8,13 @@
 //!
 //! A receive of the next header is always posted on every link; the tensor's receive is posted as soon as its header is
 //! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, a little longer every
-//! time up to `LONGEST_SLEEP`, so a waiting rank does not burn a core; a command wakes it at once.
+//! time, so a waiting rank does not burn a core; a command wakes it at once. How long depends on who waits: the compute
+//! thread says so before it does ([`Waiters`]), and while it computes the driver, which often shares its core, looks up
+//! only now and then. A rank alone has nothing to look for.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -31,9 +35,33 @@ use crate::wire::Wire;
 /// Rounds without progress before the driver begins to sleep.
 const ROUNDS_AWAKE: u32 = 20;
 const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
+/// While the compute thread waits, and while it computes: every look takes it some ten microseconds of the core.
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
+const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(2);
 
 const TAG_REPORT: i32 = 9;
+
+/// How many threads of this rank wait for something that the driver brings.
+#[derive(Clone)]
+pub struct Waiters {
+    count: Arc<AtomicUsize>,
+    commands: Sender<Command>,
+}
+
+impl Waiters {
+    pub fn new(count: Arc<AtomicUsize>, commands: Sender<Command>) -> Waiters {
+        Waiters { count, commands }
+    }
+
+    /// Waits with `wait`, the driver being awake meanwhile.
+    pub fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let _ = self.commands.send(Command::Wake); // A driver that is gone has nothing to bring.
+        let result = wait();
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+}
 
 /// What the other threads ask of the driver.
 pub enum Command {
@@ -65,6 +93,8 @@ pub enum Command {
         reply: Sender<MpiResult<()>>,
     },
     Report(Vec<u8>),
+    /// Somebody has begun to wait.
+    Wake,
     /// Ends all ranks.
     Abort(i32),
     /// Completes what is under way, then MPI_Finalize; all ranks must ask.
@@ -80,7 +110,7 @@ pub struct Identity {
 }
 
 /// The body of the driver's thread.
-pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
+pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>, waiting: Arc<AtomicUsize>) {
     let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
         let _ = started.send(None);
         return;
@@ -93,7 +123,7 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>) {
     if started.send(Some(identity)).is_err() {
         return;
     }
-    let mut driver = Driver::new(world, rank);
+    let mut driver = Driver::new(world, rank, waiting);
     let finished = driver.serve(commands);
     drop(driver);
     drop(universe); // MPI_Finalize
@@ -111,6 +141,7 @@ struct Grids {
 struct Driver {
     world: SimpleCommunicator,
     rank: usize,
+    waiting: Arc<AtomicUsize>,
     grids: Option<Grids>,
     /// By the rank that they go to.
     outgoing: BTreeMap<usize, VecDeque<Outgoing>>,
@@ -121,10 +152,11 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(world: SimpleCommunicator, rank: usize) -> Driver {
+    fn new(world: SimpleCommunicator, rank: usize, waiting: Arc<AtomicUsize>) -> Driver {
         Driver {
             world,
             rank,
+            waiting,
             grids: None,
             outgoing: BTreeMap::new(),
             incoming: Vec::new(),
@@ -138,9 +170,14 @@ impl Driver {
     fn serve(&mut self, commands: &Receiver<Command>) -> Option<Sender<()>> {
         let mut idle = 0u32;
         loop {
-            let sleep = SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(LONGEST_SLEEP);
+            let longest = match self.waiting.load(Ordering::Relaxed) {
+                0 => LONGEST_SLEEP_UNASKED,
+                _ => LONGEST_SLEEP,
+            };
+            let sleep = SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(longest);
             let command = match self.grids {
-                // Nothing can arrive before the grid is connected.
+                // Nothing can arrive before the grid is connected, nor at a rank alone.
+                _ if self.world.size() == 1 => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => commands.recv_timeout(sleep),
             };
@@ -180,7 +217,7 @@ impl Driver {
             Command::Reduce { slot, flat, reply } => self.reduce(slot, flat, reply),
             Command::Report(bytes) => self.report(bytes),
             Command::Abort(code) => self.world.abort(code),
-            Command::Finish(_) => Ok(()),
+            Command::Wake | Command::Finish(_) => Ok(()),
         };
         if let Err(error) = result {
             self.fail(&error);

@@ -6,7 +6,9 @@ mod traffic;
 mod reduce;
 mod driver;
 
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
 use crate::wire::Wire;
-use driver::Command;
 pub use driver::Identity;
+use driver::{Command, Waiters};
 use permits::Permits;
 use traffic::{Arrival, Inbox};
 
@@ -44,6 +46,7 @@ pub fn library_version() -> String {
 pub struct World {
     pub identity: Identity,
     commands: Sender<Command>,
+    waiters: Waiters,
     thread: JoinHandle<()>,
 }
 
@@ -55,13 +58,15 @@ impl World {
     pub fn start() -> Result<World> {
         let (started, identity) = channel();
         let (commands, receiver) = channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let waiters = Waiters::new(Arc::clone(&waiting), commands.clone());
         let thread = std::thread::Builder::new()
             .name("mpi".into())
-            .spawn(move || driver::run(&started, &receiver))
+            .spawn(move || driver::run(&started, &receiver, waiting))
             .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
         let identity = identity.recv().ok().flatten();
         let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
-        Ok(World { identity, commands, thread })
+        Ok(World { identity, commands, waiters, thread })
     }
 
     fn command(&self, command: Command) -> Result<()> {
@@ -90,11 +95,13 @@ impl World {
             let (sender, inbox) = sync_channel(capacity);
             inboxes.push(Inbox { from: grid.rank(peer), content, sender });
             let commands = self.commands.clone();
-            Some(Box::new(MpiLink { grid, me, peer, commands, inbox, permits: Permits::new(capacity) }))
+            let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
+            Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
         };
         let mut places: Vec<Ends> = Vec::new();
         for (slot, place) in held.iter().enumerate() {
-            let group = MpiGroup { place: *place, slot, commands: self.commands.clone() };
+            let (commands, waiters) = (self.commands.clone(), self.waiters.clone());
+            let group = MpiGroup { place: *place, slot, commands, waiters };
             places.push(Ends {
                 upstream: link(*place, grid.upstream(*place), Content::Activation),
                 downstream: link(*place, grid.downstream(*place), Content::Gradient),
@@ -154,6 +161,7 @@ struct MpiLink {
     me: Place,
     peer: Place,
     commands: Sender<Command>,
+    waiters: Waiters,
     inbox: Receiver<Arrival>,
     permits: Permits,
 }
@@ -166,13 +174,20 @@ impl MpiLink {
 
 impl Link for MpiLink {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        let permit = self.permits.acquire();
+        let permit = match self.permits.try_acquire() {
+            Some(permit) => permit,
+            None => self.waiters.during(|| self.permits.acquire()),
+        };
         let command = Command::Send { to: self.grid.rank(self.peer), header, tensor, permit };
         self.commands.send(command).map_err(|_| self.lost(format!("{} sends {header}", self.me)))
     }
 
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
-        let arrival = self.inbox.recv().map_err(|_| self.lost(format!("{} waits for {expected}", self.me)))?;
+        let arrival = match self.inbox.try_recv() {
+            Err(TryRecvError::Empty) => self.waiters.during(|| self.inbox.recv()).ok(),
+            other => other.ok(),
+        };
+        let arrival = arrival.ok_or_else(|| self.lost(format!("{} waits for {expected}", self.me)))?;
         let (found, tensor) = arrival.map_err(|e| self.lost(format!("{} waits for {expected} ({e})", self.me)))?;
         checked(self.peer, self.me, expected, found)?;
         Ok(tensor)
@@ -184,6 +199,7 @@ struct MpiGroup {
     /// Which of this rank's groups.
     slot: usize,
     commands: Sender<Command>,
+    waiters: Waiters,
 }
 
 impl ReplicaGroup for MpiGroup {
@@ -197,6 +213,13 @@ impl ReplicaGroup for MpiGroup {
         self.commands
             .send(Command::Reduce { slot: self.slot, flat, reply })
             .map_err(|error| lost(error.to_string()))?;
-        Ok(Reduction::new(move || done.recv().map_err(|error| lost(error.to_string()))?.map_err(lost)))
+        let waiters = self.waiters.clone();
+        Ok(Reduction::new(move || {
+            let answer = match done.try_recv() {
+                Err(TryRecvError::Empty) => waiters.during(|| done.recv()).ok(),
+                other => other.ok(),
+            };
+            answer.ok_or_else(|| lost("the MPI thread is gone".to_owned()))?.map_err(lost)
+        }))
     }
 }

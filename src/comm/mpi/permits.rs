@@ -14,6 +14,14 @@ impl Permits {
         Permits(Arc::new((Mutex::new(count), Condvar::new())))
     }
 
+    /// Room, if there is any.
+    pub fn try_acquire(&self) -> Option<Permit> {
+        let mut count = self.0.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *count = count.checked_sub(1)?;
+        drop(count);
+        Some(Permit(self.clone()))
+    }
+
     /// Sleeps until there is room.
     pub fn acquire(&self) -> Permit {
         let (count, changed) = &*self.0;
@@ -45,7 +53,7 @@ mod tests {
             let permits = permits.clone();
             move || drop(permits.acquire())
         });
-        assert_eq!(*permits.0.0.lock().unwrap(), 0);
+        assert!(permits.try_acquire().is_none());
         drop(first);
         third.join().unwrap();
         assert_eq!(*permits.0.0.lock().unwrap(), 1);
