@@ -1,5 +1,5 @@
 //! Emulated compute: stages sleep instead of computing, while the schedule, the messages (at their real sizes), the
-//! reductions and the bookkeeping stay what they are. So the runtime's own efficiency can be measured on grids that are
+//! reductions and the bookkeeping stay what they are. Norms and optimizers, which are computing too, are left out. So the runtime's own efficiency can be measured on grids that are
 //! larger than the machine.
 
 use std::path::Path;

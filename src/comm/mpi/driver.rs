@@ -279,6 +279,9 @@ impl Driver {
     /// Completes what can be completed now; says whether anything could.
     fn advance(&mut self) -> MpiResult<bool> {
         let mut moved = false;
+        if self.failure.is_some() {
+            return Ok(false); // What was under way is lost; only the end is waited for.
+        }
         let Some(grids) = &mut self.grids else { return Ok(false) };
         for incoming in &mut self.incoming {
             moved |= incoming.advance(&grids.links)?;

@@ -34,7 +34,7 @@ pub struct Reducer {
     /// Jobs that are over and no longer in `jobs`.
     over: usize,
     parts: VecDeque<Part>,
-    /// Parts that have been started: the parity tells two that are under way apart.
+    /// Parts that have been started; the parity of its number gives a part its tags.
     started: usize,
     /// Buffers of finished parts, each for the largest slice, to be used again.
     spare: Vec<Tensor>,
@@ -51,6 +51,7 @@ struct Job {
 
 /// A part under way.
 struct Part {
+    number: usize,
     job: usize,
     /// Where it stands in the job's values.
     values: Range<usize>,
@@ -79,6 +80,7 @@ impl Reducer {
 
     /// Tells everybody who waits that no sum will come any more.
     pub fn fail(&mut self, error: &str) {
+        self.parts.clear();
         for job in self.jobs.drain(..) {
             let _ = job.reply.send(Err(error.to_owned()));
         }
@@ -100,7 +102,7 @@ impl Reducer {
                 i += 1;
             }
         }
-        while self.parts.len() < PARTS_UNDER_WAY && self.start_part()? {
+        while may_start(self.parts.front().map(|part| part.number), self.started) && self.start_part()? {
             moved = true;
         }
         while self.jobs.front().is_some_and(|job| job.summed == job.flat.numel()) {
@@ -120,10 +122,12 @@ impl Reducer {
         let values = job.started..job.flat.numel().min(job.started + PART);
         job.started = values.end;
         let flat = job.flat.shallow_clone();
-        let parity = (self.started % PARTS_UNDER_WAY) as i32;
+        let number_of_part = self.started;
+        let parity = (number_of_part % PARTS_UNDER_WAY) as i32;
         self.started += 1;
         let (sends, receives) = (VecDeque::new(), VecDeque::new());
         let mut part = Part {
+            number: number_of_part,
             job: self.over + number,
             values,
             tags: [2 * parity, 2 * parity + 1],
@@ -260,6 +264,12 @@ impl Part {
     }
 }
 
+/// Whether part `next` may start beside those under way, of which `oldest` is the first. Parts may end out of order, so their
+/// count says nothing: two with the same tags must never meet, or a rank could take the sums of one for the other's.
+fn may_start(oldest: Option<usize>, next: usize) -> bool {
+    oldest.is_none_or(|oldest| next - oldest < PARTS_UNDER_WAY)
+}
+
 /// The slice of a part that a replica adds up.
 fn slice_of(values: &Range<usize>, replica: usize, replicas: usize) -> Range<usize> {
     let cut = |i: usize| values.start + values.len() * i / replicas;
@@ -297,6 +307,13 @@ fn text(error: tch::TchError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_with_the_same_tags_never_meet() {
+        assert!(may_start(None, 7) && may_start(Some(7), 8));
+        // Part 8 has ended before part 7: part 9 has the tags of 7 and must wait.
+        assert!(!may_start(Some(7), 9));
+    }
 
     #[test]
     fn slices_cover_a_part() {
