@@ -23,12 +23,12 @@ def mpi_environment():
     return dict(os.environ)
 
 
-def run(command, **more):
+def run(command):
     """Runs a command to its end; its output, or the last lines of it and the end of the benchmark."""
     command = [str(word) for word in command]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=mpi_environment(), text=True, capture_output=True, timeout=TIME_LIMIT, **more
+            command, cwd=ROOT, env=mpi_environment(), text=True, capture_output=True, timeout=TIME_LIMIT
         )
     except subprocess.TimeoutExpired as late:
         tail = "\n".join(str(late.stdout or "").splitlines()[-20:])
@@ -44,10 +44,10 @@ def settings(pairs):
     return [word for key, value in pairs.items() for word in ("--set", f"{key}={value}")]
 
 
-def bench(config, grid, out, sets=(), more=(), launcher=("mpirun",), devices=None):
+def bench(config, grid, out, sets=(), more=(), launcher=("mpirun",)):
     """`ouroboros bench` under mpirun: what it wrote, with the losses of its steps."""
     stages, replicas = map(int, grid.split("x"))
-    ranks = (devices or stages) * replicas
+    ranks = stages * replicas
     oversubscribe = [] if ranks <= (os.cpu_count() or 1) else ["--oversubscribe"]
     command = [*launcher, "-n", ranks, *oversubscribe, PROGRAM, "bench", config, "--grid", grid, "--out", out]
     run([*command, *settings(dict(sets)), *more])

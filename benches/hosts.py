@@ -6,7 +6,6 @@ which makes the namespaces and takes them away.
 import argparse
 import datetime
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -16,9 +15,9 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import NOISY, PROGRAM, ROOT, bench, machine, run, settings, spread, table, write
 
-# The link, and what TCP over Ethernet leaves of it: 1448 bytes of every 1538.
+# The link, and what TCP leaves of it: 1448 bytes of every 1514 that tbf counts.
 BITS = 1e9
-BYTES = BITS / 8 * 1448 / 1538
+BYTES = BITS / 8 * 1448 / 1514
 MICROBATCHES = {"2x1": 2, "1x2": 1}
 
 
@@ -59,19 +58,21 @@ class Hosts:
 
 
 def bound(grid, wire, free):
-    """The share of its speed that the arithmetic of the bytes leaves. K = 2: activations down and gradients up at the same
-    time, hidden under the compute unless they take longer than it. R = 2: the sums of all buckets but the first layers'
-    can move during the last microbatch's backward, the rest after it."""
+    """The share of its speed that the arithmetic of the bytes leaves, and the transfer a step in seconds. K = 2: activations
+    down and gradients up at the same time, hidden under the compute unless they take longer than it. R = 2: one bucket after
+    the other, none before the last microbatch's backward has made it (in time by its size)."""
     value = 2 if wire == "bf16" else 4
-    step, stages = free["step_s"], free["stages"]
+    step, stage = free["step_s"], free["stages"][0]
     if grid == "2x1":
         each_way = free["tokens"] * free["d_model"] * value / BYTES
         return min(1.0, step / max(step, each_way)), each_way
-    # Half of the gradient is sent to be summed, half as sums: one whole gradient each way.
-    transfer = free["parameters"] * value / BYTES
-    buckets = max(1, math.ceil(free["parameters"] * 4 / (free["bucket_kib"] * 1024)))
-    hidden = stages[0]["backward_ms"] / 1e3 * (buckets - 1) / buckets
-    return step / (step + max(transfer - hidden, transfer / buckets)), transfer
+    backward, sizes = stage["backward_ms"] / 1e3, stage["bucket_values"]
+    made = moved = 0.0
+    for size in sizes:
+        made += backward * size / sum(sizes)
+        # Half of it is sent to be summed, half as sums: as many bytes each way as it has.
+        moved = max(made, moved) + size * value / BYTES
+    return step / (step + moved - backward), sum(sizes) * value / BYTES
 
 
 def main():
@@ -92,8 +93,7 @@ def main():
                             config = file.read()
                         setting = lambda key: int(next(l for l in config.splitlines() if l.startswith(key + " =")).split("=")[1])
                         tokens = setting("batch") * setting("sequence")
-                        last[grid, wire] = {**result, "tokens": tokens, "d_model": setting("d_model"),
-                                            "bucket_kib": setting("bucket_kib")}
+                        last[grid, wire] = {**result, "tokens": tokens, "d_model": setting("d_model")}
                     print(f"{grid} {wire} {'1 Gb/s' if limited else 'free'}: {result['tokens_per_s']:,.0f} tokens/s", flush=True)
         losses = {wire: hosts.final_loss(wire) for wire in ("f32", "bf16")}
     rows, result = [], {"machine": machine(), "date": str(datetime.date.today()), "losses": losses}

@@ -17,7 +17,7 @@ use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::grid::{Grid, Placement};
 use crate::inject::{Fault, Injection};
-use crate::metrics::{Mode, Recorder, Report, Summary, memory};
+use crate::metrics::{Mode, Recorder, Report, Summary, clock, memory};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
@@ -60,9 +60,12 @@ impl Job {
         runtime::check_libtorch()?;
         let mut config = Config::load(&self.config, &self.sets, self.grid)?;
         if self.mode.bench {
-            config = self.measured(config)?;
+            config = self.measured(config);
         }
         let setup = Setup::new(config)?;
+        if self.mode.bench {
+            clock::check(&setup.schedule)?;
+        }
         if let Some(emulation) = &self.mode.emulation {
             emulation.check(setup.grid.stages)?;
         }
@@ -82,16 +85,17 @@ impl Job {
     }
 
     /// The same training without the sync points that would disturb a measurement.
-    fn measured(&self, config: Config) -> Result<Config> {
+    fn measured(&self, config: Config) -> Config {
         let mut config = Config { sync_steps: 0, sync_at: Vec::new(), eval: None, ..config };
-        config.steps = match self.steps {
-            Some(steps) => steps,
-            None => {
-                let lag = config.slack * config.grid.stages.saturating_sub(1);
-                MEASURED_STEPS + 4 * lag.div_ceil(config.microbatches.max(1))
-            }
-        };
-        Ok(config)
+        let asked = self.sets.iter().any(|set| set.trim_start().starts_with("steps="));
+        if let Some(steps) = self.steps {
+            config.steps = steps;
+        } else if !asked {
+            let lag = (config.slack * config.grid.stages.saturating_sub(1)).div_ceil(config.microbatches.max(1));
+            let longest = config.grid.delays.iter().flatten().copied().max().unwrap_or(0);
+            config.steps = MEASURED_STEPS + 4 * lag.max(longest);
+        }
+        config
     }
 
     /// Whether the ranks of this process fit into its memory. Stages that only sleep hardly touch theirs.

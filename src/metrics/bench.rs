@@ -5,13 +5,15 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::clock::{Share, StageTimes, Times, fill};
+use super::clock::{Share, StageTimes, Times};
 use super::memory::Prediction;
 use super::thousands;
 use crate::emulation::Emulation;
 use crate::error::{Error, Result};
+use crate::params::Layout;
 use crate::schedule::{StageCosts, step_time};
 use crate::setup::Setup;
+use crate::stage::Settings;
 
 /// The measurements of one run; written as `bench.json`, whose `stages` are a profile for `--emulated-compute`.
 #[derive(Debug, Serialize)]
@@ -44,6 +46,8 @@ struct Stage {
     update_ms: f64,
     /// Least wait for the sum over the replicas, an update.
     reduce_ms: f64,
+    /// Values of the pieces in which its gradient is reduced, as the backward makes them.
+    bucket_values: Vec<usize>,
 }
 
 /// One rank.
@@ -60,7 +64,7 @@ impl Bench {
     /// Puts the times of all ranks together.
     ///
     /// # Errors
-    /// [`Error::Config`] if the run was too short to be measured.
+    /// [`Error::Internal`] if a device has measured nothing: a run's length is checked before it starts.
     pub fn new(
         setup: &Setup,
         emulation: Option<&Emulation>,
@@ -68,10 +72,7 @@ impl Bench {
         peaks: &[(usize, Option<u64>)],
     ) -> Result<Bench> {
         let config = &setup.config;
-        let short = || {
-            let needed = 2 * fill(&setup.schedule) + 4;
-            Error::config("steps", config.steps, format!("too few to measure; take {needed} or more"))
-        };
+        let short = || Error::Internal("a device has measured nothing".to_owned());
         let measured: Vec<(usize, &Times)> = times
             .iter()
             .map(|(rank, times)| Some((*rank, times.as_ref()?)))
@@ -79,7 +80,7 @@ impl Bench {
             .ok_or_else(short)?;
         let steps = measured.first().map_or(0, |(_, times)| times.steps);
         let step_s = mean(measured.iter().map(|(_, times)| times.seconds / times.steps as f64));
-        let stages: Vec<Stage> = (0..setup.grid.stages).map(|stage| Stage::new(stage, &measured)).collect();
+        let stages: Vec<Stage> = (0..setup.grid.stages).map(|stage| Stage::new(setup, stage, &measured)).collect();
         let costs = stages.iter().map(Stage::costs).collect();
         let predicted_step_s =
             step_time(&setup.schedule, costs, 0.0).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
@@ -152,7 +153,7 @@ impl Bench {
         }
         text.push_str("\nms                   forward   backward     update     reduce\n");
         for stage in &self.stages {
-            let Stage { stage, forward_ms, backward_ms, update_ms, reduce_ms } = stage;
+            let Stage { stage, forward_ms, backward_ms, update_ms, reduce_ms, .. } = stage;
             let _ = writeln!(
                 text,
                 "stage {stage:<12} {forward_ms:>9.2} {backward_ms:>10.2} {update_ms:>10.2} {reduce_ms:>10.2}"
@@ -168,7 +169,7 @@ impl Bench {
 }
 
 impl Stage {
-    fn new(stage: usize, measured: &[(usize, &Times)]) -> Stage {
+    fn new(setup: &Setup, stage: usize, measured: &[(usize, &Times)]) -> Stage {
         let found: Vec<(&StageTimes, &Times)> = measured
             .iter()
             .flat_map(|(_, times)| times.stages.iter().map(move |of| (of, *times)))
@@ -184,6 +185,7 @@ impl Stage {
             backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
             update_ms: mean(found.iter().map(|(of, _)| ms(of.update, of.updates))),
             reduce_ms: waits.fold(f64::INFINITY, f64::min),
+            bucket_values: buckets(setup, stage),
         }
     }
 
@@ -191,6 +193,16 @@ impl Stage {
         let update = (self.update_ms + self.reduce_ms) / 1e3;
         StageCosts { forward: self.forward_ms / 1e3, backward: self.backward_ms / 1e3, update }
     }
+}
+
+/// The sizes of a stage's buckets, from its last layers to its first.
+fn buckets(setup: &Setup, stage: usize) -> Vec<usize> {
+    let stack = setup.stack(stage);
+    let layout = Layout::new(&stack.own());
+    let bucket = Settings::new(&setup.config).bucket.unwrap_or(usize::MAX);
+    let starts: Vec<usize> = stack.runs(bucket).iter().rev().map(|run| layout.offset(run.first)).collect();
+    let ends = std::iter::once(layout.len).chain(starts.iter().copied());
+    ends.zip(&starts).map(|(end, start)| end - start).collect()
 }
 
 fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::schedule::{Action, Op, Pass, Schedule};
 
 /// What a device's time is spent on.
@@ -95,8 +96,25 @@ pub fn window(schedule: &Schedule) -> Option<Range<usize>> {
     (window.end > window.start + 1).then_some(window)
 }
 
+/// Whether a run is long enough to be measured.
+///
+/// # Errors
+/// [`Error::Config`] about `steps`, with the least number that is.
+pub fn check(schedule: &Schedule) -> Result<()> {
+    if window(schedule).is_some() {
+        return Ok(());
+    }
+    let enough = |steps: &usize| {
+        let mut longer = schedule.clone();
+        longer.sync.steps = *steps;
+        window(&longer).is_some()
+    };
+    let least = (schedule.sync.steps + 1..).find(enough).unwrap_or(usize::MAX);
+    Err(Error::config("steps", schedule.sync.steps, format!("too few to measure; take {least} or more")))
+}
+
 /// Steps after which a schedule has filled its pipeline.
-pub fn fill(schedule: &Schedule) -> usize {
+fn fill(schedule: &Schedule) -> usize {
     let most = |values: &[usize]| values.iter().max().copied().unwrap_or(0);
     most(&schedule.ahead).div_ceil(schedule.microbatches).max(most(&schedule.delays)) + 1
 }
@@ -191,6 +209,16 @@ mod tests {
         assert_eq!(window(4, 1, 24), Some(7..19));
         assert_eq!(window(4, 1, 9), None);
         assert_eq!(window(11, 8, 24), Some(6..20));
+    }
+
+    #[test]
+    fn a_run_that_is_too_short_is_told_how_long_it_must_be() {
+        for (stages, m) in [(1, 4), (6, 1), (11, 1), (11, 8)] {
+            let of = |steps| Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(steps));
+            let told = check(&of(2)).unwrap_err().to_string();
+            let least: usize = told.split("take ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+            assert!(check(&of(least)).is_ok() && check(&of(least - 1)).is_err(), "{told}");
+        }
     }
 
     #[test]

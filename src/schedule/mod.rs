@@ -22,7 +22,7 @@
 //! | sequential | `0` | every step |
 //!
 //! Sends and receives are derived from the forwards and backwards, never ordered by hand. The all-reduce of a step is
-//! started right after its last backward and waited for by the update, which stands as late as it may: before the next
+//! started in its last backward, bucket by bucket, its rest right after it, and waited for by the update, which stands as late as it may: before the next
 //! backward (which needs the gradient buffer) and before the first forward that needs the new version.
 //!
 //! # The tied table
