@@ -22,7 +22,10 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3, help="of the rows that a target belongs to")
     parser.add_argument("--short", action="store_true", help="a few small grids: whether it works")
     parser.add_argument("--json", default=os.path.join("runs", "bench-grid.json"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.short:  # Must not be taken for a measurement.
+        args.json = args.json.replace(".json", "-short.json")
+    return args
 
 
 def predicted(grid, m, schedule, slack, tie):

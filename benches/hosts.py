@@ -28,7 +28,10 @@ def arguments():
     parser.add_argument("--json", default=os.path.join("runs", "bench-hosts.json"))
     parser.add_argument("--launcher", required=True, help="starts mpirun on the first host")
     parser.add_argument("--link", required=True, help="on | off: limits the link, or frees it")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.short:  # Must not be taken for a measurement.
+        args.json = args.json.replace(".json", "-short.json")
+    return args
 
 
 class Hosts:

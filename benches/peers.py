@@ -24,11 +24,14 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--microbatches", type=int, nargs="+", help="those that are tried; by default two of 1, 2, 4, 8")
+    parser.add_argument("--microbatches", type=int, nargs="+", help="those that are tried; by default two for each program")
     parser.add_argument("--as-before", action="store_true", help="the best microbatches of the last run's JSON")
     parser.add_argument("--short", action="store_true", help="small model, one round: whether it works, not how fast")
     parser.add_argument("--json", default=os.path.join("runs", "bench-peers.json"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.short:  # Must not be taken for a measurement.
+        args.json = args.json.replace(".json", "-short.json")
+    return args
 
 
 def text(path, size):
@@ -95,18 +98,25 @@ class Bench:
 
 
 def same_losses(first, results):
-    """All must start from the same loss, and those without delay must go on alike."""
+    """All must start from the same loss, and those without delay must go on alike, to the end."""
     for name, result in results.items():
-        if name.startswith("xl "):
+        if name.startswith("xl ") or name == "products":
             continue
         pairs = list(zip(result["losses"], first))
         delayed = name == "2x1"
+        if len(result["losses"]) < len(first) or None in result["losses"]:
+            sys.exit(f"{name}: tells the losses {result['losses']}, not {len(first)} of them")
         for step, (found, expected) in enumerate(pairs[:1] if delayed else pairs):
             # Pipelines clip by stage; the first loss is before any update.
             bound = 1e-5 if step == 0 else (0.05 if name in ("gpipe", "1f1b") else 2e-3)
             if not abs(found / expected - 1) <= bound:  # nor not-a-number
                 sys.exit(f"{name}: loss {found} at step {step}, not {expected}: this is another training")
 
+
+# Microbatches that are tried, of which the faster ones are measured. Those that share the batch out have fewer rows to cut;
+# pipelines that drain need more pieces.
+TRIED = {"1x1": (1, 4), "2x1": (2, 4), "1x2": (1, 2), "eager": (1, 4), "ddp": (1, 2), "gpipe": (4, 8), "1f1b": (4, 8),
+         "xl 1x1": (2, 4), "xl 2x1": (2, 4), "products": (2, 4)}
 
 TARGETS = [
     ("ours 1x1 over PyTorch eager", "1x1", ["eager"], 1.00),
@@ -127,7 +137,7 @@ def main():
         sys.exit(f"the peers need torch and numpy in .venv: {PYTHON} -m pip install torch==2.11.0 numpy")
     if args.short:
         args.rounds, args.steps, args.microbatches = 1, 8, [2]
-    names = ["1x1", "2x1", "1x2", "eager", "ddp", "gpipe", "1f1b", "xl 1x1", "xl 2x1"]
+    names = ["1x1", "2x1", "1x2", "eager", "ddp", "gpipe", "1f1b", "xl 1x1", "xl 2x1", "products"]
     with tempfile.TemporaryDirectory() as folder:
         it = Bench(args, folder)
         best = {}
@@ -135,8 +145,7 @@ def main():
             with open(os.path.join(ROOT, args.json)) as file:
                 best = json.load(file)["microbatches"]
         for name in (name for name in names if name not in best):
-            # Those that share the batch out have fewer rows to cut; pipelines that drain need more pieces.
-            tried = args.microbatches or ((4, 8) if name in ("gpipe", "1f1b") else (1, 2) if name in ("1x2", "ddp") else (2, 4))
+            tried = args.microbatches or TRIED[name]
             best[name] = tried[0]
             if len(tried) > 1:
                 rates = {m: it.measure(name, m)["rate"] for m in tried}
@@ -170,6 +179,11 @@ def show(args, names, best, rounds, starts):
         verdict = f"too noisy to say ({', '.join(doubt)} varied by over {NOISY:.0%})" if doubt else f"{ratio:.2f}"
         lines.append((label, verdict, f"{target:.2f}"))
         result[label] = {"ratios": ratios, "noisy": doubt, "target": target}
+    # What two cores could do at most: the products on both, and not a moment lost.
+    limits = {name: statistics.median(2 * a / b for a, b in zip(rates["products"], rates[name])) for name in ("1x1", "ddp")}
+    result["limits"] = limits
+    lines.append(("limit: two cores that do the products and nothing else, over ours 1x1, over DDP",
+                  f"{limits['1x1']:.2f}, {limits['ddp']:.2f}", "-"))
     ours = [name for name in names if "x" in name]
     off = [results[name]["predicted"] for results in rounds for name in ours]
     memory = max(results[name]["memory"] for results in rounds for name in ours)

@@ -9,6 +9,9 @@ skip() { echo "bench-hosts: skipped: $*"; exit 0; }
 for tool in ip tc unshare taskset; do
     type -P "$tool" >/dev/null || skip "$tool is missing (packages iproute2, util-linux)"
 done
+for core in 0 1; do
+    taskset -c "$core" true 2>/dev/null || skip "two hosts need two cores, 0 and 1, for this process"
+done
 work=$(mktemp -d)
 a="ouroboros-a-$$" b="ouroboros-b-$$"
 clean_up() {
@@ -18,7 +21,7 @@ clean_up() {
 }
 trap clean_up EXIT
 ip netns add "$a" 2>"$work/why" || skip "no network namespace can be made: $(cat "$work/why")"
-ip netns add "$b"
+ip netns add "$b" 2>"$work/why" || skip "no second network namespace can be made: $(cat "$work/why")"
 ip -n "$a" link add link0 type veth peer name link0 netns "$b" 2>"$work/why" || skip "no veth pair can be made: $(cat "$work/why")"
 number=1
 for host in "$a" "$b"; do

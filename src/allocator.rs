@@ -9,12 +9,12 @@ use std::ffi::c_char;
 #[global_allocator]
 static HEAP: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// jemalloc's settings: freed pages are kept, and no more address space is taken than is used, so that a limit of it means
-/// what it says.
+/// jemalloc's settings: freed pages are kept; tensors have an arena of their own, where nothing small cuts their space into
+/// pieces; and no more address space is taken than is used, so that a limit of it means what it says.
 // SAFETY: the name and the type, a pointer to a C string or none, are those that jemalloc looks for.
 #[unsafe(export_name = "malloc_conf")]
 pub static SETTINGS: Option<&'static c_char> = {
-    const TEXT: &std::ffi::CStr = c"dirty_decay_ms:-1,muzzy_decay_ms:-1,retain:false";
+    const TEXT: &std::ffi::CStr = c"dirty_decay_ms:-1,muzzy_decay_ms:-1,retain:false,oversize_threshold:65536";
     // SAFETY: a C string has at least its end.
     Some(unsafe { &*TEXT.as_ptr() })
 };

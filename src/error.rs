@@ -11,6 +11,9 @@ pub enum Error {
     /// A setting has a value that cannot be used.
     #[error("setting `{setting}`: found {found}; {remedy}")]
     Config { setting: String, found: String, remedy: String },
+    /// The memory that this process may have is not enough.
+    #[error("memory: {0}; take more stages (--grid), more microbatches, recompute = true, or a higher limit")]
+    Memory(String),
     /// A corpus or another input file cannot be used.
     #[error("data {path}: {problem}; {remedy}")]
     Data { path: String, problem: String, remedy: String },
@@ -55,7 +58,7 @@ impl Error {
     /// The exit code of the process that this error ends.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::Config { .. } => 2,
+            Error::Usage(_) | Error::Config { .. } | Error::Memory(_) => 2,
             Error::Data { .. } => 3,
             Error::Lost { .. } | Error::Transport(_) | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
@@ -86,8 +89,7 @@ impl From<tch::TchError> for Error {
         let text = error.to_string();
         let first = text.lines().next().unwrap_or_default();
         if first.contains("can't allocate memory") {
-            let remedy = "take more stages (--grid), more microbatches, recompute = true, or a higher limit";
-            return Error::config("memory", format!("not enough ({first})"), remedy);
+            return Error::Memory(format!("not enough ({first})"));
         }
         Error::Internal(format!("libtorch: {first}"))
     }
@@ -103,6 +105,7 @@ mod tests {
         let table = [
             (Error::Usage("x".into()), 2),
             (Error::config("a", 1, "b"), 2),
+            (Error::Memory("x".into()), 2),
             (Error::data("a", "b", "c"), 3),
             (Error::Lost { peer: place, doing: "x".into() }, 4),
             (Error::Transport("x".into()), 4),

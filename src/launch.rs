@@ -1,23 +1,21 @@
 //! Makes the world of a training run: the places, as threads of this process, as the ranks of MPI, or emulated one
 //! after the other. The first error wins: it is shown once, with its place, and ends everybody.
 
-use std::any::Any;
-use std::cell::RefCell;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::comm::mpi::World;
+use crate::comm::mpi::{Identity, World};
 use crate::comm::{Reporter, local, mpi};
 use crate::config::Config;
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
+use crate::failure::{FirstError, caught, panic_text, show};
 use crate::grid::{Grid, Placement};
 use crate::inject::{Fault, Injection};
-use crate::metrics::{Mode, Recorder, Report, Summary, clock, memory};
+use crate::metrics::{Mode, Recorder, Report, Summary, clock, limits, memory};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
@@ -98,9 +96,9 @@ impl Job {
         config
     }
 
-    /// Whether the ranks of this process fit into its memory. Stages that only sleep hardly touch theirs.
-    fn check_memory(&self, setup: &Setup, ranks: Range<usize>) -> Result<()> {
-        if self.mode.emulation.is_some() { Ok(()) } else { memory::check(setup, ranks) }
+    /// Whether the ranks of this process and their neighbours fit into memory. Stages that only sleep hardly touch theirs.
+    fn check_memory(&self, setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)]) -> Result<()> {
+        if self.mode.emulation.is_some() { Ok(()) } else { memory::check(setup, ranks, neighbours) }
     }
 
     fn out(&self, setup: &Setup) -> PathBuf {
@@ -158,66 +156,10 @@ pub fn refuse(error: &Error) -> u8 {
     error.exit_code()
 }
 
-fn show(origin: Option<&str>, error: &Error) {
-    match origin {
-        Some(origin) => eprintln!("error: {origin}: {error}"),
-        None => eprintln!("error: {error}"),
-    }
-}
-
-thread_local! {
-    /// Where this thread panicked last.
-    static PANIC_PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
-}
-
-/// Turns panics into errors: from here on they print nothing by themselves, and [`caught`] knows where they were.
-pub fn hush_panics() {
-    std::panic::set_hook(Box::new(|info| {
-        tracing::error!("{info}");
-        PANIC_PLACE.set(info.location().map(ToString::to_string));
-    }));
-}
-
-/// Runs `work`, turning a panic into an error.
-///
-/// # Errors
-/// Those of `work`, and [`Error::Internal`] for a panic.
-pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    let place = PANIC_PLACE.take().unwrap_or_else(|| "an unknown place".to_owned());
-    format!("panic at {place}: {}", text.unwrap_or("no message"))
-}
-
-/// The error to show: the first one that is not only the loss of a peer that had an error itself.
-#[derive(Default)]
-struct FirstError(Mutex<Option<(usize, Error)>>);
-
-impl FirstError {
-    fn set(&self, rank: usize, error: Error) {
-        let mut first = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let consequence = |error: &Error| matches!(error, Error::Lost { .. });
-        let replace = match &*first {
-            None => true,
-            Some((_, held)) => consequence(held) && !consequence(&error),
-        };
-        if replace {
-            *first = Some((rank, error));
-        }
-    }
-
-    fn take(self) -> Option<(usize, Error)> {
-        self.0.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
 /// The grid as threads of this process.
 fn local(job: &Job) -> Placed<Summary> {
     let (setup, out, recorder) =
-        prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size())).map_err(|error| (None, error))?;
+        prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size(), &[])).map_err(|error| (None, error))?;
     announce(&setup, "threads of one process");
     run_local(&setup, &out, recorder, job.mode.clone())
 }
@@ -309,6 +251,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let setup = together(world, || setup_of_rank(job, world))?;
     together(world, || same_everywhere(world, &setup))?;
+    together(world, || enough_memory(job, world, &setup))?;
     let out = job.out(&setup);
     let recorder = together(world, || match rank {
         0 => Ok(Some(Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
@@ -359,9 +302,21 @@ fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
         let remedy = format!("run mpirun -n {}, or give --grid KxR with {devices} = {size}", grid.size());
         return Err(Error::config("grid", format!("{grid} = {} devices and {size} ranks", grid.size()), remedy));
     }
-    let rank = world.identity.rank;
-    job.check_memory(&setup, rank..rank + 1)?;
     Ok(setup)
+}
+
+/// Refuses a machine whose limits the ranks on it would break.
+fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
+    let Identity { rank, host, .. } = &world.identity;
+    let group = limits::control_group().unwrap_or_default();
+    let all = world.all_gather(format!("{host}\n{group}").into_bytes())?;
+    let of_rank = |(other, bytes): (usize, &Vec<u8>)| {
+        let text = String::from_utf8_lossy(bytes);
+        let (on, group) = text.split_once('\n')?;
+        (on == host && other != *rank).then(|| (other, group.to_owned()))
+    };
+    let neighbours: Vec<(usize, String)> = all.iter().enumerate().filter_map(of_rank).collect();
+    job.check_memory(setup, *rank..*rank + 1, &neighbours)
 }
 
 /// Refuses a world whose ranks have read different configs, or texts of different length.
@@ -431,21 +386,21 @@ fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
     Some(first.0)
 }
 
-/// What to tell a user whose launcher has bound this rank to fewer cores than it has threads for.
-fn bound_too_tightly(threads: usize) -> Option<String> {
+/// What to tell a user whose rank has more threads than cores that it may use: the launcher has bound it, or the machine
+/// has no more.
+fn too_few_cores(threads: usize) -> Option<String> {
     let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
-    (threads > cores).then(|| {
-        format!(
-            "note: threads = {threads}, but this rank may use {cores} of the machine's cores; start it with mpirun --map-by \
-             slot:PE={threads} --bind-to core, or --bind-to none"
-        )
-    })
+    let remedy = match mpi::launched() {
+        Some(_) => format!("; where there are more, start it with mpirun --map-by slot:PE={threads} --bind-to core"),
+        None => String::new(),
+    };
+    (threads > cores).then(|| format!("note: threads = {threads}, but this process may use {cores} cores{remedy}"))
 }
 
 fn announce(setup: &Setup, how: &str) {
     println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
     print!("{}", setup.picture());
-    if let Some(note) = bound_too_tightly(setup.config.threads) {
+    if let Some(note) = too_few_cores(setup.config.threads) {
         println!("{note}");
     }
     if let Some(floor) = setup.corpus.floor {

@@ -30,6 +30,7 @@
 mod allocator;
 pub mod grid;
 pub mod error;
+pub mod failure;
 pub mod partition;
 pub mod delay;
 pub mod schedule;

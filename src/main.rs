@@ -6,10 +6,10 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, launch, prepare};
+use ouroboros::{commands, failure, launch, prepare};
 
 fn main() -> ExitCode {
-    launch::hush_panics();
+    failure::hush_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
 }
 
 fn answer(command: impl FnOnce() -> Result<()>) -> u8 {
-    match launch::caught(command) {
+    match failure::caught(command) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("error: {error}");

@@ -2,7 +2,9 @@
 
     python benches/peers/train.py KIND WEIGHTS --microbatches M --steps N
 
-KIND: eager (one process), ddp (two ranks, gloo), gpipe or 1f1b (two ranks, torch.distributed.pipelining, gloo).
+KIND: eager (one process), ddp (two ranks, gloo), gpipe or 1f1b (two ranks, torch.distributed.pipelining, gloo), or
+products: nothing but the model's matrix products and attention, forward and backward, in one process: what no program
+with the same kernels can do without.
 WEIGHTS: a folder that `ouroboros init` has written, with the initial weights and the config. One thread a rank.
 The steps' losses are printed too: they must be those of the other programs.
 """
@@ -24,7 +26,7 @@ from model import Part, Streams, load, loss, optimizer
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["eager", "ddp", "gpipe", "1f1b"])
+    parser.add_argument("kind", choices=["eager", "ddp", "gpipe", "1f1b", "products"])
     parser.add_argument("weights")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
@@ -95,6 +97,33 @@ def whole(run, wrap):
     run.train(step)
 
 
+def products(run):
+    """Every matrix product of a step, forward and backward, and the attention, into memory that is there already."""
+    model, m = run.model, run.args.microbatches
+    d, f, heads, layers = model["d_model"], model["d_ff"], model["heads"], model["layers"]
+    rows = run.batch // m
+    tokens = rows * run.sequence
+    shapes = layers * [(3 * d, d), (d, d), (f, d), (d, f)] + [(256, d)]
+    weights = [(torch.randn(shape), torch.empty(shape)) for shape in shapes]
+    values = {width: (torch.randn(tokens, width), torch.empty(tokens, width)) for width in {d, 3 * d, f, 256}}
+    query, key, value, gradient = (torch.randn(rows, heads, run.sequence, d // heads) for _ in range(4))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def step(t):
+        for _ in range(m):
+            for weight, weight_gradient in weights:
+                (x, dx), (dy, y) = values[weight.shape[1]], values[weight.shape[0]]
+                torch.mm(x, weight.t(), out=y)
+                torch.mm(dy, weight, out=dx)
+                torch.mm(dy.t(), x, out=weight_gradient)
+            for _ in range(layers):
+                out, sums = flash(query, key, value, 0.0, True)
+                flash_backward(gradient, query, key, value, out, sums, 0.0, True)
+
+    run.train(step)
+
+
 def pipeline(run, kind):
     """Half of the layers on each rank."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -152,9 +181,12 @@ def free_port():
 
 def main():
     args = arguments()
-    if args.kind == "eager":
+    if args.kind in ("eager", "products"):
         run = Run(args, 0, 1)
-        whole(run, lambda module: module)
+        if args.kind == "eager":
+            whole(run, lambda module: module)
+        else:
+            products(run)
         print(json.dumps(run.report()))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,11 @@ struct Stage {
     stage: usize,
     forward_ms: f64,
     backward_ms: f64,
+    /// Reading batches and handing messages over, a microbatch.
+    copies_ms: f64,
     update_ms: f64,
+    /// The work on the tied table, an update.
+    table_ms: f64,
     /// Least wait for the sum over the replicas, an update.
     reduce_ms: f64,
     /// Values of the pieces in which its gradient is reduced, as the backward makes them.
@@ -151,13 +155,15 @@ impl Bench {
                 None => text.push_str("          -              -\n"),
             }
         }
-        text.push_str("\nms                   forward   backward     update     reduce\n");
+        text.push_str("\nms                   forward   backward     copies     update      table     reduce\n");
         for stage in &self.stages {
-            let Stage { stage, forward_ms, backward_ms, update_ms, reduce_ms, .. } = stage;
-            let _ = writeln!(
-                text,
-                "stage {stage:<12} {forward_ms:>9.2} {backward_ms:>10.2} {update_ms:>10.2} {reduce_ms:>10.2}"
-            );
+            let _ = write!(text, "stage {:<11}", stage.stage);
+            for ms in
+                [stage.forward_ms, stage.backward_ms, stage.copies_ms, stage.update_ms, stage.table_ms, stage.reduce_ms]
+            {
+                let _ = write!(text, " {ms:>10.2}");
+            }
+            text.push('\n');
         }
         let off = self.predicted_step_s / self.step_s;
         let _ = writeln!(text, "\nstep                {:.4} s over {} steps", self.step_s, self.steps);
@@ -176,22 +182,26 @@ impl Stage {
             .filter(|(of, _)| of.stage == stage)
             .collect();
         let ms = |seconds: f64, count: usize| 1e3 * seconds / count.max(1) as f64;
-        // Copies belong to the microbatch that they are of.
-        let copies = |times: &Times| times.shares[Share::Copies as usize] / times.stages.len() as f64;
         let waits = found.iter().map(|(of, times)| ms(times.shares[Share::Reduce as usize], of.updates));
         Stage {
             stage,
-            forward_ms: mean(found.iter().map(|(of, times)| ms(of.forward + copies(times), of.microbatches))),
+            forward_ms: mean(found.iter().map(|(of, _)| ms(of.forward, of.microbatches))),
             backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
+            copies_ms: mean(found.iter().map(|(of, _)| ms(of.copies, of.microbatches))),
             update_ms: mean(found.iter().map(|(of, _)| ms(of.update, of.updates))),
+            table_ms: mean(found.iter().map(|(of, _)| ms(of.table, of.updates))),
             reduce_ms: waits.fold(f64::INFINITY, f64::min),
             bucket_values: buckets(setup, stage),
         }
     }
 
+    /// What the simulation takes: copies go with the forward, the table with the update.
     fn costs(&self) -> StageCosts {
-        let update = (self.update_ms + self.reduce_ms) / 1e3;
-        StageCosts { forward: self.forward_ms / 1e3, backward: self.backward_ms / 1e3, update }
+        StageCosts {
+            forward: (self.forward_ms + self.copies_ms) / 1e3,
+            backward: self.backward_ms / 1e3,
+            update: (self.update_ms + self.reduce_ms + self.table_ms) / 1e3,
+        }
     }
 }
 

@@ -64,6 +64,10 @@ pub struct StageTimes {
     pub forward: f64,
     pub backward: f64,
     pub update: f64,
+    /// Batches read, messages handed over.
+    pub copies: f64,
+    /// The work on the tied table, without its waits.
+    pub table: f64,
     pub microbatches: usize,
     pub updates: usize,
 }
@@ -174,7 +178,9 @@ impl Clock {
                     stage.update += seconds;
                     stage.updates += 1;
                 }
-                _ => {}
+                Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => stage.copies += seconds,
+                Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => stage.table += seconds,
+                Op::RecvActivation | Op::RecvGradient | Op::RecvPart | Op::RecvTable | Op::AwaitTable => {}
             }
         }
         let ends_step = action.op == Op::Backward && action.microbatch + 1 == self.microbatches;
@@ -236,6 +242,8 @@ mod tests {
         let window = window(&schedule).unwrap();
         assert_eq!((times.steps, times.stages[0].microbatches), (window.len(), 2 * window.len()));
         assert_eq!(times.stages[0].updates, window.len());
+        let counted = times.stages[0].copies;
+        assert!((counted - times.share(Share::Copies) * times.seconds).abs() < 1e-9, "{times:?}");
         assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
         assert!(times.share(Share::Compute) > 0.5, "{times:?}");
     }

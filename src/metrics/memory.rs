@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
 
+use super::limits::limits;
 use crate::config::Order;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -11,7 +11,7 @@ use crate::model::{self, Stack};
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::setup::Setup;
-use crate::wire::{PART, PARTS_UNDER_WAY};
+use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
 
 /// f32.
 const VALUE: u64 = 4;
@@ -47,7 +47,7 @@ impl Prediction {
             sum.gradient += (ends + parts) * table;
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }
-        sum.transient += reduced_at_once(setup);
+        sum.transient += held.len() as u64 * reduced_at_once(setup);
         sum
     }
 
@@ -82,10 +82,20 @@ impl Prediction {
     }
 }
 
-/// Room for the slices of the other replicas, of the parts that are reduced at once.
+/// What one place's reducer holds of the parts that it reduces at once: room for the slices of the other replicas; bf16
+/// also its own as they travel, and the sum; and in f32 what it adds up.
 fn reduced_at_once(setup: &Setup) -> u64 {
     let replicas = setup.grid.replicas;
-    (PARTS_UNDER_WAY * PART.div_ceil(replicas) * (replicas - 1) * setup.config.wire.bytes()) as u64
+    if replicas == 1 {
+        return 0;
+    }
+    let wire = setup.config.wire;
+    let slices = match wire {
+        Wire::F32 => replicas - 1,
+        Wire::Bf16 => 2 * (replicas - 1) + 1,
+    };
+    let slice = PART.div_ceil(replicas);
+    (PARTS_UNDER_WAY * slices * slice * wire.bytes()) as u64 + slice as u64 * VALUE
 }
 
 /// What an evaluation holds at most: nothing is kept but memories, and one layer's work.
@@ -102,43 +112,26 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
     (rows * (remembered + work)) as u64 * VALUE
 }
 
-/// Refuses a run whose ranks need more memory than this process may have, before it has begun.
+/// Refuses a run whose ranks need more memory than they may have, before it has begun. `ranks` are those of this process;
+/// `neighbours` other ranks of this machine, with the paths of their control groups.
 ///
 /// # Errors
-/// [`Error::Config`] with the need by the prediction, the limit, and what makes the need smaller.
-pub fn check(setup: &Setup, ranks: Range<usize>) -> Result<()> {
-    let needed: u64 = ranks.clone().map(|rank| Prediction::new(setup, rank).total()).sum();
-    let Some((left, limit)) = limits().into_iter().min() else { return Ok(()) };
-    if needed <= left {
-        return Ok(());
+/// [`Error::Memory`] with the need by the prediction and the limit.
+pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)]) -> Result<()> {
+    let predicted = |rank| Prediction::new(setup, rank).total();
+    for limit in limits() {
+        let inside = |path: &str| limit.group.as_ref().is_some_and(|group| path.starts_with(group));
+        let sharing = neighbours.iter().filter(|(_, path)| inside(path)).map(|(rank, _)| *rank);
+        let all: Vec<usize> = ranks.clone().chain(sharing).collect();
+        let needed: u64 = all.iter().map(|rank| predicted(*rank)).sum();
+        if needed > limit.left {
+            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+            let who = if all.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} ranks", all.len()) };
+            let (needed, left) = (mib(needed), mib(limit.left));
+            return Err(Error::Memory(format!("{needed} MiB predicted for {who}, {left} MiB left of {}", limit.name)));
+        }
     }
-    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} ranks", ranks.len()) };
-    let found = format!("{} MiB predicted for {who}, {} MiB left of {limit}", mib(needed), mib(left));
-    let remedy = "take more stages (--grid), more microbatches, recompute = true, or a higher limit";
-    Err(Error::config("memory", found, remedy))
-}
-
-/// What is left of every limit of this process, in bytes, and the limit's name.
-fn limits() -> Vec<(u64, &'static str)> {
-    let text = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    // Lines such as "Max data size   655360000   unlimited   bytes"; `unlimited` is no number.
-    let soft =
-        |name: &str| text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok();
-    let left = |name: &str, used: &str| Some(u64::saturating_sub(soft(name)?, status(used)?));
-    let found = [
-        (left("Max data size", "VmData:"), "the limit of data (ulimit -d)"),
-        (left("Max address space", "VmSize:"), "the limit of address space (ulimit -v)"),
-        (control_group(), "the control group's memory.max"),
-    ];
-    found.into_iter().filter_map(|(left, name)| Some((left?, name))).collect()
-}
-
-/// The limit of the control group that this process is in; groups above it may have lower ones.
-fn control_group() -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
-    fs::read_to_string(Path::new("/sys/fs/cgroup").join(path).join("memory.max")).ok()?.trim().parse().ok()
+    Ok(())
 }
 
 /// Measures how far the resident memory of this process rises above where it stood.
@@ -161,7 +154,8 @@ impl Gauge {
     }
 }
 
-fn status(key: &str) -> Option<u64> {
+/// A line of this process's status, in bytes.
+pub(super) fn status(key: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)

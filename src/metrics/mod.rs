@@ -2,6 +2,7 @@
 //! the last checkpoint's manifest of them.
 
 pub mod clock;
+pub mod limits;
 pub mod memory;
 mod bench;
 mod progress;

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::Fault;
 use crate::metrics::Report;
+use crate::metrics::clock::Share;
 use crate::model;
 use crate::optim::{Optimizer, learning_rate};
 use crate::params::{Layout, slice_mut};
@@ -64,7 +65,9 @@ impl Worker {
     }
 
     fn wait_for_table(&mut self) -> Result<()> {
-        self.table_reduction.take().map_or(Ok(()), Reduction::wait)
+        let result = self.table_reduction.take().map_or(Ok(()), Reduction::wait);
+        self.clock.lap(Share::Table); // The wait is the table's, but no work of the action.
+        result
     }
 
     pub(super) fn send_table(&mut self, action: &Action) -> Result<()> {

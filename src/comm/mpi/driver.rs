@@ -119,7 +119,10 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>, wai
     let host = mpi::environment::processor_name().unwrap_or_default();
     let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host };
     let rank = identity.rank;
-    tch::set_num_threads(1); // Sums are added up here, beside the computing thread.
+    // Sums are added up here, beside the computing thread. Libtorch takes a thread's number over when it is first asked
+    // for: now, before the worker has set its own.
+    tch::set_num_threads(1);
+    tch::get_num_threads();
     if started.send(Some(identity)).is_err() {
         return;
     }

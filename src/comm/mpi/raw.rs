@@ -21,7 +21,7 @@ pub struct Pending<B> {
 }
 
 impl<B> Pending<B> {
-    /// The buffer, if the operations are complete; never waits.
+    /// The buffer, once, if the operation is complete; never waits.
     ///
     /// # Errors
     /// What MPI reports.
@@ -32,7 +32,7 @@ impl<B> Pending<B> {
         Ok(if flag != 0 { self.buffer.take() } else { None })
     }
 
-    /// Takes back receives that nothing will match any more.
+    /// Takes back a receive that nothing will match any more.
     ///
     /// # Errors
     /// What MPI reports.
