@@ -26,6 +26,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--microbatches", type=int, nargs="+", help="those that are tried; by default two for each program")
     parser.add_argument("--as-before", action="store_true", help="the best microbatches of the last run's JSON")
+    parser.add_argument("--only", nargs="+", help="some of the programs, as in the table")
     parser.add_argument("--short", action="store_true", help="small model, one round: whether it works, not how fast")
     parser.add_argument("--json", default=os.path.join("runs", "bench-peers.json"))
     args = parser.parse_args()
@@ -78,7 +79,18 @@ class Bench:
         result = json.loads(run(command).splitlines()[-1])
         return {"rate": rate(result["tokens"], result["seconds"]), "losses": result["losses"]}
 
+    def pair(self, microbatches):
+        """The products on two cores at once, each on its own; two that work together go at the pace of the slower."""
+        command = [PYTHON, PEER, "products", self.weights, "--microbatches", str(microbatches), "--steps", str(self.args.steps)]
+        cores = sorted(os.sched_getaffinity(0))[:2]
+        both = [subprocess.Popen(["taskset", "-c", str(core), *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                for core in cores]
+        found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in both]
+        return {"rate": 2 * min(rate(one["tokens"], one["seconds"]) for one in found)}
+
     def measure(self, name, microbatches):
+        if name == "products twice":
+            return self.pair(microbatches)
         if name.startswith("xl "):
             return self.ours(name[3:], microbatches, xl=True)
         return self.ours(name, microbatches) if "x" in name else self.peer(name, microbatches)
@@ -100,7 +112,7 @@ class Bench:
 def same_losses(first, results):
     """All must start from the same loss, and those without delay must go on alike, to the end."""
     for name, result in results.items():
-        if name.startswith("xl ") or name == "products":
+        if name.startswith("xl ") or name.startswith("products"):
             continue
         pairs = list(zip(result["losses"], first))
         delayed = name == "2x1"
@@ -116,7 +128,7 @@ def same_losses(first, results):
 # Microbatches that are tried, of which the faster ones are measured. Those that share the batch out have fewer rows to cut;
 # pipelines that drain need more pieces.
 TRIED = {"1x1": (1, 4), "2x1": (2, 4), "1x2": (1, 2), "eager": (1, 4), "ddp": (1, 2), "gpipe": (4, 8), "1f1b": (4, 8),
-         "xl 1x1": (2, 4), "xl 2x1": (2, 4), "products": (2, 4)}
+         "xl 1x1": (2, 4), "xl 2x1": (2, 4), "products": (2, 4), "products twice": (4,)}
 
 TARGETS = [
     ("ours 1x1 over PyTorch eager", "1x1", ["eager"], 1.00),
@@ -137,7 +149,8 @@ def main():
         sys.exit(f"the peers need torch and numpy in .venv: {PYTHON} -m pip install torch==2.11.0 numpy")
     if args.short:
         args.rounds, args.steps, args.microbatches = 1, 8, [2]
-    names = ["1x1", "2x1", "1x2", "eager", "ddp", "gpipe", "1f1b", "xl 1x1", "xl 2x1", "products"]
+    names = ["1x1", "2x1", "1x2", "eager", "ddp", "gpipe", "1f1b", "xl 1x1", "xl 2x1", "products", "products twice"]
+    names = [name for name in names if not args.only or name in args.only]
     with tempfile.TemporaryDirectory() as folder:
         it = Bench(args, folder)
         best = {}
@@ -154,10 +167,11 @@ def main():
         rounds = []
         for number in range(args.rounds):
             results = {name: it.measure(name, best[name]) for name in names}
-            same_losses(results["eager"]["losses"], results)
+            if "eager" in results:
+                same_losses(results["eager"]["losses"], results)
             rounds.append(results)
             print(f"round {number + 1}: " + ", ".join(f"{n} {r['rate']:,.0f}" for n, r in results.items()), flush=True)
-        starts = [it.start() for _ in range(args.rounds)]
+        starts = [it.start() for _ in range(1 if args.only else args.rounds)]
     show(args, names, best, rounds, starts)
 
 
@@ -171,6 +185,8 @@ def show(args, names, best, rounds, starts):
     print(table(["", "m", "median", "range"], rows))
     lines, result = [], {"machine": machine(), "date": str(today), "rates": rates, "microbatches": best}
     for label, over, under, target in TARGETS:
+        if not {over, *under} <= set(names):
+            continue
         # Within a round the machine is the same; the better peer is the one of the higher median.
         other = max(under, key=lambda name: statistics.median(rates[name]))
         ratios = [a / b for a, b in zip(rates[over], rates[other])]
@@ -179,11 +195,12 @@ def show(args, names, best, rounds, starts):
         verdict = f"too noisy to say ({', '.join(doubt)} varied by over {NOISY:.0%})" if doubt else f"{ratio:.2f}"
         lines.append((label, verdict, f"{target:.2f}"))
         result[label] = {"ratios": ratios, "noisy": doubt, "target": target}
-    # What two cores could do at most: the products on both, and not a moment lost.
-    limits = {name: statistics.median(2 * a / b for a, b in zip(rates["products"], rates[name])) for name in ("1x1", "ddp")}
-    result["limits"] = limits
-    lines.append(("limit: two cores that do the products and nothing else, over ours 1x1, over DDP",
-                  f"{limits['1x1']:.2f}, {limits['ddp']:.2f}", "-"))
+    # What two cores can do at most: the products on both, and not a moment lost.
+    for under, of in [("products", "the products on one core: what this machine gives to two"), ("ddp", "DDP")]:
+        if {"products twice", under} <= set(names):
+            limit = statistics.median(a / b for a, b in zip(rates["products twice"], rates[under]))
+            result[f"limit over {under}"] = limit
+            lines.append((f"limit: two cores with the products and nothing else, over {of}", f"{limit:.2f}", "-"))
     ours = [name for name in names if "x" in name]
     off = [results[name]["predicted"] for results in rounds for name in ours]
     memory = max(results[name]["memory"] for results in rounds for name in ours)

@@ -14,12 +14,19 @@ for core in 0 1; do
 done
 work=$(mktemp -d)
 a="ouroboros-a-$$" b="ouroboros-b-$$"
+child=
 clean_up() {
+    [ -z "$child" ] || kill "$child" 2>/dev/null || true
+    # Ranks of a run that was broken off.
+    for space in "$a" "$b"; do
+        ip netns pids "$space" 2>/dev/null | xargs -r kill 2>/dev/null || true
+    done
     ip netns del "$a" 2>/dev/null || true
     ip netns del "$b" 2>/dev/null || true
     rm -rf "$work"
 }
 trap clean_up EXIT
+trap "exit 143" INT TERM HUP
 ip netns add "$a" 2>"$work/why" || skip "no network namespace can be made: $(cat "$work/why")"
 ip netns add "$b" 2>"$work/why" || skip "no second network namespace can be made: $(cat "$work/why")"
 ip -n "$a" link add link0 type veth peer name link0 netns "$b" 2>"$work/why" || skip "no veth pair can be made: $(cat "$work/why")"
@@ -55,4 +62,7 @@ END
 chmod +x "$work/link" "$work/on" "$work/mpirun"
 "$work/link" on 2>"$work/why" || skip "the link cannot be limited: $(cat "$work/why")"
 cargo build --release --quiet
-python3 benches/hosts.py --launcher "$work/mpirun" --link "$work/link" "$@"
+# In the background, so that a signal is heeded at once.
+python3 benches/hosts.py --launcher "$work/mpirun" --link "$work/link" "$@" &
+child=$!
+wait "$child"

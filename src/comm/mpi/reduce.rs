@@ -34,7 +34,7 @@ pub struct Reducer {
     /// Jobs that are over and no longer in `jobs`.
     over: usize,
     parts: VecDeque<Part>,
-    /// Parts that have been started; the parity of its number gives a part its tags.
+    /// Parts that have been started; its number modulo those under way gives a part its tags.
     started: usize,
     /// Buffers of finished parts, each for the largest slice, to be used again.
     spare: Vec<Tensor>,
@@ -123,14 +123,14 @@ impl Reducer {
         job.started = values.end;
         let flat = job.flat.shallow_clone();
         let number_of_part = self.started;
-        let parity = (number_of_part % PARTS_UNDER_WAY) as i32;
+        let turn = (number_of_part % PARTS_UNDER_WAY) as i32;
         self.started += 1;
         let (sends, receives) = (VecDeque::new(), VecDeque::new());
         let mut part = Part {
             number: number_of_part,
             job: self.over + number,
             values,
-            tags: [2 * parity, 2 * parity + 1],
+            tags: [2 * turn, 2 * turn + 1],
             sends,
             receives,
             arrived: (0..self.replicas).map(|_| None).collect(),
@@ -310,9 +310,10 @@ mod tests {
 
     #[test]
     fn parts_with_the_same_tags_never_meet() {
-        assert!(may_start(None, 7) && may_start(Some(7), 8));
-        // Part 8 has ended before part 7: part 9 has the tags of 7 and must wait.
-        assert!(!may_start(Some(7), 9));
+        let next = 7 + PARTS_UNDER_WAY;
+        assert!(may_start(None, 7) && may_start(Some(7), next - 1));
+        // Those between have ended before part 7: the next one has the tags of 7 and must wait.
+        assert!(!may_start(Some(7), next));
     }
 
     #[test]
