@@ -65,6 +65,10 @@ pub struct TrainArgs {
     /// Overrides a key of the config, as in model.d_model=256; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Go on from the newest saved state of the run's folder that is good, with any grid; from the beginning if there is none.
+    /// With PATH: from that state or folder.
+    #[arg(long, value_name = "PATH")]
+    pub resume: Option<Option<PathBuf>>,
     /// Fail on purpose, as a drill: panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
@@ -73,9 +77,10 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs { config, grid, transport, emulate, out, set, inject } = self;
+        let TrainArgs { config, grid, transport, emulate, out, set, resume, inject } = self;
         let mode = Mode { inject, ..Mode::default() };
-        Job { config, sets: set, grid, out, transport, emulate, mode, steps: None }
+        let resume = resume.map(Option::unwrap_or_default);
+        Job { config, sets: set, grid, out, transport, emulate, resume, mode, steps: None }
     }
 }
 
@@ -113,7 +118,7 @@ impl BenchArgs {
         let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
         let emulation = emulated_compute.as_deref().map(Emulation::read).transpose()?;
         let mode = Mode { inject: None, bench: true, emulation };
-        Ok(Job { config, sets: set, grid, out, transport, emulate: false, mode, steps })
+        Ok(Job { config, sets: set, grid, out, transport, emulate: false, resume: None, mode, steps })
     }
 }
 

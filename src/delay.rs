@@ -28,9 +28,11 @@ pub fn version(sync: usize, t: usize, delay: usize) -> usize {
     sync.max(t.saturating_sub(delay))
 }
 
-/// The sync points of a run: step boundaries at which the pipeline is drained. 0 and the end always are.
+/// The sync points of a run: step boundaries at which the pipeline is drained. The start and the end always are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyncPoints {
+    /// The step that the run starts with: 0, or where a saved run goes on.
+    pub start: usize,
     /// Steps of the run; the end is a sync point.
     pub steps: usize,
     /// Every step a sync point: ordinary back-propagation.
@@ -46,12 +48,12 @@ pub struct SyncPoints {
 impl SyncPoints {
     /// Only the start and the end of a run of `steps` steps.
     pub fn ends(steps: usize) -> SyncPoints {
-        SyncPoints { steps, every_step: false, warm_up: 0, periods: Vec::new(), at: BTreeSet::new() }
+        SyncPoints { start: 0, steps, every_step: false, warm_up: 0, periods: Vec::new(), at: BTreeSet::new() }
     }
 
     /// Whether the boundary before step `t` is a sync point.
     pub fn contains(&self, t: usize) -> bool {
-        t == 0
+        t == self.start
             || t == self.steps
             || self.every_step
             || t < self.warm_up
@@ -66,7 +68,7 @@ impl SyncPoints {
 
     /// The last sync point at or before `t`.
     pub fn before(&self, t: usize) -> usize {
-        (0..=t).rev().find(|u| self.contains(*u)).unwrap_or(0)
+        (self.start..=t).rev().find(|u| self.contains(*u)).unwrap_or(self.start)
     }
 }
 
@@ -107,5 +109,7 @@ mod tests {
         assert_eq!(points, [0, 1, 2, 5, 7, 10, 12]);
         assert_eq!((sync.after(2), sync.after(5), sync.after(10)), (5, 7, 12));
         assert_eq!((sync.before(4), sync.before(7), sync.before(11)), (2, 7, 10));
+        sync.start = 6;
+        assert_eq!((sync.before(6), sync.before(8), sync.after(6)), (6, 7, 7));
     }
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::checkpoint;
+use crate::checkpoint::Snapshot;
 use crate::comm::Reporter;
 use crate::data::{Batch, Batches};
 use crate::delay::version;
@@ -71,15 +71,20 @@ impl Emulator {
         tch::set_num_threads(config.threads as i32);
         let weights = |parameters: &[model::Parameter]| -> Result<Weights> {
             let layout = Layout::new(parameters);
-            let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
-            let versions = BTreeMap::from([(0, layout.initial(config.seed)?)]);
+            let optimizer = setup.optimizer(&layout)?;
+            let versions = BTreeMap::from([(setup.start(), setup.first_weights(&layout)?)]);
             Ok(Weights { layout, optimizer, versions })
         };
         let stages = (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own())).collect::<Result<_>>()?;
         let table = weights(&model::table(&setup.dimensions))?;
-        let model = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
+        let model: Vec<Stack> = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
-        let (inputs, memories) = (BTreeMap::new(), BTreeMap::new());
+        let (inputs, mut memories) = (BTreeMap::new(), BTreeMap::new());
+        for (stage, replica) in (0..model.len()).flat_map(|k| (0..setup.grid.replicas).map(move |r| (k, r))) {
+            for (microbatch, memory) in setup.memories(&model[stage], replica)? {
+                memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
+            }
+        }
         Ok(Emulator { model, stages, table, inputs, memories, batches, reports, out, setup })
     }
 
@@ -89,8 +94,8 @@ impl Emulator {
     /// A loss or gradient that is not finite, or a file that cannot be written.
     pub fn run(mut self) -> Result<()> {
         let setup = Arc::clone(&self.setup);
-        let mut sync = 0;
-        for t in 0..setup.config.steps {
+        let mut sync = setup.start();
+        for t in setup.start()..setup.config.steps {
             if setup.schedule.sync.contains(t) {
                 sync = t;
             }
@@ -98,19 +103,34 @@ impl Emulator {
                 self.evaluate(t)?;
             }
             self.step(t, sync)?;
+            if setup.schedule.saves_at(t + 1) {
+                self.save(t + 1)?;
+            }
         }
         if setup.schedule.evaluates_at(setup.config.steps) {
             self.evaluate(setup.config.steps)?;
         }
-        let mut shards = Vec::new();
-        for (stage, weights) in self.stages.iter().enumerate() {
-            let own = (&weights.layout, weights.newest()?);
-            let table = (&self.table.layout, self.table.newest()?);
-            let saved: Vec<_> =
-                Some(table).filter(|_| stage == 0 && setup.dimensions.tied).into_iter().chain([own]).collect();
-            shards.push(checkpoint::write_shard(&self.out, setup.config.steps, stage, &saved)?);
+        self.reports.send(Report::Done { rank: 0, peak_bytes: None, times: None })
+    }
+
+    /// Saves what every place of the grid would.
+    fn save(&self, step: usize) -> Result<()> {
+        for place in self.setup.grid.places() {
+            let mut snapshot = Snapshot::new(place, step, self.setup.grid.replicas);
+            let table = Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
+            for weights in table.into_iter().chain([&self.stages[place.stage]]) {
+                snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
+            }
+            for ((replica, microbatch), memories) in &self.memories {
+                if *replica == place.replica {
+                    let rows = self.setup.train_rows(*replica, *microbatch);
+                    snapshot.remember(rows.start, self.model[place.stage].remembered(&memories[place.stage]));
+                }
+            }
+            let shards = snapshot.write(&self.out)?;
+            self.reports.send(Report::Saved { place, step, shards })?;
         }
-        self.reports.send(Report::Done { rank: 0, shards, peak_bytes: None, times: None })
+        Ok(())
     }
 
     fn step(&mut self, t: usize, sync: usize) -> Result<()> {

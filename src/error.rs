@@ -31,13 +31,13 @@ pub enum Error {
     /// A loss, an activation or a gradient holds inf or NaN.
     #[error(
         "not finite: {tensor} at step {step} on {place}; lower optimizer.lr, set optimizer.clip or lengthen \
-         optimizer.warmup (no weights were written)"
+         optimizer.warmup (what was saved before is as it was)"
     )]
     NotFinite { tensor: String, step: usize, place: Place },
     /// Copies of the same weights are not the same any more.
     #[error(
         "the copies of the tied embedding differ after step {step}: {digests}; a fault of the program or of a machine's \
-         memory (no weights were written)"
+         memory (what was saved before is as it was)"
     )]
     CopiesDiffer { step: usize, digests: String },
     /// A folder of weights is not usable.

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{Identity, World};
 use crate::comm::{Reporter, local, mpi};
-use crate::config::Config;
+use crate::config::{CheckpointConfig, Config};
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
@@ -48,13 +49,15 @@ pub struct Job {
     pub out: Option<PathBuf>,
     pub transport: Option<Transport>,
     pub emulate: bool,
+    /// Go on from this saved state, or the newest in this folder; an empty path is the run's own folder.
+    pub resume: Option<PathBuf>,
     pub mode: Mode,
     /// Steps of a run that only measures; none: as many as the schedule needs.
     pub steps: Option<usize>,
 }
 
 impl Job {
-    fn setup(&self) -> Result<Arc<Setup>> {
+    fn setup(&self) -> Result<Setup> {
         runtime::check_libtorch()?;
         let mut config = Config::load(&self.config, &self.sets, self.grid)?;
         if self.mode.bench {
@@ -79,12 +82,34 @@ impl Job {
             let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
             return Err(Error::config("--inject", format!("alter-table on {place}, which holds no copy"), remedy));
         }
-        Ok(Arc::new(setup))
+        Ok(setup)
+    }
+
+    /// The saved state to go on from; none if the run begins.
+    fn saved(&self, setup: &Setup) -> Result<Option<Checkpoint>> {
+        match &self.resume {
+            None => Ok(None),
+            Some(own) if own.as_os_str().is_empty() => {
+                let out = self.out(setup);
+                let found = Checkpoint::newest(&out)?;
+                if found.is_none() {
+                    println!("nothing is saved in {} yet: the run begins", out.display());
+                }
+                Ok(found)
+            }
+            Some(path) => Checkpoint::open(path).map(Some),
+        }
     }
 
     /// The same training without the sync points that would disturb a measurement.
     fn measured(&self, config: Config) -> Config {
-        let mut config = Config { sync_steps: 0, sync_at: Vec::new(), eval: None, ..config };
+        let mut config = Config {
+            sync_steps: 0,
+            sync_at: Vec::new(),
+            eval: None,
+            checkpoint: CheckpointConfig::default(),
+            ..config
+        };
         let asked = self.sets.iter().any(|set| set.trim_start().starts_with("steps="));
         if let Some(steps) = self.steps {
             config.steps = steps;
@@ -168,7 +193,11 @@ fn local(job: &Job) -> Placed<Summary> {
 fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
     let setup = job.setup()?;
     check(&setup)?;
-    let out = job.out(&setup);
+    let setup = match job.saved(&setup)? {
+        Some(saved) => setup.resume(saved)?,
+        None => setup,
+    };
+    let (out, setup) = (job.out(&setup), Arc::new(setup));
     let recorder = Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;
     Ok((setup, out, recorder))
@@ -250,6 +279,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
     let rank = world.identity.rank;
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let setup = together(world, || setup_of_rank(job, world))?;
+    let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
     together(world, || enough_memory(job, world, &setup))?;
     let out = job.out(&setup);
@@ -285,7 +315,7 @@ fn together<T>(world: &World, work: impl FnOnce() -> Result<T>) -> std::result::
 }
 
 /// The setup, checked against the world.
-fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
+fn setup_of_rank(job: &Job, world: &World) -> Result<Setup> {
     let setup = job.setup()?;
     let (size, grid) = (world.identity.size, setup.grid);
     if let Some((launched, _)) = mpi::launched()
@@ -305,6 +335,22 @@ fn setup_of_rank(job: &Job, world: &World) -> Result<Arc<Setup>> {
     Ok(setup)
 }
 
+/// The setup that goes on from what rank 0 has found and verified.
+fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
+    let found = if world.identity.rank == 0 { job.saved(&setup) } else { Ok(None) };
+    let path = found.as_ref().ok().and_then(Option::as_ref).map(|saved| saved.path.to_string_lossy().into_owned());
+    let all = world.all_gather(path.unwrap_or_default().into_bytes())?;
+    let saved = match found? {
+        Some(saved) => Some(saved),
+        None if all[0].is_empty() => None,
+        None => Some(Checkpoint::told(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
+    };
+    match saved {
+        Some(saved) => setup.resume(saved),
+        None => Ok(setup),
+    }
+}
+
 /// Refuses a machine whose limits the ranks on it would break.
 fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
@@ -322,7 +368,8 @@ fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
 /// Refuses a world whose ranks have read different configs, or texts of different length.
 fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
     let (train, held_out) = (setup.corpus.train.len(), setup.corpus.held_out.len());
-    let mine = format!("{}\n# {train} + {held_out} tokens of text", setup.config.to_toml());
+    let mine =
+        format!("{}\n# {train} + {held_out} tokens of text, from step {}", setup.config.to_toml(), setup.start());
     let all = world.all_gather(mine.into_bytes())?;
     match all.iter().position(|other| *other != all[0]) {
         None => Ok(()),
@@ -340,7 +387,7 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     let origin = format!("{} (rank {rank} on {})", setup.grid.name(rank), world.identity.host);
     let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
-    let mut reporter = world.reporter();
+    let reporter = world.reporter();
     let (mode, out, worker_setup) = (job.mode.clone(), out.to_owned(), Arc::clone(setup));
     let work = move || -> Placed<()> {
         let result = caught(|| Worker::new(worker_setup, rank, ports, out, mode)?.run());
@@ -400,6 +447,14 @@ fn too_few_cores(threads: usize) -> Option<String> {
 fn announce(setup: &Setup, how: &str) {
     println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
     print!("{}", setup.picture());
+    if let Some(saved) = &setup.resumed {
+        println!(
+            "goes on at step {} from {}, saved on a grid of {}",
+            saved.step(),
+            saved.path.display(),
+            saved.manifest.grid
+        );
+    }
     if let Some(note) = too_few_cores(setup.config.threads) {
         println!("{note}");
     }

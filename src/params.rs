@@ -186,6 +186,15 @@ impl Versions {
         Ok(Versions { layout, buffers, sides, newest: 0 })
     }
 
+    /// The same weights as version `newest`, for a run that goes on.
+    pub fn at(mut self, newest: usize) -> Versions {
+        let by = newest % self.buffers.len();
+        self.buffers.rotate_right(by);
+        self.sides.iter_mut().for_each(|side| side.leaves.rotate_right(by));
+        self.newest = newest;
+        self
+    }
+
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -317,6 +326,22 @@ mod tests {
         loss.backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
         assert_eq!(slice(versions.gradient(0))[3], 2.0 * first[3]);
+    }
+
+    #[test]
+    fn weights_can_begin_with_any_version() {
+        let layout = layout();
+        for start in [0, 1, 5] {
+            let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1).unwrap().at(start);
+            let first = slice(&layout.initial(1).unwrap()).to_vec();
+            assert_eq!(slice(versions.flat()), first);
+            let leaf = versions.parameters(start, 0)[0].data_ptr();
+            let (old, new, _) = versions.advance();
+            assert_eq!(old.unwrap(), first);
+            new.fill(2.0);
+            assert_eq!((versions.newest(), versions.parameters(start, 0)[0].data_ptr()), (start + 1, leaf));
+            assert_eq!(f32::try_from(versions.parameters(start + 1, 0)[1].get(0)).unwrap(), 2.0);
+        }
     }
 
     #[test]

@@ -285,6 +285,20 @@ impl Stage {
         })
     }
 
+    /// What the layers remember of each microbatch's rows.
+    pub fn memories(&self) -> &BTreeMap<usize, Memory> {
+        &self.memories
+    }
+
+    /// What they are to remember, for a run that goes on.
+    pub fn recall(&mut self, memories: BTreeMap<usize, Memory>) {
+        self.memories = memories;
+    }
+
+    pub fn stack(&self) -> &Stack {
+        &self.stack
+    }
+
     /// Forgets what an evaluation has remembered.
     pub fn end_evaluation(&mut self) {
         self.eval_memory = Memory::new(self.settings.eval_mem_len);

@@ -37,12 +37,11 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table of version 0, `held` versions at most.
+    /// A table whose version 0 is `initial`, `held` versions at most.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn new(layout: Layout, seed: u64, held: usize, ends: Vec<End>, optimizer: Optimizer) -> Result<Table> {
-        let initial = layout.initial(seed)?;
+    pub fn new(layout: Layout, initial: Tensor, held: usize, ends: Vec<End>, optimizer: Optimizer) -> Result<Table> {
         let versions = Versions::new(layout, initial, held, ends.len())?;
         Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
     }
@@ -136,6 +135,15 @@ impl Table {
         }
         self.whole = None;
         Ok(norm)
+    }
+
+    /// The same table as version `newest`.
+    pub fn at(self, newest: usize) -> Table {
+        Table { versions: self.versions.at(newest), ..self }
+    }
+
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
     }
 
     pub fn layout(&self) -> &Layout {

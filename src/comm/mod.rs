@@ -7,6 +7,7 @@ pub mod local;
 pub mod mpi;
 
 use std::fmt;
+use std::sync::Arc;
 
 use tch::Tensor;
 
@@ -153,18 +154,19 @@ pub struct Ports {
 }
 
 /// Takes the reports of a place to the recorder on rank 0.
-pub struct Reporter(Box<dyn FnMut(Report) -> Result<()> + Send>);
+#[derive(Clone)]
+pub struct Reporter(Arc<dyn Fn(Report) -> Result<()> + Send + Sync>);
 
 impl Reporter {
-    pub fn new(send: impl FnMut(Report) -> Result<()> + Send + 'static) -> Reporter {
-        Reporter(Box::new(send))
+    pub fn new(send: impl Fn(Report) -> Result<()> + Send + Sync + 'static) -> Reporter {
+        Reporter(Arc::new(send))
     }
 
     /// Sends without waiting.
     ///
     /// # Errors
     /// If the recorder is gone.
-    pub fn send(&mut self, report: Report) -> Result<()> {
+    pub fn send(&self, report: Report) -> Result<()> {
         (self.0)(report)
     }
 }

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Manifest, Snapshot};
 use crate::cli::InitArgs;
 use crate::config::Config;
 use crate::error::Result;
+use crate::grid::Place;
 use crate::model;
 use crate::params::Layout;
 use crate::setup::Setup;
@@ -19,7 +20,9 @@ pub fn init(args: &InitArgs) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&setup.config.name));
     let layout = Layout::new(&model::parameters(&setup.dimensions));
     let weights = layout.initial(setup.config.seed)?;
-    let shard = checkpoint::write_shard(&out, 0, 0, &[(&layout, &weights)])?;
-    println!("{}", checkpoint::complete(&setup, &out, 0, vec![shard])?.display());
+    let mut snapshot = Snapshot::new(Place { stage: 0, replica: 0 }, 0, 1);
+    snapshot.add_weights(&layout, &weights)?;
+    let manifest = Manifest::new(&setup.config, setup.parameters(), 0, snapshot.write(&out)?);
+    println!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
     Ok(())
 }

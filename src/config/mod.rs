@@ -53,6 +53,7 @@ pub struct Config {
     pub optimizer: OptimizerConfig,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalConfig>,
+    pub checkpoint: CheckpointConfig,
 }
 
 impl Default for Config {
@@ -76,6 +77,7 @@ impl Default for Config {
             data: DataConfig::default(),
             optimizer: OptimizerConfig::default(),
             eval: None,
+            checkpoint: CheckpointConfig::default(),
         }
     }
 }
@@ -140,6 +142,26 @@ pub struct EvalConfig {
     /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
+}
+
+/// When the whole state of the run is saved, and what is kept; each save is a sync point. The end of a run is saved always.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// Steps between two saves; none: only the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<usize>,
+    /// How many of the newest are kept.
+    pub keep_last: usize,
+    /// Those at multiples of so many steps are kept for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_every: Option<usize>,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> CheckpointConfig {
+        CheckpointConfig { every: None, keep_last: 2, keep_every: None }
+    }
 }
 
 fn default_every() -> usize {
@@ -245,7 +267,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `grid`, `model`, `data`, `optimizer`, `eval`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

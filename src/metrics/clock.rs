@@ -50,7 +50,7 @@ impl Share {
             Op::RecvActivation => Share::Upstream,
             Op::RecvGradient => Share::Downstream,
             Op::Update => Share::Update,
-            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => Share::Copies,
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => Share::Copies,
             Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => Share::Table,
             Op::UpdateTable | Op::AwaitTable | Op::Digest => Share::Table,
         }
@@ -180,7 +180,7 @@ impl Clock {
                 }
                 Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => stage.copies += seconds,
                 Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => stage.table += seconds,
-                Op::RecvActivation | Op::RecvGradient | Op::RecvPart | Op::RecvTable | Op::AwaitTable => {}
+                Op::RecvActivation | Op::RecvGradient | Op::RecvPart | Op::RecvTable | Op::AwaitTable | Op::Save => {}
             }
         }
         let ends_step = action.op == Op::Backward && action.microbatch + 1 == self.microbatches;

@@ -28,6 +28,9 @@ pub struct Prediction {
     pub activations: u64,
     /// What one backward and the links need for a moment.
     pub transient: u64,
+    /// The copy that is written to the disk beside the training; of the end of the run what exceeds activations and
+    /// transient values, which are gone by then.
+    pub saving: u64,
 }
 
 impl Prediction {
@@ -48,6 +51,11 @@ impl Prediction {
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }
         sum.transient += held.len() as u64 * reduced_at_once(setup);
+        let copies: u64 = held.iter().map(|place| copied(setup, *place)).sum();
+        sum.saving = match setup.config.checkpoint.every {
+            Some(_) => copies,
+            None => copies.saturating_sub(sum.activations + sum.transient),
+        };
         sum
     }
 
@@ -78,8 +86,17 @@ impl Prediction {
     }
 
     pub fn total(&self) -> u64 {
-        self.weights + self.gradient + self.optimizer + self.activations + self.transient
+        self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.saving
     }
+}
+
+/// What a place copies to save it: replicas share weights and moments out.
+fn copied(setup: &Setup, place: Place) -> u64 {
+    let own = Layout::new(&setup.stack(place.stage).own()).len;
+    let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
+    let kinds = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
+    let here = (0..kinds).filter(|kind| kind % setup.grid.replicas == place.replica).count();
+    (here * (own + table)) as u64 * VALUE
 }
 
 /// What one place's reducer holds of the parts that it reduces at once: room for the slices of the other replicas; bf16

@@ -51,8 +51,10 @@ pub enum Report {
     Digest { place: Place, step: usize, digest: u64 },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
     Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
-    /// The rank has finished; those of replica 0 have written their weights.
-    Done { rank: usize, shards: Vec<Shard>, peak_bytes: Option<u64>, times: Option<Times> },
+    /// The place has written its part of the state at sync point `step`.
+    Saved { place: Place, step: usize, shards: Vec<Shard> },
+    /// The rank has finished.
+    Done { rank: usize, peak_bytes: Option<u64>, times: Option<Times> },
     /// The rank has failed, and waits to be ended.
     Failed { origin: String, error: Error },
 }

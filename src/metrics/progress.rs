@@ -19,19 +19,21 @@ pub struct State {
 
 pub struct Progress {
     steps: usize,
+    /// The step that the run began with.
+    start: usize,
     bar: Option<ProgressBar>,
     started: Instant,
 }
 
 impl Progress {
-    pub fn new(steps: usize) -> Progress {
+    pub fn new(steps: usize, start: usize) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(steps as u64);
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar
+            bar.with_position(start as u64)
         });
-        Progress { steps, bar, started: Instant::now() }
+        Progress { steps, start, bar, started: Instant::now() }
     }
 
     /// A step is over.
@@ -42,8 +44,8 @@ impl Progress {
             bar.set_position(step as u64);
             return;
         }
-        if step == 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
-            let left = self.started.elapsed().div_f64(step as f64).mul_f64((self.steps - step) as f64);
+        if step == self.start + 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
+            let left = self.started.elapsed().div_f64((step - self.start) as f64).mul_f64((self.steps - step) as f64);
             let rate = thousands(tokens_per_s as u64);
             println!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
         }

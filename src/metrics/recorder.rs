@@ -1,6 +1,6 @@
 //! The recorder on rank 0: puts the reports of all places together, step by step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::clock::Times;
 use super::memory::Prediction;
 use super::progress::{Progress, State, thousands};
 use super::{Mode, Report, quality};
-use crate::checkpoint::{self, Shard};
+use crate::checkpoint::{self, Manifest, Shard};
 use crate::config::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
@@ -90,7 +90,11 @@ pub struct Recorder {
     /// Only measures: tells where the time goes, saves nothing.
     bench: bool,
     emulation: Option<Emulation>,
-    shards: Vec<Shard>,
+    /// step -> the places that have written their parts of the state, and the files.
+    saving: BTreeMap<usize, (BTreeSet<Place>, Vec<Shard>)>,
+    /// The states of this run that are kept, by their steps; the newest.
+    kept: Vec<usize>,
+    checkpoint: Option<PathBuf>,
     last: Instant,
     losses: Vec<f64>,
     seconds: Vec<f64>,
@@ -110,25 +114,33 @@ impl Recorder {
         std::fs::create_dir_all(out).map_err(wrong)?;
         std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
         let path = out.join("metrics.jsonl");
+        let start = setup.start();
+        let before = match setup.resumed {
+            Some(_) => lines_before(&std::fs::read_to_string(&path).unwrap_or_default(), start),
+            None => String::new(),
+        };
         if path.exists() {
             std::fs::rename(&path, out.join("metrics.previous.jsonl")).map_err(wrong)?;
         }
-        let metrics = BufWriter::new(File::create(path).map_err(wrong)?);
-        checkpoint::clear(out, setup.config.steps).map_err(wrong)?;
+        let mut metrics = BufWriter::new(File::create(path).map_err(wrong)?);
+        metrics.write_all(before.as_bytes()).map_err(wrong)?;
+        checkpoint::clear(out).map_err(wrong)?;
         Ok(Recorder {
-            progress: Progress::new(setup.config.steps),
+            progress: Progress::new(setup.config.steps, start),
+            kept: if setup.resumed.is_some() { checkpoint::steps(out, start) } else { Vec::new() },
             setup,
             out: out.to_owned(),
             metrics,
             steps: BTreeMap::new(),
-            written: 0,
+            written: start,
             evals: BTreeMap::new(),
             digests: BTreeMap::new(),
             done: Vec::new(),
             times: Vec::new(),
             bench: false,
             emulation: None,
-            shards: Vec::new(),
+            saving: BTreeMap::new(),
+            checkpoint: None,
             last: Instant::now(),
             losses: Vec::new(),
             seconds: Vec::new(),
@@ -168,10 +180,13 @@ impl Recorder {
             print!("{}", bench.table(shared));
             return Ok(self.summary(None));
         }
-        let checkpoint =
-            checkpoint::complete(&self.setup, &self.out, self.setup.config.steps, std::mem::take(&mut self.shards))?;
+        if self.setup.start() == self.setup.config.steps {
+            println!("nothing is left to do: all {} steps are made, and saved", self.setup.config.steps);
+            let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
+            return Ok(self.summary(saved));
+        }
         self.print_memory(shared);
-        let summary = self.summary(Some(checkpoint));
+        let summary = self.summary(self.checkpoint.clone());
         self.print_summary(&summary);
         Ok(summary)
     }
@@ -189,15 +204,35 @@ impl Recorder {
             }
             Report::TableNorm { step, norm } => self.steps.entry(step).or_default().table = Some(norm),
             Report::Digest { place, step, digest } => self.compare(place, step, digest)?,
-            Report::Done { rank, shards, peak_bytes, times } => {
+            Report::Saved { place, step, shards } => self.saved(place, step, shards)?,
+            Report::Done { rank, peak_bytes, times } => {
                 self.times.push((rank, times));
-                self.shards.extend(shards);
                 self.done.push((rank, peak_bytes));
                 self.done.sort();
             }
             Report::Failed { .. } => {}
         }
         self.write_complete()
+    }
+
+    /// Completes the state of a step once all places have written theirs.
+    fn saved(&mut self, place: Place, step: usize, shards: Vec<Shard>) -> Result<()> {
+        let (places, files) = self.saving.entry(step).or_default();
+        places.insert(place);
+        files.extend(shards);
+        if places.len() < self.setup.grid.places().count() {
+            return Ok(());
+        }
+        let (_, mut files) = self.saving.remove(&step).unwrap_or_default();
+        files.sort_by(|a, b| (a.kind, a.stage, &a.file).cmp(&(b.kind, b.stage, &b.file)));
+        let manifest = Manifest::new(&self.setup.config, self.setup.parameters(), step, files);
+        self.checkpoint = Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
+        self.kept.push(step);
+        checkpoint::prune(&self.out, &mut self.kept, &self.setup.config.checkpoint);
+        if step < self.setup.config.steps {
+            self.progress.line(&format!("step {step:>6}  saved"));
+        }
+        Ok(())
     }
 
     /// Compares the copies of the tied table once all have told their digests.
@@ -306,20 +341,23 @@ impl Recorder {
 
     fn print_memory(&self, shared: bool) {
         let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
-        println!("\npeak memory, MiB       weights  gradient  optimizer  activations  transient  predicted  measured");
+        println!(
+            "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  saving  predicted  measured"
+        );
         let mut total = 0;
         for (rank, peak) in &self.done {
             let p = Prediction::new(&self.setup, *rank);
             total += p.total();
             let measured = peak.map_or("-".to_owned(), mib);
             println!(
-                "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>10} {measured:>9}",
+                "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>7} {:>10} {measured:>9}",
                 self.setup.grid.name(*rank),
                 mib(p.weights),
                 mib(p.gradient),
                 mib(p.optimizer),
                 mib(p.activations),
                 mib(p.transient),
+                mib(p.saving),
                 mib(p.total())
             );
         }
@@ -346,5 +384,28 @@ impl Recorder {
         if let Some(checkpoint) = &summary.checkpoint {
             println!("weights             {}", checkpoint.display());
         }
+    }
+}
+
+/// The lines of `metrics.jsonl` that a run which goes on at `start` will not write again: steps up to it, and evaluations
+/// before it.
+fn lines_before(text: &str, start: usize) -> String {
+    let stays = |line: &&str| {
+        let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        let step = value["step"].as_u64().map_or(usize::MAX, |step| step as usize);
+        step < start || (step == start && value.get("eval_loss").is_none())
+    };
+    text.lines().filter(stays).flat_map(|line| [line, "\n"]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_will_be_written_again_are_left_out() {
+        let text = "{\"step\":1,\"loss\":3}\n{\"step\":2,\"loss\":2}\n{\"step\":2,\"eval_loss\":2}\n{\"step\":3,\"loss\":1}\n{\"st";
+        let kept = |start| lines_before(text, start).lines().count();
+        assert_eq!([kept(0), kept(1), kept(2), kept(3), kept(9)], [0, 1, 2, 4, 4]);
     }
 }

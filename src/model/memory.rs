@@ -14,6 +14,11 @@ pub struct Remembered {
 }
 
 impl Remembered {
+    /// Remembers this from now on.
+    pub(super) fn recall(&mut self, states: Tensor) {
+        self.states = Some(states);
+    }
+
     /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is remembered.
     pub(super) fn extend(&mut self, x: &Tensor) -> Result<Tensor> {
         let context = match &self.states {
@@ -49,6 +54,11 @@ impl Memory {
     pub fn shallow_clone(&self) -> Memory {
         let copy = |r: &Remembered| Remembered { limit: r.limit, states: r.states.as_ref().map(Tensor::shallow_clone) };
         Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
+    }
+
+    /// What layer number `layer` of the stack remembers.
+    pub(super) fn states(&self, layer: usize) -> Option<&Tensor> {
+        self.layers.get(layer)?.states.as_ref()
     }
 
     /// The memories of `count` layers.

@@ -306,6 +306,28 @@ impl Stack {
         self.layers.iter().filter(|(layer, _)| layer.remembers()).count()
     }
 
+    /// What the layers remember, by their names.
+    pub fn remembered<'a>(&self, memory: &'a Memory) -> Vec<(String, &'a Tensor)> {
+        let layers = self.layers.iter().enumerate();
+        layers.filter_map(|(i, (layer, _))| Some((layer.name(), memory.states(i)?))).collect()
+    }
+
+    /// A memory of up to `limit` tokens with what `states` says of each layer that remembers, by its name.
+    ///
+    /// # Errors
+    /// Those of `states`.
+    pub fn recalled(&self, limit: usize, states: impl Fn(&str) -> Result<Option<Tensor>>) -> Result<Memory> {
+        let mut memory = Memory::new(limit);
+        for ((layer, _), remembered) in self.layers.iter().zip(memory.of(self.layers.len())) {
+            if layer.remembers()
+                && let Some(states) = states(&layer.name())?
+            {
+                remembered.recall(states);
+            }
+        }
+        Ok(memory)
+    }
+
     /// f32 values that a backward holds for a moment, whatever the tokens.
     pub fn transient(&self) -> usize {
         let head = self.head.as_ref().map_or(0, |(head, _)| head.transient());

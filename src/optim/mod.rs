@@ -87,6 +87,26 @@ impl Optimizer {
         }
     }
 
+    /// The moments: names, and values in the order of the weights.
+    pub fn state(&self) -> Vec<(&'static str, &[f32])> {
+        let all = [("first", &self.first), ("second", &self.second)];
+        all.into_iter().filter(|(_, values)| !values.is_empty()).map(|(name, values)| (name, &values[..])).collect()
+    }
+
+    /// The state after `updates` updates, each moment by its name.
+    ///
+    /// # Errors
+    /// Those of `moment`.
+    pub fn restore(&mut self, updates: usize, moment: impl Fn(&'static str) -> Result<Vec<f32>>) -> Result<()> {
+        for (name, values) in [("first", &mut self.first), ("second", &mut self.second)] {
+            if !values.is_empty() {
+                *values = moment(name)?;
+            }
+        }
+        self.updates = i32::try_from(updates).unwrap_or(i32::MAX);
+        Ok(())
+    }
+
     /// Writes the next version and clears the gradient. Every value is computed by itself, so the result does not
     /// depend on the number of threads.
     pub fn update(&mut self, update: Update) {

@@ -49,18 +49,19 @@ struct Ledger<'a> {
 
 impl<'a> Ledger<'a> {
     fn new(schedule: &'a Schedule, stage: usize) -> Ledger<'a> {
+        let start = schedule.sync.start;
         Ledger {
             schedule,
             stage,
-            forwards: 0,
-            backwards: 0,
+            forwards: start * schedule.microbatches,
+            backwards: start * schedule.microbatches,
             reduced: None,
-            updates: 0,
-            parts: 0,
-            received: 0,
-            joined: 0,
+            updates: start,
+            parts: start,
+            received: start,
+            joined: start,
             reduced_table: None,
-            tables: 0,
+            tables: start,
         }
     }
 
@@ -69,10 +70,10 @@ impl<'a> Ledger<'a> {
         if !self.updates_table() {
             self.tables = tables;
         }
-        if action.pass == Pass::Eval {
+        if action.pass == Pass::Eval || action.op == Op::Save {
             let tied = !self.schedule.uses_table(self.stage) || self.tables == action.step;
             let drained = self.backwards == self.forwards && self.updates == action.step && tied;
-            return if drained { Ok(()) } else { Err("an evaluation before the pipeline is drained".into()) };
+            return if drained { Ok(()) } else { Err("an evaluation or a save before the pipeline is drained".into()) };
         }
         let m = self.schedule.microbatches;
         let number = action.step * m + action.microbatch;

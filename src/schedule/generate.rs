@@ -25,14 +25,15 @@ pub struct Actions<'a> {
 
 impl<'a> Actions<'a> {
     pub(super) fn new(schedule: &'a Schedule, stage: usize) -> Actions<'a> {
-        let segment = (0, if schedule.sync.steps == 0 { 0 } else { schedule.sync.after(0) });
+        let start = schedule.sync.start;
+        let segment = (start, if schedule.sync.steps == start { start } else { schedule.sync.after(start) });
         Actions {
             schedule,
             stage,
             segment,
             next: None,
             pending_update: None,
-            table: 0,
+            table: start,
             pending_table: None,
             queue: VecDeque::new(),
             done: false,
@@ -71,6 +72,9 @@ impl<'a> Actions<'a> {
         if i + 1 == count + ahead {
             self.update_now();
             self.table_at_sync(end);
+            if self.schedule.saves_at(end) {
+                self.push(Op::Save, Pass::Train, end, 0);
+            }
             self.segment = (end, self.schedule.sync.after(end));
             self.next = None;
         }
@@ -217,7 +221,7 @@ impl Iterator for Actions<'_> {
 #[cfg(test)]
 mod tests {
     use crate::delay::SyncPoints;
-    use crate::schedule::{Evals, Kind, Schedule};
+    use crate::schedule::{Evals, Kind, Op, Schedule};
 
     fn list(schedule: &Schedule, stage: usize) -> String {
         schedule.actions(stage).map(|a| a.to_string()).collect::<Vec<_>>().join(" ")
@@ -246,6 +250,25 @@ mod tests {
             "0L0.0 0F0.0 0SA0.0 0L0.1 0F0.1 0SA0.1 0RG0.0 0B0.0 0L1.0 0F1.0 0SA1.0 0RG0.1 0B0.1 0R0 0L1.1 0F1.1 \
              0SA1.1 0U0 0RG1.0 0B1.0 0RG1.1 0B1.1 0R1 0U1"
         );
+    }
+
+    #[test]
+    fn a_run_goes_on_where_it_was_saved() {
+        let mut schedule = Schedule::new(Kind::Decoupled, 3, 2, 1, SyncPoints::ends(9));
+        (schedule.saves, schedule.tie) = (Some(4), super::super::Tie::Aligned);
+        schedule.sync.periods.push(4);
+        for stage in 0..3 {
+            let whole: Vec<_> = schedule.actions(stage).collect();
+            assert_eq!(whole.iter().filter(|a| a.op == Op::Save).map(|a| a.step).collect::<Vec<_>>(), [4, 8, 9]);
+            for start in [4, 8] {
+                let mut rest = schedule.clone();
+                rest.sync.start = start;
+                let from = whole.iter().position(|a| a.op == Op::Save && a.step == start).unwrap();
+                assert_eq!(rest.actions(stage).collect::<Vec<_>>(), whole[from + 1..], "stage {stage} from {start}");
+            }
+        }
+        schedule.sync.start = 9;
+        assert_eq!(schedule.actions(0).count(), 0);
     }
 
     #[test]

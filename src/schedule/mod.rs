@@ -104,10 +104,12 @@ pub enum Op {
     AwaitTable,
     /// At a sync point: tell the digest of this copy of the table.
     Digest,
+    /// At a sync point: save weights, state of the optimizer, and what the layers remember.
+    Save,
 }
 
 impl Op {
-    const CODES: [(Op, &'static str); 17] = [
+    const CODES: [(Op, &'static str); 18] = [
         (Op::Load, "L"),
         (Op::RecvActivation, "RA"),
         (Op::Forward, "F"),
@@ -125,6 +127,7 @@ impl Op {
         (Op::UpdateTable, "TU"),
         (Op::AwaitTable, "AT"),
         (Op::Digest, "D"),
+        (Op::Save, "S"),
     ];
 
     /// The letters of the printed form.
@@ -137,7 +140,7 @@ impl Op {
         use Op::*;
         let table =
             matches!(self, Part | RecvPart | ReduceTable | SendTable | RecvTable | UpdateTable | AwaitTable | Digest);
-        table || matches!(self, Reduce | Update)
+        table || matches!(self, Reduce | Update | Save)
     }
 }
 
@@ -249,6 +252,8 @@ pub struct Schedule {
     pub delays: Vec<usize>,
     pub sync: SyncPoints,
     pub evals: Option<Evals>,
+    /// Saves at every multiple of so many steps, and at the end; none: nothing is saved.
+    pub saves: Option<usize>,
     pub placement: Placement,
     pub tie: Tie,
 }
@@ -271,7 +276,7 @@ impl Schedule {
             ahead.iter().map(|a| least_delay(*a, microbatches)).collect()
         };
         let (placement, tie) = (Placement::Line, Tie::Untied);
-        Schedule { kind, stages, microbatches, ahead, delays, sync, evals: None, placement, tie }
+        Schedule { kind, stages, microbatches, ahead, delays, sync, evals: None, saves: None, placement, tie }
     }
 
     /// The action list of one stage, made lazily: a run may have millions of actions.
@@ -331,6 +336,11 @@ impl Schedule {
         self.evals.is_some_and(|e| t > 0 && (t == self.sync.steps || t.is_multiple_of(e.every)))
     }
 
+    /// Whether the state at step boundary `t` is saved.
+    pub fn saves_at(&self, t: usize) -> bool {
+        self.saves.is_some_and(|every| t > self.sync.start && (t == self.sync.steps || t.is_multiple_of(every)))
+    }
+
     /// The versions of its weights that a stage holds at most.
     pub fn versions_held(&self, stage: usize) -> usize {
         self.delays[stage] + 1
@@ -355,9 +365,10 @@ mod tests {
 
     #[test]
     fn actions_print_and_parse() {
-        for text in
-            ["2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9"]
-        {
+        for text in [
+            "2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9",
+            "2S40",
+        ] {
             assert_eq!(text.parse::<Action>().unwrap().to_string(), text);
         }
         for wrong in ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"] {

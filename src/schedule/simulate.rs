@@ -128,7 +128,7 @@ impl World {
                 self.tables.insert(replica, (action.step + 1, start));
                 self.used(Op::ReduceTable, action);
             }
-            Op::Load | Op::UpdateTable | Op::AwaitTable | Op::Digest => {}
+            Op::Load | Op::UpdateTable | Op::AwaitTable | Op::Digest | Op::Save => {}
         }
         Ok(start)
     }
@@ -274,7 +274,8 @@ impl Long {
         long.sync.warm_up = 0;
         long.sync.periods.clear();
         long.sync.at.clear();
-        long.evals = None;
+        (long.evals, long.saves) = (None, None);
+        long.sync.start = 0;
         let devices = schedule.grid(1).devices();
         let lists: Vec<Vec<Action>> = (0..devices).map(|device| long.device_actions(device).collect()).collect();
         let spans = simulate_stages(&long, &lists, stages, message)?;

@@ -57,6 +57,10 @@ fn check_numbers(config: &Config) -> Result<()> {
     if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
         return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
     }
+    let saves = &config.checkpoint;
+    at_least_one("checkpoint.every", saves.every.unwrap_or(1))?;
+    at_least_one("checkpoint.keep_last", saves.keep_last)?;
+    at_least_one("checkpoint.keep_every", saves.keep_every.unwrap_or(1))?;
     match &config.eval {
         Some(eval) => {
             at_least_one("eval.every", eval.every)?;

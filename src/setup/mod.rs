@@ -2,15 +2,21 @@
 
 mod checks;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use tch::Tensor;
+
+use crate::checkpoint::{Checkpoint, Kind};
 use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
 use crate::data::{Corpus, Shape, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
-use crate::model::{self, Dimensions, Stack};
+use crate::model::{self, Dimensions, Memory, Stack};
+use crate::optim::Optimizer;
+use crate::params::{Layout, slice};
 use crate::partition;
 use crate::schedule::{Evals, Schedule, check};
 use crate::table::End;
@@ -33,6 +39,8 @@ pub struct Setup {
     pub rows: usize,
     /// Held-out windows, or streams, of one evaluation, a replica.
     pub eval_share: usize,
+    /// The saved state that the run goes on from; none: it begins with initial weights.
+    pub resumed: Option<Arc<Checkpoint>>,
 }
 
 impl Setup {
@@ -62,7 +70,57 @@ impl Setup {
             None => 0,
         };
         check_schedule(&schedule, grid)?;
-        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_share })
+        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_share, resumed: None })
+    }
+
+    /// The same run from a saved state on.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about a setting that would make another run of it.
+    pub fn resume(self, saved: Checkpoint) -> Result<Setup> {
+        saved.fits(&self.config)?;
+        let mut schedule = self.schedule;
+        schedule.sync.start = saved.step();
+        Ok(Setup { schedule, resumed: Some(Arc::new(saved)), ..self })
+    }
+
+    /// The step that the run begins with.
+    pub fn start(&self) -> usize {
+        self.schedule.sync.start
+    }
+
+    /// The weights that a set of parameters begins with.
+    ///
+    /// # Errors
+    /// Saved ones that cannot be read.
+    pub fn first_weights(&self, layout: &Layout) -> Result<Tensor> {
+        match &self.resumed {
+            Some(saved) => saved.flat(Kind::Weights, layout),
+            None => layout.initial(self.config.seed),
+        }
+    }
+
+    /// The optimizer of a set of parameters, as far as it has come.
+    ///
+    /// # Errors
+    /// Threads that cannot be started, or a saved state that cannot be read.
+    pub fn optimizer(&self, layout: &Layout) -> Result<Optimizer> {
+        let mut optimizer = Optimizer::new(&self.config.optimizer, layout, self.config.threads)?;
+        if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
+            optimizer.restore(saved.step(), |name| Ok(slice(&saved.flat(Kind::of_moment(name), layout)?).to_vec()))?;
+        }
+        Ok(optimizer)
+    }
+
+    /// What the layers of a stage remember of the rows of every microbatch.
+    ///
+    /// # Errors
+    /// A saved state that cannot be read.
+    pub fn memories(&self, stack: &Stack, replica: usize) -> Result<BTreeMap<usize, Memory>> {
+        let Some(saved) = &self.resumed else { return Ok(BTreeMap::new()) };
+        let of =
+            |j| stack.recalled(self.config.model.mem_len, |layer| saved.memory(layer, self.train_rows(replica, j)));
+        (0..self.config.microbatches).map(|j| Ok((j, of(j)?))).collect()
     }
 
     /// The layers of one stage.
@@ -234,9 +292,11 @@ fn schedule(config: &Config) -> Result<Schedule> {
     sync.warm_up = config.sync_steps;
     sync.at.extend(&config.sync_at);
     sync.periods.extend(config.eval.as_ref().map(|eval| eval.every));
+    sync.periods.extend(config.checkpoint.every);
     let stages = config.grid.stages;
     let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
     (schedule.placement, schedule.tie) = (config.grid.placement, config.model.tie);
+    schedule.saves = Some(config.checkpoint.every.unwrap_or(config.steps));
     let Some(delays) = &config.grid.delays else { return Ok(schedule) };
     if config.schedule.synchronous() {
         return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));

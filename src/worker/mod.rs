@@ -1,13 +1,14 @@
 //! One device at work: takes its action list and does what each action says.
 
 mod tied;
+mod writer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::checkpoint;
+use crate::checkpoint::Snapshot;
 use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
 use crate::config::ModelConfig;
 use crate::data::{Batch, Batches};
@@ -26,12 +27,12 @@ use crate::setup::Setup;
 use crate::stage::{At, Bucket, Input, Output, Settings, Slot, Stage, is_finite};
 use crate::table::Table;
 use tied::table_of;
+use writer::Writer;
 
 /// A device with everything it needs.
 pub struct Worker {
     setup: Arc<Setup>,
     rank: usize,
-    out: PathBuf,
     /// One, or two on the first device of a ring.
     posts: Vec<Post>,
     /// The tied table, if a place here uses it, and its all-reduce under way.
@@ -42,6 +43,8 @@ pub struct Worker {
     mode: Mode,
     gauge: Option<Gauge>,
     clock: Clock,
+    /// Saves beside the training.
+    writer: Option<Writer>,
 }
 
 /// A place with what is its own; the registers hold what one action leaves for the next.
@@ -95,7 +98,8 @@ impl Worker {
         let reports = ports.reports;
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
         let clock = Clock::new(&setup.schedule, &stages);
-        Ok(Worker { rank, out, posts, table, table_reduction: None, reports, batches, mode, gauge, clock, setup })
+        let writer = Some(Writer::start(out, reports.clone())?);
+        Ok(Worker { rank, posts, table, table_reduction: None, reports, batches, mode, gauge, clock, writer, setup })
     }
 
     /// Runs the whole action list, then writes the weights (replica 0) and says goodbye.
@@ -126,6 +130,7 @@ impl Worker {
                 Op::UpdateTable => self.update_table(&action)?,
                 Op::AwaitTable => self.await_table(&action)?,
                 Op::Digest => self.digest(&action)?,
+                Op::Save => self.save(&action)?,
             }
             self.clock.passed(&action);
         }
@@ -321,20 +326,34 @@ impl Worker {
     }
 
     fn finish(mut self) -> Result<()> {
-        let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
-        let mut shards = Vec::new();
-        for post in &self.posts {
-            if post.place.replica > 0 || self.mode.bench {
-                continue;
-            }
-            let table =
-                self.table.as_ref().filter(|_| post.place.stage == 0).map(|table| (table.layout(), table.flat()));
-            let own = (post.stage.versions.layout(), post.stage.versions.flat());
-            let weights: Vec<_> = table.into_iter().chain([own]).collect();
-            shards.push(checkpoint::write_shard(&self.out, self.setup.config.steps, post.place.stage, &weights)?);
+        if let Some(writer) = self.writer.take() {
+            writer.finish()?;
         }
+        let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
         let times = self.clock.times();
-        self.reports.send(Report::Done { rank: self.rank, shards, peak_bytes, times })
+        self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })
+    }
+
+    /// Copies the state of a place and lets the writer save it beside the training.
+    fn save(&mut self, action: &Action) -> Result<()> {
+        if self.mode.bench {
+            return Ok(());
+        }
+        let setup = Arc::clone(&self.setup);
+        let post = &self.posts[action.stage / setup.grid.devices()];
+        let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);
+        if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
+            snapshot.add(table.layout(), table.flat(), table.optimizer())?;
+        }
+        snapshot.add(post.stage.versions.layout(), post.stage.versions.flat(), &post.optimizer)?;
+        for (microbatch, memory) in post.stage.memories() {
+            let rows = setup.train_rows(post.place.replica, *microbatch);
+            snapshot.remember(rows.start, post.stage.stack().remembered(memory));
+        }
+        match &self.writer {
+            Some(writer) => writer.save(snapshot),
+            None => Err(Error::Internal("nobody writes checkpoints".into())),
+        }
     }
 
     fn injected(&self, fault: Fault, place: Place, step: usize) -> bool {
@@ -363,10 +382,11 @@ impl Post {
         let config = &setup.config;
         let stack = setup.stack(place.stage);
         let layout = Layout::new(&stack.own());
-        let optimizer = Optimizer::new(&config.optimizer, &layout, config.threads)?;
-        let initial = layout.initial(config.seed)?;
+        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
+        let memories = setup.memories(&stack, place.replica)?;
         let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage), 1)?;
-        let stage = Stage::new(place, stack, versions, Settings::new(config));
+        let mut stage = Stage::new(place, stack, versions.at(setup.start()), Settings::new(config));
+        stage.recall(memories);
         let (reductions, unreduced) = (Vec::new(), stage.versions.layout().len);
         let registers = Registers::default();
         let (loss, eval) = (0.0, (0.0, 0));

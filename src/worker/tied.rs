@@ -10,7 +10,7 @@ use crate::inject::Fault;
 use crate::metrics::Report;
 use crate::metrics::clock::Share;
 use crate::model;
-use crate::optim::{Optimizer, learning_rate};
+use crate::optim::learning_rate;
 use crate::params::{Layout, slice_mut};
 use crate::schedule::{Action, Pass};
 use crate::setup::Setup;
@@ -124,7 +124,7 @@ pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
         return Ok(None);
     }
     let layout = Layout::new(&model::table(&setup.dimensions));
-    let optimizer = Optimizer::new(&setup.config.optimizer, &layout, setup.config.threads)?;
+    let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
     let held = setup.schedule.tables_held(rank % setup.grid.devices());
-    Table::new(layout, setup.config.seed, held, ends, optimizer).map(Some)
+    Ok(Some(Table::new(layout, initial, held, ends, optimizer)?.at(setup.start())))
 }

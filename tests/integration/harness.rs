@@ -37,7 +37,7 @@ warmup = 2
 pub struct Outcome {
     /// Lines of `metrics.jsonl` without their times.
     pub lines: Vec<serde_json::Value>,
-    /// Bytes of every file of weights, by name.
+    /// Bytes of every file of the saved states, by name: weights, state of the optimizer, memories.
     pub weights: Vec<(String, Vec<u8>)>,
 }
 
@@ -63,6 +63,11 @@ impl Outcome {
         }
         weights.sort();
         Outcome { lines: lines.collect(), weights }
+    }
+
+    /// Files of weights: one a stage.
+    pub fn stages(&self) -> usize {
+        self.weights.iter().filter(|(name, _)| name.matches('.').count() == 1).count()
     }
 
     /// The `loss` column.

@@ -10,3 +10,4 @@ mod plain;
 mod prepare;
 mod real_text;
 mod reference;
+mod resume;

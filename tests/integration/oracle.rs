@@ -234,7 +234,7 @@ fn compare(numbers: std::ops::Range<usize>) {
         assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
         assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
         assert_eq!(grid.losses().len(), setup.config.steps, "{sets:?}");
-        assert_eq!(grid.weights.len(), setup.grid.stages, "{sets:?}");
+        assert_eq!(grid.stages(), setup.grid.stages, "{sets:?}");
     }
 }
 

@@ -1,0 +1,228 @@
+//! Saved runs: `DIR/checkpoints/step-N/`, the whole state at sync point N. Everything is stored under global names, so
+//! a run can go on with another grid.
+//!
+//! ```text
+//! stage-K.safetensors             the parameters of a stage by name, f32; a tied table stands once, with stage 0
+//! stage-K.first.safetensors       the optimizer's moments under the names of their parameters
+//! stage-K.second.safetensors
+//! stage-K.replica-R.memory.safetensors     what a Transformer-XL remembers: `LAYER/ROW`, the rows of the batch from ROW on
+//! vocabulary.json                 of characters and words
+//! manifest.json                   step, config, grid, versions; size, digest and tensors of every file
+//! ```
+//!
+//! ```text
+//! every place    copies its state at the sync point, goes on training; a thread of its own writes the copy into
+//!                step-N.tmp/, waits for the disk, and reports the files
+//! rank 0         when all places have reported: the manifest last, then one rename to step-N/; then old ones are removed
+//! ```
+//!
+//! So a folder without `.tmp` is complete, whenever the run is killed; and it is believed only if every file has the
+//! size and the digest that the manifest says. Replicas hold the same state and share the files of a stage out.
+
+mod snapshot;
+mod saved;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+pub use saved::Checkpoint;
+pub use snapshot::Snapshot;
+
+use crate::config::{CheckpointConfig, Config, Tokenizer};
+use crate::data::Vocabulary;
+use crate::error::{Error, Result};
+
+const MANIFEST: &str = "manifest.json";
+/// Of characters or words; a model of bytes needs none.
+const VOCABULARY: &str = "vocabulary.json";
+const FORMAT: u32 = 3;
+
+/// What a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Weights,
+    /// The first and the second moments of the optimizer.
+    First,
+    Second,
+    Memory,
+}
+
+impl Kind {
+    /// The kind of an optimizer's moment.
+    pub fn of_moment(name: &str) -> Kind {
+        if name == "first" { Kind::First } else { Kind::Second }
+    }
+}
+
+/// A file of a saved run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shard {
+    pub file: String,
+    pub kind: Kind,
+    pub stage: usize,
+    pub bytes: u64,
+    /// xxh3 of the whole file.
+    pub digest: String,
+    /// The names of its tensors.
+    pub tensors: Vec<String>,
+}
+
+/// What stands beside the files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub format: u32,
+    /// The program's version and libtorch's.
+    pub program: String,
+    pub libtorch: String,
+    /// Updates made, and tokens read for them.
+    pub step: usize,
+    pub tokens: u64,
+    /// Values of all parameters.
+    pub parameters: usize,
+    /// The grid that has saved it; any other can go on.
+    pub grid: String,
+    /// When it was complete, milliseconds since 1970.
+    pub time_ms: u64,
+    pub shards: Vec<Shard>,
+    pub config: Config,
+}
+
+impl Manifest {
+    /// The manifest of a state at `step`, complete now.
+    pub fn new(config: &Config, parameters: usize, step: usize, shards: Vec<Shard>) -> Manifest {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Manifest {
+            format: FORMAT,
+            program: env!("CARGO_PKG_VERSION").into(),
+            libtorch: env!("OUROBOROS_LIBTORCH_VERSION").into(),
+            step,
+            tokens: (config.batch * config.data.sequence) as u64 * step as u64,
+            parameters,
+            grid: config.grid().to_string(),
+            time_ms: now.as_millis() as u64,
+            shards,
+            config: config.clone(),
+        }
+    }
+}
+
+fn folder(out: &Path, step: usize, suffix: &str) -> PathBuf {
+    out.join("checkpoints").join(format!("step-{step}{suffix}"))
+}
+
+/// The saved states in a run's folder, complete or not: step, suffix (empty, `.tmp`, `.old`), path.
+fn entries(out: &Path) -> Vec<(usize, String, PathBuf)> {
+    let parse = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        let rest = name.strip_prefix("step-")?;
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        Some((rest[..digits].parse().ok()?, rest[digits..].to_owned(), entry.path()))
+    };
+    fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten().filter_map(parse).collect()
+}
+
+/// Removes what an interrupted save has left.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn clear(out: &Path) -> io::Result<()> {
+    for (step, suffix, path) in entries(out) {
+        let last = folder(out, step, "");
+        match suffix.as_str() {
+            // The run ended between the two renames of `complete`: the earlier state is the last good one.
+            ".old" if !last.exists() => fs::rename(&path, &last)?,
+            ".old" | ".tmp" => remove(&path)?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn remove(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Writes the manifest over the complete files of its step and gives the folder its final name, which it returns.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if that cannot be done.
+pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Result<PathBuf> {
+    let step = manifest.step;
+    let (tmp, last, old) = (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
+    let text = serde_json::to_string_pretty(manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
+    let written = || -> io::Result<()> {
+        if manifest.config.data.tokenizer != Tokenizer::Bytes {
+            fs::write(tmp.join(VOCABULARY), serde_json::to_vec(vocabulary.listed())?)?;
+            File::open(tmp.join(VOCABULARY))?.sync_all()?;
+        }
+        fs::write(tmp.join(MANIFEST), text)?;
+        File::open(tmp.join(MANIFEST))?.sync_all()?;
+        File::open(&tmp)?.sync_all()?;
+        if last.exists() {
+            remove(&old)?;
+            fs::rename(&last, &old)?;
+        }
+        fs::rename(&tmp, &last)?;
+        File::open(out.join("checkpoints"))?.sync_all()
+    };
+    written().map_err(|error| Error::checkpoint(&last, format!("cannot be written ({error})")))?;
+    if let Err(error) = remove(&old) {
+        tracing::warn!(%error, "the state that was replaced cannot be removed");
+    }
+    Ok(last)
+}
+
+/// The steps of the complete states in a run's folder up to `step`.
+pub fn steps(out: &Path, step: usize) -> Vec<usize> {
+    let mut found: Vec<usize> = entries(out)
+        .into_iter()
+        .filter(|(of, suffix, _)| suffix.is_empty() && *of <= step)
+        .map(|(of, ..)| of)
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+/// Removes of the states at `steps`, of one run and in order, those that are not to be kept.
+pub fn prune(out: &Path, steps: &mut Vec<usize>, keep: &CheckpointConfig) {
+    let newest = steps.len().saturating_sub(keep.keep_last);
+    let for_ever = |step: usize| step == 0 || keep.keep_every.is_some_and(|every| step.is_multiple_of(every));
+    let gone: Vec<usize> = steps[..newest].iter().copied().filter(|step| !for_ever(*step)).collect();
+    for step in &gone {
+        // Renamed first: half of a state must not look like one.
+        let (last, tmp) = (folder(out, *step, ""), folder(out, *step, ".tmp"));
+        if let Err(error) = fs::rename(&last, &tmp).and_then(|()| remove(&tmp)) {
+            tracing::warn!(%error, step, "an old state cannot be removed");
+        }
+    }
+    steps.retain(|step| !gone.contains(step));
+}
+
+/// Size and digest of a file.
+fn digest(path: &Path) -> io::Result<(u64, String)> {
+    let (mut file, mut hash, mut bytes) = (File::open(path)?, Xxh3::new(), 0);
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((bytes, format!("{:016x}", hash.digest()))),
+            n => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// Where every tensor is.
+fn index(shards: &[Shard]) -> BTreeMap<(Kind, &str), &Shard> {
+    shards.iter().flat_map(|shard| shard.tensors.iter().map(move |name| ((shard.kind, name.as_str()), shard))).collect()
+}

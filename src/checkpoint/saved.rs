@@ -1,0 +1,298 @@
+//! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written them.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use tch::Tensor;
+
+use super::{Kind, MANIFEST, Manifest, Shard, VOCABULARY, digest, entries, index};
+use crate::config::{Config, Tokenizer};
+use crate::data::{Listed, Vocabulary};
+use crate::error::{Error, Result};
+use crate::model::Parameter;
+use crate::params::{Layout, slice_mut, zeros};
+use crate::schedule::Tie;
+
+/// A saved state whose files are there, in the sizes that the manifest says.
+#[derive(Debug)]
+pub struct Checkpoint {
+    pub path: PathBuf,
+    pub manifest: Manifest,
+    pub vocabulary: Vocabulary,
+}
+
+/// Keys of the model that may change when a run goes on: they shape no parameter.
+const FREE: [&str; 4] = ["dropout", "attention_dropout", "tie", "tie_gradient"];
+
+impl Checkpoint {
+    /// A saved state, or the newest one of a run's folder.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is none, or it is not as its manifest says.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        match Checkpoint::newest(path)? {
+            Some(found) => Ok(found),
+            None => Err(Error::checkpoint(path, "no saved weights here (a folder with manifest.json)")),
+        }
+    }
+
+    /// The state in `path` itself, or the newest of those under its `checkpoints/` (or right in it) that is good; none if
+    /// there is none at all. Those that are passed over are told on standard error.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there are some, and none of them is good.
+    pub fn newest(path: &Path) -> Result<Option<Checkpoint>> {
+        if path.join(MANIFEST).exists() {
+            return Checkpoint::read(path).map(Some);
+        }
+        // A path that names one state, whose manifest is gone, is no run's folder.
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with("step-") && path.is_dir() {
+            return Err(Error::checkpoint(&path.join(MANIFEST), "is missing"));
+        }
+        let run = if path.ends_with("checkpoints") { path.parent().unwrap_or(path) } else { path };
+        let mut folders: Vec<PathBuf> =
+            entries(run).into_iter().filter(|(_, suffix, _)| suffix.is_empty()).map(|(.., path)| path).collect();
+        folders.sort_by_key(|folder| std::cmp::Reverse(time(folder)));
+        let mut first = None;
+        for folder in folders {
+            match Checkpoint::read(&folder) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => {
+                    eprintln!("note: {error}; looking for an older one");
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        first.map_or(Ok(None), Err)
+    }
+
+    fn read(path: &Path) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::told(path)?;
+        checkpoint.manifest.shards.iter().try_for_each(|shard| checkpoint.verify(shard))?;
+        Ok(checkpoint)
+    }
+
+    /// What the manifest of a state says, which somebody has verified.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it cannot be read.
+    pub fn told(path: &Path) -> Result<Checkpoint> {
+        let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
+        let text = fs::read_to_string(path.join(MANIFEST)).map_err(|error| wrong(&error))?;
+        // The number of the format first: the rest may be another in another format.
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
+        if value["format"] != super::FORMAT {
+            let problem =
+                format!("format {} is not known to this version, which reads {}", value["format"], super::FORMAT);
+            return Err(wrong(&problem));
+        }
+        let manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+        let vocabulary = vocabulary(path, manifest.config.data.tokenizer)?;
+        Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
+    }
+
+    fn verify(&self, shard: &Shard) -> Result<()> {
+        let file = self.path.join(&shard.file);
+        let found = fs::metadata(&file).map_err(|error| Error::checkpoint(&file, error))?.len();
+        if found != shard.bytes {
+            return Err(Error::checkpoint(&file, format!("{found} bytes instead of {}", shard.bytes)));
+        }
+        let (_, found) = digest(&file).map_err(|error| Error::checkpoint(&file, error))?;
+        if found != shard.digest {
+            return Err(Error::checkpoint(&file, format!("its digest is {found} instead of {}", shard.digest)));
+        }
+        Ok(())
+    }
+
+    pub fn step(&self) -> usize {
+        self.manifest.step
+    }
+
+    /// Whether a run with this config is the same one: what may not change is named.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the setting.
+    pub fn fits(&self, config: &Config) -> Result<()> {
+        let (old, new) = (&self.manifest.config, config);
+        let path = self.path.display();
+        let differs = |setting: &str, old: &dyn std::fmt::Display, new: &dyn std::fmt::Display| {
+            Err(Error::config(setting, new, format!("{path} was trained with {old}, and a run goes on as it began")))
+        };
+        let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
+        let (before, now) = (json(old), json(new));
+        let keys = before.as_object().into_iter().chain(now.as_object()).flat_map(|object| object.keys());
+        for key in keys.filter(|key| !FREE.contains(&key.as_str())) {
+            if before.get(key) != now.get(key) {
+                let show = |value: &serde_json::Value| value.get(key).map_or("none".to_owned(), ToString::to_string);
+                return differs(&format!("model.{key}"), &show(&before), &show(&now));
+            }
+        }
+        if (old.model.tie == Tie::Untied) != (new.model.tie == Tie::Untied) {
+            return differs("model.tie", &format!("{:?}", old.model.tie), &format!("{:?}", new.model.tie));
+        }
+        if old.data.tokenizer != new.data.tokenizer {
+            return differs("data.tokenizer", &old.data.tokenizer.word(), &new.data.tokenizer.word());
+        }
+        let kinds = (format!("{:?}", old.optimizer.kind), format!("{:?}", new.optimizer.kind));
+        if kinds.0 != kinds.1 {
+            return differs("optimizer.kind", &kinds.0, &kinds.1);
+        }
+        let numbers = [
+            ("batch", old.batch as u64, new.batch as u64),
+            ("data.sequence", old.data.sequence as u64, new.data.sequence as u64),
+            ("seed", old.seed, new.seed),
+        ];
+        if let Some((setting, old, new)) = numbers.into_iter().find(|(_, old, new)| old != new) {
+            return differs(setting, &old, &new);
+        }
+        if self.step() > new.steps {
+            return Err(Error::config("steps", new.steps, format!("{path} has made {} already", self.step())));
+        }
+        Ok(())
+    }
+
+    /// The values of the given parameters, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one is missing, has another shape, or if there are others.
+    pub fn values(&self, parameters: &[Parameter]) -> Result<Vec<Tensor>> {
+        let names = self.manifest.shards.iter().filter(|shard| shard.kind == Kind::Weights).flat_map(|s| &s.tensors);
+        if let Some(name) = names.into_iter().find(|name| parameters.iter().all(|p| p.name != **name)) {
+            return Err(Error::checkpoint(&self.path, format!("the config's model has no parameter {name}")));
+        }
+        let layout = Layout::new(parameters);
+        layout.views(&self.flat(Kind::Weights, &layout)?)
+    }
+
+    /// A flat buffer of saved values of one kind.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one is missing or has another shape.
+    pub fn flat(&self, kind: Kind, layout: &Layout) -> Result<Tensor> {
+        let mut flat = zeros(layout.len)?;
+        let values = slice_mut(&mut flat);
+        let places = index(&self.manifest.shards);
+        let mut open: Option<(&str, Tensors)> = None;
+        for entry in &layout.entries {
+            let parameter = &entry.parameter;
+            let shard = places.get(&(kind, parameter.name.as_str())).ok_or_else(|| {
+                let of = if kind == Kind::Weights { "parameter" } else { "optimizer state of" };
+                Error::checkpoint(&self.path, format!("no {of} {}", parameter.name))
+            })?;
+            let path = self.path.join(&shard.file);
+            if open.as_ref().is_none_or(|(file, _)| *file != shard.file) {
+                open = Some((&shard.file, Tensors::open(&path)?));
+            }
+            let Some((_, file)) = &mut open else { continue };
+            let (shape, found) = file.read(&parameter.name).map_err(|error| Error::checkpoint(&path, error))?;
+            if shape != parameter.shape {
+                let problem = format!("{} is {shape:?}, the config asks for {:?}", parameter.name, parameter.shape);
+                return Err(Error::checkpoint(&self.path, problem));
+            }
+            values[entry.offset..entry.offset + parameter.count()].copy_from_slice(&found);
+        }
+        Ok(flat)
+    }
+
+    /// What a layer remembers of some rows of the batch, [rows, tokens, D]; none if it remembers nothing.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if rows are missing.
+    pub fn memory(&self, layer: &str, rows: Range<usize>) -> Result<Option<Tensor>> {
+        let mut pieces = Vec::new();
+        for shard in self.manifest.shards.iter().filter(|shard| shard.kind == Kind::Memory) {
+            let starts = shard.tensors.iter().filter_map(|name| name.strip_prefix(layer)?.strip_prefix('/'));
+            let path = self.path.join(&shard.file);
+            for start in starts.filter_map(|start| start.parse::<usize>().ok()) {
+                let wrong = |error| Error::checkpoint(&path, error);
+                let (shape, values) = Tensors::open(&path)?.read(&format!("{layer}/{start}")).map_err(wrong)?;
+                let have = start..start + shape[0] as usize;
+                let common = have.start.max(rows.start)..have.end.min(rows.end);
+                if !common.is_empty() {
+                    let piece = Tensor::f_from_slice(&values)?.f_view(&shape[..])?;
+                    let piece = piece.f_narrow(0, (common.start - start) as i64, common.len() as i64)?;
+                    pieces.push((common.start, piece));
+                }
+            }
+        }
+        pieces.sort_by_key(|(start, _)| *start);
+        let pieces: Vec<Tensor> = pieces.into_iter().map(|(_, piece)| piece).collect();
+        match pieces.iter().map(|piece| piece.size()[0] as usize).sum::<usize>() {
+            0 => Ok(None),
+            found if found == rows.len() => Ok(Some(Tensor::f_cat(&pieces, 0)?)),
+            found => {
+                let problem = format!("{layer} remembers {found} of the rows {} to {}", rows.start, rows.end - 1);
+                Err(Error::checkpoint(&self.path, problem))
+            }
+        }
+    }
+}
+
+/// When a state was complete. One whose manifest is damaged counts as the newest: that it is passed over must be told.
+fn time(folder: &Path) -> u64 {
+    let text = fs::read_to_string(folder.join(MANIFEST)).unwrap_or_default();
+    let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    value["time_ms"].as_u64().unwrap_or(u64::MAX)
+}
+
+/// A file of tensors, of which only the asked ones are read.
+struct Tensors {
+    file: File,
+    /// Where the values begin, and the tensors by their names.
+    values: u64,
+    infos: HashMap<String, TensorInfo>,
+}
+
+impl Tensors {
+    fn open(path: &Path) -> Result<Tensors> {
+        let read = || -> std::io::Result<Tensors> {
+            let mut file = File::open(path)?;
+            let mut length = [0u8; 8];
+            file.read_exact(&mut length)?;
+            let length = u64::from_le_bytes(length);
+            if length > file.metadata()?.len() {
+                return Err(std::io::Error::other("its header is longer than the file"));
+            }
+            let mut header = vec![0u8; length as usize];
+            file.read_exact(&mut header)?;
+            let metadata: Metadata = serde_json::from_slice(&header)?;
+            let infos = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+            Ok(Tensors { file, values: 8 + length, infos })
+        };
+        read().map_err(|error| Error::checkpoint(path, error))
+    }
+
+    /// Shape and values of a tensor of f32.
+    fn read(&mut self, name: &str) -> std::result::Result<(Vec<i64>, Vec<f32>), String> {
+        let info = self.infos.get(name).ok_or_else(|| format!("no tensor {name}"))?;
+        if info.dtype != Dtype::F32 {
+            return Err(format!("{name} holds {:?}, not f32", info.dtype));
+        }
+        let start = info.data_offsets.0;
+        let mut bytes = vec![0u8; info.shape.iter().product::<usize>() * 4];
+        let at = SeekFrom::Start(self.values + start as u64);
+        self.file.seek(at).and_then(|_| self.file.read_exact(&mut bytes)).map_err(|error| error.to_string())?;
+        let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        Ok((info.shape.iter().map(|n| *n as i64).collect(), values))
+    }
+}
+
+/// The vocabulary that stands beside the weights.
+fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
+    if tokenizer == Tokenizer::Bytes {
+        return Ok(Vocabulary::bytes());
+    }
+    let file = path.join(VOCABULARY);
+    let text = fs::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
+    let listed: Listed = serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
+    if listed.tokenizer != tokenizer {
+        let problem = format!("of tokenizer `{}`, the manifest says `{}`", listed.tokenizer.word(), tokenizer.word());
+        return Err(Error::checkpoint(&file, problem));
+    }
+    Ok(Vocabulary::of(listed))
+}

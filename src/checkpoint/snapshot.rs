@@ -1,0 +1,134 @@
+//! The state of a place at a sync point, copied so that training can go on, and its way to the disk.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use tch::Tensor;
+
+use super::{Kind, Shard, digest, folder};
+use crate::error::{Error, Result};
+use crate::grid::Place;
+use crate::optim::Optimizer;
+use crate::params::{Layout, bytes};
+
+/// One file to be: named values, each with its shape.
+struct Content {
+    kind: Kind,
+    /// Flat buffers with the layout of what is in them.
+    flats: Vec<(Layout, Tensor)>,
+    /// Tensors by themselves.
+    single: Vec<(String, Tensor)>,
+}
+
+/// A copy of what a place has to save.
+pub struct Snapshot {
+    pub place: Place,
+    pub step: usize,
+    replicas: usize,
+    contents: Vec<Content>,
+}
+
+impl Snapshot {
+    /// Nothing yet, of a place of `replicas` that share the files out.
+    pub fn new(place: Place, step: usize, replicas: usize) -> Snapshot {
+        Snapshot { place, step, replicas, contents: Vec::new() }
+    }
+
+    /// Whether this place writes the files of a kind.
+    fn writes(&self, kind: Kind) -> bool {
+        kind == Kind::Memory || kind as usize % self.replicas == self.place.replica
+    }
+
+    fn content(&mut self, kind: Kind) -> &mut Content {
+        let i = self.contents.iter().position(|content| content.kind == kind).unwrap_or_else(|| {
+            self.contents.push(Content { kind, flats: Vec::new(), single: Vec::new() });
+            self.contents.len() - 1
+        });
+        &mut self.contents[i]
+    }
+
+    /// Copies weights and their optimizer's state, as far as this replica writes them.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) -> Result<()> {
+        if self.writes(Kind::Weights) {
+            self.add_weights(layout, weights)?;
+        }
+        for (name, values) in optimizer.state() {
+            let kind = Kind::of_moment(name);
+            if self.writes(kind) {
+                self.content(kind).flats.push((layout.clone(), Tensor::f_from_slice(values)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies weights alone.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) -> Result<()> {
+        let copy = weights.f_detach_copy()?;
+        self.content(Kind::Weights).flats.push((layout.clone(), copy));
+        Ok(())
+    }
+
+    /// What layers remember of the rows of the batch from `row` on. Memories are never written again, so handles do.
+    pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) {
+        for (layer, states) in states {
+            self.content(Kind::Memory).single.push((format!("{layer}/{row}"), states.shallow_clone()));
+        }
+    }
+
+    /// Writes everything into `step-N.tmp/` and waits for the disk.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if a file cannot be written.
+    pub fn write(&self, out: &Path) -> Result<Vec<Shard>> {
+        let folder = folder(out, self.step, ".tmp");
+        fs::create_dir_all(&folder).map_err(|error| Error::checkpoint(&folder, format!("cannot be made ({error})")))?;
+        self.contents.iter().map(|content| content.write(&folder, self.place)).collect()
+    }
+}
+
+impl Content {
+    fn write(&self, folder: &Path, place: Place) -> Result<Shard> {
+        let Place { stage, replica } = place;
+        let file = match self.kind {
+            Kind::Weights => format!("stage-{stage}.safetensors"),
+            Kind::First => format!("stage-{stage}.first.safetensors"),
+            Kind::Second => format!("stage-{stage}.second.safetensors"),
+            Kind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
+        };
+        let path = folder.join(&file);
+        let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path, format!("cannot be written ({error})"));
+        let single: Vec<(String, Tensor)> = self
+            .single
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), tensor.f_contiguous()?)))
+            .collect::<Result<_>>()?;
+        let rows: Vec<Tensor> = single.iter().map(|(_, tensor)| Ok(tensor.f_view([-1])?)).collect::<Result<_>>()?;
+        let mut views: Vec<(String, TensorView)> = Vec::new();
+        let mut push = |name: &str, shape: &[i64], data| -> Result<()> {
+            let shape = shape.iter().map(|n| *n as usize).collect();
+            views.push((name.to_owned(), TensorView::new(Dtype::F32, shape, data).map_err(|error| wrong(&error))?));
+            Ok(())
+        };
+        for (layout, flat) in &self.flats {
+            for entry in &layout.entries {
+                let (start, count) = (entry.offset * 4, entry.parameter.count() * 4);
+                push(&entry.parameter.name, &entry.parameter.shape, &bytes(flat)[start..start + count])?;
+            }
+        }
+        for ((name, tensor), row) in single.iter().zip(&rows) {
+            push(name, &tensor.size(), bytes(row))?;
+        }
+        let tensors = views.iter().map(|(name, _)| name.clone()).collect();
+        serialize_to_file(views, &None, &path).map_err(|error| wrong(&error))?;
+        File::open(&path).and_then(|file| file.sync_all()).map_err(|error| wrong(&error))?;
+        let (bytes, digest) = digest(&path).map_err(|error| wrong(&error))?;
+        Ok(Shard { file, kind: self.kind, stage, bytes, digest, tensors })
+    }
+}
