@@ -15,7 +15,7 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import NOISY, PROGRAM, ROOT, bench, machine, run, settings, spread, table, write
 
-# The link, and what TCP leaves of it: 1448 bytes of every 1514 that tbf counts.
+# The link, and what TCP leaves of it: 1448 bytes of every 1514; the script's tbf has this rate.
 BITS = 1e9
 BYTES = BITS / 8 * 1448 / 1514
 MICROBATCHES = {"2x1": 2, "1x2": 1}
