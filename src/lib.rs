@@ -16,8 +16,10 @@
 //!                Reduce                  comm::ReplicaGroup sum over the replicas
 //!                Update                  optim::Optimizer   the next version
 //!                Part ... UpdateTable    table::Table       the tied embedding, at both ends of the pipeline
+//!                Save                    checkpoint::Snapshot   the state, copied and written beside the training
 //!
-//! metrics    what the places report      checkpoint   what is saved
+//! metrics    what the places report      checkpoint   what is saved, and how a run goes on from it
+//! failure    panics become errors, and of several the first that is a cause is shown
 //! emulator   the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! ```

@@ -153,7 +153,7 @@ impl Recorder {
         Recorder { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
     }
 
-    /// Takes reports until `ranks` ranks are done, then completes the checkpoint. `shared` says that the ranks
+    /// Takes reports until `ranks` ranks are done, completing each saved state on the way. `shared` says that the ranks
     /// are threads of this process, so that only their sum can be measured.
     ///
     /// # Errors
