@@ -4,7 +4,7 @@
 
 KIND: eager (one process), ddp (two ranks, gloo), gpipe or 1f1b (two ranks, torch.distributed.pipelining, gloo), or
 products: nothing but the model's matrix products and attention, forward and backward, in one process: what no program
-with the same kernels can do without.
+with the same kernels can do without. With --ranks 2 only the first of two replicas' share of them.
 WEIGHTS: a folder that `ouroboros init` has written, with the initial weights and the config. One thread a rank.
 The steps' losses are printed too: they must be those of the other programs.
 """
@@ -30,6 +30,7 @@ def arguments():
     parser.add_argument("weights")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=1, help="products only")
     return parser.parse_args()
 
 
@@ -101,7 +102,7 @@ def products(run):
     """Every matrix product of a step, forward and backward, and the attention, into memory that is there already."""
     model, m = run.model, run.args.microbatches
     d, f, heads, layers = model["d_model"], model["d_ff"], model["heads"], model["layers"]
-    rows = run.batch // m
+    rows = run.batch // run.args.ranks // m
     tokens = rows * run.sequence
     shapes = layers * [(3 * d, d), (d, d), (f, d), (d, f)] + [(256, d)]
     weights = [(torch.randn(shape), torch.empty(shape)) for shape in shapes]

@@ -4,6 +4,7 @@ use std::fs;
 use std::ops::Range;
 
 use super::limits::limits;
+use crate::allocator::{Expected, status};
 use crate::config::Order;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -155,14 +156,16 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
 #[derive(Debug)]
 pub struct Gauge {
     start: u64,
+    _expected: Expected,
 }
 
 impl Gauge {
-    /// Begins here: the kernel's mark of the highest resident memory is put back to the present.
-    pub fn start() -> Option<Gauge> {
+    /// Begins here: the kernel's mark of the highest resident memory is put back to the present. The work that begins is
+    /// predicted to take so many bytes.
+    pub fn start(predicted: u64) -> Option<Gauge> {
         // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
         let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge { start: status("VmRSS:")? })
+        Some(Gauge { start: status("VmRSS:")?, _expected: Expected::new(predicted) })
     }
 
     /// Bytes between the start and the highest mark since.
@@ -171,20 +174,13 @@ impl Gauge {
     }
 }
 
-/// A line of this process's status, in bytes.
-pub(super) fn status(key: &str) -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_gauge_sees_what_is_touched() {
-        let gauge = Gauge::start().unwrap();
+        let gauge = Gauge::start(256 << 20).unwrap();
         let block = vec![1u8; 256 << 20];
         assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() == 256 << 20);
         // Other tests of this process may give memory back meanwhile.

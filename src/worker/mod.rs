@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
 use crate::metrics::clock::{Clock, Share};
-use crate::metrics::memory::Gauge;
+use crate::metrics::memory::{Gauge, Prediction};
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
@@ -82,7 +82,7 @@ impl Worker {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up()?;
-        let gauge = Gauge::start();
+        let gauge = Gauge::start(Prediction::new(&setup, rank).total());
         let config = &setup.config;
         let held = setup.grid.held(rank);
         let mut posts: Vec<Post> = held
