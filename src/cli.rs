@@ -13,6 +13,7 @@ use crate::launch::{Job, Transport};
 use crate::metrics::Mode;
 use crate::prepare::Request;
 use crate::schedule::{Kind, Tie};
+use crate::stop::Limits;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
 #[derive(Debug, Parser)]
@@ -23,7 +24,7 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 2 usage or config; 3 data; 4 a peer or a link was lost; 5 not a number; \
-                          6 saved weights unusable; 70 a fault of the program.";
+                          6 saved weights unusable; 75 stopped on request, and saved; 70 a fault of the program.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -69,6 +70,13 @@ pub struct TrainArgs {
     /// With PATH: from that state or folder.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<Option<PathBuf>>,
+    /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1, SIGTERM, SIGINT, a file STOP in the
+    /// run's folder, and the end of a Slurm job.
+    #[arg(long, value_name = "MINUTES")]
+    pub max_minutes: Option<f64>,
+    /// Seconds before the end of a Slurm job (SLURM_JOB_END_TIME) at which to stop.
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().margin_s)]
+    pub stop_margin: f64,
     /// Fail on purpose, as a drill: panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
@@ -77,8 +85,9 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs { config, grid, transport, emulate, out, set, resume, inject } = self;
-        let mode = Mode { inject, ..Mode::default() };
+        let TrainArgs { config, grid, transport, emulate, out, set, resume, inject, max_minutes, stop_margin } = self;
+        let limits = Limits { max_minutes, margin_s: stop_margin };
+        let mode = Mode { inject, signals: true, limits, ..Mode::default() };
         let resume = resume.map(Option::unwrap_or_default);
         Job { config, sets: set, grid, out, transport, emulate, resume, mode, steps: None }
     }
@@ -117,7 +126,7 @@ impl BenchArgs {
     pub fn job(self) -> Result<Job> {
         let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
         let emulation = emulated_compute.as_deref().map(Emulation::read).transpose()?;
-        let mode = Mode { inject: None, bench: true, emulation };
+        let mode = Mode { bench: true, emulation, ..Mode::default() };
         Ok(Job { config, sets: set, grid, out, transport, emulate: false, resume: None, mode, steps })
     }
 }

@@ -33,6 +33,9 @@ pub fn version(sync: usize, t: usize, delay: usize) -> usize {
 pub struct SyncPoints {
     /// The step that the run starts with: 0, or where a saved run goes on.
     pub start: usize,
+    /// The sync point that the first steps' delays count from: the start, or an earlier one if the run was stopped
+    /// between two and goes on as if it had not been.
+    pub since: usize,
     /// Steps of the run; the end is a sync point.
     pub steps: usize,
     /// Every step a sync point: ordinary back-propagation.
@@ -48,10 +51,18 @@ pub struct SyncPoints {
 impl SyncPoints {
     /// Only the start and the end of a run of `steps` steps.
     pub fn ends(steps: usize) -> SyncPoints {
-        SyncPoints { start: 0, steps, every_step: false, warm_up: 0, periods: Vec::new(), at: BTreeSet::new() }
+        SyncPoints {
+            start: 0,
+            since: 0,
+            steps,
+            every_step: false,
+            warm_up: 0,
+            periods: Vec::new(),
+            at: BTreeSet::new(),
+        }
     }
 
-    /// Whether the boundary before step `t` is a sync point.
+    /// Whether the pipeline is drained at the boundary before step `t`: at sync points, and where a run goes on.
     pub fn contains(&self, t: usize) -> bool {
         t == self.start
             || t == self.steps
@@ -66,9 +77,17 @@ impl SyncPoints {
         (t + 1..self.steps).find(|u| self.contains(*u)).unwrap_or(self.steps)
     }
 
-    /// The last sync point at or before `t`.
+    /// The last sync point at or before `t`, that the delays of step `t` count from.
     pub fn before(&self, t: usize) -> usize {
-        (self.start..=t).rev().find(|u| self.contains(*u)).unwrap_or(self.start)
+        match (self.start..=t).rev().find(|u| self.contains(*u)) {
+            Some(u) if u > self.start => u,
+            _ => self.since,
+        }
+    }
+
+    /// The run from `start` on, whose first delays count from `since`.
+    pub fn from(&mut self, start: usize, since: usize) {
+        (self.start, self.since) = (start, since);
     }
 }
 
@@ -109,7 +128,9 @@ mod tests {
         assert_eq!(points, [0, 1, 2, 5, 7, 10, 12]);
         assert_eq!((sync.after(2), sync.after(5), sync.after(10)), (5, 7, 12));
         assert_eq!((sync.before(4), sync.before(7), sync.before(11)), (2, 7, 10));
-        sync.start = 6;
+        sync.from(6, 6);
         assert_eq!((sync.before(6), sync.before(8), sync.after(6)), (6, 7, 7));
+        sync.from(9, 7);
+        assert_eq!((sync.before(9), sync.before(10), sync.after(9)), (7, 10, 10));
     }
 }

@@ -25,6 +25,7 @@ use crate::grid::Place;
 use crate::metrics::Report;
 use crate::model::{self, Dropout, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
+use crate::panel::{Panel, Word};
 use crate::params::{Layout, slice, slice_mut, zeros};
 use crate::schedule::Tie;
 use crate::setup::Setup;
@@ -58,6 +59,9 @@ pub struct Emulator {
     memories: BTreeMap<(usize, usize), Vec<Memory>>,
     batches: Batches,
     reports: Reporter,
+    panel: Arc<Panel>,
+    /// The run ends before this step.
+    stop: Option<usize>,
     out: PathBuf,
 }
 
@@ -66,17 +70,20 @@ impl Emulator {
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, reports: Reporter, out: PathBuf) -> Result<Emulator> {
+    pub fn new(setup: Arc<Setup>, reports: Reporter, panel: Arc<Panel>, out: PathBuf) -> Result<Emulator> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
-        let weights = |parameters: &[model::Parameter]| -> Result<Weights> {
+        let weights = |parameters: &[model::Parameter], delay: usize| -> Result<Weights> {
             let layout = Layout::new(parameters);
             let optimizer = setup.optimizer(&layout)?;
-            let versions = BTreeMap::from([(setup.start(), setup.first_weights(&layout)?)]);
+            let mut versions: BTreeMap<_, _> = setup.older_weights(&layout, delay)?.into_iter().collect();
+            versions.insert(setup.start(), setup.first_weights(&layout)?);
             Ok(Weights { layout, optimizer, versions })
         };
-        let stages = (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own())).collect::<Result<_>>()?;
-        let table = weights(&model::table(&setup.dimensions))?;
+        let delays = &setup.schedule.delays;
+        let stages =
+            (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own(), delays[k])).collect::<Result<_>>()?;
+        let table = weights(&model::table(&setup.dimensions), setup.schedule.table_delay())?;
         let model: Vec<Stack> = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let (inputs, mut memories) = (BTreeMap::new(), BTreeMap::new());
@@ -85,7 +92,7 @@ impl Emulator {
                 memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
             }
         }
-        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, out, setup })
+        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, panel, stop: None, out, setup })
     }
 
     /// The whole run.
@@ -94,9 +101,17 @@ impl Emulator {
     /// A loss or gradient that is not finite, or a file that cannot be written.
     pub fn run(mut self) -> Result<()> {
         let setup = Arc::clone(&self.setup);
-        let mut sync = setup.start();
+        let mut sync = setup.schedule.sync.since;
         for t in setup.start()..setup.config.steps {
-            if setup.schedule.sync.contains(t) {
+            if self.stop == Some(t) {
+                return self.stopped(t);
+            }
+            // What a step does may depend on whether the run ends after it.
+            let more = t + 1 < setup.config.steps;
+            if more && t + 1 >= self.panel.limit() && self.panel.wait(t + 1)? == Word::Stop {
+                self.stop = Some(t + 1);
+            }
+            if t > setup.start() && setup.schedule.sync.contains(t) {
                 sync = t;
             }
             if setup.schedule.evaluates_at(t) {
@@ -110,7 +125,19 @@ impl Emulator {
         if setup.schedule.evaluates_at(setup.config.steps) {
             self.evaluate(setup.config.steps)?;
         }
+        self.done()
+    }
+
+    fn done(&self) -> Result<()> {
         self.reports.send(Report::Done { rank: 0, peak_bytes: None, times: None })
+    }
+
+    /// Ends the run before step t.
+    fn stopped(&self, t: usize) -> Result<()> {
+        if t > self.setup.start() && !self.setup.schedule.saves_at(t) {
+            self.save(t)?;
+        }
+        self.done()
     }
 
     /// Saves what every place of the grid would.
@@ -118,8 +145,13 @@ impl Emulator {
         for place in self.setup.grid.places() {
             let mut snapshot = Snapshot::new(place, step, self.setup.grid.replicas);
             let table = Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
-            for weights in table.into_iter().chain([&self.stages[place.stage]]) {
+            let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
+            let table = table.map(|table| (table, schedule.table_delay()));
+            for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
                 snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
+                let older = version(schedule.since(step), step, delay)..step;
+                let older = weights.versions.range(older).map(|(number, values)| (*number, values));
+                snapshot.add_older(&weights.layout, older)?;
             }
             for ((replica, microbatch), memories) in &self.memories {
                 if *replica == place.replica {
@@ -179,7 +211,7 @@ impl Emulator {
         let schedule = &self.setup.schedule;
         self.inputs.insert((t, replica), input);
         let mut sum = output;
-        let last_of_segment = schedule.sync.contains(t + 1);
+        let last_of_segment = schedule.sync.contains(t + 1) || self.stop == Some(t + 1);
         let steps: Vec<usize> = match self.setup.config.model.tie {
             // D_0 steps old, and at a sync point whatever is still under way.
             Tie::Fresh if !last_of_segment => {
@@ -204,7 +236,7 @@ impl Emulator {
             own.extend(stage.leaves(*number)?);
         }
         // Without a tie the table is empty and never updated.
-        let table = if self.setup.dimensions.tied { table } else { 0 };
+        let table = if self.setup.dimensions.tied { table } else { self.setup.start() };
         Ok([own, self.table.leaves(table)?, self.table.leaves(table)?])
     }
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use crate::checkpoint::Checkpoint;
@@ -17,8 +17,11 @@ use crate::failure::{FirstError, caught, panic_text, show};
 use crate::grid::{Grid, Placement};
 use crate::inject::{Fault, Injection};
 use crate::metrics::{Mode, Recorder, Report, Summary, clock, limits, memory};
+use crate::panel::{Controls, Panel};
 use crate::runtime;
 use crate::setup::Setup;
+use crate::signals::SignalWatch;
+use crate::stop::{STOPPED, Watch};
 use crate::worker::Worker;
 
 /// Between the message of a failing run and its end: the launcher forwards what ranks print by and by, and its own
@@ -160,12 +163,16 @@ fn run_job(job: &Job) -> u8 {
         Transport::Mpi => return over_mpi(job),
     };
     match result {
-        Ok(_) => 0,
+        Ok(summary) => code_of(&summary),
         Err((origin, error)) => {
             show(origin.as_deref(), &error);
             error.exit_code()
         }
     }
+}
+
+fn code_of(summary: &Summary) -> u8 {
+    if summary.stopped { STOPPED } else { 0 }
 }
 
 /// Shows an error that all ranks have found, once, and leaves; under mpirun all ranks must come here.
@@ -210,7 +217,10 @@ fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup
 pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
-    let ports = local::connect(grid, setup.schedule.link_capacity(), setup.config.wire, &reports);
+    let (schedule, watch) = (&setup.schedule, watch(out, &mode));
+    let limit = schedule.sync.start + schedule.lead();
+    let (ports, controls) = local::connect(grid, schedule.link_capacity(), setup.config.wire, limit, &reports);
+    let _signals = watch_signals(&mode, reporter(&reports), "this process").map_err(|error| (None, error))?;
     drop(reports);
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
@@ -223,9 +233,9 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
                 }
             });
         }
-        let summary = recorder.run(&received, grid.size(), grid.size() > 1);
-        // Whoever still wants to report finds the recorder gone.
-        drop(received);
+        let summary = recorder.run(&received, &controls, watch, grid.size(), grid.size() > 1);
+        // Whoever still wants to report, or to be told something, finds the recorder gone.
+        drop((received, controls));
         summary
     });
     match (first.take(), summary) {
@@ -240,24 +250,43 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
 fn emulate(job: &Job) -> Placed<Summary> {
     let (setup, out, recorder) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
     announce(&setup, "emulated in one process");
-    run_emulated(&setup, &out, recorder)
+    run_emulated(&setup, &out, recorder, &job.mode)
 }
 
 /// Trains `setup` with the oracle.
 ///
 /// # Errors
 /// What the oracle finds.
-pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder) -> Placed<Summary> {
+pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &Mode) -> Placed<Summary> {
     let (reports, received) = channel();
-    let reporter =
-        Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into())));
+    let oracles = reporter(&reports);
+    let _signals = watch_signals(mode, reporter(&reports), "this process").map_err(|error| (None, error))?;
+    drop(reports);
+    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.schedule.lead()));
+    let told = Arc::clone(&panel);
+    let controls = Controls::new(move |control| told.tell(control));
     let (outcome, summary) = std::thread::scope(|scope| {
-        let oracle = scope.spawn(|| caught(|| Emulator::new(Arc::clone(setup), reporter, out.to_owned())?.run()));
-        let summary = recorder.run(&received, 1, false);
-        drop(received);
+        let work = || Emulator::new(Arc::clone(setup), oracles, panel, out.to_owned())?.run();
+        let oracle = scope.spawn(|| caught(work));
+        let summary = recorder.run(&received, &controls, watch(out, mode), 1, false);
+        drop((received, controls));
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
     });
     outcome.map_err(|error| (None, error)).and(summary)
+}
+
+fn reporter(reports: &Sender<Report>) -> Reporter {
+    let reports = reports.clone();
+    Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into())))
+}
+
+/// What may end the run before its last step, besides signals.
+fn watch(out: &Path, mode: &Mode) -> Watch {
+    Watch::new(out, mode.limits, std::env::var("SLURM_JOB_END_TIME").ok().as_deref())
+}
+
+fn watch_signals(mode: &Mode, reports: Reporter, origin: &str) -> Result<Option<SignalWatch>> {
+    mode.signals.then(|| SignalWatch::start(reports, origin.to_owned())).transpose()
 }
 
 /// This rank of the grid under mpirun.
@@ -269,13 +298,13 @@ fn over_mpi(job: &Job) -> u8 {
             return error.exit_code();
         }
     };
-    let code = train_rank(job, &world).err().unwrap_or(0);
+    let code = train_rank(job, &world).unwrap_or_else(|code| code);
     world.finish();
     code
 }
 
-/// Checks, then trains, this rank's place; the exit code of an error that all ranks know of.
-fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
+/// Checks, then trains, this rank's place; the exit code, or that of an error that all ranks know of.
+fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let rank = world.identity.rank;
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let setup = together(world, || setup_of_rank(job, world))?;
@@ -298,13 +327,15 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<(), u8> {
         pid = std::process::id(),
         "started"
     );
-    if let Err((origin, error)) = run_rank(job, world, &setup, &out, recorder) {
-        show(origin.as_deref(), &error);
-        tracing::error!(%error, "ended");
-        std::thread::sleep(MESSAGE_TIME);
-        world.abort(error.exit_code());
+    match run_rank(job, world, &setup, &out, recorder) {
+        Ok(stopped) => Ok(if stopped { STOPPED } else { 0 }),
+        Err((origin, error)) => {
+            show(origin.as_deref(), &error);
+            tracing::error!(%error, "ended");
+            std::thread::sleep(MESSAGE_TIME);
+            world.abort(error.exit_code())
+        }
     }
-    Ok(())
 }
 
 /// Does `work` on every rank, then tells all ranks whether it went well on all of them.
@@ -381,15 +412,18 @@ fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
 }
 
 /// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;
-/// another rank that fails tells rank 0, and speaks for itself only if it is not ended.
-fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Placed<()> {
+/// another rank that fails tells rank 0, and speaks for itself only if it is not ended. Whether the run was stopped.
+fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: Option<Recorder>) -> Placed<bool> {
     let rank = world.identity.rank;
     let origin = format!("{} (rank {rank} on {})", setup.grid.name(rank), world.identity.host);
-    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire);
+    let limit = setup.start() + setup.schedule.lead();
+    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let reporter = world.reporter();
+    let _signals = watch_signals(&job.mode, world.reporter(), &origin).map_err(|error| (None, error))?;
     let (mode, out, worker_setup) = (job.mode.clone(), out.to_owned(), Arc::clone(setup));
-    let work = move || -> Placed<()> {
+    let watch = watch(&out, &mode);
+    let work = move || -> Placed<bool> {
         let result = caught(|| Worker::new(worker_setup, rank, ports, out, mode)?.run());
         result.map_err(|error| {
             let told = reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
@@ -404,7 +438,8 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     if let (Some(recorder), Some(reports)) = (recorder, reports) {
         let size = setup.grid.size();
         // A panic while recording must reach the end of this function, or the other ranks would wait for ever.
-        caught(|| Ok(recorder.run(&reports, size, false))).unwrap_or_else(|error| Err((None, error)))?;
+        let controls = world.controls();
+        caught(|| Ok(recorder.run(&reports, &controls, watch, size, false))).unwrap_or_else(|e| Err((None, e)))?;
     }
     worker.join().unwrap_or_else(|panic| Err((None, Error::Internal(panic_text(panic.as_ref())))))
 }

@@ -19,6 +19,7 @@
 //!                Save                    checkpoint::Snapshot   the state, copied and written beside the training
 //!
 //! metrics    what the places report      checkpoint   what is saved, and how a run goes on from it
+//! panel      how far a place may go, and where it is told to stop (stop, signals: by whom)
 //! failure    panics become errors, and of several the first that is a cause is shown
 //! emulator   the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
@@ -49,8 +50,11 @@ pub mod checkpoint;
 pub mod setup;
 pub mod stage;
 pub mod inject;
+pub mod panel;
+pub mod stop;
 pub mod metrics;
 pub mod comm;
+pub mod signals;
 pub mod prepare;
 pub mod worker;
 pub mod emulator;

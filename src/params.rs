@@ -217,6 +217,17 @@ impl Versions {
         &self.sides[side].leaves[version % held]
     }
 
+    /// The flat buffers of the versions from `oldest` on, before the newest, each with its number.
+    pub fn older(&self, oldest: usize) -> impl Iterator<Item = (usize, &Tensor)> {
+        (oldest..self.newest).map(|number| (number, &self.buffers[number % self.buffers.len()]))
+    }
+
+    /// Puts an earlier version into its buffer, of a run that goes on.
+    pub fn recall(&mut self, number: usize, values: &Tensor) {
+        let held = self.buffers.len();
+        slice_mut(&mut self.buffers[number % held]).copy_from_slice(slice(values));
+    }
+
     /// The flat buffer of the newest version.
     pub fn flat(&self) -> &Tensor {
         &self.buffers[self.newest % self.buffers.len()]

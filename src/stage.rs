@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Kind, Tensor};
 
-use crate::allocator::settle;
 use crate::config::Config;
 use crate::emulation::Sleep;
 use crate::error::{Error, Result};
@@ -245,7 +244,6 @@ impl Stage {
             false => std::mem::take(&mut saved.graphs),
             true => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,
         };
-        settle(4);
         let mut end = self.versions.layout().len;
         for Graph { input, output, offset } in graphs.into_iter().rev() {
             match dy.take() {

@@ -142,6 +142,15 @@ impl Table {
         Table { versions: self.versions.at(newest), ..self }
     }
 
+    /// The versions that are held, to be saved or recalled.
+    pub fn versions(&self) -> &Versions {
+        &self.versions
+    }
+
+    pub fn versions_mut(&mut self) -> &mut Versions {
+        &mut self.versions
+    }
+
     pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
     }

@@ -5,6 +5,8 @@
 //! stage-K.safetensors             the parameters of a stage by name, f32; a tied table stands once, with stage 0
 //! stage-K.first.safetensors       the optimizer's moments under the names of their parameters
 //! stage-K.second.safetensors
+//! stage-K.older.safetensors        weights of earlier versions that delayed steps still use, `NAME@UPDATES`, of a run
+//!                                  that was stopped between two sync points
 //! stage-K.replica-R.memory.safetensors     what a Transformer-XL remembers: `LAYER/ROW`, the rows of the batch from ROW on
 //! vocabulary.json                 of characters and words
 //! manifest.json                   step, config, grid, versions; size, digest and tensors of every file
@@ -40,7 +42,7 @@ use crate::error::{Error, Result};
 const MANIFEST: &str = "manifest.json";
 /// Of characters or words; a model of bytes needs none.
 const VOCABULARY: &str = "vocabulary.json";
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// What a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +53,8 @@ pub enum Kind {
     First,
     Second,
     Memory,
+    /// Weights of earlier versions.
+    Older,
 }
 
 impl Kind {
@@ -73,6 +77,16 @@ pub struct Shard {
     pub tensors: Vec<String>,
 }
 
+/// What decides which versions the next steps use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipeline {
+    /// The sync point that their delays count from: the step of the state, or an earlier one.
+    pub since: usize,
+    /// Of every stage: its delay, and how many layers it has.
+    pub delays: Vec<usize>,
+    pub layers: Vec<usize>,
+}
+
 /// What stands beside the files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -82,6 +96,7 @@ pub struct Manifest {
     pub libtorch: String,
     /// Updates made, and tokens read for them.
     pub step: usize,
+    pub pipeline: Pipeline,
     pub tokens: u64,
     /// Values of all parameters.
     pub parameters: usize,
@@ -95,13 +110,14 @@ pub struct Manifest {
 
 impl Manifest {
     /// The manifest of a state at `step`, complete now.
-    pub fn new(config: &Config, parameters: usize, step: usize, shards: Vec<Shard>) -> Manifest {
+    pub fn new(config: &Config, parameters: usize, step: usize, pipeline: Pipeline, shards: Vec<Shard>) -> Manifest {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Manifest {
             format: FORMAT,
             program: env!("CARGO_PKG_VERSION").into(),
             libtorch: env!("OUROBOROS_LIBTORCH_VERSION").into(),
             step,
+            pipeline,
             tokens: (config.batch * config.data.sequence) as u64 * step as u64,
             parameters,
             grid: config.grid().to_string(),
@@ -110,6 +126,11 @@ impl Manifest {
             config: config.clone(),
         }
     }
+}
+
+/// The name of a parameter's earlier version.
+fn older(name: &str, version: usize) -> String {
+    format!("{name}@{version}")
 }
 
 fn folder(out: &Path, step: usize, suffix: &str) -> PathBuf {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::Tensor;
 
-use super::{Kind, MANIFEST, Manifest, Shard, VOCABULARY, digest, entries, index};
+use super::{Kind, MANIFEST, Manifest, Shard, VOCABULARY, digest, entries, index, older};
 use crate::config::{Config, Tokenizer};
 use crate::data::{Listed, Vocabulary};
 use crate::error::{Error, Result};
@@ -167,6 +167,16 @@ impl Checkpoint {
         }
         let layout = Layout::new(parameters);
         layout.views(&self.flat(Kind::Weights, &layout)?)
+    }
+
+    /// The weights at an earlier version.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is not there.
+    pub fn older(&self, layout: &Layout, version: usize) -> Result<Tensor> {
+        let mut named = layout.clone();
+        named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, version));
+        self.flat(Kind::Older, &named)
     }
 
     /// A flat buffer of saved values of one kind.

@@ -6,7 +6,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tch::Tensor;
 
-use super::{Kind, Shard, digest, folder};
+use super::{Kind, Shard, digest, folder, older};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
@@ -75,6 +75,26 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Copies weights of earlier versions, each with its number.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add_older<'a>(
+        &mut self,
+        layout: &Layout,
+        versions: impl Iterator<Item = (usize, &'a Tensor)>,
+    ) -> Result<()> {
+        if self.writes(Kind::Older) {
+            for (number, weights) in versions {
+                let mut named = layout.clone();
+                named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
+                let copy = weights.f_detach_copy()?;
+                self.content(Kind::Older).flats.push((named, copy));
+            }
+        }
+        Ok(())
+    }
+
     /// What layers remember of the rows of the batch from `row` on. Memories are never written again, so handles do.
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) {
         for (layer, states) in states {
@@ -100,6 +120,7 @@ impl Content {
             Kind::Weights => format!("stage-{stage}.safetensors"),
             Kind::First => format!("stage-{stage}.first.safetensors"),
             Kind::Second => format!("stage-{stage}.second.safetensors"),
+            Kind::Older => format!("stage-{stage}.older.safetensors"),
             Kind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
         };
         let path = folder.join(&file);

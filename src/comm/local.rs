@@ -12,13 +12,21 @@ use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checke
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
+use crate::panel::{Controls, Panel};
 use crate::params::{slice, slice_mut};
 use crate::wire::Wire;
 
 type Message = (Header, Tensor);
 
-/// The ports of all ranks, in their order. `capacity` bounds the messages under way on a link.
-pub fn connect(grid: Grid, capacity: usize, wire: Wire, reports: &Sender<Report>) -> Vec<Ports> {
+/// The ports of all ranks, in their order, and what tells them all. `capacity` bounds the messages under way on a link;
+/// steps before `limit` may be begun at once.
+pub fn connect(
+    grid: Grid,
+    capacity: usize,
+    wire: Wire,
+    limit: usize,
+    reports: &Sender<Report>,
+) -> (Vec<Ports>, Controls) {
     let mut ends: BTreeMap<Place, Ends> = grid.places().map(|place| (place, Ends::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
@@ -46,9 +54,11 @@ pub fn connect(grid: Grid, capacity: usize, wire: Wire, reports: &Sender<Report>
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter }
+        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit)) }
     };
-    (0..grid.size()).map(ports).collect()
+    let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
+    let panels: Vec<Arc<Panel>> = ports.iter().map(|ports| Arc::clone(&ports.panel)).collect();
+    (ports, Controls::new(move |control| panels.iter().for_each(|panel| panel.tell(control))))
 }
 
 /// Both ends of a link between two places.
@@ -203,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_link_carries_and_checks() {
-        let mut ports = connect(Grid::line(2, 1), 2, Wire::F32, &channel().0);
+        let mut ports = connect(Grid::line(2, 1), 2, Wire::F32, 0, &channel().0).0;
         let mut below = ports.pop().unwrap().places.remove(0).upstream.unwrap();
         let mut above = ports.pop().unwrap().places.remove(0).downstream.unwrap();
         above.send(header(3), Tensor::from_slice(&[1f32, 2.0])).unwrap();
@@ -221,7 +231,8 @@ mod tests {
     #[test]
     fn a_group_adds_in_the_order_of_the_replicas() {
         let values = [1e8f32, 1.0, -1e8];
-        let threads: Vec<_> = connect(Grid::line(1, 3), 2, Wire::F32, &channel().0)
+        let threads: Vec<_> = connect(Grid::line(1, 3), 2, Wire::F32, 0, &channel().0)
+            .0
             .into_iter()
             .zip(values)
             .enumerate()

@@ -14,6 +14,7 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::metrics::Report;
+use crate::panel::Panel;
 use crate::schedule::Pass;
 use crate::wire::Wire;
 
@@ -151,6 +152,7 @@ pub struct Ports {
     /// One for each place that the rank holds.
     pub places: Vec<Ends>,
     pub reports: Reporter,
+    pub panel: Arc<Panel>,
 }
 
 /// Takes the reports of a place to the recorder on rank 0.

@@ -4,7 +4,6 @@ use std::fs;
 use std::ops::Range;
 
 use super::limits::limits;
-use crate::allocator::{Expected, status};
 use crate::config::Order;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -16,6 +15,9 @@ use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
 
 /// f32.
 const VALUE: u64 = 4;
+
+/// The heap's holes are one part of so many of what comes and goes.
+const HOLES: u64 = 8;
 
 /// The parts of a rank's predicted peak, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -29,6 +31,8 @@ pub struct Prediction {
     pub activations: u64,
     /// What one backward and the links need for a moment.
     pub transient: u64,
+    /// Between tensors of many sizes that come and go: measured, up to an eighth of them.
+    pub holes: u64,
     /// The copy that is written to the disk beside the training; of the end of the run what exceeds activations and
     /// transient values, which are gone by then.
     pub saving: u64,
@@ -57,6 +61,7 @@ impl Prediction {
             Some(_) => copies,
             None => copies.saturating_sub(sum.activations + sum.transient),
         };
+        sum.holes = (sum.activations + sum.transient) / HOLES;
         sum
     }
 
@@ -87,7 +92,7 @@ impl Prediction {
     }
 
     pub fn total(&self) -> u64 {
-        self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.saving
+        self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.holes + self.saving
     }
 }
 
@@ -156,16 +161,14 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
 #[derive(Debug)]
 pub struct Gauge {
     start: u64,
-    _expected: Expected,
 }
 
 impl Gauge {
-    /// Begins here: the kernel's mark of the highest resident memory is put back to the present. The work that begins is
-    /// predicted to take so many bytes.
-    pub fn start(predicted: u64) -> Option<Gauge> {
+    /// Begins here: the kernel's mark of the highest resident memory is put back to the present.
+    pub fn start() -> Option<Gauge> {
         // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
         let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge { start: status("VmRSS:")?, _expected: Expected::new(predicted) })
+        Some(Gauge { start: status("VmRSS:")? })
     }
 
     /// Bytes between the start and the highest mark since.
@@ -174,13 +177,20 @@ impl Gauge {
     }
 }
 
+/// A line of this process's status, in bytes.
+pub(super) fn status(key: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_gauge_sees_what_is_touched() {
-        let gauge = Gauge::start(256 << 20).unwrap();
+        let gauge = Gauge::start().unwrap();
         let block = vec![1u8; 256 << 20];
         assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() == 256 << 20);
         // Other tests of this process may give memory back meanwhile.

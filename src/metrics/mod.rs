@@ -19,6 +19,7 @@ use crate::emulation::Emulation;
 use crate::error::Error;
 use crate::grid::Place;
 use crate::inject::Injection;
+use crate::stop::Limits;
 use clock::Times;
 
 /// How a run differs from plain training.
@@ -28,6 +29,9 @@ pub struct Mode {
     /// Only measures: nothing is saved.
     pub bench: bool,
     pub emulation: Option<Emulation>,
+    /// Heed signals, which belong to the whole process.
+    pub signals: bool,
+    pub limits: Limits,
 }
 
 /// What a loss in nats per token is called in the field: bits per byte or character, perplexity per word.
@@ -53,6 +57,8 @@ pub enum Report {
     Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
     /// The place has written its part of the state at sync point `step`.
     Saved { place: Place, step: usize, shards: Vec<Shard> },
+    /// Somebody asks the run to stop.
+    Stop { reason: String },
     /// The rank has finished.
     Done { rank: usize, peak_bytes: Option<u64>, times: Option<Times> },
     /// The rank has failed, and waits to be ended.

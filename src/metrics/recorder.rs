@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -21,7 +21,9 @@ use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
 use crate::grid::Place;
 use crate::optim::learning_rate;
+use crate::panel::{Control, Controls};
 use crate::setup::Setup;
+use crate::stop::Watch;
 
 /// A line of `metrics.jsonl` about a step. `step` counts the updates made; `tokens` those read so far.
 #[derive(Serialize)]
@@ -60,6 +62,26 @@ struct Partial {
     table: Option<f64>,
 }
 
+/// The places that have written their parts of a state, and the files.
+struct Saving {
+    started: Instant,
+    places: BTreeSet<Place>,
+    files: Vec<Shard>,
+}
+
+impl Saving {
+    fn new() -> Saving {
+        Saving { started: Instant::now(), places: BTreeSet::new(), files: Vec::new() }
+    }
+}
+
+/// How long recorder and places may take to hear of each other.
+const NEWS: Duration = Duration::from_millis(500);
+/// Between two looks at the clock where nothing is reported.
+const LOOK: Duration = Duration::from_millis(500);
+/// Steps that the time of the next one is guessed from.
+const RECENT: usize = 9;
+
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Summary {
@@ -70,6 +92,8 @@ pub struct Summary {
     pub tokens_per_s: f64,
     /// None of a run that only measures.
     pub checkpoint: Option<PathBuf>,
+    /// The run was stopped before its end, and has saved.
+    pub stopped: bool,
 }
 
 /// Collects reports until every place is done.
@@ -90,11 +114,15 @@ pub struct Recorder {
     /// Only measures: tells where the time goes, saves nothing.
     bench: bool,
     emulation: Option<Emulation>,
-    /// step -> the places that have written their parts of the state, and the files.
-    saving: BTreeMap<usize, (BTreeSet<Place>, Vec<Shard>)>,
+    /// By the step that is saved.
+    saving: BTreeMap<usize, Saving>,
+    longest_save: Duration,
     /// The states of this run that are kept, by their steps; the newest.
     kept: Vec<usize>,
     checkpoint: Option<PathBuf>,
+    /// Steps before this one may be begun; where the run was told to stop.
+    limit: usize,
+    stop: Option<usize>,
     last: Instant,
     losses: Vec<f64>,
     seconds: Vec<f64>,
@@ -128,7 +156,6 @@ impl Recorder {
         Ok(Recorder {
             progress: Progress::new(setup.config.steps, start),
             kept: if setup.resumed.is_some() { checkpoint::steps(out, start) } else { Vec::new() },
-            setup,
             out: out.to_owned(),
             metrics,
             steps: BTreeMap::new(),
@@ -140,11 +167,15 @@ impl Recorder {
             bench: false,
             emulation: None,
             saving: BTreeMap::new(),
+            longest_save: Duration::ZERO,
             checkpoint: None,
+            limit: start + setup.schedule.lead(),
+            stop: None,
             last: Instant::now(),
             losses: Vec::new(),
             seconds: Vec::new(),
             eval_loss: None,
+            setup,
         })
     }
 
@@ -153,21 +184,89 @@ impl Recorder {
         Recorder { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
     }
 
-    /// Takes reports until `ranks` ranks are done, completing each saved state on the way. `shared` says that the ranks
-    /// are threads of this process, so that only their sum can be measured.
+    /// Takes reports until `ranks` ranks are done, completing each saved state on the way, and tells the places how far
+    /// they may go. `shared` says that the ranks are threads of this process, so that only their sum can be measured.
     ///
     /// # Errors
     /// What a place reports, reports that end early, or a file that cannot be written.
-    pub fn run(mut self, reports: &Receiver<Report>, ranks: usize, shared: bool) -> Placed<Summary> {
+    pub fn run(
+        mut self,
+        reports: &Receiver<Report>,
+        controls: &Controls,
+        mut watch: Watch,
+        ranks: usize,
+        shared: bool,
+    ) -> Placed<Summary> {
         self.last = Instant::now();
         while self.done.len() < ranks {
-            match reports.recv() {
+            match reports.recv_timeout(LOOK) {
                 Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
+                Ok(Report::Stop { reason }) => self.stop(&reason, controls),
                 Ok(report) => self.take(report).map_err(|error| (None, error))?,
-                Err(_) => return Err((None, Error::Internal("the places ended before they were done".into()))),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err((None, Error::Internal("the places ended before they were done".into())));
+                }
             }
+            if let Some(reason) = watch.reason(self.time_to_stop()) {
+                self.stop(&reason, controls);
+            }
+            self.raise_limit(controls);
+        }
+        if self.stop.is_some() {
+            watch.done();
         }
         self.finish(shared).map_err(|error| (None, error))
+    }
+
+    /// The median time of the last steps.
+    fn step_time(&self) -> Duration {
+        let mut last = self.seconds[self.seconds.len().saturating_sub(RECENT)..].to_vec();
+        last.sort_by(f64::total_cmp);
+        Duration::from_secs_f64(last.get(last.len() / 2).copied().unwrap_or(0.0))
+    }
+
+    /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the longest yet.
+    fn time_to_stop(&self) -> Duration {
+        self.step_time() * (self.limit - self.written.min(self.limit)) as u32 + self.longest_save
+    }
+
+    /// Keeps the limit far enough ahead that nobody comes near it.
+    fn raise_limit(&mut self, controls: &Controls) {
+        let steps = self.setup.config.steps;
+        if self.stop.is_some() || self.limit >= steps {
+            return;
+        }
+        let lead = self.setup.schedule.lead();
+        // Where steps are short, the way of the news takes several.
+        let spare = match self.step_time() {
+            Duration::ZERO => 0,
+            time => (NEWS.as_secs_f64() / time.as_secs_f64()) as usize,
+        };
+        if self.limit <= self.written + lead - 1 + spare / 2 {
+            self.limit = (self.written + lead + spare).min(steps);
+            controls.tell(Control::Limit(self.limit));
+        }
+    }
+
+    /// Lets everybody stop at the limit, which nobody has passed.
+    fn stop(&mut self, reason: &str, controls: &Controls) {
+        if self.stop.is_some() || self.bench {
+            return;
+        }
+        let steps = self.setup.config.steps;
+        if self.limit >= steps {
+            self.progress.line(&format!("{reason}: all steps up to the end are under way, so the run ends there"));
+            return;
+        }
+        self.stop = Some(self.limit);
+        controls.tell(Control::Stop(self.limit));
+        let seconds = self.time_to_stop().as_secs_f64();
+        self.progress.line(&format!(
+            "{reason}: the run stops and saves at step {}, in about {seconds:.1} s ({} steps under way, then the save)",
+            self.limit,
+            self.limit - self.written
+        ));
     }
 
     fn finish(mut self, shared: bool) -> Result<Summary> {
@@ -184,6 +283,13 @@ impl Recorder {
             println!("nothing is left to do: all {} steps are made, and saved", self.setup.config.steps);
             let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
             return Ok(self.summary(saved));
+        }
+        if let Some(step) = self.stop {
+            println!(
+                "stopped at step {step} of {}; it is saved, and --resume goes on from there",
+                self.setup.config.steps
+            );
+            return Ok(self.summary(self.checkpoint.clone()));
         }
         self.print_memory(shared);
         let summary = self.summary(self.checkpoint.clone());
@@ -210,22 +316,24 @@ impl Recorder {
                 self.done.push((rank, peak_bytes));
                 self.done.sort();
             }
-            Report::Failed { .. } => {}
+            Report::Failed { .. } | Report::Stop { .. } => {}
         }
         self.write_complete()
     }
 
     /// Completes the state of a step once all places have written theirs.
     fn saved(&mut self, place: Place, step: usize, shards: Vec<Shard>) -> Result<()> {
-        let (places, files) = self.saving.entry(step).or_default();
-        places.insert(place);
-        files.extend(shards);
-        if places.len() < self.setup.grid.places().count() {
+        let saving = self.saving.entry(step).or_insert_with(Saving::new);
+        saving.places.insert(place);
+        saving.files.extend(shards);
+        if saving.places.len() < self.setup.grid.places().count() {
             return Ok(());
         }
-        let (_, mut files) = self.saving.remove(&step).unwrap_or_default();
+        let Some(Saving { mut files, started, .. }) = self.saving.remove(&step) else { return Ok(()) };
+        self.longest_save = self.longest_save.max(started.elapsed());
         files.sort_by(|a, b| (a.kind, a.stage, &a.file).cmp(&(b.kind, b.stage, &b.file)));
-        let manifest = Manifest::new(&self.setup.config, self.setup.parameters(), step, files);
+        let pipeline = self.setup.pipeline(self.setup.schedule.since(step));
+        let manifest = Manifest::new(&self.setup.config, self.setup.parameters(), step, pipeline, files);
         self.checkpoint = Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
         self.kept.push(step);
         checkpoint::prune(&self.out, &mut self.kept, &self.setup.config.checkpoint);
@@ -336,13 +444,14 @@ impl Recorder {
             eval_loss: self.eval_loss,
             tokens_per_s: tokens / median,
             checkpoint,
+            stopped: self.stop.is_some(),
         }
     }
 
     fn print_memory(&self, shared: bool) {
         let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
         println!(
-            "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  saving  predicted  measured"
+            "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  saving  predicted  measured"
         );
         let mut total = 0;
         for (rank, peak) in &self.done {
@@ -350,13 +459,14 @@ impl Recorder {
             total += p.total();
             let measured = peak.map_or("-".to_owned(), mib);
             println!(
-                "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>7} {:>10} {measured:>9}",
+                "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>6} {:>7} {:>10} {measured:>9}",
                 self.setup.grid.name(*rank),
                 mib(p.weights),
                 mib(p.gradient),
                 mib(p.optimizer),
                 mib(p.activations),
                 mib(p.transient),
+                mib(p.holes),
                 mib(p.saving),
                 mib(p.total())
             );

@@ -1,4 +1,7 @@
 //! The generator: the rule of the module above, turned into one stage's list of actions.
+//!
+//! A list may be made up to a limit, before a step that nobody has begun yet; there it can be told to end, and it drains
+//! and saves as at the end of the run.
 
 use std::collections::VecDeque;
 
@@ -20,6 +23,10 @@ pub struct Actions<'a> {
     table: usize,
     pending_table: Option<usize>,
     queue: VecDeque<Action>,
+    /// No step from here on is begun.
+    limit: usize,
+    /// The end of the run, or where it has been told to stop.
+    end: usize,
     done: bool,
 }
 
@@ -36,8 +43,54 @@ impl<'a> Actions<'a> {
             table: start,
             pending_table: None,
             queue: VecDeque::new(),
+            limit: usize::MAX,
+            end: schedule.sync.steps,
             done: false,
         }
+    }
+
+    /// Lets the list go up to the beginning of step `limit`.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// The step that would be begun next, if the limit forbids it.
+    pub fn held(&self) -> Option<usize> {
+        let (start, end) = self.segment;
+        let m = self.schedule.microbatches;
+        let step = match self.next {
+            None => Some(start).filter(|step| *step < self.schedule.sync.steps),
+            Some(i) => (i % m == 0 && i < (end - start) * m).then_some(start + i / m),
+        };
+        step.filter(|step| *step >= self.limit && self.queue.is_empty() && !self.done)
+    }
+
+    /// Ends the run at the boundary before `step`, which nobody has begun: it is drained and saved.
+    pub fn stop(&mut self, step: usize) {
+        self.end = step;
+        let start = self.segment.0;
+        let Some(i) = self.next else {
+            if start == step {
+                self.done = true;
+                if step > self.schedule.sync.start && !self.schedule.saves_at(step) {
+                    self.push(Op::Save, Pass::Train, step, 0);
+                }
+            }
+            self.segment.1 = self.segment.1.min(step);
+            return;
+        };
+        self.segment.1 = self.segment.1.min(step);
+        if i == (self.segment.1 - start) * self.schedule.microbatches + self.schedule.ahead[self.stage] {
+            self.end_segment();
+        }
+    }
+
+    /// The next action, left in its place.
+    pub fn peek(&mut self) -> Option<&Action> {
+        while self.queue.is_empty() && !self.done && self.held().is_none() {
+            self.round();
+        }
+        self.queue.front()
     }
 
     fn is_last(&self) -> bool {
@@ -70,14 +123,21 @@ impl<'a> Actions<'a> {
         }
         self.next = Some(i + 1);
         if i + 1 == count + ahead {
-            self.update_now();
-            self.table_at_sync(end);
-            if self.schedule.saves_at(end) {
-                self.push(Op::Save, Pass::Train, end, 0);
-            }
-            self.segment = (end, self.schedule.sync.after(end));
-            self.next = None;
+            self.end_segment();
         }
+    }
+
+    fn end_segment(&mut self) {
+        let end = self.segment.1;
+        self.update_now();
+        self.table_at_sync(end);
+        let stopped = end == self.end && end < self.schedule.sync.steps;
+        if stopped || self.schedule.saves_at(end) {
+            self.push(Op::Save, Pass::Train, end, 0);
+        }
+        self.segment = (end, self.schedule.sync.after(end).min(self.end));
+        self.next = None;
+        self.done = stopped;
     }
 
     fn evaluation(&mut self, step: usize) {
@@ -211,9 +271,7 @@ impl Iterator for Actions<'_> {
     type Item = Action;
 
     fn next(&mut self) -> Option<Action> {
-        while self.queue.is_empty() && !self.done {
-            self.round();
-        }
+        self.peek()?;
         self.queue.pop_front()
     }
 }
@@ -269,6 +327,58 @@ mod tests {
         }
         schedule.sync.start = 9;
         assert_eq!(schedule.actions(0).count(), 0);
+    }
+
+    /// Whatever the limits were on the way, a stopped list is that of a run with so many steps, but for the order of
+    /// what its last forwards would have called for; and it ends with a save.
+    #[test]
+    fn a_stopped_run_is_drained_and_saved_where_it_was_held() {
+        use crate::grid::Placement;
+        for (kind, m, tie, placement) in [
+            (Kind::Decoupled, 1, super::Tie::Aligned, Placement::Line),
+            (Kind::Decoupled, 2, super::Tie::Fresh, Placement::Line),
+            (Kind::Decoupled, 2, super::Tie::Aligned, Placement::Ring),
+            (Kind::Gpipe, 3, super::Tie::Untied, Placement::Line),
+        ] {
+            let mut schedule = Schedule::new(kind, 4, m, 1, SyncPoints::ends(20));
+            (schedule.saves, schedule.tie, schedule.placement) = (Some(6), tie, placement);
+            schedule.sync.periods.extend([6, 4]);
+            schedule.evals = Some(Evals { every: 4, microbatches: 2 });
+            for stop in 0..20 {
+                let mut shorter = schedule.clone();
+                shorter.sync.steps = stop;
+                for device in 0..schedule.grid(1).devices() {
+                    let (mut list, mut limit) = (schedule.device_actions(device), 0);
+                    list.set_limit(limit);
+                    let mut found = Vec::new();
+                    loop {
+                        found.extend(list.by_ref());
+                        match list.held() {
+                            None => break,
+                            Some(step) if step == stop => list.stop(step),
+                            Some(step) => {
+                                assert_eq!(step, limit, "stage {device} held");
+                                limit = (limit + 1 + limit % 3).min(stop);
+                                list.set_limit(limit);
+                            }
+                        }
+                    }
+                    let sorted = |list: Vec<super::Action>| {
+                        let mut texts: Vec<String> = list
+                            .into_iter()
+                            // Where a run is stopped it is evaluated by the one that goes on.
+                            .filter(|a| a.pass == super::Pass::Train || a.step < stop)
+                            .map(|a| a.to_string())
+                            .collect();
+                        texts.sort();
+                        texts
+                    };
+                    let expected: Vec<_> =
+                        if stop == 0 { Vec::new() } else { shorter.device_actions(device).collect() };
+                    assert_eq!(sorted(found), sorted(expected), "{kind:?} {tie:?} device {device} stop {stop}");
+                }
+            }
+        }
     }
 
     #[test]

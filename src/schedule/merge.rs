@@ -6,7 +6,6 @@
 //! point. It is the same on every replica, and made as lazily as the lists of the stages.
 
 use std::collections::VecDeque;
-use std::iter::Peekable;
 
 use super::simulate::World;
 use super::{Action, Actions, Costs, Fault, Op, Schedule};
@@ -31,6 +30,34 @@ impl<'a> DeviceActions<'a> {
     }
 }
 
+impl DeviceActions<'_> {
+    /// Lets the list go up to the beginning of step `limit`.
+    pub fn set_limit(&mut self, limit: usize) {
+        match self {
+            DeviceActions::Single(actions) => actions.set_limit(limit),
+            DeviceActions::Merged(merged) => merged.stages.iter_mut().for_each(|stage| stage.set_limit(limit)),
+        }
+    }
+
+    /// The step that would be begun next, if the limit forbids it: then the list seems to be over.
+    pub fn held(&self) -> Option<usize> {
+        match self {
+            DeviceActions::Single(actions) => actions.held(),
+            DeviceActions::Merged(merged) => merged.held(),
+        }
+    }
+
+    /// Ends the run at the step that is held: its boundary is drained and saved.
+    pub fn stop(&mut self, step: usize) {
+        match self {
+            DeviceActions::Single(actions) => actions.stop(step),
+            DeviceActions::Merged(merged) => {
+                merged.stages.iter_mut().for_each(|stage| stage.stop(step));
+            }
+        }
+    }
+}
+
 impl Iterator for DeviceActions<'_> {
     type Item = Action;
 
@@ -45,7 +72,7 @@ impl Iterator for DeviceActions<'_> {
 /// A running simulation of one pipeline on a ring, of which the first device's actions are kept.
 pub struct Merged<'a> {
     world: World,
-    stages: Vec<Peekable<Actions<'a>>>,
+    stages: Vec<Actions<'a>>,
     /// Of the devices.
     clock: Vec<f64>,
     queue: VecDeque<Action>,
@@ -55,10 +82,16 @@ impl<'a> Merged<'a> {
     fn new(schedule: &'a Schedule) -> Merged<'a> {
         Merged {
             world: World::new(schedule, 1, COSTS.stages(schedule), COSTS.message),
-            stages: (0..schedule.stages).map(|stage| schedule.actions(stage).peekable()).collect(),
+            stages: (0..schedule.stages).map(|stage| schedule.actions(stage)).collect(),
             clock: vec![0.0; schedule.grid(1).devices()],
             queue: VecDeque::new(),
         }
+    }
+
+    /// The first stage begins every step, so the device waits where it is held, whatever the other could do: the merged
+    /// order must not depend on when the limit was raised.
+    fn held(&self) -> Option<usize> {
+        if self.queue.is_empty() { self.stages[0].held() } else { None }
     }
 
     /// When the next action of a stage could start, if it can.
@@ -115,7 +148,8 @@ impl Iterator for Merged<'_> {
     type Item = Action;
 
     fn next(&mut self) -> Option<Action> {
-        if self.queue.is_empty() {
+        self.stages[0].peek();
+        if self.queue.is_empty() && self.held().is_none() {
             // A fault ends the list early, which `check` finds before any run starts.
             self.advance().ok()?;
         }

@@ -351,6 +351,18 @@ impl Schedule {
         self.ahead[stage] + 1
     }
 
+    /// The sync point that delays count from in what goes on at boundary `t`: `t` itself, or an earlier one where a run is
+    /// stopped in between, which is to go on as if it had not been. Under `fresh` parts under way join at every drain.
+    pub fn since(&self, t: usize) -> usize {
+        if self.tie == Tie::Fresh || (self.sync.contains(t) && t > self.sync.start) { t } else { self.sync.before(t) }
+    }
+
+    /// Steps beyond the complete ones that places may begin at least, so that none waits for ever: a step's update is made
+    /// with a forward that is a delay and a step later; and one more for the way of the news.
+    pub fn lead(&self) -> usize {
+        self.delays.iter().max().copied().unwrap_or(0) + 3
+    }
+
     /// More messages than can be under way on any link in one direction while training: activations and gradients by the
     /// lags, parts of the tied table by the delays.
     pub fn link_capacity(&self) -> usize {

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::checkpoint::{Checkpoint, Kind};
+use crate::checkpoint::{Checkpoint, Kind, Pipeline};
 use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
 use crate::data::{Corpus, Shape, Tokens};
-use crate::delay::{SyncPoints, lag, least_delay};
+use crate::delay::{SyncPoints, lag, least_delay, version};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Memory, Stack};
@@ -79,9 +79,22 @@ impl Setup {
     /// [`Error::Config`] about a setting that would make another run of it.
     pub fn resume(self, saved: Checkpoint) -> Result<Setup> {
         saved.fits(&self.config)?;
+        // Other delays, or another cut of the layers: the state is a sync point.
+        let since = match self.pipeline(saved.manifest.pipeline.since) == saved.manifest.pipeline
+            && saved.manifest.config.model.tie == self.config.model.tie
+        {
+            true => saved.manifest.pipeline.since,
+            false => saved.step(),
+        };
         let mut schedule = self.schedule;
-        schedule.sync.start = saved.step();
+        schedule.sync.from(saved.step(), since);
         Ok(Setup { schedule, resumed: Some(Arc::new(saved)), ..self })
+    }
+
+    /// What a state needs to know of the pipeline.
+    pub fn pipeline(&self, since: usize) -> Pipeline {
+        let layers = self.partition.iter().map(ExactSizeIterator::len).collect();
+        Pipeline { since, delays: self.schedule.delays.clone(), layers }
     }
 
     /// The step that the run begins with.
@@ -97,6 +110,20 @@ impl Setup {
         match &self.resumed {
             Some(saved) => saved.flat(Kind::Weights, layout),
             None => layout.initial(self.config.seed),
+        }
+    }
+
+    /// The versions before the first weights that steps with this delay still use, by their numbers.
+    ///
+    /// # Errors
+    /// Saved ones that cannot be read.
+    pub fn older_weights(&self, layout: &Layout, delay: usize) -> Result<Vec<(usize, Tensor)>> {
+        let sync = &self.schedule.sync;
+        match &self.resumed {
+            Some(saved) => (version(sync.since, sync.start, delay)..sync.start)
+                .map(|number| Ok((number, saved.older(layout, number)?)))
+                .collect(),
+            None => Ok(Vec::new()),
         }
     }
 

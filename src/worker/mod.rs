@@ -17,10 +17,11 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::{Fault, Injection, crash};
 use crate::metrics::clock::{Clock, Share};
-use crate::metrics::memory::{Gauge, Prediction};
+use crate::metrics::memory::Gauge;
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
+use crate::panel::{Panel, Word};
 use crate::params::{Layout, Versions, slice};
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
@@ -39,6 +40,9 @@ pub struct Worker {
     table: Option<Table>,
     table_reduction: Option<Reduction>,
     reports: Reporter,
+    panel: Arc<Panel>,
+    /// Where the run was told to stop.
+    stop: Option<usize>,
     batches: Batches,
     mode: Mode,
     gauge: Option<Gauge>,
@@ -82,7 +86,7 @@ impl Worker {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up()?;
-        let gauge = Gauge::start(Prediction::new(&setup, rank).total());
+        let gauge = Gauge::start();
         let config = &setup.config;
         let held = setup.grid.held(rank);
         let mut posts: Vec<Post> = held
@@ -95,20 +99,47 @@ impl Worker {
         }
         let table = table_of(&setup, rank)?;
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
-        let reports = ports.reports;
+        let (reports, panel) = (ports.reports, ports.panel);
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
         let clock = Clock::new(&setup.schedule, &stages);
         let writer = Some(Writer::start(out, reports.clone())?);
-        Ok(Worker { rank, posts, table, table_reduction: None, reports, batches, mode, gauge, clock, writer, setup })
+        Ok(Worker {
+            rank,
+            posts,
+            table,
+            table_reduction: None,
+            reports,
+            panel,
+            stop: None,
+            batches,
+            mode,
+            gauge,
+            clock,
+            writer,
+            setup,
+        })
     }
 
-    /// Runs the whole action list, then writes the weights (replica 0) and says goodbye.
+    /// Runs the whole action list, or up to where the run is told to stop, then says goodbye. Whether it was stopped.
     ///
     /// # Errors
     /// The first thing that goes wrong here, or the loss of a peer.
-    pub fn run(mut self) -> Result<()> {
+    pub fn run(mut self) -> Result<bool> {
         let setup = Arc::clone(&self.setup);
-        for action in setup.schedule.device_actions(self.rank % setup.grid.devices()) {
+        let mut actions = setup.schedule.device_actions(self.rank % setup.grid.devices());
+        actions.set_limit(self.panel.limit());
+        loop {
+            let Some(action) = actions.next() else {
+                let Some(step) = actions.held() else { break };
+                match self.panel.wait(step)? {
+                    Word::Go(limit) => actions.set_limit(limit),
+                    Word::Stop => {
+                        actions.stop(step);
+                        self.stop = Some(step);
+                    }
+                }
+                continue;
+            };
             tracing::trace!(%action);
             self.run_injection(&action);
             self.clock.lap(Share::Idle);
@@ -134,7 +165,8 @@ impl Worker {
             }
             self.clock.passed(&action);
         }
-        self.finish()
+        let stopped = self.stop.is_some();
+        self.finish().map(|()| stopped)
     }
 
     /// The place that an action belongs to.
@@ -214,7 +246,7 @@ impl Worker {
         let output = match action.pass {
             Pass::Train => {
                 let schedule = &setup.schedule;
-                if action.microbatch == 0 && schedule.sync.contains(action.step) {
+                if action.microbatch == 0 && action.step > setup.start() && schedule.sync.contains(action.step) {
                     post.sync = action.step;
                 }
                 let at = |delay| version(post.sync, action.step, delay);
@@ -342,10 +374,16 @@ impl Worker {
         let setup = Arc::clone(&self.setup);
         let post = &self.posts[action.stage / setup.grid.devices()];
         let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);
+        // None at a sync point.
+        let since = setup.schedule.since(action.step);
+        let oldest = |delay| version(since, action.step, delay);
         if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
             snapshot.add(table.layout(), table.flat(), table.optimizer())?;
+            snapshot.add_older(table.layout(), table.versions().older(oldest(setup.schedule.table_delay())))?;
         }
-        snapshot.add(post.stage.versions.layout(), post.stage.versions.flat(), &post.optimizer)?;
+        let versions = &post.stage.versions;
+        snapshot.add(versions.layout(), versions.flat(), &post.optimizer)?;
+        snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
         for (microbatch, memory) in post.stage.memories() {
             let rows = setup.train_rows(post.place.replica, *microbatch);
             snapshot.remember(rows.start, post.stage.stack().remembered(memory));
@@ -384,13 +422,18 @@ impl Post {
         let layout = Layout::new(&stack.own());
         let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
         let memories = setup.memories(&stack, place.replica)?;
-        let versions = Versions::new(layout, initial, setup.schedule.versions_held(place.stage), 1)?;
-        let mut stage = Stage::new(place, stack, versions.at(setup.start()), Settings::new(config));
+        let versions = Versions::new(layout.clone(), initial, setup.schedule.versions_held(place.stage), 1)?;
+        let mut versions = versions.at(setup.start());
+        for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
+            versions.recall(number, &values);
+        }
+        let mut stage = Stage::new(place, stack, versions, Settings::new(config));
         stage.recall(memories);
         let (reductions, unreduced) = (Vec::new(), stage.versions.layout().len);
         let registers = Registers::default();
         let (loss, eval) = (0.0, (0.0, 0));
-        Ok(Post { place, ends, stage, optimizer, sync: 0, reductions, unreduced, registers, loss, eval })
+        let sync = setup.schedule.sync.since;
+        Ok(Post { place, ends, stage, optimizer, sync, reductions, unreduced, registers, loss, eval })
     }
 
     /// Names the first parameter whose gradient is not finite.

@@ -54,7 +54,7 @@ impl Worker {
 
     pub(super) fn reduce_table(&mut self, action: &Action) -> Result<()> {
         let setup = Arc::clone(&self.setup);
-        let last = setup.schedule.sync.contains(action.step + 1);
+        let last = setup.schedule.sync.contains(action.step + 1) || self.stop == Some(action.step + 1);
         // The next segment's forwards begin only after this one's updates of the table.
         let inputs = setup.schedule.table_inputs(action.step, self.post(action).sync, last);
         let whole = self.table(action)?.join(action.step, inputs)?;
@@ -126,5 +126,8 @@ pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
     let layout = Layout::new(&model::table(&setup.dimensions));
     let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
     let held = setup.schedule.tables_held(rank % setup.grid.devices());
-    Ok(Some(Table::new(layout, initial, held, ends, optimizer)?.at(setup.start())))
+    let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
+    let mut table = Table::new(layout, initial, held, ends, optimizer)?.at(setup.start());
+    older.iter().for_each(|(number, values)| table.versions_mut().recall(*number, values));
+    Ok(Some(table))
 }

@@ -84,9 +84,9 @@ fn train_eval_and_generate() {
     }
     let manifest = folder.path("out/checkpoints/step-6/manifest.json");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replace("\"format\": 3", "\"format\": 1")).unwrap();
+    std::fs::write(&manifest, text.replace("\"format\": 4", "\"format\": 1")).unwrap();
     let finished = program(&["eval", &out]).expect_code(6);
-    assert!(finished.stderr.contains("format 1 is not known to this version, which reads 3"), "{finished}");
+    assert!(finished.stderr.contains("format 1 is not known to this version, which reads 4"), "{finished}");
     std::fs::write(&manifest, text).unwrap();
     program(&["eval", &folder.text("nothing")]).expect_code(6);
     std::fs::write(folder.path("out/checkpoints/step-6/stage-1.safetensors"), b"short").unwrap();

@@ -100,7 +100,7 @@ pub fn as_threads(setup: &Arc<Setup>) -> Outcome {
 pub fn by_oracle(setup: &Arc<Setup>) -> Outcome {
     let out = TempDir::new().unwrap();
     let recorder = Recorder::new(Arc::clone(setup), out.path()).unwrap();
-    run_emulated(setup, out.path(), recorder).unwrap();
+    run_emulated(setup, out.path(), recorder, &Mode::default()).unwrap();
     Outcome::read(out.path())
 }
 
@@ -162,11 +162,17 @@ pub fn mpirun(ranks: usize, args: &[&str]) -> Command {
 }
 
 /// Runs a program to its end, at most `seconds`; then it is ended by its process id.
-pub fn run(mut command: Command, seconds: u64) -> Finished {
+pub fn run(command: Command, seconds: u64) -> Finished {
+    run_telling(command, seconds, |_| ())
+}
+
+/// The same; `told` is told the process id.
+pub fn run_telling(mut command: Command, seconds: u64, told: impl FnOnce(u32)) -> Finished {
     let shown = format!("{command:?}");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{shown}: {error}"));
+    told(child.id());
     let stdout = collect(child.stdout.take().unwrap());
     let stderr = collect(child.stderr.take().unwrap());
     let timed_out = !wait(&mut child, Duration::from_secs(seconds));

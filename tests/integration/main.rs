@@ -11,3 +11,4 @@ mod prepare;
 mod real_text;
 mod reference;
 mod resume;
+mod stop;

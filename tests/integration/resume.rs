@@ -34,7 +34,7 @@ fn trained(setup: Setup, out: &Path, oracle: bool) {
     let setup = Arc::new(setup);
     let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
     let result = match oracle {
-        true => run_emulated(&setup, out, recorder),
+        true => run_emulated(&setup, out, recorder, &Mode::default()),
         false => run_local(&setup, out, recorder, Mode::default()),
     };
     result.unwrap_or_else(|error| panic!("{error:?}"));
@@ -158,7 +158,7 @@ fn broken_states_are_told_and_passed_over() {
         ("half a manifest", |f| truncate(&f.join("manifest.json"), 200), "EOF while parsing"),
         (
             "a newer format",
-            |f| edit(&f.join("manifest.json"), "\"format\": 3", "\"format\": 99"),
+            |f| edit(&f.join("manifest.json"), "\"format\": 4", "\"format\": 99"),
             "format 99 is not known",
         ),
         ("an empty manifest", |f| truncate(&f.join("manifest.json"), 0), "EOF while parsing"),

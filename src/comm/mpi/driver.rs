@@ -30,6 +30,7 @@ use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
 use crate::error::Error;
 use crate::metrics::Report;
+use crate::panel::{Control, Panel};
 use crate::wire::Wire;
 
 /// Rounds without progress before the driver begins to sleep.
@@ -40,6 +41,7 @@ const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(2);
 
 const TAG_REPORT: i32 = 9;
+const TAG_CONTROL: i32 = 10;
 
 /// How many threads of this rank wait for something that the driver brings.
 #[derive(Clone)]
@@ -78,6 +80,7 @@ pub enum Command {
         wire: Wire,
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
+        panel: Arc<Panel>,
         reply: Sender<MpiResult<()>>,
     },
     Send {
@@ -93,6 +96,8 @@ pub enum Command {
         reply: Sender<MpiResult<()>>,
     },
     Report(Vec<u8>),
+    /// To the panels of all ranks; from rank 0.
+    Control(Control),
     /// Somebody has begun to wait.
     Wake,
     /// Ends all ranks.
@@ -149,8 +154,10 @@ struct Driver {
     /// By the rank that they go to.
     outgoing: BTreeMap<usize, VecDeque<Outgoing>>,
     incoming: Vec<Incoming>,
-    own_reports: VecDeque<Pending<Vec<u8>>>,
+    /// Reports and controls that are on their way.
+    notes: VecDeque<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
+    panel: Option<Arc<Panel>>,
     failure: Option<String>,
 }
 
@@ -163,8 +170,9 @@ impl Driver {
             grids: None,
             outgoing: BTreeMap::new(),
             incoming: Vec::new(),
-            own_reports: VecDeque::new(),
+            notes: VecDeque::new(),
             reports: None,
+            panel: None,
             failure: None,
         }
     }
@@ -211,14 +219,15 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { colors, key, wire, inboxes, reports, reply } => {
-                self.reports = reports;
+            Command::Connect { colors, key, wire, inboxes, reports, panel, reply } => {
+                (self.reports, self.panel) = (reports, Some(panel));
                 let _ = reply.send(self.connect(&colors, key, wire, inboxes));
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
             Command::Reduce { slot, flat, reply } => self.reduce(slot, flat, reply),
             Command::Report(bytes) => self.report(bytes),
+            Command::Control(control) => self.control(control),
             Command::Abort(code) => self.world.abort(code),
             Command::Wake | Command::Finish(_) => Ok(()),
         };
@@ -266,7 +275,19 @@ impl Driver {
         if self.rank == 0 {
             return self.deliver(&bytes);
         }
-        self.own_reports.push_back(raw::send_bytes(address(self.links()?, 0, TAG_REPORT), bytes)?);
+        self.notes.push_back(raw::send_bytes(address(self.links()?, 0, TAG_REPORT), bytes)?);
+        Ok(())
+    }
+
+    fn control(&mut self, control: Control) -> MpiResult<()> {
+        let bytes = serde_json::to_vec(&control).map_err(|error| error.to_string())?;
+        for rank in 1..self.world.size() as usize {
+            let note = raw::send_bytes(address(self.links()?, rank, TAG_CONTROL), bytes.clone())?;
+            self.notes.push_back(note);
+        }
+        if let Some(panel) = &self.panel {
+            panel.tell(control);
+        }
         Ok(())
     }
 
@@ -302,15 +323,21 @@ impl Driver {
         for reducer in &mut grids.reducers {
             moved |= reducer.advance()?;
         }
-        while let Some(pending) = self.own_reports.front_mut() {
+        while let Some(pending) = self.notes.front_mut() {
             if pending.test()?.is_none() {
                 break;
             }
-            self.own_reports.pop_front();
+            self.notes.pop_front();
         }
         if self.rank == 0 {
             while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_REPORT)? {
                 self.deliver(&bytes)?;
+                moved = true;
+            }
+        } else if let Some(panel) = &self.panel {
+            while let Some(bytes) = raw::poll_bytes(&grids.links, TAG_CONTROL)? {
+                let control = serde_json::from_slice(&bytes);
+                panel.tell(control.map_err(|error| format!("a control that cannot be read ({error})"))?);
                 moved = true;
             }
         }
@@ -331,16 +358,23 @@ impl Driver {
             reducer.fail(error);
         }
         self.outgoing.clear();
+        if let Some(panel) = &self.panel {
+            panel.tell(Control::End);
+        }
         if let Some(reports) = self.reports.take() {
             let error = Error::Transport(error.to_owned());
             let _ = reports.send(Report::Failed { origin: format!("rank {}", self.rank), error });
         }
     }
 
-    /// Everything that was sent is on its way before the headers that nobody will send are taken back.
+    /// Everything that was sent is on its way, and all that rank 0 has to tell is heard, before the headers that nobody
+    /// will send are taken back.
     fn finish(&mut self) {
-        while self.failure.is_none() && !(self.outgoing.values().all(VecDeque::is_empty) && self.own_reports.is_empty())
-        {
+        let busy = |driver: &Driver| {
+            let told = driver.panel.as_ref().is_none_or(|panel| panel.ended());
+            !(told && driver.outgoing.values().all(VecDeque::is_empty) && driver.notes.is_empty())
+        };
+        while self.failure.is_none() && busy(self) {
             match self.advance() {
                 Ok(true) => {}
                 Ok(false) => std::thread::sleep(SHORTEST_SLEEP),

@@ -18,6 +18,7 @@ use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporte
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
+use crate::panel::{Controls, Panel};
 use crate::wire::Wire;
 pub use driver::Identity;
 use driver::{Command, Waiters};
@@ -83,11 +84,18 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, and on rank 0 the reports of all ranks. All ranks must call this.
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks. All
+    /// ranks must call this.
     ///
     /// # Errors
     /// What MPI reports.
-    pub fn connect(&self, grid: Grid, capacity: usize, wire: Wire) -> Result<(Ports, Option<Receiver<Report>>)> {
+    pub fn connect(
+        &self,
+        grid: Grid,
+        capacity: usize,
+        wire: Wire,
+        limit: usize,
+    ) -> Result<(Ports, Option<Receiver<Report>>)> {
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
         let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
@@ -121,10 +129,19 @@ impl World {
         let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        self.command(Command::Connect { colors, key, wire, inboxes, reports, reply })?;
+        let panel = Arc::new(Panel::new(limit));
+        self.command(Command::Connect { colors, key, wire, inboxes, reports, panel: Arc::clone(&panel), reply })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
-        Ok((Ports { places, reports: self.reporter() }, received))
+        Ok((Ports { places, reports: self.reporter(), panel }, received))
+    }
+
+    /// Tells all ranks' panels; on rank 0, once the grid is connected.
+    pub fn controls(&self) -> Controls {
+        let commands = self.commands.clone();
+        Controls::new(move |control| {
+            let _ = commands.send(Command::Control(control)); // A driver that is gone has said why.
+        })
     }
 
     /// Takes reports to rank 0, once the grid is connected.

@@ -1,0 +1,187 @@
+//! A run that is asked to stop drains, saves, and goes on later as if it had not been stopped, wherever that was.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ouroboros::checkpoint::Checkpoint;
+use ouroboros::config::Config;
+use ouroboros::launch::{run_emulated, run_local};
+use ouroboros::metrics::{Mode, Recorder, Summary};
+use ouroboros::setup::Setup;
+use tempfile::TempDir;
+
+use crate::harness::{Finished, Folder, Outcome, TINY, mpirun, ouroboros, run, slices};
+
+const LIMIT: u64 = 60;
+
+fn setup(sets: &[&str]) -> Setup {
+    let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+    Setup::new(Config::parse(TINY, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"))).unwrap()
+}
+
+fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
+    let setup = Arc::new(setup);
+    let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
+    if stop {
+        std::fs::write(out.join("STOP"), "").unwrap();
+    }
+    let mode = Mode::default();
+    let result = match oracle {
+        true => run_emulated(&setup, out, recorder, &mode),
+        false => run_local(&setup, out, recorder, mode),
+    };
+    result.unwrap_or_else(|error| panic!("{error:?}"))
+}
+
+/// The files of the last state, and the lines about the run.
+fn ends(out: &Path, steps: usize) -> (Vec<(String, Vec<u8>)>, Vec<serde_json::Value>) {
+    let folder = out.join(format!("checkpoints/step-{steps}"));
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .map(|file| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap()))
+        .filter(|(name, _)| name.ends_with(".safetensors"))
+        .collect();
+    files.sort();
+    (files, Outcome::read(out).lines)
+}
+
+/// Stopped again and again, by a file; every second leg is the oracle's.
+fn stopped_again_and_again(sets: &[&str]) {
+    let whole = TempDir::new().unwrap();
+    let summary = leg(setup(sets), whole.path(), false, false);
+    assert!(!summary.stopped);
+    let (pieces, mut legs, mut between) = (TempDir::new().unwrap(), 0, 0);
+    let steps = setup(sets).config.steps;
+    loop {
+        let mut setup = setup(sets);
+        if let Some(saved) = Checkpoint::newest(pieces.path()).unwrap() {
+            between += usize::from(saved.manifest.pipeline.since < saved.step());
+            setup = setup.resume(saved).unwrap();
+        }
+        legs += 1;
+        if !leg(setup, pieces.path(), legs % 2 == 0, true).stopped {
+            break;
+        }
+        assert!(!pieces.path().join("STOP").exists());
+        assert!(legs < 50, "{sets:?}");
+    }
+    let synchronous = sets.iter().any(|set| set.starts_with("schedule=")) || sets.contains(&"model.tie=fresh");
+    assert!(legs > 2 && (between > 0) != synchronous, "{sets:?}: {legs} legs, {between} stops between sync points");
+    let (found, expected) = (ends(pieces.path(), steps), ends(whole.path(), steps));
+    assert!(found == expected || sets.contains(&"model.tie=fresh"), "{sets:?}: {legs} legs");
+}
+
+#[test]
+fn a_stopped_run_goes_on_as_if_it_had_not_been() {
+    let xl: &[&str] = &["model.arch=transformer-xl", "model.mem_len=12", "data.synthetic=2200", "data.held_out=0.3"];
+    stopped_again_and_again(&["grid.stages=3", "steps=31", "model.dropout=0.1"]);
+    stopped_again_and_again(&["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=24", "eval.every=7"]);
+    stopped_again_and_again(&["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"]);
+    stopped_again_and_again(&["grid.stages=3", "schedule=1f1b", "microbatches=3", "steps=17", "model.tie=none"]);
+    stopped_again_and_again(&["grid.stages=2", "grid.delays=[3, 1]", "steps=31", "model.tie=none", "recompute=true"]);
+    stopped_again_and_again(&[xl, &["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=22"]].concat());
+}
+
+/// Under the paper's tie a stop is a sync point, for the grid and for the oracle alike.
+#[test]
+fn a_stop_is_a_sync_point_of_a_fresh_tie() {
+    let sets = ["grid.stages=3", "model.tie=fresh", "steps=21"];
+    stopped_again_and_again(&sets);
+    let [threads, oracle] = [false, true].map(|oracle| {
+        let out = TempDir::new().unwrap();
+        let first = leg(setup(&sets), out.path(), oracle, true);
+        assert!(first.stopped);
+        let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
+        let step = saved.step();
+        assert_eq!(saved.manifest.pipeline.since, step);
+        leg(setup(&sets).resume(saved).unwrap(), out.path(), oracle, false);
+        (step, ends(out.path(), 21), out)
+    });
+    // Where it stops depends on the moment; what it then is does not.
+    for (step, found, _out) in [threads, oracle] {
+        let at = format!("sync_at=[{step}]");
+        let expected = TempDir::new().unwrap();
+        leg(setup(&[&sets[..], &[&at]].concat()), expected.path(), true, false);
+        assert!(found == ends(expected.path(), 21), "stopped at {step}");
+    }
+}
+
+/// From the state of a stop another grid goes on as its oracle does: there it is a sync point.
+#[test]
+fn another_grid_goes_on_from_a_stop() {
+    let out = TempDir::new().unwrap();
+    assert!(leg(setup(&["grid.stages=3", "steps=20"]), out.path(), false, true).stopped);
+    let other = ["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=20"];
+    let [threads, oracle] = [false, true].map(|oracle| {
+        let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
+        let rest = TempDir::new().unwrap();
+        leg(setup(&other).resume(saved).unwrap(), rest.path(), oracle, false);
+        ends(rest.path(), 20)
+    });
+    assert!(threads == oracle);
+}
+
+/// Starts a program, sends a signal once it has made some steps, and waits for its end.
+fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
+    let lines = || std::fs::read_to_string(metrics).unwrap_or_default().lines().count();
+    let before = lines();
+    std::thread::scope(|scope| {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let runner = scope.spawn(move || crate::harness::run_telling(command, LIMIT, |id| sender.send(id).unwrap()));
+        let id = receiver.recv().unwrap();
+        let started = Instant::now();
+        while lines() < before + 20 {
+            assert!(started.elapsed() < Duration::from_secs(30), "no steps in {}", metrics.display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let status = Command::new("kill").args([signal, &whom(id)]).status().unwrap();
+        assert!(status.success());
+        runner.join().unwrap()
+    })
+}
+
+/// The process of a rank: a child of mpirun's.
+fn child(mpirun: u32, nth: usize) -> String {
+    let listed = Command::new("pgrep").args(["-P", &mpirun.to_string()]).output().unwrap();
+    let text = String::from_utf8(listed.stdout).unwrap();
+    text.lines().nth(nth).unwrap_or_else(|| panic!("mpirun has the children {text}")).to_owned()
+}
+
+#[test]
+fn a_signal_stops_all_ranks_with_code_75() {
+    let sets = ["steps=1500", "grid.stages=2", "grid.replicas=2", "checkpoint.keep_last=1"];
+    let folder = Folder::new();
+    run(ouroboros(&slices(&folder.train("whole", &sets, &[]))), LIMIT).expect_code(0);
+    let args = folder.train("out", &sets, &["--resume"]);
+    let metrics = folder.path("out/metrics.jsonl");
+    // To the launcher, which passes it on; to one rank; and to threads of one process.
+    let launched = || mpirun(4, &slices(&args));
+    let first = signalled(launched(), &metrics, "-USR1", |id| id.to_string()).expect_code(75);
+    assert!(first.stdout.contains("SIGUSR1 at stage ") && first.stdout.contains("stopped at step "), "{first}");
+    assert!(first.errors().is_empty(), "{first}");
+    let second = signalled(launched(), &metrics, "-TERM", |id| child(id, 2)).expect_code(75);
+    assert!(second.stdout.contains("SIGTERM at stage "), "{second}");
+    let third = signalled(ouroboros(&slices(&args)), &metrics, "-INT", |id| id.to_string()).expect_code(75);
+    assert!(third.stdout.contains("SIGINT at this process: the run stops and saves at step "), "{third}");
+    run(mpirun(4, &slices(&args)), LIMIT).expect_code(0);
+    let (found, expected) = (ends(&folder.path("out"), 1500), ends(&folder.path("whole"), 1500));
+    assert!(found == expected, "{first}{second}{third}");
+}
+
+#[test]
+fn deadlines_stop_a_run() {
+    let folder = Folder::new();
+    let long = ["steps=1000000", "grid.stages=2"];
+    let args = folder.train("a", &long, &["--max-minutes", "0.02"]);
+    let finished = run(ouroboros(&slices(&args)), LIMIT).expect_code(75);
+    assert!(finished.stdout.contains("--max-minutes 0.02: the run stops"), "{finished}");
+    let end = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() + 62;
+    let args = folder.train("b", &long, &["--stop-margin", "60"]);
+    let mut command = mpirun(2, &slices(&args));
+    command.env("SLURM_JOB_END_TIME", end.to_string());
+    let finished = run(command, LIMIT).expect_code(75);
+    assert!(finished.stdout.contains("the end of the batch job is 60 s away: the run stops"), "{finished}");
+}
