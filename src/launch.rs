@@ -221,15 +221,15 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
     let limit = schedule.sync.start + schedule.lead();
     let (ports, controls) = local::connect(grid, schedule.link_capacity(), setup.config.wire, limit, &reports);
     let _signals = watch_signals(&mode, reporter(&reports), "this process").map_err(|error| (None, error))?;
-    drop(reports);
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
         for (rank, ports) in ports.into_iter().enumerate() {
-            let (first, mode) = (&first, mode.clone());
+            let (first, mode, failed) = (&first, mode.clone(), reporter(&reports));
             scope.spawn(move || {
                 let work = || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), mode)?.run();
                 if let Err(error) = caught(work) {
-                    first.set(rank, error);
+                    first.set(rank, error.clone());
+                    let _ = failed.send(Report::Failed { origin: grid.name(rank), error });
                 }
             });
         }
@@ -261,13 +261,19 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
     let (reports, received) = channel();
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports), "this process").map_err(|error| (None, error))?;
-    drop(reports);
+    let failed = reporter(&reports);
     let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.schedule.lead()));
     let told = Arc::clone(&panel);
     let controls = Controls::new(move |control| told.tell(control));
     let (outcome, summary) = std::thread::scope(|scope| {
         let work = || Emulator::new(Arc::clone(setup), oracles, panel, out.to_owned())?.run();
-        let oracle = scope.spawn(|| caught(work));
+        let oracle = scope.spawn(|| {
+            let outcome = caught(work);
+            if let Err(error) = &outcome {
+                let _ = failed.send(Report::Failed { origin: "the oracle".into(), error: error.clone() });
+            }
+            outcome
+        });
         let summary = recorder.run(&received, &controls, watch(out, mode), 1, false);
         drop((received, controls));
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
