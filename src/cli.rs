@@ -77,7 +77,8 @@ pub struct TrainArgs {
     /// Seconds before the end of a Slurm job (SLURM_JOB_END_TIME) at which to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().margin_s)]
     pub stop_margin: f64,
-    /// Fail on purpose, as a drill: panic|crash|corrupt-message|alter-table@STAGE,REPLICA:STEP.
+    /// Fail on purpose, as a drill: panic|crash|exit|hang|slow|nan|corrupt-message|drop-message|disk-full|alter-weights|
+    /// alter-table@STAGE,REPLICA:STEP[:ACTION]; ? stands for a number to be drawn from the seed.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
 }

@@ -20,6 +20,9 @@ pub enum Error {
     /// A neighbour or a member of the replica group is gone.
     #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
     Lost { peer: Place, doing: String },
+    /// Nothing moves any more.
+    #[error("nothing has moved for {seconds:.0} s: {place} {what}")]
+    Hang { seconds: f64, place: String, what: String },
     /// The transport itself failed.
     #[error("MPI: {0}")]
     Transport(String),
@@ -36,10 +39,10 @@ pub enum Error {
     NotFinite { tensor: String, step: usize, place: Place },
     /// Copies of the same weights are not the same any more.
     #[error(
-        "the copies of the tied embedding differ after step {step}: {digests}; a fault of the program or of a machine's \
+        "the copies of {what} differ after step {step}: {digests}; a fault of the program or of a machine's \
          memory (what was saved before is as it was)"
     )]
-    CopiesDiffer { step: usize, digests: String },
+    CopiesDiffer { what: String, step: usize, digests: String },
     /// A folder of weights is not usable.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint { path: String, problem: String },
@@ -60,7 +63,7 @@ impl Error {
         match self {
             Error::Usage(_) | Error::Config { .. } | Error::Memory(_) => 2,
             Error::Data { .. } => 3,
-            Error::Lost { .. } | Error::Transport(_) | Error::Message { .. } => 4,
+            Error::Lost { .. } | Error::Hang { .. } | Error::Transport(_) | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
             Error::Checkpoint { .. } => 6,
             Error::CopiesDiffer { .. } | Error::Internal(_) => 70,
@@ -108,12 +111,13 @@ mod tests {
             (Error::Memory("x".into()), 2),
             (Error::data("a", "b", "c"), 3),
             (Error::Lost { peer: place, doing: "x".into() }, 4),
+            (Error::Hang { seconds: 1.0, place: "x".into(), what: "y".into() }, 4),
             (Error::Transport("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
             (Error::NotFinite { tensor: "x".into(), step: 0, place }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),
             (Error::Internal("x".into()), 70),
-            (Error::CopiesDiffer { step: 1, digests: "x".into() }, 70),
+            (Error::CopiesDiffer { what: "x".into(), step: 1, digests: "x".into() }, 70),
         ];
         for (error, code) in table {
             assert_eq!(error.exit_code(), code, "{error}");

@@ -14,7 +14,7 @@ use crate::config::{CheckpointConfig, Config};
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
-use crate::grid::{Grid, Placement};
+use crate::grid::{Grid, Place, Placement};
 use crate::inject::{Fault, Injection};
 use crate::metrics::{Mode, Recorder, Report, Summary, clock, limits, memory};
 use crate::panel::{Controls, Panel};
@@ -73,19 +73,36 @@ impl Job {
         if let Some(emulation) = &self.mode.emulation {
             emulation.check(setup.grid.stages)?;
         }
-        if let Some(Injection { place, step, .. }) = self.mode.inject
-            && (place.stage >= setup.grid.stages || place.replica >= setup.grid.replicas || step >= setup.config.steps)
-        {
-            let remedy = format!("the grid is {} and the run has {} steps", setup.grid, setup.config.steps);
-            return Err(Error::config("--inject", format!("{place}, step {step}"), remedy));
-        }
-        if let Some(Injection { fault: Fault::AlterTable, place, .. }) = self.mode.inject
-            && (!setup.dimensions.tied || setup.grid.twin(place).is_none())
-        {
-            let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
-            return Err(Error::config("--inject", format!("alter-table on {place}, which holds no copy"), remedy));
+        if let Some(injection) = self.mode.inject {
+            self.check_injection(injection, &setup)?;
         }
         Ok(setup)
+    }
+
+    /// Whether a fault on purpose can happen.
+    fn check_injection(&self, injection: Injection, setup: &Setup) -> Result<()> {
+        let beyond = |value: Option<usize>, end: usize| value.is_some_and(|value| value >= end);
+        let (grid, steps) = (setup.grid, setup.config.steps);
+        if beyond(injection.stage, grid.stages)
+            || beyond(injection.replica, grid.replicas)
+            || beyond(injection.step, steps)
+        {
+            let remedy = format!("the grid is {grid} and the run has {steps} steps");
+            return Err(Error::config("--inject", injection, remedy));
+        }
+        let place = Place { stage: injection.stage.unwrap_or(0), replica: injection.replica.unwrap_or(0) };
+        if injection.fault == Fault::AlterTable && (!setup.dimensions.tied || grid.twin(place).is_none()) {
+            let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
+            return Err(Error::config("--inject", format!("{injection}, which holds no copy"), remedy));
+        }
+        Ok(())
+    }
+
+    /// How the ranks run: with the fault that is injected drawn.
+    fn mode(&self, setup: &Setup) -> Mode {
+        let (grid, config) = (setup.grid, &setup.config);
+        let inject = self.mode.inject.map(|injection| injection.drawn(grid, config.steps, config.seed));
+        Mode { inject, ..self.mode.clone() }
     }
 
     /// The saved state to go on from; none if the run begins.
@@ -192,8 +209,8 @@ pub fn refuse(error: &Error) -> u8 {
 fn local(job: &Job) -> Placed<Summary> {
     let (setup, out, recorder) =
         prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size(), &[])).map_err(|error| (None, error))?;
-    announce(&setup, "threads of one process");
-    run_local(&setup, &out, recorder, job.mode.clone())
+    announce(&setup, "threads of one process", job.mode(&setup).inject);
+    run_local(&setup, &out, recorder, job.mode(&setup))
 }
 
 /// Folder, log and recorder of a run in one process.
@@ -234,6 +251,11 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
             });
         }
         let summary = recorder.run(&received, &controls, watch, grid.size(), grid.size() > 1);
+        if let Err((origin, error @ Error::Hang { .. })) = &summary {
+            // The thread that stands still can be neither ended nor waited for.
+            show(origin.as_deref(), error);
+            std::process::exit(i32::from(error.exit_code()));
+        }
         // Whoever still wants to report, or to be told something, finds the recorder gone.
         drop((received, controls));
         summary
@@ -249,7 +271,7 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
 /// The oracle.
 fn emulate(job: &Job) -> Placed<Summary> {
     let (setup, out, recorder) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
-    announce(&setup, "emulated in one process");
+    announce(&setup, "emulated in one process", None);
     run_emulated(&setup, &out, recorder, &job.mode)
 }
 
@@ -262,7 +284,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports), "this process").map_err(|error| (None, error))?;
     let failed = reporter(&reports);
-    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.schedule.lead()));
+    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.schedule.lead(), "this process"));
     let told = Arc::clone(&panel);
     let controls = Controls::new(move |control| told.tell(control));
     let (outcome, summary) = std::thread::scope(|scope| {
@@ -274,7 +296,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
             }
             outcome
         });
-        let summary = recorder.run(&received, &controls, watch(out, mode), 1, false);
+        let summary = recorder.without_watchdog().run(&received, &controls, watch(out, mode), 1, false);
         drop((received, controls));
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
     });
@@ -324,7 +346,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     })?;
     together(world, || runtime::log_to(&out, rank))?;
     if rank == 0 {
-        announce(&setup, "MPI ranks");
+        announce(&setup, "MPI ranks", job.mode(&setup).inject);
     }
     tracing::info!(
         place = setup.grid.name(rank),
@@ -423,11 +445,12 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     let rank = world.identity.rank;
     let origin = format!("{} (rank {rank} on {})", setup.grid.name(rank), world.identity.host);
     let limit = setup.start() + setup.schedule.lead();
-    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit);
+    let stall = Duration::from_secs_f64(setup.config.stall_seconds);
+    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit, stall);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let reporter = world.reporter();
     let _signals = watch_signals(&job.mode, world.reporter(), &origin).map_err(|error| (None, error))?;
-    let (mode, out, worker_setup) = (job.mode.clone(), out.to_owned(), Arc::clone(setup));
+    let (mode, out, worker_setup) = (job.mode(setup), out.to_owned(), Arc::clone(setup));
     let watch = watch(&out, &mode);
     let work = move || -> Placed<bool> {
         let result = caught(|| Worker::new(worker_setup, rank, ports, out, mode)?.run());
@@ -485,7 +508,7 @@ fn too_few_cores(threads: usize) -> Option<String> {
     (threads > cores).then(|| format!("note: threads = {threads}, but this process may use {cores} cores{remedy}"))
 }
 
-fn announce(setup: &Setup, how: &str) {
+fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
     print!("{}", setup.picture());
     if let Some(saved) = &setup.resumed {
@@ -495,6 +518,9 @@ fn announce(setup: &Setup, how: &str) {
             saved.path.display(),
             saved.manifest.grid
         );
+    }
+    if let Some(injection) = inject {
+        println!("a fault on purpose: {injection}");
     }
     if let Some(note) = too_few_cores(setup.config.threads) {
         println!("{note}");

@@ -19,6 +19,7 @@
 //!                Save                    checkpoint::Snapshot   the state, copied and written beside the training
 //!
 //! metrics    what the places report      checkpoint   what is saved, and how a run goes on from it
+//! pulse      what a rank is doing, for the watchdog of metrics
 //! panel      how far a place may go, and where it is told to stop (stop, signals: by whom)
 //! failure    panics become errors, and of several the first that is a cause is shown
 //! emulator   the same arithmetic in one process: the definition of correct
@@ -50,6 +51,7 @@ pub mod checkpoint;
 pub mod setup;
 pub mod stage;
 pub mod inject;
+pub mod pulse;
 pub mod panel;
 pub mod stop;
 pub mod metrics;

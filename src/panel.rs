@@ -16,6 +16,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::pulse::{Doing, Pulse};
 
 /// What rank 0 tells all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,8 @@ pub enum Control {
     Limit(usize),
     /// The run ends at this boundary, which is the last limit.
     Stop(usize),
+    /// The pulse is asked for.
+    Ask,
     /// Nothing more will be told.
     End,
 }
@@ -40,6 +43,7 @@ pub enum Word {
 /// The panel of one rank.
 #[derive(Debug)]
 pub struct Panel {
+    pub pulse: Pulse,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -52,9 +56,10 @@ struct State {
 }
 
 impl Panel {
-    /// The panel of a rank that may go up to `limit` without being told.
-    pub fn new(limit: usize) -> Panel {
-        Panel { state: Mutex::new(State { limit, stop: None, ended: false }), changed: Condvar::new() }
+    /// The panel of a rank on `host` that may go up to `limit` without being told.
+    pub fn new(limit: usize, host: &str) -> Panel {
+        let pulse = Pulse::new(host.to_owned());
+        Panel { pulse, state: Mutex::new(State { limit, stop: None, ended: false }), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -67,6 +72,7 @@ impl Panel {
         match control {
             Control::Limit(limit) => state.limit = state.limit.max(limit),
             Control::Stop(at) => state.stop = Some(at),
+            Control::Ask => {}
             Control::End => state.ended = true,
         }
         drop(state);
@@ -88,6 +94,7 @@ impl Panel {
     /// # Errors
     /// [`Error::Internal`] if nobody is there to tell: the run is being ended.
     pub fn wait(&self, step: usize) -> Result<Word> {
+        self.pulse.doing(Doing::Limit(step));
         let waits = |state: &mut State| state.limit <= step && state.stop.is_none() && !state.ended;
         let state = self.changed.wait_while(self.state(), waits).unwrap_or_else(|poisoned| poisoned.into_inner());
         match state.stop {
@@ -125,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_place_waits_at_its_limit_and_stops_where_it_is_told() {
-        let panel = Arc::new(Panel::new(3));
+        let panel = Arc::new(Panel::new(3, "here"));
         assert_eq!(panel.wait(2).unwrap(), Word::Go(3));
         let waiting = std::thread::spawn({
             let panel = Arc::clone(&panel);
@@ -138,7 +145,7 @@ mod tests {
         assert!(matches!(first, Word::Go(5 | 7)), "{first:?}");
         assert_eq!(second, Word::Stop);
         assert_eq!(panel.wait(6).unwrap(), Word::Go(7));
-        let panel = Panel::new(3);
+        let panel = Panel::new(3, "here");
         panel.tell(Control::End);
         assert!(panel.wait(3).is_err());
     }

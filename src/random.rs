@@ -15,6 +15,7 @@ enum Use {
     Order = 3,
     Corpus = 4,
     Sampling = 5,
+    Injection = 6,
 }
 
 fn stream(seed: u64, purpose: Use, a: u32, b: u64, c: u32, d: u32) -> ChaCha8Rng {
@@ -70,6 +71,11 @@ pub fn order(seed: u64, epoch: u64, bound: usize) -> (u64, usize) {
 /// The stream that the synthetic corpus is made of.
 pub fn corpus(seed: u64) -> ChaCha8Rng {
     stream(seed, Use::Corpus, 0, 0, 0, 0)
+}
+
+/// Draws a fault on purpose.
+pub fn injection(seed: u64) -> ChaCha8Rng {
+    stream(seed, Use::Injection, 0, 0, 0, 0)
 }
 
 /// The stream that picks the tokens of generated text.

@@ -27,12 +27,14 @@ pub struct Snapshot {
     pub step: usize,
     replicas: usize,
     contents: Vec<Content>,
+    /// A fault on purpose.
+    disk_is_full: bool,
 }
 
 impl Snapshot {
     /// Nothing yet, of a place of `replicas` that share the files out.
     pub fn new(place: Place, step: usize, replicas: usize) -> Snapshot {
-        Snapshot { place, step, replicas, contents: Vec::new() }
+        Snapshot { place, step, replicas, contents: Vec::new(), disk_is_full: false }
     }
 
     /// Whether this place writes the files of a kind.
@@ -102,6 +104,11 @@ impl Snapshot {
         }
     }
 
+    /// Writing this one will find no room: a fault on purpose.
+    pub fn fill_disk(&mut self) {
+        self.disk_is_full = true;
+    }
+
     /// Writes everything into `step-N.tmp/` and waits for the disk.
     ///
     /// # Errors
@@ -109,6 +116,10 @@ impl Snapshot {
     pub fn write(&self, out: &Path) -> Result<Vec<Shard>> {
         let folder = folder(out, self.step, ".tmp");
         fs::create_dir_all(&folder).map_err(|error| Error::checkpoint(&folder, format!("cannot be made ({error})")))?;
+        if self.disk_is_full {
+            let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(Error::checkpoint(&folder, format!("cannot be written ({full})")));
+        }
         self.contents.iter().map(|content| content.write(&folder, self.place)).collect()
     }
 }

@@ -12,7 +12,7 @@ use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checke
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
-use crate::panel::{Controls, Panel};
+use crate::panel::{Control, Controls, Panel};
 use crate::params::{slice, slice_mut};
 use crate::wire::Wire;
 
@@ -54,11 +54,20 @@ pub fn connect(
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit)) }
+        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process")) }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
     let panels: Vec<Arc<Panel>> = ports.iter().map(|ports| Arc::clone(&ports.panel)).collect();
-    (ports, Controls::new(move |control| panels.iter().for_each(|panel| panel.tell(control))))
+    let reports = reports.clone();
+    let tell = move |control| {
+        for (rank, panel) in panels.iter().enumerate() {
+            panel.tell(control);
+            if control == Control::Ask {
+                let _ = reports.send(Report::Pulse { rank, beat: panel.pulse.beat() }); // The recorder itself asks.
+            }
+        }
+    };
+    (ports, Controls::new(tell))
 }
 
 /// Both ends of a link between two places.

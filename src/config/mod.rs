@@ -47,6 +47,11 @@ pub struct Config {
     pub wire: Wire,
     /// KiB of gradients that are reduced at once, as soon as the backward has made them.
     pub bucket_kib: usize,
+    /// Seconds without any action anywhere after which the run ends, and the place is named that everybody waits for.
+    pub stall_seconds: f64,
+    /// Replicas compare digests of their weights after every so many steps; none: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify_every: Option<usize>,
     pub grid: GridConfig,
     pub model: ModelConfig,
     pub data: DataConfig,
@@ -72,6 +77,8 @@ impl Default for Config {
             threads: 1,
             wire: Wire::F32,
             bucket_kib: 4096,
+            stall_seconds: 300.0,
+            verify_every: None,
             grid: GridConfig::default(),
             model: ModelConfig::default(),
             data: DataConfig::default(),
@@ -267,7 +274,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `stall_seconds`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

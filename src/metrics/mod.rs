@@ -7,6 +7,8 @@ pub mod memory;
 mod bench;
 mod progress;
 mod recorder;
+mod stragglers;
+mod watchdog;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +21,7 @@ use crate::emulation::Emulation;
 use crate::error::Error;
 use crate::grid::Place;
 use crate::inject::Injection;
+use crate::pulse::Beat;
 use crate::stop::Limits;
 use clock::Times;
 
@@ -51,8 +54,14 @@ pub enum Report {
     Norm { stage: usize, step: usize, norm: f64 },
     /// An update of the tied table is made: the norm of its gradient before clipping. From stage 0 of replica 0.
     TableNorm { step: usize, norm: f64 },
-    /// The digest of a copy of the tied table at sync point `step`.
+    /// The digest of a copy of the tied table after `step` updates.
+    TableDigest { place: Place, step: usize, digest: u64 },
+    /// The digest of a replica's weights after `step` updates.
     Digest { place: Place, step: usize, digest: u64 },
+    /// The rank needed so many seconds of work for an update.
+    Busy { rank: usize, seconds: f64 },
+    /// What the rank is doing.
+    Pulse { rank: usize, beat: Beat },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
     Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
     /// The place has written its part of the state at sync point `step`.

@@ -14,6 +14,8 @@ use super::bench::Bench;
 use super::clock::Times;
 use super::memory::Prediction;
 use super::progress::{Progress, State, thousands};
+use super::stragglers::Stragglers;
+use super::watchdog::Watchdog;
 use super::{Mode, Report, quality};
 use crate::checkpoint::{self, Manifest, Shard};
 use crate::config::Tokenizer;
@@ -107,8 +109,10 @@ pub struct Recorder {
     written: usize,
     /// step -> replica -> (sum of losses, tokens).
     evals: BTreeMap<usize, BTreeMap<usize, (f64, usize)>>,
-    /// step -> copy -> digest of the tied table.
-    digests: BTreeMap<usize, BTreeMap<Place, u64>>,
+    /// (step, stage, or none for the tied table) -> copy -> digest.
+    digests: BTreeMap<(usize, Option<usize>), BTreeMap<Place, u64>>,
+    stragglers: Stragglers,
+    watchdog: Option<Watchdog>,
     done: Vec<(usize, Option<u64>)>,
     times: Vec<(usize, Option<Times>)>,
     /// Only measures: tells where the time goes, saves nothing.
@@ -162,6 +166,8 @@ impl Recorder {
             written: start,
             evals: BTreeMap::new(),
             digests: BTreeMap::new(),
+            stragglers: Stragglers::default(),
+            watchdog: Some(Watchdog::new(setup.grid, setup.config.stall_seconds)),
             done: Vec::new(),
             times: Vec::new(),
             bench: false,
@@ -184,6 +190,11 @@ impl Recorder {
         Recorder { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
     }
 
+    /// The recorder of a run that has no pulses.
+    pub fn without_watchdog(self) -> Recorder {
+        Recorder { watchdog: None, ..self }
+    }
+
     /// Takes reports until `ranks` ranks are done, completing each saved state on the way, and tells the places how far
     /// they may go. `shared` says that the ranks are threads of this process, so that only their sum can be measured.
     ///
@@ -202,7 +213,13 @@ impl Recorder {
             match reports.recv_timeout(LOOK) {
                 Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
                 Ok(Report::Stop { reason }) => self.stop(&reason, controls),
-                Ok(report) => self.take(report).map_err(|error| (None, error))?,
+                Ok(Report::Pulse { rank, beat }) => {
+                    self.watchdog.iter_mut().for_each(|watchdog| watchdog.heard(rank, beat.clone()));
+                }
+                Ok(report) => {
+                    self.watchdog.iter_mut().for_each(Watchdog::moved);
+                    self.take(report).map_err(|error| (None, error))?;
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err((None, Error::Internal("the places ended before they were done".into())));
@@ -212,6 +229,9 @@ impl Recorder {
                 self.stop(&reason, controls);
             }
             self.raise_limit(controls);
+            if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls)) {
+                return Err((None, error));
+            }
         }
         if self.stop.is_some() {
             watch.done();
@@ -309,14 +329,16 @@ impl Recorder {
                 self.evals.entry(step).or_default().insert(replica, (loss_sum, tokens));
             }
             Report::TableNorm { step, norm } => self.steps.entry(step).or_default().table = Some(norm),
-            Report::Digest { place, step, digest } => self.compare(place, step, digest)?,
+            Report::TableDigest { place, step, digest } => self.compare(place, None, step, digest)?,
+            Report::Digest { place, step, digest } => self.compare(place, Some(place.stage), step, digest)?,
+            Report::Busy { rank, seconds } => self.busy(rank, seconds),
             Report::Saved { place, step, shards } => self.saved(place, step, shards)?,
             Report::Done { rank, peak_bytes, times } => {
                 self.times.push((rank, times));
                 self.done.push((rank, peak_bytes));
                 self.done.sort();
             }
-            Report::Failed { .. } | Report::Stop { .. } => {}
+            Report::Failed { .. } | Report::Stop { .. } | Report::Pulse { .. } => {}
         }
         self.write_complete()
     }
@@ -343,20 +365,32 @@ impl Recorder {
         Ok(())
     }
 
-    /// Compares the copies of the tied table once all have told their digests.
-    fn compare(&mut self, place: Place, step: usize, digest: u64) -> Result<()> {
-        let digests = self.digests.entry(step).or_default();
+    /// Tells of a rank that has become slow.
+    fn busy(&mut self, rank: usize, seconds: f64) {
+        if let Some((then, now)) = self.stragglers.take(rank, seconds) {
+            let name = self.setup.grid.name(rank);
+            let text =
+                format!("note: {name} (rank {rank}) has become slow: {now:.3} s of work a step, {then:.3} s before");
+            self.progress.line(&text);
+        }
+    }
+
+    /// Compares the copies of the weights of a stage, or of the tied table, once all have told their digests.
+    fn compare(&mut self, place: Place, stage: Option<usize>, step: usize, digest: u64) -> Result<()> {
+        let digests = self.digests.entry((step, stage)).or_default();
         digests.insert(place, digest);
-        let copies = 2 * self.setup.grid.replicas;
-        if digests.len() < copies {
+        let grid = self.setup.grid;
+        let ends = if stage.is_none() && grid.twin(place).is_some() { 2 } else { 1 };
+        if digests.len() < ends * grid.replicas {
             return Ok(());
         }
-        let digests = self.digests.remove(&step).unwrap_or_default();
+        let digests = self.digests.remove(&(step, stage)).unwrap_or_default();
         if digests.values().all(|other| *other == digest) {
             return Ok(());
         }
         let texts: Vec<String> = digests.iter().map(|(place, digest)| format!("{digest:016x} on {place}")).collect();
-        Err(Error::CopiesDiffer { step, digests: texts.join(", ") })
+        let what = stage.map_or("the tied embedding".into(), |stage| format!("the weights of stage {stage}"));
+        Err(Error::CopiesDiffer { what, step, digests: texts.join(", ") })
     }
 
     /// Writes what all places have reported, in the order of the run, whoever came first.

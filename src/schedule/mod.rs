@@ -135,6 +135,11 @@ impl Op {
         Op::CODES.iter().find(|(op, _)| *op == self).map(|(_, code)| *code).expect("every op has a code")
     }
 
+    /// The op of these letters.
+    pub fn of_code(code: &str) -> Option<Op> {
+        Op::CODES.iter().find(|(_, c)| *c == code).map(|(op, _)| *op)
+    }
+
     /// Whether the action belongs to a whole step instead of one microbatch.
     pub fn whole_step(self) -> bool {
         use Op::*;
@@ -183,7 +188,7 @@ impl FromStr for Action {
             Some(code) => (Pass::Eval, code),
             None => (Pass::Train, &text[letters..digits]),
         };
-        let op = Op::CODES.iter().find(|(_, c)| *c == code).map(|(op, _)| *op).ok_or_else(wrong)?;
+        let op = Op::of_code(code).ok_or_else(wrong)?;
         let (step, microbatch) = match text[digits..].split_once('.') {
             Some((step, microbatch)) if !op.whole_step() => (step, microbatch.parse().map_err(|_| wrong())?),
             None if op.whole_step() => (&text[digits..], 0),

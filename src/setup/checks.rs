@@ -50,6 +50,9 @@ fn check_numbers(config: &Config) -> Result<()> {
         let remedy = format!("from {} to {} KiB", BUCKET_KIB.start(), BUCKET_KIB.end());
         return Err(Error::config("bucket_kib", config.bucket_kib, remedy));
     }
+    let stall = config.stall_seconds;
+    within("stall_seconds", stall, (1.0..=1e6).contains(&stall), "from 1 to a million seconds")?;
+    at_least_one("verify_every", config.verify_every.unwrap_or(1))?;
     at_least_one("grid.stages", config.grid.stages)?;
     at_least_one("grid.replicas", config.grid.replicas)?;
     check_placement(config.grid.placement, config.grid.stages)

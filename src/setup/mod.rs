@@ -195,6 +195,11 @@ impl Setup {
         }
     }
 
+    /// Whether replicas compare their weights after so many updates.
+    pub fn verifies_at(&self, step: usize) -> bool {
+        self.config.verify_every.is_some_and(|every| step.is_multiple_of(every))
+    }
+
     /// Whether a microbatch is the last of an evaluation.
     pub fn ends_evaluation(&self, microbatch: usize) -> bool {
         self.schedule.evals.is_some_and(|evals| microbatch + 1 == evals.microbatches)

@@ -5,8 +5,10 @@ mod writer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tch::Tensor;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::Snapshot;
 use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
@@ -15,14 +17,15 @@ use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::inject::{Fault, Injection, crash};
+use crate::inject::{Fault, SLOW_MS, crash};
 use crate::metrics::clock::{Clock, Share};
 use crate::metrics::memory::Gauge;
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
 use crate::panel::{Panel, Word};
-use crate::params::{Layout, Versions, slice};
+use crate::params::{Layout, Versions, bytes, slice, slice_mut};
+use crate::pulse::Doing;
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
 use crate::stage::{At, Bucket, Input, Output, Settings, Slot, Stage, is_finite};
@@ -141,6 +144,7 @@ impl Worker {
                 continue;
             };
             tracing::trace!(%action);
+            self.panel.pulse.action(action);
             self.run_injection(&action);
             self.clock.lap(Share::Idle);
             match action.op {
@@ -208,8 +212,12 @@ impl Worker {
 
     fn send_activation(&mut self, action: &Action) -> Result<()> {
         let header = self.disguised(self.header(Content::Activation, action), action);
+        let dropped = self.injected(Fault::DropMessage, action);
         let post = self.post(action);
         let tensor = header.wire.pack(&taken(&mut post.registers.activation, action)?)?;
+        if dropped {
+            return Ok(());
+        }
         link(&mut post.ends.downstream, action)?.send(header, tensor)
     }
 
@@ -223,8 +231,12 @@ impl Worker {
 
     fn send_gradient(&mut self, action: &Action) -> Result<()> {
         let header = self.disguised(self.header(Content::Gradient, action), action);
+        let dropped = self.injected(Fault::DropMessage, action);
         let post = self.post(action);
         let tensor = header.wire.pack(&taken(&mut post.registers.gradient, action)?)?;
+        if dropped {
+            return Ok(());
+        }
         link(&mut post.ends.upstream, action)?.send(header, tensor)
     }
 
@@ -347,7 +359,24 @@ impl Worker {
         let scale = mean * clip_factor(norm, config.optimizer.clip);
         let (old, new, gradient) = post.stage.versions.advance();
         post.optimizer.update(Update { old, new, gradient, lr, scale });
+        if self.injected(Fault::AlterWeights, action) {
+            alter(self.post(action).stage.versions.flat_mut());
+        }
+        self.verify(action)?;
+        let seconds = self.panel.pulse.busy();
+        self.reports.send(Report::Busy { rank: self.rank, seconds })?;
         self.report_norm(action, norm)
+    }
+
+    /// Tells the digest of the new weights, if it is time, for replicas to be compared.
+    fn verify(&mut self, action: &Action) -> Result<()> {
+        let step = action.step + 1;
+        if self.setup.grid.replicas == 1 || !self.setup.verifies_at(step) {
+            return Ok(());
+        }
+        let post = self.post(action);
+        let (place, digest) = (post.place, xxh3_64(bytes(post.stage.versions.flat())));
+        self.reports.send(Report::Digest { place, step, digest })
     }
 
     fn report_norm(&mut self, action: &Action, norm: f64) -> Result<()> {
@@ -358,6 +387,7 @@ impl Worker {
     }
 
     fn finish(mut self) -> Result<()> {
+        self.panel.pulse.doing(Doing::Finishing);
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
@@ -388,29 +418,46 @@ impl Worker {
             let rows = setup.train_rows(post.place.replica, *microbatch);
             snapshot.remember(rows.start, post.stage.stack().remembered(memory));
         }
+        if self.injected(Fault::DiskFull, action) {
+            snapshot.fill_disk();
+        }
         match &self.writer {
             Some(writer) => writer.save(snapshot),
             None => Err(Error::Internal("nobody writes checkpoints".into())),
         }
     }
 
-    fn injected(&self, fault: Fault, place: Place, step: usize) -> bool {
-        self.mode.inject == Some(Injection { fault, place, step })
+    fn injected(&self, fault: Fault, action: &Action) -> bool {
+        let place = Place { stage: action.stage, ..self.posts[0].place };
+        self.mode.inject.is_some_and(|injection| injection.hits(fault, place, action))
     }
 
-    fn run_injection(&self, action: &Action) {
-        let place = Place { stage: action.stage, ..self.posts[0].place };
-        if self.injected(Fault::Panic, place, action.step) {
+    fn run_injection(&mut self, action: &Action) {
+        if self.mode.inject.is_none() {
+            return;
+        }
+        if self.injected(Fault::Panic, action) {
             panic!("injected panic at {action}");
         }
-        if self.injected(Fault::Crash, place, action.step) {
+        if self.injected(Fault::Crash, action) {
             crash();
+        }
+        if self.injected(Fault::Exit, action) {
+            std::process::exit(1);
+        }
+        while self.injected(Fault::Hang, action) {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        if self.injected(Fault::Slow, action) {
+            std::thread::sleep(Duration::from_millis(SLOW_MS));
+        }
+        if self.injected(Fault::Nan, action) {
+            slice_mut(self.post(action).stage.versions.flat_mut())[0] = f32::NAN;
         }
     }
 
     fn disguised(&self, header: Header, action: &Action) -> Header {
-        let place = Place { stage: action.stage, ..self.posts[0].place };
-        let wrong = self.injected(Fault::CorruptMessage, place, header.step);
+        let wrong = self.injected(Fault::CorruptMessage, action);
         Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
     }
 }
@@ -462,6 +509,12 @@ fn warm_up() -> Result<()> {
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
     Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
+}
+
+/// Changes a bit of the first weight.
+fn alter(flat: &mut Tensor) {
+    let weight = &mut slice_mut(flat)[0];
+    *weight = f32::from_bits(weight.to_bits() ^ 1);
 }
 
 fn taken(register: &mut Option<Tensor>, action: &Action) -> Result<Tensor> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Worker, link};
+use super::{Worker, alter, link};
 use crate::comm::{Content, Header, Reduction};
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -11,7 +11,7 @@ use crate::metrics::Report;
 use crate::metrics::clock::Share;
 use crate::model;
 use crate::optim::learning_rate;
-use crate::params::{Layout, slice_mut};
+use crate::params::Layout;
 use crate::schedule::{Action, Pass};
 use crate::setup::Setup;
 use crate::table::{End, Table};
@@ -96,9 +96,13 @@ impl Worker {
             let tensor = "gradient of the tied embedding".to_owned();
             return Err(Error::NotFinite { tensor, step: action.step, place });
         }
-        if self.injected(Fault::AlterTable, place, action.step) {
-            let weight = &mut slice_mut(self.table(action)?.flat_mut())[0];
-            *weight = f32::from_bits(weight.to_bits() ^ 1);
+        if self.injected(Fault::AlterTable, action) {
+            alter(self.table(action)?.flat_mut());
+        }
+        let (step, copies) = (action.step + 1, setup.grid.replicas > 1 || setup.grid.twin(place).is_some());
+        // At a sync point of a line the copies are compared anyway.
+        if copies && setup.verifies_at(step) && !setup.schedule.sync.contains(step) {
+            self.digest(&Action { step, ..*action })?;
         }
         match place {
             Place { stage: 0, replica: 0 } => self.reports.send(Report::TableNorm { step: action.step, norm }),
@@ -113,7 +117,7 @@ impl Worker {
 
     pub(super) fn digest(&mut self, action: &Action) -> Result<()> {
         let (place, digest) = (self.post(action).place, self.table(action)?.digest());
-        self.reports.send(Report::Digest { place, step: action.step, digest })
+        self.reports.send(Report::TableDigest { place, step: action.step, digest })
     }
 }
 

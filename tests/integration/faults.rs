@@ -79,6 +79,97 @@ fn copies_of_the_table_that_differ_are_found() {
     }
 }
 
+/// A place that stands still, or a message that is lost: the table and the name come after `stall_seconds`.
+#[test]
+fn what_everybody_waits_for_is_named() {
+    for (fault, place, what) in [
+        ("hang@1,0:5", "stage 1, replica 0 ", "stands still in 1F5.0, and everybody waits for it"),
+        ("hang@0,1:5:B", "stage 0, replica 1 ", "stands still in 0B5.0, and everybody waits for it"),
+        ("hang@1,1:6:U", "stage 1, replica 1 ", "stands still in 1U6, and everybody waits for it"),
+    ] {
+        for ranks in [Some(4), None] {
+            let folder = Folder::new();
+            let sets = ["grid.stages=2", "grid.replicas=2", "steps=1000000", "stall_seconds=2"];
+            let args = folder.train("out", &sets, &["--inject", fault]);
+            let command = match ranks {
+                Some(ranks) => mpirun(ranks, &slices(&args)),
+                None => ouroboros(&slices(&args)),
+            };
+            let finished = run(command, 60);
+            let Some(line) = finished.errors().first().copied() else { panic!("{fault}: {finished}") };
+            assert!(line.contains(place) && line.contains(what), "{fault}: {finished}");
+            assert!(finished.stderr.contains("last actions"), "{fault}: {finished}");
+            assert!(finished.code == Some(4) && finished.errors().len() == 1, "{fault}: {finished}");
+            assert!(finished.time < LIMIT + Duration::from_secs(2), "{fault}: {finished}");
+        }
+    }
+}
+
+#[test]
+fn faults_are_told_with_their_place() {
+    let save = ["checkpoint.every=4"];
+    let verify = ["verify_every=3", "model.tie=none"];
+    let table: [(&str, &[&str], u8, &str); 7] = [
+        ("nan@1,1:5", &[], 5, "is not finite"),
+        ("drop-message@0,1:5", &[], 4, "wrong message from stage 0, replica 1 to stage 1, replica 1"),
+        ("drop-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),
+        ("disk-full@1,0:0", &save, 6, "stage 1, replica 0: checkpoint"),
+        ("alter-weights@1,1:4", &verify, 70, "the copies of the weights of stage 1 differ after step 6"),
+        ("alter-table@0,1:4", &["verify_every=3"], 70, "the copies of the tied embedding differ after step 6"),
+        ("corrupt-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),
+    ];
+    for (fault, sets, code, expected) in table {
+        for ranks in [Some(4), None] {
+            let folder = Folder::new();
+            let all = [&["grid.stages=2", "grid.replicas=2", "steps=1000000", "stall_seconds=3"], sets].concat();
+            let args = folder.train("out", &all, &["--inject", fault]);
+            let command = match ranks {
+                Some(ranks) => mpirun(ranks, &slices(&args)),
+                None => ouroboros(&slices(&args)),
+            };
+            let finished = run(command, 60).expect_code(code.into());
+            assert!(finished.errors().len() == 1, "{fault}: {finished}");
+            let line = finished.errors()[0].to_owned();
+            let told = if code == 5 { line.contains("on stage 1, replica 1") } else { line.contains(expected) };
+            assert!(told, "{fault}: {finished}");
+            assert!(finished.time < LIMIT, "{fault}: {finished}");
+        }
+    }
+}
+
+#[test]
+fn a_place_that_becomes_slow_is_told() {
+    let folder = Folder::new();
+    let args = folder.train("out", &["grid.stages=2", "steps=24"], &["--inject", "slow@1,0:16"]);
+    let finished = run(mpirun(2, &slices(&args)), 60).expect_code(0);
+    assert!(finished.stdout.contains("note: stage 1, replica 0 (rank 1) has become slow: "), "{finished}");
+    assert!(!finished.stdout.contains("stage 0, replica 0 (rank 0) has become slow"), "{finished}");
+}
+
+/// A stopped process cannot answer; when it is rank 0, the others find out.
+#[test]
+fn a_silent_process_is_named() {
+    for (nth, expected) in [(1, "stage 1, replica 0 (rank 1 on "), (0, "rank 0, seen from rank ")] {
+        let folder = Folder::new();
+        let sets = ["grid.stages=2", "steps=1000000", "stall_seconds=2"];
+        let args = folder.train("out", &sets, &[]);
+        let metrics = folder.path("out/metrics.jsonl");
+        let finished =
+            crate::stop::signalled(mpirun(2, &slices(&args)), &metrics, "-STOP", |id| crate::stop::child(id, nth));
+        let line = finished.errors().first().map(|line| line.to_string()).unwrap_or_default();
+        assert!(line.contains(expected), "{finished}");
+        assert!(finished.errors().len() == 1 && finished.code == Some(4), "{finished}");
+        assert!(finished.time < Duration::from_secs(20), "{finished}");
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_ends_the_others() {
+    let finished = long_run(&Folder::new(), "exit@1,1:5", Some(4));
+    assert_ne!(finished.code, Some(0), "{finished}");
+    assert!(finished.stderr.contains("rank 3") || finished.stderr.contains(",3]"), "{finished}");
+}
+
 #[test]
 fn a_killed_rank_ends_the_others() {
     let finished = long_run(&Folder::new(), "crash@1,1:5", Some(4));

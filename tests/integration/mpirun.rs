@@ -117,7 +117,8 @@ fn peak_memory_is_as_predicted() {
             .collect();
         assert_eq!(rows.len(), 2, "{finished}");
         for row in rows {
-            let (predicted, measured) = (row[6], row[7]);
+            // Where every freed page is given back the heap has no holes.
+            let (predicted, measured) = (row[7] - row[5], row[8]);
             // MPI's shared memory and buffers come on top, whatever the size of the model.
             assert!(measured < predicted * 1.05 + 8.0, "predicted {predicted} MiB, measured {measured} MiB{finished}");
             assert!(measured > predicted * 0.8, "predicted {predicted} MiB, measured {measured} MiB{finished}");

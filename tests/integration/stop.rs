@@ -125,7 +125,7 @@ fn another_grid_goes_on_from_a_stop() {
 }
 
 /// Starts a program, sends a signal once it has made some steps, and waits for its end.
-fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
+pub fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
     let lines = || std::fs::read_to_string(metrics).unwrap_or_default().lines().count();
     let before = lines();
     std::thread::scope(|scope| {
@@ -144,7 +144,7 @@ fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) 
 }
 
 /// The process of a rank: a child of mpirun's.
-fn child(mpirun: u32, nth: usize) -> String {
+pub fn child(mpirun: u32, nth: usize) -> String {
     let listed = Command::new("pgrep").args(["-P", &mpirun.to_string()]).output().unwrap();
     let text = String::from_utf8(listed.stdout).unwrap();
     text.lines().nth(nth).unwrap_or_else(|| panic!("mpirun has the children {text}")).to_owned()

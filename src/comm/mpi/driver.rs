@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mpi::Threading;
 use mpi::topology::{Color, SimpleCommunicator};
@@ -29,6 +29,7 @@ use super::reduce::Reducer;
 use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
 use crate::error::Error;
+use crate::failure::show;
 use crate::metrics::Report;
 use crate::panel::{Control, Panel};
 use crate::wire::Wire;
@@ -39,6 +40,9 @@ const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
 /// While the compute thread waits, and while it computes: every look takes it some ten microseconds of the core.
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(2);
+
+/// Rank 0 may be late by so much, and the ranks that find it silent are apart by so much at most.
+const GRACE: Duration = Duration::from_secs(3);
 
 const TAG_REPORT: i32 = 9;
 const TAG_CONTROL: i32 = 10;
@@ -81,6 +85,7 @@ pub enum Command {
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
         panel: Arc<Panel>,
+        stall: Duration,
         reply: Sender<MpiResult<()>>,
     },
     Send {
@@ -158,6 +163,9 @@ struct Driver {
     notes: VecDeque<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
     panel: Option<Arc<Panel>>,
+    /// When rank 0 was heard last, and how long it may be silent while nothing moves here.
+    heard: Instant,
+    patience: Duration,
     failure: Option<String>,
 }
 
@@ -173,6 +181,8 @@ impl Driver {
             notes: VecDeque::new(),
             reports: None,
             panel: None,
+            heard: Instant::now(),
+            patience: Duration::MAX,
             failure: None,
         }
     }
@@ -207,6 +217,27 @@ impl Driver {
                 Err(error) => self.fail(&error),
             }
             idle = if moved { 0 } else { idle.saturating_add(1) };
+            self.check_rank_0();
+        }
+    }
+
+    /// Ends the run if rank 0, which would ask why nothing moves, is silent itself.
+    fn check_rank_0(&self) {
+        if self.rank == 0 || self.heard.elapsed() < self.patience {
+            return;
+        }
+        let Some(panel) = self.panel.as_ref().filter(|panel| !panel.ended()) else { return };
+        let beat = panel.pulse.beat();
+        if beat.since > self.patience.as_secs_f64() {
+            let place = format!("rank 0, seen from rank {} on {},", self.rank, beat.host);
+            let what = format!(
+                "is silent (here the last action, {}, began {:.0} s ago)",
+                beat.actions.last().map_or("none", String::as_str),
+                beat.since
+            );
+            show(None, &Error::Hang { seconds: self.patience.as_secs_f64(), place, what });
+            std::thread::sleep(GRACE / 10);
+            self.world.abort(4);
         }
     }
 
@@ -219,8 +250,11 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { colors, key, wire, inboxes, reports, panel, reply } => {
+            Command::Connect { colors, key, wire, inboxes, reports, panel, stall, reply } => {
                 (self.reports, self.panel) = (reports, Some(panel));
+                // One after the other, so that one of them speaks.
+                self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
+                self.heard = Instant::now();
                 let _ = reply.send(self.connect(&colors, key, wire, inboxes));
                 Ok(())
             }
@@ -285,8 +319,17 @@ impl Driver {
             let note = raw::send_bytes(address(self.links()?, rank, TAG_CONTROL), bytes.clone())?;
             self.notes.push_back(note);
         }
-        if let Some(panel) = &self.panel {
-            panel.tell(control);
+        self.told(control)
+    }
+
+    fn told(&mut self, control: Control) -> MpiResult<()> {
+        self.heard = Instant::now();
+        let Some(panel) = &self.panel else { return Ok(()) };
+        panel.tell(control);
+        if control == Control::Ask {
+            let report = Report::Pulse { rank: self.rank, beat: panel.pulse.beat() };
+            let bytes = serde_json::to_vec(&report).map_err(|error| error.to_string())?;
+            return self.report(bytes);
         }
         Ok(())
     }
@@ -334,10 +377,10 @@ impl Driver {
                 self.deliver(&bytes)?;
                 moved = true;
             }
-        } else if let Some(panel) = &self.panel {
-            while let Some(bytes) = raw::poll_bytes(&grids.links, TAG_CONTROL)? {
+        } else {
+            while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_CONTROL)? {
                 let control = serde_json::from_slice(&bytes);
-                panel.tell(control.map_err(|error| format!("a control that cannot be read ({error})"))?);
+                self.told(control.map_err(|error| format!("a control that cannot be read ({error})"))?)?;
                 moved = true;
             }
         }
@@ -380,6 +423,7 @@ impl Driver {
                 Ok(false) => std::thread::sleep(SHORTEST_SLEEP),
                 Err(error) => self.fail(&error),
             }
+            self.check_rank_0();
         }
         for incoming in self.incoming.drain(..) {
             if let Err(error) = incoming.stop() {

@@ -84,8 +84,8 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks. All
-    /// ranks must call this.
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks. If
+    /// nothing moves here for much longer than `stall` and rank 0 does not ask why, it is lost. All ranks must call this.
     ///
     /// # Errors
     /// What MPI reports.
@@ -95,6 +95,7 @@ impl World {
         capacity: usize,
         wire: Wire,
         limit: usize,
+        stall: Duration,
     ) -> Result<(Ports, Option<Receiver<Report>>)> {
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
@@ -129,8 +130,17 @@ impl World {
         let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        let panel = Arc::new(Panel::new(limit));
-        self.command(Command::Connect { colors, key, wire, inboxes, reports, panel: Arc::clone(&panel), reply })?;
+        let panel = Arc::new(Panel::new(limit, &self.identity.host));
+        self.command(Command::Connect {
+            colors,
+            key,
+            wire,
+            inboxes,
+            reports,
+            panel: Arc::clone(&panel),
+            stall,
+            reply,
+        })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
         Ok((Ports { places, reports: self.reporter(), panel }, received))
