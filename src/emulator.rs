@@ -125,6 +125,9 @@ impl Emulator {
         if setup.schedule.evaluates_at(setup.config.steps) {
             self.evaluate(setup.config.steps)?;
         }
+        if setup.schedule.saves_again {
+            self.save(setup.config.steps)?;
+        }
         self.done()
     }
 

@@ -228,6 +228,12 @@ pub fn prune(out: &Path, steps: &mut Vec<usize>, keep: &CheckpointConfig) {
     steps.retain(|step| !gone.contains(step));
 }
 
+/// Bytes that the disk of a folder, which need not be there yet, has left; none if that cannot be known.
+pub fn room(folder: &Path) -> Option<u64> {
+    let there = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+    fs4::available_space(there).ok()
+}
+
 /// Size and digest of a file.
 fn digest(path: &Path) -> io::Result<(u64, String)> {
     let (mut file, mut hash, mut bytes) = (File::open(path)?, Xxh3::new(), 0);

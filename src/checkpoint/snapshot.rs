@@ -6,7 +6,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tch::Tensor;
 
-use super::{Kind, Shard, digest, folder, older};
+use super::{Kind, Shard, digest, folder, older, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
@@ -109,6 +109,13 @@ impl Snapshot {
         self.disk_is_full = true;
     }
 
+    /// Bytes of all values.
+    fn bytes(&self) -> u64 {
+        let flats = self.contents.iter().flat_map(|content| content.flats.iter().map(|(_, flat)| flat));
+        let single = self.contents.iter().flat_map(|content| content.single.iter().map(|(_, tensor)| tensor));
+        flats.chain(single).map(|tensor| tensor.numel() as u64 * 4).sum()
+    }
+
     /// Writes everything into `step-N.tmp/` and waits for the disk.
     ///
     /// # Errors
@@ -119,6 +126,11 @@ impl Snapshot {
         if self.disk_is_full {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
             return Err(Error::checkpoint(&folder, format!("cannot be written ({full})")));
+        }
+        let (needed, left) = (self.bytes(), room(&folder).unwrap_or(u64::MAX));
+        if needed > left {
+            let problem = format!("{needed} bytes are to be written and {left} are left on the disk");
+            return Err(Error::checkpoint(&folder, problem));
         }
         self.contents.iter().map(|content| content.write(&folder, self.place)).collect()
     }

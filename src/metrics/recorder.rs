@@ -22,7 +22,7 @@ use crate::config::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
 use crate::grid::Place;
-use crate::optim::learning_rate;
+use crate::optim::{Optimizer, learning_rate};
 use crate::panel::{Control, Controls};
 use crate::setup::Setup;
 use crate::stop::Watch;
@@ -143,6 +143,7 @@ impl Recorder {
         let wrong = |error: std::io::Error| {
             Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
         };
+        check_room(&setup, out)?;
         std::fs::create_dir_all(out).map_err(wrong)?;
         std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
         let path = out.join("metrics.jsonl");
@@ -300,9 +301,19 @@ impl Recorder {
             return Ok(self.summary(None));
         }
         if self.setup.start() == self.setup.config.steps {
-            println!("nothing is left to do: all {} steps are made, and saved", self.setup.config.steps);
+            let steps = self.setup.config.steps;
             let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
-            return Ok(self.summary(saved));
+            return Ok(match self.checkpoint.clone() {
+                Some(again) => {
+                    let grid = self.setup.grid;
+                    println!("all {steps} steps are made; saved again, as a grid of {grid} does: {}", again.display());
+                    self.summary(Some(again))
+                }
+                None => {
+                    println!("nothing is left to do: all {steps} steps are made, and saved");
+                    self.summary(saved)
+                }
+            });
         }
         if let Some(step) = self.stop {
             println!(
@@ -528,6 +539,20 @@ impl Recorder {
         if let Some(checkpoint) = &summary.checkpoint {
             println!("weights             {}", checkpoint.display());
         }
+    }
+}
+
+/// Refuses a disk that has no room for the states of a run: one that is kept, and one that is written.
+fn check_room(setup: &Setup, out: &Path) -> Result<()> {
+    let buffers = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
+    let needed = 2 * (setup.parameters() * buffers * size_of::<f32>()) as u64;
+    match checkpoint::room(out) {
+        Some(left) if left < needed => {
+            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+            let found = format!("{} with {} MiB left on its disk", out.display(), mib(left));
+            Err(Error::config("--out", found, format!("two states of the run need {} MiB", mib(needed))))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -110,6 +110,9 @@ impl<'a> Actions<'a> {
             }
             self.next = Some(0);
             self.done = start == self.schedule.sync.steps;
+            if self.schedule.saves_again {
+                self.push(Op::Save, Pass::Train, start, 0);
+            }
             return;
         };
         let m = self.schedule.microbatches;

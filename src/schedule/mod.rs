@@ -259,6 +259,8 @@ pub struct Schedule {
     pub evals: Option<Evals>,
     /// Saves at every multiple of so many steps, and at the end; none: nothing is saved.
     pub saves: Option<usize>,
+    /// A run that has nothing left to do saves its state again, for another grid.
+    pub saves_again: bool,
     pub placement: Placement,
     pub tie: Tie,
 }
@@ -281,7 +283,19 @@ impl Schedule {
             ahead.iter().map(|a| least_delay(*a, microbatches)).collect()
         };
         let (placement, tie) = (Placement::Line, Tie::Untied);
-        Schedule { kind, stages, microbatches, ahead, delays, sync, evals: None, saves: None, placement, tie }
+        Schedule {
+            kind,
+            stages,
+            microbatches,
+            ahead,
+            delays,
+            sync,
+            evals: None,
+            saves: None,
+            saves_again: false,
+            placement,
+            tie,
+        }
     }
 
     /// The action list of one stage, made lazily: a run may have millions of actions.
@@ -359,7 +373,11 @@ impl Schedule {
     /// The sync point that delays count from in what goes on at boundary `t`: `t` itself, or an earlier one where a run is
     /// stopped in between, which is to go on as if it had not been. Under `fresh` parts under way join at every drain.
     pub fn since(&self, t: usize) -> usize {
-        if self.tie == Tie::Fresh || (self.sync.contains(t) && t > self.sync.start) { t } else { self.sync.before(t) }
+        if self.tie == Tie::Fresh || t == self.sync.steps || (self.sync.contains(t) && t > self.sync.start) {
+            t
+        } else {
+            self.sync.before(t)
+        }
     }
 
     /// Steps beyond the complete ones that places may begin at least, so that none waits for ever: a step's update is made

@@ -88,6 +88,7 @@ impl Setup {
         };
         let mut schedule = self.schedule;
         schedule.sync.from(saved.step(), since);
+        schedule.saves_again = saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();
         Ok(Setup { schedule, resumed: Some(Arc::new(saved)), ..self })
     }
 

@@ -110,6 +110,29 @@ fn any_grid_goes_on_from_any_other() {
     }
 }
 
+/// A run that has nothing left to do is saved for another grid, and for the first one again: the same bytes.
+#[test]
+fn a_state_goes_to_another_grid_and_back() {
+    for more in [&[][..], &["model.tie=none", "optimizer.kind=sgd"]] {
+        let first = ["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=4"];
+        let others: [&[&str]; 3] = [
+            &["grid.stages=5", "microbatches=4", "steps=4"],
+            &["grid.replicas=3", "microbatches=1", "steps=4"],
+            &["grid.stages=4", "grid.placement=ring", "microbatches=2", "steps=4"],
+        ];
+        let start = TempDir::new().unwrap();
+        let with = |sets: &[&str]| setup(&[&XL[..], more, sets].concat());
+        trained(with(&first), start.path(), false);
+        for other in others {
+            let (there, back) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+            trained(with(other).resume(state(start.path(), 4)).unwrap(), there.path(), false);
+            assert!(files(there.path(), 4) != files(start.path(), 4), "{other:?}");
+            trained(with(&first).resume(state(there.path(), 4)).unwrap(), back.path(), false);
+            assert!(files(back.path(), 4) == files(start.path(), 4), "{other:?}");
+        }
+    }
+}
+
 /// A rank is killed in the middle; what was saved goes on by itself, and ends as if nothing had happened.
 #[test]
 fn a_killed_run_is_resumed() {
