@@ -18,6 +18,7 @@ use tch::Tensor;
 
 use crate::checkpoint::Snapshot;
 use crate::comm::Reporter;
+use crate::config::OnNonfinite;
 use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
@@ -317,11 +318,11 @@ impl Emulator {
     }
 
     fn finite(&self, step: usize, replica: usize, loss: f64) -> Result<f64> {
-        if loss.is_finite() {
+        if loss.is_finite() || self.setup.config.on_nonfinite == OnNonfinite::Skip {
             return Ok(loss);
         }
         let place = Place { stage: self.setup.grid.stages - 1, replica };
-        Err(Error::NotFinite { tensor: "the loss".into(), step, place })
+        Err(Error::NotFinite { tensor: "the loss".into(), step, place, data: String::new() })
     }
 
     /// Updates a stage, or the table, by the sum of its gradients; the norm of the mean.
@@ -333,15 +334,18 @@ impl Emulator {
         };
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
         let norm = norm(slice(sum)) * mean;
-        if !norm.is_finite() {
+        if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let place = Place { stage: stage.unwrap_or(0), replica: 0 };
-            return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place });
+            return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place, data: String::new() });
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
         let mut new = weights.newest()?.f_detach_copy()?;
         let update = Update { old: None, new: slice_mut(&mut new), gradient: slice_mut(sum), lr, scale };
-        weights.optimizer.update(update);
+        match norm.is_finite() {
+            true => weights.optimizer.update(update),
+            false => weights.optimizer.skip(update),
+        }
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
         Ok(norm)

@@ -33,10 +33,10 @@ pub enum Error {
     Message { from: Place, to: Place, expected: String, found: String },
     /// A loss, an activation or a gradient holds inf or NaN.
     #[error(
-        "not finite: {tensor} at step {step} on {place}; lower optimizer.lr, set optimizer.clip or lengthen \
+        "not finite: {tensor} at step {step} on {place}{data}; lower optimizer.lr, set optimizer.clip or lengthen \
          optimizer.warmup (what was saved before is as it was)"
     )]
-    NotFinite { tensor: String, step: usize, place: Place },
+    NotFinite { tensor: String, step: usize, place: Place, data: String },
     /// Copies of the same weights are not the same any more.
     #[error(
         "the copies of {what} differ after step {step}: {digests}; a fault of the program or of a machine's \
@@ -114,7 +114,7 @@ mod tests {
             (Error::Hang { seconds: 1.0, place: "x".into(), what: "y".into() }, 4),
             (Error::Transport("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
-            (Error::NotFinite { tensor: "x".into(), step: 0, place }, 5),
+            (Error::NotFinite { tensor: "x".into(), step: 0, place, data: String::new() }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),
             (Error::Internal("x".into()), 70),
             (Error::CopiesDiffer { what: "x".into(), step: 1, digests: "x".into() }, 70),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Kind, Tensor};
 
-use crate::config::Config;
+use crate::config::{Config, OnNonfinite};
 use crate::emulation::Sleep;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -112,12 +112,15 @@ pub struct Settings {
     /// m, and the values of a bucket of gradients; none where nothing is reduced.
     pub microbatches: usize,
     pub bucket: Option<usize>,
+    /// Outputs that are not finite are sent on.
+    goes_on: bool,
 }
 
 impl Settings {
     /// Those of a config.
     pub fn new(config: &Config) -> Settings {
         Settings {
+            goes_on: config.on_nonfinite == OnNonfinite::Skip,
             recompute: config.recompute,
             dropout: config.model.dropout,
             attention_dropout: config.model.attention_dropout,
@@ -346,11 +349,11 @@ impl Stage {
             }
             None => (Output::Hidden(output.f_detach()?), is_finite(output)?),
         };
-        if finite {
+        if finite || self.settings.goes_on {
             return Ok(result);
         }
         let tensor = tch::no_grad(|| self.bad_tensor(saved, table))?;
-        Err(Error::NotFinite { tensor, step: saved.slot.step, place: self.place })
+        Err(Error::NotFinite { tensor, step: saved.slot.step, place: self.place, data: String::new() })
     }
 
     /// The first weight, layer or memory that is not finite.

@@ -121,7 +121,7 @@ impl Table {
     }
 
     /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
-    /// is `mean` times the sum, before clipping.
+    /// is `mean` times the sum, before clipping. If that is not finite the update is left out.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is none.
@@ -129,9 +129,11 @@ impl Table {
         let whole = self.whole.as_mut().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         let gradient = slice_mut(whole);
         let norm = norm(gradient) * mean;
-        if norm.is_finite() {
-            let (old, new, _) = self.versions.advance();
-            self.optimizer.update(Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) });
+        let (old, new, _) = self.versions.advance();
+        let update = Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) };
+        match norm.is_finite() {
+            true => self.optimizer.update(update),
+            false => self.optimizer.skip(update),
         }
         self.whole = None;
         Ok(norm)

@@ -49,6 +49,9 @@ pub struct Config {
     pub bucket_kib: usize,
     /// Seconds without any action anywhere after which the run ends, and the place is named that everybody waits for.
     pub stall_seconds: f64,
+    /// What a loss or a gradient that is not finite does: `stop` ends the run; `skip` leaves the step's update out on every
+    /// stage whose gradient is not finite, replicas alike.
+    pub on_nonfinite: OnNonfinite,
     /// Replicas compare digests of their weights after every so many steps; none: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify_every: Option<usize>,
@@ -78,6 +81,7 @@ impl Default for Config {
             wire: Wire::F32,
             bucket_kib: 4096,
             stall_seconds: 300.0,
+            on_nonfinite: OnNonfinite::Stop,
             verify_every: None,
             grid: GridConfig::default(),
             model: ModelConfig::default(),
@@ -87,6 +91,14 @@ impl Default for Config {
             checkpoint: CheckpointConfig::default(),
         }
     }
+}
+
+/// What a loss or a gradient that is not finite does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnNonfinite {
+    Stop,
+    Skip,
 }
 
 /// The grid and what stands on it.
@@ -274,7 +286,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `stall_seconds`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

@@ -87,17 +87,17 @@ impl Batches {
 
     /// The given rows of the global batch of `step`.
     pub fn train(&self, step: usize, rows: Range<usize>) -> Batch {
+        read(&self.corpus.train, self.train.sequence, self.starts(step, rows).into_iter())
+    }
+
+    /// Where the given rows of the global batch of `step` begin in the text, in tokens.
+    pub fn starts(&self, step: usize, rows: Range<usize>) -> Vec<usize> {
         let text = &self.corpus.train;
-        match self.order {
-            Order::Shuffled => {
-                let starts = rows.map(|row| self.window(step * self.train.rows + row));
-                read(text, self.train.sequence, starts)
-            }
-            Order::Streams => {
-                let segment = step % self.train.segments(text);
-                read(text, self.train.sequence, rows.map(|row| self.train.start(text, row, segment)))
-            }
-        }
+        let start = |row| match self.order {
+            Order::Shuffled => self.window(step * self.train.rows + row),
+            Order::Streams => self.train.start(text, row, step % self.train.segments(text)),
+        };
+        rows.map(start).collect()
     }
 
     /// Whether the rows of `step` have nothing to do with those of the step before.

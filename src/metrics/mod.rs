@@ -45,15 +45,34 @@ pub fn quality(loss: f64, tokenizer: Tokenizer) -> String {
     }
 }
 
+/// JSON knows no number that is not finite, and writes null.
+fn or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
 /// What a place tells the recorder. Losses are in nats per token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
     /// All forwards of a step are made: the mean over the microbatches of a replica. From the last stage.
-    Loss { replica: usize, step: usize, loss: f64 },
+    Loss {
+        replica: usize,
+        step: usize,
+        #[serde(deserialize_with = "or_nan")]
+        loss: f64,
+    },
     /// An update is made: the norm of the stage's gradient before clipping. From replica 0.
-    Norm { stage: usize, step: usize, norm: f64 },
+    Norm {
+        stage: usize,
+        step: usize,
+        #[serde(deserialize_with = "or_nan")]
+        norm: f64,
+    },
     /// An update of the tied table is made: the norm of its gradient before clipping. From stage 0 of replica 0.
-    TableNorm { step: usize, norm: f64 },
+    TableNorm {
+        step: usize,
+        #[serde(deserialize_with = "or_nan")]
+        norm: f64,
+    },
     /// The digest of a copy of the tied table after `step` updates.
     TableDigest { place: Place, step: usize, digest: u64 },
     /// The digest of a replica's weights after `step` updates.
@@ -63,7 +82,13 @@ pub enum Report {
     /// What the rank is doing.
     Pulse { rank: usize, beat: Beat },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
-    Eval { replica: usize, step: usize, loss_sum: f64, tokens: usize },
+    Eval {
+        replica: usize,
+        step: usize,
+        #[serde(deserialize_with = "or_nan")]
+        loss_sum: f64,
+        tokens: usize,
+    },
     /// The place has written its part of the state at sync point `step`.
     Saved { place: Place, step: usize, shards: Vec<Shard> },
     /// Somebody asks the run to stop.

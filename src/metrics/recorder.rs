@@ -448,10 +448,22 @@ impl Recorder {
         let rate = line.tokens_per_s;
         let text = serde_json::to_string(&line).map_err(|error| Error::Internal(error.to_string()))?;
         self.write(&text)?;
+        self.tell_skipped(step, partial);
         self.losses.push(loss);
         self.seconds.push(seconds);
         self.progress.step(State { step: step + 1, loss, tokens_per_s: rate });
         Ok(())
+    }
+
+    /// Whose update was left out because its gradient was not finite.
+    fn tell_skipped(&self, step: usize, partial: &Partial) {
+        let mut whose: Vec<String> =
+            partial.norms.iter().filter(|(_, n)| !n.is_finite()).map(|(stage, _)| format!("stage {stage}")).collect();
+        whose.extend(partial.table.filter(|norm| !norm.is_finite()).map(|_| "the tied embedding".to_owned()));
+        if !whose.is_empty() {
+            let text = format!("step {:>6}  not finite: the update of {} is left out", step + 1, whose.join(", "));
+            self.progress.line(&text);
+        }
     }
 
     fn eval(&mut self, step: usize, replicas: &BTreeMap<usize, (f64, usize)>) -> Result<()> {

@@ -107,6 +107,15 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Leaves an update out: the next version is the old one, the moments stay, the gradient is cleared.
+    pub fn skip(&mut self, update: Update) {
+        self.updates += 1;
+        if let Some(old) = update.old {
+            update.new.copy_from_slice(old);
+        }
+        update.gradient.fill(0.0);
+    }
+
     /// Writes the next version and clears the gradient. Every value is computed by itself, so the result does not
     /// depend on the number of threads.
     pub fn update(&mut self, update: Update) {

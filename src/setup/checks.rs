@@ -1,6 +1,6 @@
 //! Whether every setting can be used by itself, and with those that it belongs to.
 
-use crate::config::{Arch, Config, HeldOut, ModelConfig, Norm, OptimizerConfig, Order, Tokenizer};
+use crate::config::{Arch, Config, HeldOut, ModelConfig, Norm, OnNonfinite, OptimizerConfig, Order, Tokenizer};
 use crate::error::{Error, Result};
 use crate::grid::Placement;
 use crate::schedule::Tie;
@@ -52,6 +52,10 @@ fn check_numbers(config: &Config) -> Result<()> {
     }
     let stall = config.stall_seconds;
     within("stall_seconds", stall, (1.0..=1e6).contains(&stall), "from 1 to a million seconds")?;
+    if config.on_nonfinite == OnNonfinite::Skip && config.model.mem_len > 0 {
+        let remedy = "a memory would carry what is not finite into the next steps; take \"stop\" or model.mem_len = 0";
+        return Err(Error::config("on_nonfinite", "skip", remedy));
+    }
     at_least_one("verify_every", config.verify_every.unwrap_or(1))?;
     at_least_one("grid.stages", config.grid.stages)?;
     at_least_one("grid.replicas", config.grid.replicas)?;

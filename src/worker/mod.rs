@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::Snapshot;
 use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, OnNonfinite};
 use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
@@ -128,6 +128,26 @@ impl Worker {
     /// # Errors
     /// The first thing that goes wrong here, or the loss of a peer.
     pub fn run(mut self) -> Result<bool> {
+        match self.work() {
+            Ok(()) => self.finish(),
+            Err(error) => Err(self.located(error)),
+        }
+    }
+
+    /// An error with what this rank has read in its step.
+    fn located(&self, error: Error) -> Error {
+        let Error::NotFinite { tensor, step, place, .. } = error else { return error };
+        let setup = &self.setup;
+        let (first, last) = (
+            setup.train_rows(place.replica, 0).start,
+            setup.train_rows(place.replica, setup.config.microbatches - 1).end,
+        );
+        let starts = self.batches.starts(step, first..last);
+        let data = format!(", rows {first} to {} of the batch, from the tokens {starts:?} of the text on", last - 1);
+        Error::NotFinite { tensor, step, place, data }
+    }
+
+    fn work(&mut self) -> Result<()> {
         let setup = Arc::clone(&self.setup);
         let mut actions = setup.schedule.device_actions(self.rank % setup.grid.devices());
         actions.set_limit(self.panel.limit());
@@ -169,8 +189,7 @@ impl Worker {
             }
             self.clock.passed(&action);
         }
-        let stopped = self.stop.is_some();
-        self.finish().map(|()| stopped)
+        Ok(())
     }
 
     /// The place that an action belongs to.
@@ -352,13 +371,17 @@ impl Worker {
         }
         let post = self.post(action);
         let norm = norm(slice(post.stage.versions.gradient(0))) * mean;
-        if !norm.is_finite() {
+        if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             return Err(post.bad_gradient(action.step)?);
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
         let (old, new, gradient) = post.stage.versions.advance();
-        post.optimizer.update(Update { old, new, gradient, lr, scale });
+        let update = Update { old, new, gradient, lr, scale };
+        match norm.is_finite() {
+            true => post.optimizer.update(update),
+            false => post.optimizer.skip(update),
+        }
         if self.injected(Fault::AlterWeights, action) {
             alter(self.post(action).stage.versions.flat_mut());
         }
@@ -386,14 +409,15 @@ impl Worker {
         self.reports.send(Report::Norm { stage: action.stage, step: action.step, norm })
     }
 
-    fn finish(mut self) -> Result<()> {
+    fn finish(mut self) -> Result<bool> {
         self.panel.pulse.doing(Doing::Finishing);
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
         let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
         let times = self.clock.times();
-        self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })
+        self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })?;
+        Ok(self.stop.is_some())
     }
 
     /// Copies the state of a place and lets the writer save it beside the training.
@@ -490,10 +514,11 @@ impl Post {
         for (entry, view) in layout.entries.iter().zip(&views) {
             if !is_finite(view)? {
                 let tensor = format!("gradient of {}", entry.parameter.name);
-                return Ok(Error::NotFinite { tensor, step, place: self.place });
+                return Ok(Error::NotFinite { tensor, step, place: self.place, data: String::new() });
             }
         }
-        Ok(Error::NotFinite { tensor: "norm of the gradient".into(), step, place: self.place })
+        let tensor = "norm of the gradient".into();
+        Ok(Error::NotFinite { tensor, step, place: self.place, data: String::new() })
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Worker, alter, link};
 use crate::comm::{Content, Header, Reduction};
+use crate::config::OnNonfinite;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::Fault;
@@ -92,9 +93,9 @@ impl Worker {
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let norm = self.table(action)?.update(lr, mean, config.optimizer.clip)?;
         let place = self.post(action).place;
-        if !norm.is_finite() {
+        if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let tensor = "gradient of the tied embedding".to_owned();
-            return Err(Error::NotFinite { tensor, step: action.step, place });
+            return Err(Error::NotFinite { tensor, step: action.step, place, data: String::new() });
         }
         if self.injected(Fault::AlterTable, action) {
             alter(self.table(action)?.flat_mut());
