@@ -11,6 +11,11 @@ say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
 say "tests"
 cargo test --no-fail-fast
+say "kills"
+cargo build --release --quiet
+scripts/torture.sh 10
+say "batch jobs, with a real Slurm"
+scripts/test-slurm.sh
 say "benchmarks, in their short form"
 # With a libtorch of one's own there is no Python package of torch, and so no peers.
 if [ -x .venv/bin/python ]; then
