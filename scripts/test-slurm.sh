@@ -28,13 +28,13 @@ has_slurm() {
 
 daemons=()
 clean_up() {
-    local code=$? pid
+    local code=$? log pid
     trap - EXIT
     if [ "$code" != 0 ]; then
         for log in "$work"/*.out; do
             [ ! -s "$log" ] || { echo "--- the end of ${log##*/}"; tail -n 20 "$log"; }
         done >&2
-        timeout 10 squeue --format='%i %T %r' >&2 || true
+        [ "${#daemons[@]}" = 0 ] || timeout 10 squeue --format='%i %T %r' >&2 || true
     fi
     # The processes of jobs end with their jobs, not with the daemons.
     if [ "${#daemons[@]}" -gt 1 ]; then
@@ -47,18 +47,14 @@ clean_up() {
         kill "$pid" 2>/dev/null || continue
         within 10 gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
     done
-    for pid in $(stepds); do kill -KILL "$pid" 2>/dev/null || true; done
+    for pid in $(strays); do kill -KILL "$pid" 2>/dev/null || true; done
     rm -rf "$work"
     exit "$code"
 }
 
-# The processes that watch jobs of this test: those that have one of its files open.
-stepds() {
-    local process
-    for process in /proc/[0-9]*; do
-        [ "$(cat "$process/comm" 2>/dev/null)" = slurmstepd ] || continue
-        ! find "$process/fd" -lname "$work/*" 2>/dev/null | grep -q . || echo "${process#/proc/}"
-    done
+# What is left of jobs: processes that know this Slurm's configuration.
+strays() {
+    env -u SLURM_CONF grep -lsazx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ | cut -d/ -f3
 }
 
 gone() { ! kill -0 "$1" 2>/dev/null; }
@@ -76,11 +72,12 @@ within() {
 
 fail() { echo "test-slurm: FAILED: $*" >&2; exit 1; }
 
-# daemon NAME COMMAND...: starts it, to be stopped by its process id.
+# daemon NAME COMMAND...: starts it, to be stopped by its process id. In a session of its own: Ctrl-C is for this script, which
+# needs the daemons to end their jobs.
 daemon() {
     local name=$1
     shift
-    "$@" >"$work/$name.out" 2>&1 &
+    setsid "$@" >"$work/$name.out" 2>&1 &
     daemons+=($!)
 }
 
@@ -184,11 +181,14 @@ same() {
     done
 }
 
+# This test may itself run in a job, or where variables have been set for one.
+unset "${!SLURM_@}" "${!SBATCH_@}" "${!OMPI_MCA_@}" RANKS GRIDS ARGS
 work=$(mktemp -d)
+export SLURM_CONF=$work/slurm.conf
 trap clean_up EXIT
 trap "exit 143" INT TERM HUP
 if ! has_slurm; then
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || skip "slurm-wlm and munge are missing"
+    if [ "$(id -u)" != 0 ] || ! type -P apt-get >/dev/null; then skip "slurm-wlm and munge are missing"; fi
     say "packages: slurm-wlm munge"
     { install_slurm && has_slurm; } || skip "slurm-wlm and munge cannot be installed: $(tail -n 1 "$work/apt.log")"
 fi
@@ -196,9 +196,7 @@ if [ -z "${OUROBOROS:-}" ]; then
     cargo build --release --quiet
     OUROBOROS=$root/target/release/ouroboros
 fi
-# This test may itself run in a job, or where variables have been set for one.
-unset "${!SLURM_@}" "${!SBATCH_@}" "${!OMPI_MCA_@}" RANKS GRIDS
-export OUROBOROS SLURM_CONF=$work/slurm.conf
+export OUROBOROS
 # Both nodes are this host, and Open MPI would have the shared memory of its ranks twice under the same names.
 export MPIRUN_ARGS="--mca btl self,tcp --mca btl_tcp_if_include lo --mca oob_tcp_if_include lo"
 

@@ -16,6 +16,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::grid::Place;
 use crate::pulse::{Doing, Pulse};
 
 /// What rank 0 tells all ranks.
@@ -92,7 +93,7 @@ impl Panel {
     /// Waits, before step `step` is begun, until it may be or the run ends there.
     ///
     /// # Errors
-    /// [`Error::Internal`] if nobody is there to tell: the run is being ended.
+    /// [`Error::Lost`] if rank 0 has ended, and with it the run.
     pub fn wait(&self, step: usize) -> Result<Word> {
         self.pulse.doing(Doing::Limit(step));
         let waits = |state: &mut State| state.limit <= step && state.stop.is_none() && !state.ended;
@@ -100,7 +101,10 @@ impl Panel {
         match state.stop {
             Some(at) if at == step => Ok(Word::Stop),
             _ if state.limit > step => Ok(Word::Go(state.limit)),
-            _ => Err(Error::Internal("rank 0 has ended".into())),
+            _ => {
+                let peer = Place { stage: 0, replica: 0 };
+                Err(Error::Lost { peer, doing: format!("waiting to begin step {step}") })
+            }
         }
     }
 }

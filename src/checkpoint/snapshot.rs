@@ -37,9 +37,13 @@ impl Snapshot {
         Snapshot { place, step, replicas, contents: Vec::new(), disk_is_full: false }
     }
 
-    /// Whether this place writes the files of a kind.
+    /// Whether a place of `replicas` writes the files of a kind.
+    pub fn shared(kind: Kind, place: Place, replicas: usize) -> bool {
+        kind == Kind::Memory || kind as usize % replicas == place.replica
+    }
+
     fn writes(&self, kind: Kind) -> bool {
-        kind == Kind::Memory || kind as usize % self.replicas == self.place.replica
+        Snapshot::shared(kind, self.place, self.replicas)
     }
 
     fn content(&mut self, kind: Kind) -> &mut Content {

@@ -4,12 +4,14 @@ use std::fs;
 use std::ops::Range;
 
 use super::limits::limits;
+use crate::checkpoint::{Kind, Snapshot};
 use crate::config::Order;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::optim::Optimizer;
 use crate::params::Layout;
+use crate::schedule::Tie;
 use crate::setup::Setup;
 use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
 
@@ -57,10 +59,10 @@ impl Prediction {
         }
         sum.transient += held.len() as u64 * reduced_at_once(setup);
         let copies: u64 = held.iter().map(|place| copied(setup, *place)).sum();
-        sum.saving = match setup.config.checkpoint.every {
-            Some(_) => copies,
-            None => copies.saturating_sub(sum.activations + sum.transient),
-        };
+        // Where a run ends, or is stopped, nothing else is under way.
+        let older: u64 = held.iter().map(|place| copied_older(setup, *place)).sum();
+        let at_stop = (copies + older).saturating_sub(sum.activations + sum.transient);
+        sum.saving = if setup.config.checkpoint.every.is_some() { copies.max(at_stop) } else { at_stop };
         sum.holes = (sum.activations + sum.transient) / HOLES;
         sum
     }
@@ -103,6 +105,16 @@ fn copied(setup: &Setup, place: Place) -> u64 {
     let kinds = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
     let here = (0..kinds).filter(|kind| kind % setup.grid.replicas == place.replica).count();
     (here * (own + table)) as u64 * VALUE
+}
+
+/// What a place copies besides if it is stopped between two sync points.
+fn copied_older(setup: &Setup, place: Place) -> u64 {
+    if !Snapshot::shared(Kind::Older, place, setup.grid.replicas) || setup.schedule.tie == Tie::Fresh {
+        return 0;
+    }
+    let (schedule, own) = (&setup.schedule, Layout::new(&setup.stack(place.stage).own()).len);
+    let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
+    (schedule.delays[place.stage] * own + schedule.table_delay() * table) as u64 * VALUE
 }
 
 /// What one place's reducer holds of the parts that it reduces at once: room for the slices of the other replicas; bf16
