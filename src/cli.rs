@@ -57,6 +57,13 @@ pub struct TrainArgs {
     /// What carries tensors; mpi under mpirun, else local.
     #[arg(long)]
     pub transport: Option<Transport>,
+    /// A description of the machine, as in topology/: how places lie on its nodes, which is checked, and what its links should
+    /// do, which --self-test measures.
+    #[arg(long, value_name = "FILE")]
+    pub topology: Option<PathBuf>,
+    /// Send over every link and reduce in every group before the model is built, and tell their times; with --topology always.
+    #[arg(long)]
+    pub self_test: bool,
     /// Compute the whole grid's arithmetic in one process, in order: the definition of correct.
     #[arg(long, conflicts_with_all = ["transport", "inject"])]
     pub emulate: bool,
@@ -86,11 +93,13 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs { config, grid, transport, emulate, out, set, resume, inject, max_minutes, stop_margin } = self;
+        let TrainArgs { config, grid, transport, topology, self_test, emulate, out, set, resume, inject, .. } = self;
+        let (max_minutes, stop_margin) = (self.max_minutes, self.stop_margin);
         let limits = Limits { max_minutes, margin_s: stop_margin };
         let mode = Mode { inject, signals: true, limits, ..Mode::default() };
         let resume = resume.map(Option::unwrap_or_default);
-        Job { config, sets: set, grid, out, transport, emulate, resume, mode, steps: None }
+        let self_test = self_test || topology.is_some();
+        Job { config, sets: set, grid, out, transport, topology, self_test, emulate, resume, mode, steps: None }
     }
 }
 
@@ -128,7 +137,8 @@ impl BenchArgs {
         let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
         let emulation = emulated_compute.as_deref().map(Emulation::read).transpose()?;
         let mode = Mode { bench: true, emulation, ..Mode::default() };
-        Ok(Job { config, sets: set, grid, out, transport, emulate: false, resume: None, mode, steps })
+        let (topology, self_test, emulate, resume) = (None, false, false, None);
+        Ok(Job { config, sets: set, grid, out, transport, topology, self_test, emulate, resume, mode, steps })
     }
 }
 

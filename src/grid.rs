@@ -26,9 +26,21 @@ pub enum Placement {
     Ring,
 }
 
+/// Which places lie next to each other, as ranks and so on nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// The devices of a replica: its links stay on a node, all-reduces cross nodes.
+    #[default]
+    ReplicaMajor,
+    /// The replicas of a stage: all-reduces stay on a node, links cross nodes.
+    StageMajor,
+}
+
 /// The two axes: K pipeline stages, R data-parallel replicas; both at least 1, K at least 3 on a ring.
 ///
-/// A rank is a device. Ranks run along the stages first, so that those of one pipeline stand next to each other:
+/// A rank is a device. Ranks run along the stages first, so that those of one pipeline stand next to each other (or, in
+/// stage-major order, along the replicas):
 ///
 /// ```text
 /// line          stage 0   stage 1   stage 2            ring          stage 0   stage 1   stage 2
@@ -44,12 +56,13 @@ pub struct Grid {
     pub stages: usize,
     pub replicas: usize,
     pub placement: Placement,
+    pub order: Order,
 }
 
 impl Grid {
     /// One stage a device.
     pub fn line(stages: usize, replicas: usize) -> Grid {
-        Grid { stages, replicas, placement: Placement::Line }
+        Grid { stages, replicas, placement: Placement::Line, order: Order::ReplicaMajor }
     }
 
     /// Devices of one replica.
@@ -72,12 +85,31 @@ impl Grid {
 
     /// The rank that holds `place`.
     pub fn rank(self, place: Place) -> usize {
-        place.replica * self.devices() + self.device(place.stage)
+        match self.order {
+            Order::ReplicaMajor => place.replica * self.devices() + self.device(place.stage),
+            Order::StageMajor => self.device(place.stage) * self.replicas + place.replica,
+        }
+    }
+
+    /// The device of a rank among those of its replica.
+    pub fn device_of(self, rank: usize) -> usize {
+        match self.order {
+            Order::ReplicaMajor => rank % self.devices(),
+            Order::StageMajor => rank / self.replicas,
+        }
+    }
+
+    /// The replica that a rank belongs to.
+    pub fn replica_of(self, rank: usize) -> usize {
+        match self.order {
+            Order::ReplicaMajor => rank / self.devices(),
+            Order::StageMajor => rank % self.replicas,
+        }
     }
 
     /// The places that `rank` holds: one, or two on the first device of a ring.
     pub fn held(self, rank: usize) -> Vec<Place> {
-        let (device, replica) = (rank % self.devices(), rank / self.devices());
+        let (device, replica) = (self.device_of(rank), self.replica_of(rank));
         (device..self.stages).step_by(self.devices()).map(|stage| Place { stage, replica }).collect()
     }
 

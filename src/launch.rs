@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{Identity, World};
-use crate::comm::{Reporter, local, mpi};
+use crate::comm::{Ports, Reporter, local, mpi};
 use crate::config::{CheckpointConfig, Config};
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
@@ -19,9 +19,11 @@ use crate::inject::{Fault, Injection};
 use crate::metrics::{Mode, Recorder, Report, Summary, clock, limits, memory};
 use crate::panel::{Controls, Panel};
 use crate::runtime;
+use crate::selftest::{self, Measured};
 use crate::setup::Setup;
-use crate::signals::SignalWatch;
+use crate::signals::{self, SignalWatch};
 use crate::stop::{STOPPED, Watch};
+use crate::topology::Topology;
 use crate::worker::Worker;
 
 /// Between the message of a failing run and its end: the launcher forwards what ranks print by and by, and its own
@@ -30,6 +32,9 @@ const MESSAGE_TIME: Duration = Duration::from_millis(200);
 
 /// How long a failed rank waits for rank 0 to tell the error and end the run, before it does so itself.
 const END_TIME: Duration = Duration::from_secs(3);
+
+/// A link that needs longer than this for a test is none.
+const SELF_TEST_TIME: Duration = Duration::from_secs(30);
 
 /// Steps of a measurement, besides those that fill and drain the pipeline.
 const MEASURED_STEPS: usize = 16;
@@ -51,6 +56,9 @@ pub struct Job {
     pub grid: Option<Grid>,
     pub out: Option<PathBuf>,
     pub transport: Option<Transport>,
+    /// The description of the machine; whether its links are tested first.
+    pub topology: Option<PathBuf>,
+    pub self_test: bool,
     pub emulate: bool,
     /// Go on from this saved state, or the newest in this folder; an empty path is the run's own folder.
     pub resume: Option<PathBuf>,
@@ -63,6 +71,11 @@ impl Job {
     fn setup(&self) -> Result<Setup> {
         runtime::check_libtorch()?;
         let mut config = Config::load(&self.config, &self.sets, self.grid)?;
+        let topology = self.topology.as_deref().map(Topology::load).transpose()?;
+        if let Some(topology) = &topology {
+            config.grid.order = topology.order;
+            topology.check_grid(config.grid())?;
+        }
         if self.mode.bench {
             config = self.measured(config);
         }
@@ -162,6 +175,9 @@ pub fn train(job: &Job) -> u8 {
 }
 
 fn run_job(job: &Job) -> u8 {
+    if job.mode.signals {
+        signals::expect_early();
+    }
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
         _ if job.emulate && launched => {
@@ -170,8 +186,10 @@ fn run_job(job: &Job) -> u8 {
         Some(Transport::Local) if launched => {
             return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
         }
+        Some(Transport::Local) if job.self_test => return refuse(&no_links()),
         Some(transport) => transport,
         None if mpi::launched().is_some() && !job.emulate => Transport::Mpi,
+        None if job.self_test => return refuse(&no_links()),
         None => Transport::Local,
     };
     let result = match transport {
@@ -186,6 +204,10 @@ fn run_job(job: &Job) -> u8 {
             error.exit_code()
         }
     }
+}
+
+fn no_links() -> Error {
+    Error::Usage("--self-test and --topology are about links between processes; run it with mpirun".into())
 }
 
 fn code_of(summary: &Summary) -> u8 {
@@ -338,6 +360,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let setup = together(world, || setup_of_rank(job, world))?;
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
+    together(world, || on_their_nodes(job, world))?;
     together(world, || enough_memory(job, world, &setup))?;
     let out = job.out(&setup);
     let recorder = together(world, || match rank {
@@ -410,6 +433,34 @@ fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
     }
 }
 
+/// Refuses ranks that are not on the nodes where the topology has them.
+fn on_their_nodes(job: &Job, world: &World) -> Result<()> {
+    let hosts = hosts(world)?;
+    job.topology.as_deref().map(Topology::load).transpose()?.map_or(Ok(()), |topology| topology.check_hosts(&hosts))
+}
+
+/// The hosts of all ranks.
+fn hosts(world: &World) -> Result<Vec<String>> {
+    let all = world.all_gather(world.identity.host.clone().into_bytes())?;
+    Ok(all.iter().map(|host| String::from_utf8_lossy(host).into_owned()).collect())
+}
+
+/// Tests links and groups; rank 0 tells what they do.
+fn self_tested(job: &Job, world: &World, setup: &Setup, ports: Ports) -> Result<Ports> {
+    let limit = Duration::from_secs_f64(setup.config.stall_seconds).min(SELF_TEST_TIME);
+    let (ports, measured) = selftest::test(ports, setup.grid, world.identity.rank, limit)?;
+    let bytes = serde_json::to_vec(&measured).map_err(|error| Error::Internal(error.to_string()))?;
+    let all = world.all_gather(bytes)?;
+    let hosts = hosts(world)?;
+    if world.identity.rank == 0 {
+        let read = |bytes: &Vec<u8>| serde_json::from_slice::<Vec<Measured>>(bytes).unwrap_or_default();
+        let measured: Vec<Measured> = all.iter().flat_map(read).collect();
+        let topology = job.topology.as_deref().map(Topology::load).transpose()?;
+        print!("{}", selftest::report(&measured, &hosts, topology.as_ref()));
+    }
+    Ok(ports)
+}
+
 /// Refuses a machine whose limits the ranks on it would break.
 fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
@@ -448,6 +499,10 @@ fn run_rank(job: &Job, world: &World, setup: &Arc<Setup>, out: &Path, recorder: 
     let stall = Duration::from_secs_f64(setup.config.stall_seconds);
     let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit, stall);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
+    let ports = match job.self_test {
+        true => self_tested(job, world, setup, ports).map_err(|error| (Some(origin.clone()), error))?,
+        false => ports,
+    };
     let reporter = world.reporter();
     let _signals = watch_signals(&job.mode, world.reporter(), &origin).map_err(|error| (None, error))?;
     let (mode, out, worker_setup) = (job.mode(setup), out.to_owned(), Arc::clone(setup));

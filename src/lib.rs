@@ -7,6 +7,7 @@
 //! ```text
 //! config     what is asked            -> setup   what is true
 //! grid       K x R places             -> partition   layers of each stage
+//! topology   the nodes below them     -> selftest    whether their links do what is said of them
 //! delay      versions, sync points    -> schedule    what each stage does, in which order
 //!
 //! worker:    for action in schedule.device_actions(device):
@@ -34,6 +35,7 @@
 mod allocator;
 pub mod grid;
 pub mod error;
+pub mod topology;
 pub mod failure;
 pub mod partition;
 pub mod delay;
@@ -57,6 +59,7 @@ pub mod stop;
 pub mod metrics;
 pub mod comm;
 pub mod signals;
+pub mod selftest;
 pub mod prepare;
 pub mod worker;
 pub mod emulator;

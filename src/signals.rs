@@ -1,11 +1,23 @@
 //! Signals that ask a run to stop.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
+
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::comm::Reporter;
 use crate::error::{Error, Result};
 use crate::metrics::Report;
+
+static EARLY: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// Keeps a SIGUSR1 that comes before anybody watches from ending this process, for whoever watches then.
+pub fn expect_early() {
+    if let Err(error) = signal_hook::flag::register(SIGUSR1, Arc::clone(&EARLY)) {
+        tracing::warn!(%error, "an early SIGUSR1 would end this process");
+    }
+}
 
 /// Sends a report when this process gets a signal; a second signal of the kind does what it does to any program.
 pub struct SignalWatch {
@@ -22,6 +34,9 @@ impl SignalWatch {
         let wrong = |error: std::io::Error| Error::Internal(format!("signals cannot be watched ({error})"));
         let mut signals = Signals::new([SIGUSR1, SIGTERM, SIGINT]).map_err(wrong)?;
         let handle = signals.handle();
+        if EARLY.swap(false, Ordering::Relaxed) {
+            reports.send(Report::Stop { reason: format!("SIGUSR1 at {origin}") })?;
+        }
         let body = move || {
             let mut seen = Vec::new();
             for signal in signals.forever() {

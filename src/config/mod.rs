@@ -14,7 +14,7 @@ pub use model::{Arch, ModelConfig, Norm, TieGradient};
 pub use optimizer::{ClipScope, OptimizerConfig, OptimizerKind, RateKind};
 
 use crate::error::{Error, Result};
-use crate::grid::{Grid, Placement};
+use crate::grid::{self, Grid, Placement};
 use crate::schedule::Kind;
 use crate::wire::Wire;
 
@@ -109,6 +109,8 @@ pub struct GridConfig {
     pub replicas: usize,
     /// `line`, or `ring`: the last stage on the first one's device.
     pub placement: Placement,
+    /// `replica-major`: the stages of a replica are neighbouring ranks; or `stage-major`: the replicas of a stage.
+    pub order: grid::Order,
     pub layers_per_stage: LayersPerStage,
     /// Delays `D_k`, one a stage, where the least ones are not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,6 +123,7 @@ impl Default for GridConfig {
             stages: 1,
             replicas: 1,
             placement: Placement::Line,
+            order: grid::Order::default(),
             layers_per_stage: LayersPerStage::Word(Balanced::Balanced),
             delays: None,
         }
@@ -244,7 +247,8 @@ impl Config {
 
     /// The grid that is asked for.
     pub fn grid(&self) -> Grid {
-        Grid { placement: self.grid.placement, ..Grid::line(self.grid.stages, self.grid.replicas) }
+        let (placement, order) = (self.grid.placement, self.grid.order);
+        Grid { placement, order, ..Grid::line(self.grid.stages, self.grid.replicas) }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
 const VALUE: u64 = 4;
 
 /// The heap's holes are one part of so many of what comes and goes.
-const HOLES: u64 = 8;
+const HOLES: u64 = 6;
 
 /// The parts of a rank's predicted peak, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -33,7 +33,7 @@ pub struct Prediction {
     pub activations: u64,
     /// What one backward and the links need for a moment.
     pub transient: u64,
-    /// Between tensors of many sizes that come and go: measured, up to an eighth of them.
+    /// Between tensors of many sizes that come and go: measured, up to a sixth of them.
     pub holes: u64,
     /// The copy that is written to the disk beside the training; of the end of the run what exceeds activations and
     /// transient values, which are gone by then.
@@ -52,8 +52,8 @@ impl Prediction {
         if ends > 0 {
             let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
             // Parts wait on stage 0's device; the other copy only gets sums.
-            let parts = if rank.is_multiple_of(setup.grid.devices()) { setup.schedule.delays[0] as u64 + 4 } else { 3 };
-            sum.weights += setup.schedule.tables_held(rank % setup.grid.devices()) as u64 * table;
+            let parts = if setup.grid.device_of(rank) == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
+            sum.weights += setup.schedule.tables_held(setup.grid.device_of(rank)) as u64 * table;
             sum.gradient += (ends + parts) * table;
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }

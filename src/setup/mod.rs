@@ -359,8 +359,7 @@ fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
     short.sync.warm_up = schedule.sync.warm_up.min(2);
     short.sync.at.retain(|at| *at < short.sync.steps);
     short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
-    let devices = grid.devices();
-    let lists: Vec<_> = (0..grid.size()).map(|rank| short.device_actions(rank % devices).collect()).collect();
+    let lists: Vec<_> = (0..grid.size()).map(|rank| short.device_actions(rank % grid.devices()).collect()).collect();
     check(&short, grid.replicas, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
 }
 

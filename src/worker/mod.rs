@@ -149,7 +149,7 @@ impl Worker {
 
     fn work(&mut self) -> Result<()> {
         let setup = Arc::clone(&self.setup);
-        let mut actions = setup.schedule.device_actions(self.rank % setup.grid.devices());
+        let mut actions = setup.schedule.device_actions(setup.grid.device_of(self.rank));
         actions.set_limit(self.panel.limit());
         loop {
             let Some(action) = actions.next() else {

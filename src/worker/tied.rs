@@ -130,7 +130,7 @@ pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
     }
     let layout = Layout::new(&model::table(&setup.dimensions));
     let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
-    let held = setup.schedule.tables_held(rank % setup.grid.devices());
+    let held = setup.schedule.tables_held(setup.grid.device_of(rank));
     let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
     let mut table = Table::new(layout, initial, held, ends, optimizer)?.at(setup.start());
     older.iter().for_each(|(number, values)| table.versions_mut().recall(*number, values));

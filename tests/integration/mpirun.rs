@@ -46,6 +46,51 @@ fn more_replicas_equal_the_oracle() {
     compare("1x4", &["wire=bf16", "bucket_kib=16"]);
 }
 
+/// Which ranks hold which places changes nothing.
+#[test]
+fn ranks_in_stage_major_order_equal_the_oracle() {
+    compare("3x2", &["grid.order=stage-major", "microbatches=2", "eval.every=3"]);
+    compare("3x2", &["grid.order=stage-major", "grid.placement=ring", "verify_every=2"]);
+}
+
+/// Links and groups are tested before the model is built, and ranks must be where the topology has them.
+#[test]
+fn the_grid_is_tested_and_its_topology_checked() {
+    let folder = Folder::new();
+    let plain = folder.train("out", &["grid.stages=2", "grid.replicas=2"], &["--self-test"]);
+    let finished = run(mpirun(4, &slices(&plain)), LIMIT).expect_code(0);
+    let lines = |word: &str| finished.stdout.lines().filter(|line| line.trim().starts_with(word)).count();
+    assert_eq!((lines("link "), lines("group ")), (2, 2), "{finished}");
+    let topology = |nodes: usize, devices: usize, order: &str| {
+        let path = folder.path(&format!("{nodes}-{devices}.toml"));
+        let speed = "gbit_s = 0.001\nlatency_us = 1e6";
+        let text = format!(
+            "nodes = {nodes}\ndevices = {devices}\norder = \"{order}\"\n[inside]\n{speed}\n[between]\n{speed}\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let with = |topology: &str| {
+        let args = folder.train("out", &["grid.stages=2", "grid.replicas=2"], &["--topology", topology]);
+        run(mpirun(4, &slices(&args)), LIMIT)
+    };
+    let finished = with(&topology(1, 4, "stage-major")).expect_code(0);
+    assert!(finished.stdout.contains("replica 0  [rank 0] -- [rank 2]"), "{finished}");
+    assert!(!finished.stdout.contains("is slow"), "{finished}");
+    for (topology, expected) in [
+        (topology(2, 2, "replica-major"), "rank 2 of node 1 on "),
+        (topology(1, 3, "replica-major"), "`grid`: found 2x2 = 4 devices; the topology has 1 nodes of 3 = 3"),
+        (topology(1, 4, "middle-major"), "`--topology`: found "),
+        (folder.text("none.toml"), "cannot be read"),
+    ] {
+        let finished = with(&topology).expect_code(2);
+        let errors = finished.errors();
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{expected}: {finished}");
+    }
+    let finished = run(ouroboros(&slices(&plain)), LIMIT).expect_code(2);
+    assert!(finished.errors()[0].contains("run it with mpirun"), "{finished}");
+}
+
 #[test]
 fn ranks_with_a_tied_table_equal_the_oracle() {
     compare("4x1", &["grid.placement=ring", "eval.every=4"]);
