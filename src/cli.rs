@@ -85,7 +85,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().margin_s)]
     pub stop_margin: f64,
     /// Fail on purpose, as a drill: panic|crash|exit|hang|slow|nan|corrupt-message|drop-message|disk-full|alter-weights|
-    /// alter-table@STAGE,REPLICA:STEP[:ACTION]; ? stands for a number to be drawn from the seed.
+    /// alter-table@STAGE,REPLICA:STEP, and :ACTION if wanted; ? stands for a number to be drawn from the seed.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
 }
