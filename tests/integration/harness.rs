@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ouroboros::config::Config;
 use ouroboros::launch::{run_emulated, run_local};
-use ouroboros::metrics::{Mode, Recorder};
+use ouroboros::metrics::{Mode, Recorder, Summary};
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
@@ -102,6 +102,31 @@ pub fn by_oracle(setup: &Arc<Setup>) -> Outcome {
     let recorder = Recorder::new(Arc::clone(setup), out.path()).unwrap();
     run_emulated(setup, out.path(), recorder, &Mode::default()).unwrap();
     Outcome::read(out.path())
+}
+
+/// Runs a setup into a folder that may hold earlier parts of the run.
+pub fn trained(setup: Setup, out: &Path, oracle: bool) -> Summary {
+    let setup = Arc::new(setup);
+    let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
+    let mode = Mode::default();
+    let result = match oracle {
+        true => run_emulated(&setup, out, recorder, &mode),
+        false => run_local(&setup, out, recorder, mode),
+    };
+    result.unwrap_or_else(|error| panic!("{error:?}"))
+}
+
+/// The bytes of the files of one state.
+pub fn files(out: &Path, step: usize) -> Vec<(String, Vec<u8>)> {
+    let folder = out.join(format!("checkpoints/step-{step}"));
+    let mut found: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .map(|file| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap()))
+        .filter(|(name, _)| name.ends_with(".safetensors"))
+        .collect();
+    found.sort();
+    found
 }
 
 /// A program's run, shown whole when a test fails.

@@ -1,16 +1,13 @@
 //! A run that goes on from a saved state is the run that was not stopped; on another grid it is the oracle's.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use ouroboros::checkpoint::Checkpoint;
 use ouroboros::config::Config;
-use ouroboros::launch::{run_emulated, run_local};
-use ouroboros::metrics::{Mode, Recorder};
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
-use crate::harness::{Folder, Outcome, TINY, mpirun, ouroboros, run, slices};
+use crate::harness::{Folder, Outcome, TINY, files, mpirun, ouroboros, run, slices, trained};
 
 const LIMIT: u64 = 60;
 
@@ -30,31 +27,8 @@ fn setup(sets: &[&str]) -> Setup {
     Setup::new(Config::parse(TINY, &sets).unwrap()).unwrap_or_else(|error| panic!("{sets:?}: {error}"))
 }
 
-fn trained(setup: Setup, out: &Path, oracle: bool) {
-    let setup = Arc::new(setup);
-    let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
-    let result = match oracle {
-        true => run_emulated(&setup, out, recorder, &Mode::default()),
-        false => run_local(&setup, out, recorder, Mode::default()),
-    };
-    result.unwrap_or_else(|error| panic!("{error:?}"));
-}
-
 fn state(out: &Path, step: usize) -> Checkpoint {
     Checkpoint::open(&out.join(format!("checkpoints/step-{step}"))).unwrap()
-}
-
-/// The bytes of the files of one state.
-fn files(out: &Path, step: usize) -> Vec<(String, Vec<u8>)> {
-    let folder = out.join(format!("checkpoints/step-{step}"));
-    let mut found: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .flatten()
-        .map(|file| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap()))
-        .filter(|(name, _)| name.ends_with(".safetensors"))
-        .collect();
-    found.sort();
-    found
 }
 
 /// From every saved state the run comes to the same end, and tells the same on its way.

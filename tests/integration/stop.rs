@@ -2,17 +2,15 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ouroboros::checkpoint::Checkpoint;
 use ouroboros::config::Config;
-use ouroboros::launch::{run_emulated, run_local};
-use ouroboros::metrics::{Mode, Recorder, Summary};
+use ouroboros::metrics::Summary;
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
-use crate::harness::{Finished, Folder, Outcome, TINY, mpirun, ouroboros, run, slices};
+use crate::harness::{Finished, Folder, Outcome, TINY, files, mpirun, ouroboros, run, slices, trained};
 
 const LIMIT: u64 = 60;
 
@@ -22,30 +20,15 @@ fn setup(sets: &[&str]) -> Setup {
 }
 
 fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
-    let setup = Arc::new(setup);
-    let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
     if stop {
         std::fs::write(out.join("STOP"), "").unwrap();
     }
-    let mode = Mode::default();
-    let result = match oracle {
-        true => run_emulated(&setup, out, recorder, &mode),
-        false => run_local(&setup, out, recorder, mode),
-    };
-    result.unwrap_or_else(|error| panic!("{error:?}"))
+    trained(setup, out, oracle)
 }
 
 /// The files of the last state, and the lines about the run.
 fn ends(out: &Path, steps: usize) -> (Vec<(String, Vec<u8>)>, Vec<serde_json::Value>) {
-    let folder = out.join(format!("checkpoints/step-{steps}"));
-    let mut files: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .flatten()
-        .map(|file| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap()))
-        .filter(|(name, _)| name.ends_with(".safetensors"))
-        .collect();
-    files.sort();
-    (files, Outcome::read(out).lines)
+    (files(out, steps), Outcome::read(out).lines)
 }
 
 /// Stopped again and again, by a file; every second leg is the oracle's.
