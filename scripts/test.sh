@@ -25,3 +25,4 @@ else
 fi
 scripts/bench-grid.sh --short
 scripts/bench-hosts.sh --short
+scripts/bench-save.sh --short

@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tch::Tensor;
 
@@ -147,6 +148,7 @@ impl Emulator {
     /// Saves what every place of the grid would.
     fn save(&self, step: usize) -> Result<()> {
         for place in self.setup.grid.places() {
+            let begun = Instant::now();
             let mut snapshot = Snapshot::new(place, step, self.setup.grid.replicas);
             let table = Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
             let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
@@ -163,8 +165,8 @@ impl Emulator {
                     snapshot.remember(rows.start, self.model[place.stage].remembered(&memories[place.stage]));
                 }
             }
-            let shards = snapshot.write(&self.out)?;
-            self.reports.send(Report::Saved { place, step, shards })?;
+            let written = snapshot.write(&self.out, begun.elapsed())?;
+            self.reports.send(Report::Saved { place, step, written })?;
         }
         Ok(())
     }

@@ -20,6 +20,12 @@ pub enum Error {
     /// A neighbour or a member of the replica group is gone.
     #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
     Lost { peer: Place, doing: String },
+    /// A process is gone, without a word: killed, or ended by something else than this program.
+    #[error(
+        "has died in {doing}; what the launcher says next tells how (signal 9: killed, often for want of memory); what \
+         was saved before is as it was"
+    )]
+    Died { doing: String },
     /// Nothing moves any more.
     #[error("nothing has moved for {seconds:.0} s: {place} {what}")]
     Hang { seconds: f64, place: String, what: String },
@@ -63,7 +69,11 @@ impl Error {
         match self {
             Error::Usage(_) | Error::Config { .. } | Error::Memory(_) => 2,
             Error::Data { .. } => 3,
-            Error::Lost { .. } | Error::Hang { .. } | Error::Transport(_) | Error::Message { .. } => 4,
+            Error::Lost { .. }
+            | Error::Died { .. }
+            | Error::Hang { .. }
+            | Error::Transport(_)
+            | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
             Error::Checkpoint { .. } => 6,
             Error::CopiesDiffer { .. } | Error::Internal(_) => 70,
@@ -111,6 +121,7 @@ mod tests {
             (Error::Memory("x".into()), 2),
             (Error::data("a", "b", "c"), 3),
             (Error::Lost { peer: place, doing: "x".into() }, 4),
+            (Error::Died { doing: "x".into() }, 4),
             (Error::Hang { seconds: 1.0, place: "x".into(), what: "y".into() }, 4),
             (Error::Transport("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),

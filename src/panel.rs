@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::pulse::{Doing, Pulse};
+use crate::pulse::{Doing, Pulse, Trace};
 
 /// What rank 0 tells all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,9 +57,9 @@ struct State {
 }
 
 impl Panel {
-    /// The panel of a rank on `host` that may go up to `limit` without being told.
-    pub fn new(limit: usize, host: &str) -> Panel {
-        let pulse = Pulse::new(host.to_owned());
+    /// The panel of a rank on `host` that may go up to `limit` without being told, and leaves a trace if it can.
+    pub fn new(limit: usize, host: &str, trace: Option<Trace>) -> Panel {
+        let pulse = Pulse::new(host.to_owned(), trace);
         Panel { pulse, state: Mutex::new(State { limit, stop: None, ended: false }), changed: Condvar::new() }
     }
 
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_place_waits_at_its_limit_and_stops_where_it_is_told() {
-        let panel = Arc::new(Panel::new(3, "here"));
+        let panel = Arc::new(Panel::new(3, "here", None));
         assert_eq!(panel.wait(2).unwrap(), Word::Go(3));
         let waiting = std::thread::spawn({
             let panel = Arc::clone(&panel);
@@ -149,7 +149,7 @@ mod tests {
         assert!(matches!(first, Word::Go(5 | 7)), "{first:?}");
         assert_eq!(second, Word::Stop);
         assert_eq!(panel.wait(6).unwrap(), Word::Go(7));
-        let panel = Panel::new(3, "here");
+        let panel = Panel::new(3, "here", None);
         panel.tell(Control::End);
         assert!(panel.wait(3).is_err());
     }

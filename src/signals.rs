@@ -26,11 +26,12 @@ pub struct SignalWatch {
 }
 
 impl SignalWatch {
-    /// Begins; `origin` names this process.
+    /// Begins; `origin` names this process. `ended` is asked at a SIGTERM: whether that comes because another process
+    /// of the run has ended, in which case there is nothing to save any more.
     ///
     /// # Errors
     /// If the system does not allow it.
-    pub fn start(reports: Reporter, origin: String) -> Result<SignalWatch> {
+    pub fn start(reports: Reporter, origin: String, ended: impl Fn() -> bool + Send + 'static) -> Result<SignalWatch> {
         let wrong = |error: std::io::Error| Error::Internal(format!("signals cannot be watched ({error})"));
         let mut signals = Signals::new([SIGUSR1, SIGTERM, SIGINT]).map_err(wrong)?;
         let handle = signals.handle();
@@ -45,6 +46,9 @@ impl SignalWatch {
                     let _ = signal_hook::low_level::emulate_default_handler(signal);
                 }
                 seen.push(signal);
+                if signal == SIGTERM && ended() {
+                    continue;
+                }
                 let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
                 let reason = format!("{name} at {origin}");
                 let _ = reports.send(Report::Stop { reason }); // A run that is over needs no stop.

@@ -77,6 +77,15 @@ pub struct Shard {
     pub tensors: Vec<String>,
 }
 
+/// What a place has written of a state, and how long that took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Written {
+    pub shards: Vec<Shard>,
+    /// Seconds that the training stood, and those of the work beside it.
+    pub copy_s: f64,
+    pub write_s: f64,
+}
+
 /// What decides which versions the next steps use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pipeline {

@@ -2,11 +2,12 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tch::Tensor;
 
-use super::{Kind, Shard, digest, folder, older, room};
+use super::{Kind, Shard, Written, digest, folder, older, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
@@ -120,11 +121,12 @@ impl Snapshot {
         flats.chain(single).map(|tensor| tensor.numel() as u64 * 4).sum()
     }
 
-    /// Writes everything into `step-N.tmp/` and waits for the disk.
+    /// Writes everything, which was `copied` in so much time, into `step-N.tmp/` and waits for the disk.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if a file cannot be written.
-    pub fn write(&self, out: &Path) -> Result<Vec<Shard>> {
+    pub fn write(&self, out: &Path, copied: Duration) -> Result<Written> {
+        let begun = Instant::now();
         let folder = folder(out, self.step, ".tmp");
         fs::create_dir_all(&folder).map_err(|error| Error::checkpoint(&folder, format!("cannot be made ({error})")))?;
         if self.disk_is_full {
@@ -136,7 +138,8 @@ impl Snapshot {
             let problem = format!("{needed} bytes are to be written and {left} are left on the disk");
             return Err(Error::checkpoint(&folder, problem));
         }
-        self.contents.iter().map(|content| content.write(&folder, self.place)).collect()
+        let shards = self.contents.iter().map(|content| content.write(&folder, self.place)).collect::<Result<_>>()?;
+        Ok(Written { shards, copy_s: copied.as_secs_f64(), write_s: begun.elapsed().as_secs_f64() })
     }
 }
 

@@ -54,7 +54,7 @@ pub fn connect(
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process")) }
+        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process", None)) }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
     let panels: Vec<Arc<Panel>> = ports.iter().map(|ports| Arc::clone(&ports.panel)).collect();

@@ -1,6 +1,7 @@
 //! `ouroboros init`: the weights that a training begins with.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::checkpoint::{self, Manifest, Snapshot};
 use crate::cli::InitArgs;
@@ -22,7 +23,8 @@ pub fn init(args: &InitArgs) -> Result<()> {
     let weights = layout.initial(setup.config.seed)?;
     let mut snapshot = Snapshot::new(Place { stage: 0, replica: 0 }, 0, 1);
     snapshot.add_weights(&layout, &weights)?;
-    let manifest = Manifest::new(&setup.config, setup.parameters(), 0, setup.pipeline(0), snapshot.write(&out)?);
+    let shards = snapshot.write(&out, Duration::ZERO)?.shards;
+    let manifest = Manifest::new(&setup.config, setup.parameters(), 0, setup.pipeline(0), shards);
     println!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
     Ok(())
 }

@@ -5,17 +5,23 @@ pub mod clock;
 pub mod limits;
 pub mod memory;
 mod bench;
+mod copies;
+mod lines;
+mod pace;
 mod progress;
-mod recorder;
+mod states;
 mod stragglers;
+mod summary;
 mod watchdog;
+mod recorder;
 
 use serde::{Deserialize, Serialize};
 
 pub use progress::thousands;
-pub use recorder::{Recorder, Summary};
+pub use recorder::Recorder;
+pub use summary::Summary;
 
-use crate::checkpoint::Shard;
+use crate::checkpoint::Written;
 use crate::config::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Error;
@@ -90,7 +96,7 @@ pub enum Report {
         tokens: usize,
     },
     /// The place has written its part of the state at sync point `step`.
-    Saved { place: Place, step: usize, shards: Vec<Shard> },
+    Saved { place: Place, step: usize, written: Written },
     /// Somebody asks the run to stop.
     Stop { reason: String },
     /// The rank has finished.

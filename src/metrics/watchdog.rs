@@ -143,13 +143,7 @@ impl Watchdog {
     }
 
     fn doing(&self, rank: usize) -> String {
-        match self.beats.get(&rank).map(|(beat, _)| (beat.doing, beat.actions.last())) {
-            None => "unknown".into(),
-            Some((Doing::Beginning, _)) => "its beginning".into(),
-            Some((Doing::Limit(step), _)) => format!("its wait to begin step {step}"),
-            Some((Doing::Finishing, _)) => "its last save".into(),
-            Some((Doing::Action, last)) => last.cloned().unwrap_or_default(),
-        }
+        self.beats.get(&rank).map_or("unknown".into(), |(beat, _)| beat.text())
     }
 
     /// Everybody: place, host, what it does, for whom it waits, since when.

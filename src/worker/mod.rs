@@ -1,35 +1,38 @@
 //! One device at work: takes its action list and does what each action says.
 
+mod post;
+mod faults;
+mod messages;
 mod tied;
 mod writer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tch::Tensor;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::Snapshot;
-use crate::comm::{Content, Ends, Header, Link, Ports, Reduction, Reporter};
+use crate::comm::{Ports, Reduction, Reporter};
 use crate::config::{ModelConfig, OnNonfinite};
-use crate::data::{Batch, Batches};
+use crate::data::Batches;
 use crate::delay::version;
 use crate::error::{Error, Result};
-use crate::grid::Place;
-use crate::inject::{Fault, SLOW_MS, crash};
+use crate::inject::Fault;
 use crate::metrics::clock::{Clock, Share};
 use crate::metrics::memory::Gauge;
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
-use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
+use crate::optim::{Update, clip_factor, learning_rate, norm};
 use crate::panel::{Panel, Word};
-use crate::params::{Layout, Versions, bytes, slice, slice_mut};
+use crate::params::{Layout, Versions, bytes, slice};
 use crate::pulse::Doing;
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
-use crate::stage::{At, Bucket, Input, Output, Settings, Slot, Stage, is_finite};
+use crate::stage::{At, Bucket, Input, Output, Slot};
 use crate::table::Table;
+use faults::alter;
+use messages::taken;
+use post::Post;
 use tied::table_of;
 use writer::Writer;
 
@@ -52,32 +55,6 @@ pub struct Worker {
     clock: Clock,
     /// Saves beside the training.
     writer: Option<Writer>,
-}
-
-/// A place with what is its own; the registers hold what one action leaves for the next.
-struct Post {
-    place: Place,
-    ends: Ends,
-    stage: Stage,
-    optimizer: Optimizer,
-    /// The last sync point at or before the step that is being forwarded.
-    sync: usize,
-    /// The all-reduces under way, and where the part of the gradient ends that none of them holds.
-    reductions: Vec<Reduction>,
-    unreduced: usize,
-    registers: Registers,
-    /// Losses of the step's microbatches so far, of the evaluation's so far.
-    loss: f64,
-    eval: (f64, usize),
-}
-
-#[derive(Default)]
-struct Registers {
-    batch: Option<Batch>,
-    /// Hidden states that came down or go down.
-    activation: Option<Tensor>,
-    /// Gradients that came up or go up.
-    gradient: Option<Tensor>,
 }
 
 impl Worker {
@@ -205,58 +182,6 @@ impl Worker {
             Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
         self.post(action).registers.batch = Some(batch);
-    }
-
-    /// What a message of hidden states or their gradients about this action must look like.
-    fn header(&self, content: Content, action: &Action) -> Header {
-        let (rows, sequence) = match action.pass {
-            Pass::Train => (self.setup.rows, self.setup.config.data.sequence),
-            Pass::Eval => {
-                let rows = self.setup.eval_rows(self.posts[0].place.replica, action.microbatch);
-                (rows.len(), self.setup.config.eval_sequence())
-            }
-        };
-        let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
-        let wire = self.setup.config.wire;
-        Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape, wire }
-    }
-
-    fn receive_activation(&mut self, action: &Action) -> Result<()> {
-        let header = self.header(Content::Activation, action);
-        let post = self.post(action);
-        let received = link(&mut post.ends.upstream, action)?.receive(header)?;
-        post.registers.activation = Some(header.wire.unpack(&received)?);
-        Ok(())
-    }
-
-    fn send_activation(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Activation, action), action);
-        let dropped = self.injected(Fault::DropMessage, action);
-        let post = self.post(action);
-        let tensor = header.wire.pack(&taken(&mut post.registers.activation, action)?)?;
-        if dropped {
-            return Ok(());
-        }
-        link(&mut post.ends.downstream, action)?.send(header, tensor)
-    }
-
-    fn receive_gradient(&mut self, action: &Action) -> Result<()> {
-        let header = self.header(Content::Gradient, action);
-        let post = self.post(action);
-        let received = link(&mut post.ends.downstream, action)?.receive(header)?;
-        post.registers.gradient = Some(header.wire.unpack(&received)?);
-        Ok(())
-    }
-
-    fn send_gradient(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Gradient, action), action);
-        let dropped = self.injected(Fault::DropMessage, action);
-        let post = self.post(action);
-        let tensor = header.wire.pack(&taken(&mut post.registers.gradient, action)?)?;
-        if dropped {
-            return Ok(());
-        }
-        link(&mut post.ends.upstream, action)?.send(header, tensor)
     }
 
     fn forward(&mut self, action: &Action) -> Result<()> {
@@ -419,107 +344,6 @@ impl Worker {
         self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })?;
         Ok(self.stop.is_some())
     }
-
-    /// Copies the state of a place and lets the writer save it beside the training.
-    fn save(&mut self, action: &Action) -> Result<()> {
-        if self.mode.bench {
-            return Ok(());
-        }
-        let setup = Arc::clone(&self.setup);
-        let post = &self.posts[action.stage / setup.grid.devices()];
-        let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);
-        // None at a sync point.
-        let since = setup.schedule.since(action.step);
-        let oldest = |delay| version(since, action.step, delay);
-        if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
-            snapshot.add(table.layout(), table.flat(), table.optimizer())?;
-            snapshot.add_older(table.layout(), table.versions().older(oldest(setup.schedule.table_delay())))?;
-        }
-        let versions = &post.stage.versions;
-        snapshot.add(versions.layout(), versions.flat(), &post.optimizer)?;
-        snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
-        for (microbatch, memory) in post.stage.memories() {
-            let rows = setup.train_rows(post.place.replica, *microbatch);
-            snapshot.remember(rows.start, post.stage.stack().remembered(memory));
-        }
-        if self.injected(Fault::DiskFull, action) {
-            snapshot.fill_disk();
-        }
-        match &self.writer {
-            Some(writer) => writer.save(snapshot),
-            None => Err(Error::Internal("nobody writes checkpoints".into())),
-        }
-    }
-
-    fn injected(&self, fault: Fault, action: &Action) -> bool {
-        let place = Place { stage: action.stage, ..self.posts[0].place };
-        self.mode.inject.is_some_and(|injection| injection.hits(fault, place, action))
-    }
-
-    fn run_injection(&mut self, action: &Action) {
-        if self.mode.inject.is_none() {
-            return;
-        }
-        if self.injected(Fault::Panic, action) {
-            panic!("injected panic at {action}");
-        }
-        if self.injected(Fault::Crash, action) {
-            crash();
-        }
-        if self.injected(Fault::Exit, action) {
-            std::process::exit(1);
-        }
-        while self.injected(Fault::Hang, action) {
-            std::thread::sleep(Duration::from_secs(1));
-        }
-        if self.injected(Fault::Slow, action) {
-            std::thread::sleep(Duration::from_millis(SLOW_MS));
-        }
-        if self.injected(Fault::Nan, action) {
-            slice_mut(self.post(action).stage.versions.flat_mut())[0] = f32::NAN;
-        }
-    }
-
-    fn disguised(&self, header: Header, action: &Action) -> Header {
-        let wrong = self.injected(Fault::CorruptMessage, action);
-        Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
-    }
-}
-
-impl Post {
-    fn new(setup: &Setup, place: Place, ends: Ends) -> Result<Post> {
-        let config = &setup.config;
-        let stack = setup.stack(place.stage);
-        let layout = Layout::new(&stack.own());
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
-        let memories = setup.memories(&stack, place.replica)?;
-        let versions = Versions::new(layout.clone(), initial, setup.schedule.versions_held(place.stage), 1)?;
-        let mut versions = versions.at(setup.start());
-        for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
-            versions.recall(number, &values);
-        }
-        let mut stage = Stage::new(place, stack, versions, Settings::new(config));
-        stage.recall(memories);
-        let (reductions, unreduced) = (Vec::new(), stage.versions.layout().len);
-        let registers = Registers::default();
-        let (loss, eval) = (0.0, (0.0, 0));
-        let sync = setup.schedule.sync.since;
-        Ok(Post { place, ends, stage, optimizer, sync, reductions, unreduced, registers, loss, eval })
-    }
-
-    /// Names the first parameter whose gradient is not finite.
-    fn bad_gradient(&mut self, step: usize) -> Result<Error> {
-        let layout = self.stage.versions.layout().clone();
-        let views = layout.views(self.stage.versions.gradient(0))?;
-        for (entry, view) in layout.entries.iter().zip(&views) {
-            if !is_finite(view)? {
-                let tensor = format!("gradient of {}", entry.parameter.name);
-                return Ok(Error::NotFinite { tensor, step, place: self.place, data: String::new() });
-            }
-        }
-        let tensor = "norm of the gradient".into();
-        Ok(Error::NotFinite { tensor, step, place: self.place, data: String::new() })
-    }
 }
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
@@ -534,21 +358,4 @@ fn warm_up() -> Result<()> {
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
     Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
-}
-
-/// Changes a bit of the first weight.
-fn alter(flat: &mut Tensor) {
-    let weight = &mut slice_mut(flat)[0];
-    *weight = f32::from_bits(weight.to_bits() ^ 1);
-}
-
-fn taken(register: &mut Option<Tensor>, action: &Action) -> Result<Tensor> {
-    register.take().ok_or_else(|| Error::Internal(format!("{action} finds its register empty")))
-}
-
-fn link<'a>(end: &'a mut Option<Box<dyn Link>>, action: &Action) -> Result<&'a mut dyn Link> {
-    match end {
-        Some(link) => Ok(link.as_mut()),
-        None => Err(Error::Internal(format!("{action} has no link"))),
-    }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Worker, alter, link};
+use super::Worker;
+use super::faults::alter;
+use super::messages::link;
 use crate::comm::{Content, Header, Reduction};
 use crate::config::OnNonfinite;
 use crate::error::{Error, Result};

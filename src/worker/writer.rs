@@ -1,19 +1,25 @@
 //! The thread that writes a rank's states to the disk, beside the training.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use super::Worker;
 use crate::checkpoint::Snapshot;
 use crate::comm::Reporter;
+use crate::delay::version;
 use crate::error::{Error, Result};
+use crate::inject::Fault;
 use crate::metrics::Report;
+use crate::schedule::Action;
 
 /// States that wait while one is written: two stages may share a device.
 const WAITING: usize = 1;
 
 pub struct Writer {
-    snapshots: SyncSender<Snapshot>,
+    snapshots: SyncSender<(Snapshot, Duration)>,
     thread: JoinHandle<()>,
 }
 
@@ -23,12 +29,12 @@ impl Writer {
     /// # Errors
     /// If it cannot be started.
     pub fn start(out: PathBuf, reports: Reporter) -> Result<Writer> {
-        let (snapshots, received) = sync_channel::<Snapshot>(WAITING);
+        let (snapshots, received) = sync_channel::<(Snapshot, Duration)>(WAITING);
         let body = move || {
-            for snapshot in received {
+            for (snapshot, copied) in received {
                 let place = snapshot.place;
-                let report = match snapshot.write(&out) {
-                    Ok(shards) => Report::Saved { place, step: snapshot.step, shards },
+                let report = match snapshot.write(&out, copied) {
+                    Ok(written) => Report::Saved { place, step: snapshot.step, written },
                     Err(error) => Report::Failed { origin: place.to_string(), error },
                 };
                 if reports.send(report).is_err() {
@@ -41,12 +47,14 @@ impl Writer {
         Ok(Writer { snapshots, thread })
     }
 
-    /// Hands a state over; waits while the ones before are being written.
+    /// Hands over a state that was `copied` in so much time; waits while the ones before are being written.
     ///
     /// # Errors
     /// If the thread is gone.
-    pub fn save(&self, snapshot: Snapshot) -> Result<()> {
-        self.snapshots.send(snapshot).map_err(|_| Error::Internal("the thread that writes checkpoints is gone".into()))
+    pub fn save(&self, snapshot: Snapshot, copied: Duration) -> Result<()> {
+        self.snapshots
+            .send((snapshot, copied))
+            .map_err(|_| Error::Internal("the thread that writes checkpoints is gone".into()))
     }
 
     /// Waits until everything is written.
@@ -56,5 +64,38 @@ impl Writer {
     pub fn finish(self) -> Result<()> {
         drop(self.snapshots);
         self.thread.join().map_err(|_| Error::Internal("a panic while writing a checkpoint".into()))
+    }
+}
+
+impl Worker {
+    /// Copies the state of a place and lets the writer save it beside the training.
+    pub(super) fn save(&mut self, action: &Action) -> Result<()> {
+        if self.mode.bench {
+            return Ok(());
+        }
+        let (setup, begun) = (Arc::clone(&self.setup), Instant::now());
+        let post = &self.posts[action.stage / setup.grid.devices()];
+        let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);
+        // None at a sync point.
+        let since = setup.schedule.since(action.step);
+        let oldest = |delay| version(since, action.step, delay);
+        if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
+            snapshot.add(table.layout(), table.flat(), table.optimizer())?;
+            snapshot.add_older(table.layout(), table.versions().older(oldest(setup.schedule.table_delay())))?;
+        }
+        let versions = &post.stage.versions;
+        snapshot.add(versions.layout(), versions.flat(), &post.optimizer)?;
+        snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
+        for (microbatch, memory) in post.stage.memories() {
+            let rows = setup.train_rows(post.place.replica, *microbatch);
+            snapshot.remember(rows.start, post.stage.stack().remembered(memory));
+        }
+        if self.injected(Fault::DiskFull, action) {
+            snapshot.fill_disk();
+        }
+        match &self.writer {
+            Some(writer) => writer.save(snapshot, begun.elapsed()),
+            None => Err(Error::Internal("nobody writes checkpoints".into())),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::harness::{Finished, Folder, mpirun, ouroboros, run, slices};
+use crate::harness::{Finished, Folder, child, mpirun, ouroboros, run, signalled, slices};
 
 /// All ranks gone.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -32,7 +32,8 @@ fn a_panic_ends_all_ranks_and_is_shown_first() {
         let line = first_line(&finished);
         assert!(line.starts_with("error: stage 1, replica 0"), "{finished}");
         assert!(
-            line.contains("internal error: panic at src/worker/mod.rs:") && line.ends_with(": injected panic at 1L5.0"),
+            line.contains("internal error: panic at src/worker/faults.rs:")
+                && line.ends_with(": injected panic at 1L5.0"),
             "{finished}"
         );
         assert_eq!(finished.errors().len(), 1, "{finished}");
@@ -179,8 +180,7 @@ fn a_silent_process_is_named() {
         let sets = ["grid.stages=2", "steps=1000000", "stall_seconds=2"];
         let args = folder.train("out", &sets, &[]);
         let metrics = folder.path("out/metrics.jsonl");
-        let finished =
-            crate::stop::signalled(mpirun(2, &slices(&args)), &metrics, "-STOP", |id| crate::stop::child(id, nth));
+        let finished = signalled(mpirun(2, &slices(&args)), &metrics, "-STOP", |id| child(id, nth));
         let line = finished.errors().first().map(|line| line.to_string()).unwrap_or_default();
         assert!(line.contains(expected), "{finished}");
         assert!(finished.errors().len() == 1 && finished.code == Some(4), "{finished}");
@@ -192,15 +192,21 @@ fn a_silent_process_is_named() {
 fn a_rank_that_leaves_ends_the_others() {
     let finished = long_run(&Folder::new(), "exit@1,1:5", Some(4));
     assert_ne!(finished.code, Some(0), "{finished}");
-    assert!(finished.stderr.contains("rank 3") || finished.stderr.contains(",3]"), "{finished}");
+    let [line] = finished.errors()[..] else { panic!("{finished}") };
+    assert!(line.contains("stage 1, replica 1 (rank 3 on ") && line.contains("has died in 1L5.0;"), "{finished}");
 }
 
 #[test]
 fn a_killed_rank_ends_the_others() {
-    let finished = long_run(&Folder::new(), "crash@1,1:5", Some(4));
-    assert_ne!(finished.code, Some(0), "{finished}");
-    let told = finished.stderr.lines().find(|line| line.contains("rank") || line.contains("error"));
-    // mpirun sees the death of a rank before any other rank can.
-    assert!(told.is_some_and(|line| line.contains("rank 3")), "{finished}");
-    assert!(finished.stderr.contains("signal 9"), "{finished}");
+    for (fault, place, action) in [
+        ("crash@1,1:5:B", "stage 1, replica 1 (rank 3 on ", "1B5.0"),
+        ("crash@0,0:7:U", "stage 0, replica 0 (rank 0 on ", "0U7"),
+    ] {
+        let finished = long_run(&Folder::new(), fault, Some(4));
+        assert_ne!(finished.code, Some(0), "{finished}");
+        // The neighbours speak for the one that cannot, before mpirun tells the signal.
+        let [line] = finished.errors()[..] else { panic!("{finished}") };
+        assert!(line.contains(place) && line.contains(&format!("has died in {action};")), "{finished}");
+        assert!(finished.stderr.contains("signal 9"), "{finished}");
+    }
 }

@@ -273,3 +273,32 @@ impl Folder {
 pub fn slices(args: &[String]) -> Vec<&str> {
     args.iter().map(String::as_str).collect()
 }
+
+/// Seconds that a run of a test may take.
+pub const LIMIT: u64 = 60;
+
+/// Starts a program, sends a signal once it has made some steps, and waits for its end.
+pub fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
+    let lines = || std::fs::read_to_string(metrics).unwrap_or_default().lines().count();
+    let before = lines();
+    std::thread::scope(|scope| {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let runner = scope.spawn(move || run_telling(command, LIMIT, |id| sender.send(id).unwrap()));
+        let id = receiver.recv().unwrap();
+        let started = Instant::now();
+        while lines() < before + 20 {
+            assert!(started.elapsed() < Duration::from_secs(30), "no steps in {}", metrics.display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let status = Command::new("kill").args([signal, &whom(id)]).status().unwrap();
+        assert!(status.success());
+        runner.join().unwrap()
+    })
+}
+
+/// The process of a rank: a child of mpirun's.
+pub fn child(mpirun: u32, nth: usize) -> String {
+    let listed = Command::new("pgrep").args(["-P", &mpirun.to_string()]).output().unwrap();
+    let text = String::from_utf8(listed.stdout).unwrap();
+    text.lines().nth(nth).unwrap_or_else(|| panic!("mpirun has the children {text}")).to_owned()
+}

@@ -1,8 +1,6 @@
 //! A run that is asked to stop drains, saves, and goes on later as if it had not been stopped, wherever that was.
 
 use std::path::Path;
-use std::process::Command;
-use std::time::{Duration, Instant};
 
 use ouroboros::checkpoint::Checkpoint;
 use ouroboros::config::Config;
@@ -10,9 +8,7 @@ use ouroboros::metrics::Summary;
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
-use crate::harness::{Finished, Folder, Outcome, TINY, files, mpirun, ouroboros, run, slices, trained};
-
-const LIMIT: u64 = 60;
+use crate::harness::{Folder, LIMIT, Outcome, TINY, child, files, mpirun, ouroboros, run, signalled, slices, trained};
 
 fn setup(sets: &[&str]) -> Setup {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
@@ -105,32 +101,6 @@ fn another_grid_goes_on_from_a_stop() {
         ends(rest.path(), 20)
     });
     assert!(threads == oracle);
-}
-
-/// Starts a program, sends a signal once it has made some steps, and waits for its end.
-pub fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
-    let lines = || std::fs::read_to_string(metrics).unwrap_or_default().lines().count();
-    let before = lines();
-    std::thread::scope(|scope| {
-        let (sender, receiver) = std::sync::mpsc::channel();
-        let runner = scope.spawn(move || crate::harness::run_telling(command, LIMIT, |id| sender.send(id).unwrap()));
-        let id = receiver.recv().unwrap();
-        let started = Instant::now();
-        while lines() < before + 20 {
-            assert!(started.elapsed() < Duration::from_secs(30), "no steps in {}", metrics.display());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let status = Command::new("kill").args([signal, &whom(id)]).status().unwrap();
-        assert!(status.success());
-        runner.join().unwrap()
-    })
-}
-
-/// The process of a rank: a child of mpirun's.
-pub fn child(mpirun: u32, nth: usize) -> String {
-    let listed = Command::new("pgrep").args(["-P", &mpirun.to_string()]).output().unwrap();
-    let text = String::from_utf8(listed.stdout).unwrap();
-    text.lines().nth(nth).unwrap_or_else(|| panic!("mpirun has the children {text}")).to_owned()
 }
 
 #[test]

@@ -236,6 +236,7 @@ impl Driver {
                 beat.since
             );
             show(None, &Error::Hang { seconds: self.patience.as_secs_f64(), place, what });
+            panel.pulse.told();
             std::thread::sleep(GRACE / 10);
             self.world.abort(4);
         }

@@ -1,14 +1,15 @@
 //! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of it.
 
 mod raw;
+mod neighbours;
 mod permits;
 mod traffic;
 mod reduce;
 mod driver;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,9 +20,12 @@ use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
 use crate::panel::{Controls, Panel};
+use crate::pulse::Trace;
 use crate::wire::Wire;
 pub use driver::Identity;
 use driver::{Command, Waiters};
+use neighbours::Card;
+pub use neighbours::Neighbours;
 use permits::Permits;
 use traffic::{Arrival, Inbox};
 
@@ -49,6 +53,10 @@ pub struct World {
     commands: Sender<Command>,
     waiters: Waiters,
     thread: JoinHandle<()>,
+    /// This rank's card and trace; the neighbours, once they are met.
+    card: Card,
+    trace: Option<Trace>,
+    neighbours: OnceLock<Arc<Neighbours>>,
 }
 
 impl World {
@@ -67,7 +75,30 @@ impl World {
             .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
         let identity = identity.recv().ok().flatten();
         let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
-        Ok(World { identity, commands, waiters, thread })
+        let (card, trace) = Card::new(&identity.host);
+        Ok(World { identity, commands, waiters, thread, card, trace, neighbours: OnceLock::new() })
+    }
+
+    /// Meets the ranks of this host, which tell for one that dies what it was doing. All ranks must call this.
+    ///
+    /// # Errors
+    /// If the driver is gone.
+    pub fn meet(&self) -> Result<Arc<Neighbours>> {
+        let bytes = serde_json::to_vec(&self.card).map_err(|error| Error::Internal(error.to_string()))?;
+        let cards: std::result::Result<Vec<Card>, _> =
+            self.all_gather(bytes)?.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
+        let cards = cards.map_err(|error| Error::Internal(error.to_string()))?;
+        let met = Arc::clone(self.neighbours.get_or_init(|| Arc::new(Neighbours::new(self.identity.rank, &cards))));
+        // Everybody has opened what it needs.
+        self.all_gather(Vec::new())?;
+        self.card.unlink();
+        Ok(met)
+    }
+
+    /// This rank ends, and nobody needs to speak for it.
+    fn told(&self) {
+        self.card.unlink();
+        self.trace.iter().for_each(Trace::told);
     }
 
     fn command(&self, command: Command) -> Result<()> {
@@ -130,7 +161,7 @@ impl World {
         let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        let panel = Arc::new(Panel::new(limit, &self.identity.host));
+        let panel = Arc::new(Panel::new(limit, &self.identity.host, self.trace.clone()));
         self.command(Command::Connect {
             colors,
             key,
@@ -166,6 +197,7 @@ impl World {
 
     /// Ends all ranks with this exit code. The message must have been printed.
     pub fn abort(&self, code: u8) -> ! {
+        self.told();
         let _ = self.command(Command::Abort(i32::from(code)));
         // The driver ends the process. If it is held up in a collective call, end without it: the launcher sees the
         // exit code and ends the others.
@@ -175,6 +207,7 @@ impl World {
 
     /// Waits for all ranks and leaves MPI.
     pub fn finish(self) {
+        self.told();
         let (reply, answer) = channel();
         if self.command(Command::Finish(reply)).is_ok() {
             let _ = answer.recv();

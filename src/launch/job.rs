@@ -1,0 +1,160 @@
+//! What `train` is asked to do, made into a setup.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{CheckpointConfig, Config};
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Place};
+use crate::inject::{Fault, Injection};
+use crate::metrics::{Mode, clock, memory};
+use crate::runtime;
+use crate::setup::Setup;
+use crate::topology::Topology;
+
+/// Steps of a measurement, besides those that fill and drain the pipeline.
+const MEASURED_STEPS: usize = 16;
+
+/// What carries tensors between places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// Threads of one process.
+    Local,
+    /// The ranks of mpirun.
+    Mpi,
+}
+
+/// What `train` is asked to do.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub config: PathBuf,
+    pub sets: Vec<String>,
+    pub grid: Option<Grid>,
+    pub out: Option<PathBuf>,
+    pub transport: Option<Transport>,
+    /// The description of the machine; whether its links are tested first.
+    pub topology: Option<PathBuf>,
+    pub self_test: bool,
+    pub emulate: bool,
+    /// Go on from this saved state, or the newest in this folder; an empty path is the run's own folder.
+    pub resume: Option<PathBuf>,
+    pub mode: Mode,
+    /// Steps of a run that only measures; none: as many as the schedule needs.
+    pub steps: Option<usize>,
+}
+
+impl Job {
+    /// The setup, and the machine that it is for if that is described.
+    ///
+    /// # Errors
+    /// Whatever is wrong with what is asked.
+    pub(super) fn setup(&self) -> Result<(Setup, Option<Topology>)> {
+        runtime::check_libtorch()?;
+        let mut config = Config::load(&self.config, &self.sets, self.grid)?;
+        let topology = self.topology.as_deref().map(Topology::load).transpose()?;
+        if let Some(topology) = &topology {
+            config.grid.order = topology.order;
+            topology.check_grid(config.grid())?;
+        }
+        if self.mode.bench {
+            config = self.measured(config);
+        }
+        let setup = Setup::new(config)?;
+        if self.mode.bench {
+            clock::check(&setup.schedule)?;
+        }
+        if let Some(emulation) = &self.mode.emulation {
+            emulation.check(setup.grid.stages)?;
+        }
+        if let Some(injection) = self.mode.inject {
+            self.check_injection(injection, &setup)?;
+        }
+        Ok((setup, topology))
+    }
+
+    /// Whether a fault on purpose can happen.
+    fn check_injection(&self, injection: Injection, setup: &Setup) -> Result<()> {
+        let beyond = |value: Option<usize>, end: usize| value.is_some_and(|value| value >= end);
+        let (grid, steps) = (setup.grid, setup.config.steps);
+        if beyond(injection.stage, grid.stages)
+            || beyond(injection.replica, grid.replicas)
+            || beyond(injection.step, steps)
+        {
+            let remedy = format!("the grid is {grid} and the run has {steps} steps");
+            return Err(Error::config("--inject", injection, remedy));
+        }
+        let place = Place { stage: injection.stage.unwrap_or(0), replica: injection.replica.unwrap_or(0) };
+        if injection.fault == Fault::AlterTable && (!setup.dimensions.tied || grid.twin(place).is_none()) {
+            let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
+            return Err(Error::config("--inject", format!("{injection}, which holds no copy"), remedy));
+        }
+        Ok(())
+    }
+
+    /// How the ranks run: with the fault that is injected drawn.
+    pub(super) fn mode(&self, setup: &Setup) -> Mode {
+        let (grid, config) = (setup.grid, &setup.config);
+        let inject = self.mode.inject.map(|injection| injection.drawn(grid, config.steps, config.seed));
+        Mode { inject, ..self.mode.clone() }
+    }
+
+    /// The saved state to go on from; none if the run begins.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is none to use.
+    pub(super) fn saved(&self, setup: &Setup) -> Result<Option<Checkpoint>> {
+        match &self.resume {
+            None => Ok(None),
+            Some(own) if own.as_os_str().is_empty() => {
+                let out = self.out(setup);
+                let found = Checkpoint::newest(&out)?;
+                if found.is_none() {
+                    println!("nothing is saved in {} yet: the run begins", out.display());
+                }
+                Ok(found)
+            }
+            Some(path) => Checkpoint::open(path).map(Some),
+        }
+    }
+
+    /// The same training without the sync points that would disturb a measurement.
+    fn measured(&self, config: Config) -> Config {
+        let mut config = Config {
+            sync_steps: 0,
+            sync_at: Vec::new(),
+            eval: None,
+            checkpoint: CheckpointConfig::default(),
+            ..config
+        };
+        let asked = self.sets.iter().any(|set| set.trim_start().starts_with("steps="));
+        if let Some(steps) = self.steps {
+            config.steps = steps;
+        } else if !asked {
+            let lag = (config.slack * config.grid.stages.saturating_sub(1)).div_ceil(config.microbatches.max(1));
+            let longest = config.grid.delays.iter().flatten().copied().max().unwrap_or(0);
+            config.steps = MEASURED_STEPS + 4 * lag.max(longest);
+        }
+        config
+    }
+
+    /// Whether the ranks of this process and their neighbours fit into memory. Stages that only sleep hardly touch theirs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub(super) fn check_memory(
+        &self,
+        setup: &Setup,
+        ranks: Range<usize>,
+        neighbours: &[(usize, String)],
+    ) -> Result<()> {
+        if self.mode.emulation.is_some() { Ok(()) } else { memory::check(setup, ranks, neighbours) }
+    }
+
+    /// The run's folder.
+    pub(super) fn out(&self, setup: &Setup) -> PathBuf {
+        let name = &setup.config.name;
+        let folder = if self.mode.bench { format!("{name}-bench") } else { name.clone() };
+        self.out.clone().unwrap_or_else(|| Path::new("runs").join(folder))
+    }
+}

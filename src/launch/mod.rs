@@ -1,0 +1,106 @@
+//! Makes the world of a training run: the places, as threads of this process, as the ranks of MPI, or emulated one
+//! after the other. The first error wins: it is shown once, with its place, and ends everybody.
+
+mod agree;
+mod job;
+mod checks;
+mod local;
+mod ranks;
+
+use std::path::Path;
+
+pub use agree::refuse;
+pub use job::{Job, Transport};
+pub use local::{run_emulated, run_local};
+
+use crate::comm::mpi;
+use crate::error::Error;
+use crate::failure::{caught, show};
+use crate::inject::Injection;
+use crate::metrics::Mode;
+use crate::setup::Setup;
+use crate::signals;
+use crate::stop::{STOPPED, Watch};
+
+/// Runs a job on whatever carries it; the exit code. Errors have been printed.
+pub fn train(job: &Job) -> u8 {
+    caught(|| Ok(run_job(job))).unwrap_or_else(|error| {
+        show(None, &error);
+        error.exit_code()
+    })
+}
+
+fn run_job(job: &Job) -> u8 {
+    if job.mode.signals {
+        signals::expect_early();
+    }
+    let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
+    let transport = match job.transport {
+        _ if job.emulate && launched => {
+            return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into()));
+        }
+        Some(Transport::Local) if launched => {
+            return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
+        }
+        Some(Transport::Local) if job.self_test => return refuse(&no_links()),
+        Some(transport) => transport,
+        None if mpi::launched().is_some() && !job.emulate => Transport::Mpi,
+        None if job.self_test => return refuse(&no_links()),
+        None => Transport::Local,
+    };
+    let result = match transport {
+        _ if job.emulate => local::oracle(job),
+        Transport::Local => local::threads(job),
+        Transport::Mpi => return ranks::over_mpi(job),
+    };
+    match result {
+        Ok(summary) if summary.stopped => STOPPED,
+        Ok(_) => 0,
+        Err((origin, error)) => {
+            show(origin.as_deref(), &error);
+            error.exit_code()
+        }
+    }
+}
+
+fn no_links() -> Error {
+    Error::Usage("--self-test and --topology are about links between processes; run it with mpirun".into())
+}
+
+/// What may end the run before its last step, besides signals.
+fn watch(out: &Path, mode: &Mode) -> Watch {
+    Watch::new(out, mode.limits, std::env::var("SLURM_JOB_END_TIME").ok().as_deref())
+}
+
+/// What to tell a user whose rank has more threads than cores that it may use: the launcher has bound it, or the machine
+/// has no more.
+fn too_few_cores(threads: usize) -> Option<String> {
+    let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
+    let remedy = match mpi::launched() {
+        Some(_) => format!("; where there are more, start it with mpirun --map-by slot:PE={threads} --bind-to core"),
+        None => String::new(),
+    };
+    (threads > cores).then(|| format!("note: threads = {threads}, but this process may use {cores} cores{remedy}"))
+}
+
+fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
+    println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
+    print!("{}", setup.picture());
+    if let Some(saved) = &setup.resumed {
+        println!(
+            "goes on at step {} from {}, saved on a grid of {}",
+            saved.step(),
+            saved.path.display(),
+            saved.manifest.grid
+        );
+    }
+    if let Some(injection) = inject {
+        println!("a fault on purpose: {injection}");
+    }
+    if let Some(note) = too_few_cores(setup.config.threads) {
+        println!("{note}");
+    }
+    if let Some(floor) = setup.corpus.floor {
+        println!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
+    }
+}

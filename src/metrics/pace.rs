@@ -1,0 +1,148 @@
+//! How far the places may go, and where they stop: rank 0's part of what `panel` draws.
+
+use std::time::Duration;
+
+use crate::panel::{Control, Controls};
+
+/// How long recorder and places may take to hear of each other.
+const NEWS: Duration = Duration::from_millis(500);
+/// Steps that the time of the next one is guessed from.
+const RECENT: usize = 9;
+
+/// The limit of a run.
+pub struct Pace {
+    /// Of the whole run.
+    steps: usize,
+    /// How far the limit must be ahead of the complete steps.
+    lead: usize,
+    /// Steps before this one may be begun; where the run was told to stop.
+    limit: usize,
+    stop: Option<usize>,
+    /// Of every step so far.
+    seconds: Vec<f64>,
+}
+
+/// What a request to stop comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Stopping {
+    /// The run stops at this step.
+    At(usize),
+    /// All steps up to the end are under way: the run ends there.
+    AtEnd,
+    /// It was asked before.
+    Already,
+}
+
+impl Pace {
+    /// Of a run of `steps` steps from `start` on, whose schedule needs the limit `lead` steps ahead.
+    pub fn new(steps: usize, start: usize, lead: usize) -> Pace {
+        Pace { steps, lead, limit: start + lead, stop: None, seconds: Vec::new() }
+    }
+
+    /// A step took so long.
+    pub fn step(&mut self, seconds: f64) {
+        self.seconds.push(seconds);
+    }
+
+    /// Where the run was told to stop.
+    pub fn stop(&self) -> Option<usize> {
+        self.stop
+    }
+
+    /// The median time of all steps, seconds; none of no step.
+    pub fn median(&self) -> Option<f64> {
+        median(&self.seconds)
+    }
+
+    /// The median time of the last steps.
+    fn recent(&self) -> Duration {
+        let last = &self.seconds[self.seconds.len().saturating_sub(RECENT)..];
+        Duration::from_secs_f64(median(last).unwrap_or(0.0))
+    }
+
+    /// Steps that are made before a stop, after `written` complete ones.
+    pub fn under_way(&self, written: usize) -> usize {
+        self.limit.saturating_sub(written)
+    }
+
+    /// How long a stop takes, besides its save.
+    pub fn time_to_stop(&self, written: usize) -> Duration {
+        self.recent() * self.under_way(written) as u32
+    }
+
+    /// Keeps the limit far enough ahead of `written` complete steps that nobody comes near it.
+    pub fn raise(&mut self, written: usize, controls: &Controls) {
+        if self.stop.is_some() || self.limit >= self.steps {
+            return;
+        }
+        // Where steps are short, the way of the news takes several.
+        let spare = match self.recent() {
+            Duration::ZERO => 0,
+            time => (NEWS.as_secs_f64() / time.as_secs_f64()) as usize,
+        };
+        if self.limit <= written + self.lead - 1 + spare / 2 {
+            self.limit = (written + self.lead + spare).min(self.steps);
+            controls.tell(Control::Limit(self.limit));
+        }
+    }
+
+    /// Lets everybody stop at the limit, which nobody has passed.
+    pub fn end_at_limit(&mut self, controls: &Controls) -> Stopping {
+        if self.stop.is_some() {
+            return Stopping::Already;
+        }
+        if self.limit >= self.steps {
+            return Stopping::AtEnd;
+        }
+        self.stop = Some(self.limit);
+        controls.tell(Control::Stop(self.limit));
+        Stopping::At(self.limit)
+    }
+}
+
+fn median(seconds: &[f64]) -> Option<f64> {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn the_limit_stays_ahead_and_becomes_the_end() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let controls = Controls::new({
+            let told = Arc::clone(&told);
+            move |control| told.lock().unwrap().push(control)
+        });
+        let mut pace = Pace::new(100, 0, 4);
+        for written in 1..=10 {
+            pace.step(10.0);
+            pace.raise(written, &controls);
+        }
+        let limits: Vec<Control> = (5..=14).map(Control::Limit).collect();
+        assert_eq!(*told.lock().unwrap(), limits);
+        assert_eq!((pace.under_way(10), pace.time_to_stop(10)), (4, Duration::from_secs(40)));
+        assert_eq!(pace.end_at_limit(&controls), Stopping::At(14));
+        assert_eq!(pace.end_at_limit(&controls), Stopping::Already);
+        pace.raise(13, &controls);
+        assert_eq!(told.lock().unwrap()[10..], [Control::Stop(14)]);
+    }
+
+    #[test]
+    fn short_steps_get_a_limit_further_ahead() {
+        let controls = Controls::new(|_| {});
+        let mut pace = Pace::new(1000, 0, 4);
+        pace.step(0.01);
+        pace.raise(1, &controls);
+        assert_eq!(pace.under_way(1), 54);
+        let mut pace = Pace::new(20, 0, 4);
+        pace.step(0.01);
+        pace.raise(1, &controls);
+        assert_eq!(pace.end_at_limit(&controls), Stopping::AtEnd);
+    }
+}

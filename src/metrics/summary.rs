@@ -1,0 +1,75 @@
+//! How a run ended, in words and figures.
+
+use std::path::PathBuf;
+
+use super::memory::Prediction;
+use super::progress::thousands;
+use super::quality;
+use crate::setup::Setup;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Mean over the last tenth of the steps.
+    pub loss: f64,
+    pub eval_loss: Option<f64>,
+    /// Tokens over the median time of a step.
+    pub tokens_per_s: f64,
+    /// None of a run that only measures.
+    pub checkpoint: Option<PathBuf>,
+    /// The run was stopped before its end, and has saved.
+    pub stopped: bool,
+}
+
+impl Summary {
+    /// Prints it.
+    pub fn print(&self, setup: &Setup) {
+        println!();
+        let tokenizer = setup.config.data.tokenizer;
+        println!("loss (last tenth)   {:.4} nats per {}", self.loss, tokenizer.unit());
+        if let Some(eval) = self.eval_loss {
+            println!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
+        }
+        if let Some(floor) = setup.corpus.floor {
+            let best = self.eval_loss.unwrap_or(self.loss);
+            println!(
+                "entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it",
+                (best / floor - 1.0) * 100.0
+            );
+        }
+        println!("tokens/s            {}", thousands(self.tokens_per_s as u64));
+        if let Some(checkpoint) = &self.checkpoint {
+            println!("weights             {}", checkpoint.display());
+        }
+    }
+}
+
+/// Prints what was predicted of every rank's memory beside its measured peak, bytes; `shared` says that the ranks are
+/// threads of one process, so that only their sum can be measured.
+pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool) {
+    let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+    println!(
+        "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  saving  predicted  measured"
+    );
+    let mut total = 0;
+    for (rank, peak) in peaks {
+        let p = Prediction::new(setup, *rank);
+        total += p.total();
+        let measured = peak.map_or("-".to_owned(), mib);
+        println!(
+            "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>6} {:>7} {:>10} {measured:>9}",
+            setup.grid.name(*rank),
+            mib(p.weights),
+            mib(p.gradient),
+            mib(p.optimizer),
+            mib(p.activations),
+            mib(p.transient),
+            mib(p.holes),
+            mib(p.saving),
+            mib(p.total())
+        );
+    }
+    if shared {
+        println!("ranks are threads of one process, so each shows the peak of all: {} predicted", mib(total));
+    }
+}

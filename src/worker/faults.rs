@@ -1,0 +1,54 @@
+//! Faults on purpose, where they happen.
+
+use std::time::Duration;
+
+use tch::Tensor;
+
+use super::Worker;
+use crate::comm::Header;
+use crate::grid::Place;
+use crate::inject::{Fault, SLOW_MS, crash};
+use crate::params::slice_mut;
+use crate::schedule::Action;
+
+impl Worker {
+    pub(super) fn injected(&self, fault: Fault, action: &Action) -> bool {
+        let place = Place { stage: action.stage, ..self.posts[0].place };
+        self.mode.inject.is_some_and(|injection| injection.hits(fault, place, action))
+    }
+
+    pub(super) fn run_injection(&mut self, action: &Action) {
+        if self.mode.inject.is_none() {
+            return;
+        }
+        if self.injected(Fault::Panic, action) {
+            panic!("injected panic at {action}");
+        }
+        if self.injected(Fault::Crash, action) {
+            crash();
+        }
+        if self.injected(Fault::Exit, action) {
+            std::process::exit(1);
+        }
+        while self.injected(Fault::Hang, action) {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        if self.injected(Fault::Slow, action) {
+            std::thread::sleep(Duration::from_millis(SLOW_MS));
+        }
+        if self.injected(Fault::Nan, action) {
+            slice_mut(self.post(action).stage.versions.flat_mut())[0] = f32::NAN;
+        }
+    }
+
+    pub(super) fn disguised(&self, header: Header, action: &Action) -> Header {
+        let wrong = self.injected(Fault::CorruptMessage, action);
+        Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
+    }
+}
+
+/// Changes a bit of the first weight.
+pub(super) fn alter(flat: &mut Tensor) {
+    let weight = &mut slice_mut(flat)[0];
+    *weight = f32::from_bits(weight.to_bits() ^ 1);
+}
