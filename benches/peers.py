@@ -128,8 +128,8 @@ def same_losses(first, results):
 
 # Microbatches that are tried, of which the faster ones are measured. Those that share the batch out have fewer rows to cut;
 # pipelines that drain need more pieces.
-TRIED = {"1x1": (1, 4), "2x1": (2, 4), "1x2": (1, 2), "eager": (1, 4), "ddp": (1, 2), "gpipe": (4, 8), "1f1b": (4, 8),
-         "xl 1x1": (2, 4), "xl 2x1": (2, 4), "products": (1, 2, 4), "products twice": (1, 2)}
+TRIED = {"1x1": (1, 4), "2x1": (1, 2, 4), "1x2": (1, 2), "eager": (1, 4), "ddp": (1, 2), "gpipe": (4, 8), "1f1b": (4, 8),
+         "xl 1x1": (1, 2, 4), "xl 2x1": (1, 2, 4), "products": (1, 2, 4), "products twice": (1, 2)}
 
 TARGETS = [
     ("ours 1x1 over PyTorch eager", "1x1", ["eager"], 1.00),
@@ -162,7 +162,9 @@ def main():
             tried = args.microbatches or TRIED[name]
             best[name] = tried[0]
             if len(tried) > 1:
-                rates = {m: it.measure(name, m)["rate"] for m in tried}
+                # Each twice, in turn: a busy moment must not choose.
+                twice = [{m: it.measure(name, m)["rate"] for m in tried} for _ in range(1 if args.short else 2)]
+                rates = {m: max(rates[m] for rates in twice) for m in tried}
                 best[name] = max(rates, key=rates.get)
                 print(f"{name}: " + ", ".join(f"m = {m} {rate:,.0f}" for m, rate in rates.items()), flush=True)
         rounds = []
