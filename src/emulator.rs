@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::checkpoint::Snapshot;
 use crate::comm::Reporter;
@@ -156,13 +156,19 @@ impl Emulator {
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
                 snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
                 let older = version(schedule.since(step), step, delay)..step;
-                let older = weights.versions.range(older).map(|(number, values)| (*number, values));
-                snapshot.add_older(&weights.layout, older)?;
+                // The grid does not hold them any wider.
+                let kind = self.setup.config.precision.kind();
+                let older: Vec<(usize, Tensor)> = weights
+                    .versions
+                    .range(older)
+                    .map(|(number, values)| Ok((*number, values.f_to_kind(kind)?)))
+                    .collect::<Result<_>>()?;
+                snapshot.add_older(&weights.layout, older.iter().map(|(number, values)| (*number, values)))?;
             }
             for ((replica, microbatch), memories) in &self.memories {
                 if *replica == place.replica {
                     let rows = self.setup.train_rows(*replica, *microbatch);
-                    snapshot.remember(rows.start, self.model[place.stage].remembered(&memories[place.stage]));
+                    snapshot.remember(rows.start, self.model[place.stage].remembered(&memories[place.stage]))?;
                 }
             }
             let written = snapshot.write(&self.out, begun.elapsed())?;
@@ -237,13 +243,13 @@ impl Emulator {
     /// The parameters of the whole model at the given versions, as leaves: those of the stages, those of the table as
     /// the embedding uses it and as the head does.
     fn leaves(&self, numbers: &[usize], table: usize) -> Result<[Vec<Tensor>; 3]> {
-        let mut own = Vec::new();
+        let (mut own, kind) = (Vec::new(), self.setup.config.precision.kind());
         for (stage, number) in self.stages.iter().zip(numbers) {
-            own.extend(stage.leaves(*number)?);
+            own.extend(stage.leaves(*number, kind)?);
         }
         // Without a tie the table is empty and never updated.
         let table = if self.setup.dimensions.tied { table } else { self.setup.start() };
-        Ok([own, self.table.leaves(table)?, self.table.leaves(table)?])
+        Ok([own, self.table.leaves(table, kind)?, self.table.leaves(table, kind)?])
     }
 
     /// The values of the parameters of every stage's layers.
@@ -274,7 +280,7 @@ impl Emulator {
         let mut x = batch.tokens.shallow_clone();
         for (k, (stack, memory)) in self.model.iter().zip(memories).enumerate() {
             if k > 0 {
-                x = self.setup.config.wire.cross(&x)?;
+                x = self.setup.hidden_wire().cross(&x)?;
             }
             x = stack.forward(&weights[k], &x, memory, dropout)?;
         }
@@ -378,10 +384,11 @@ impl Weights {
         newest.ok_or_else(|| Error::Internal("the oracle holds no version".into()))
     }
 
-    fn leaves(&self, number: usize) -> Result<Vec<Tensor>> {
+    /// The parameters of a version, rounded to what the model computes with.
+    fn leaves(&self, number: usize, kind: Kind) -> Result<Vec<Tensor>> {
         let flat = self.versions.get(&number);
         let flat = flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))?;
-        let leaf = |view: Tensor| Ok(view.f_detach()?.f_set_requires_grad(true)?);
+        let leaf = |view: Tensor| Ok(view.f_to_kind(kind)?.f_detach()?.f_set_requires_grad(true)?);
         self.layout.views(flat)?.into_iter().map(leaf).collect()
     }
 }

@@ -40,6 +40,7 @@ pub mod failure;
 pub mod partition;
 pub mod delay;
 pub mod schedule;
+pub mod precision;
 pub mod wire;
 pub mod config;
 pub mod random;

@@ -1,4 +1,4 @@
-//! The weights of a stage: one flat f32 buffer per version, one flat buffer of gradients; parameters are views.
+//! The weights of a stage: one flat buffer per version, one flat buffer of gradients; parameters are views.
 //!
 //! ```text
 //! version n lives in buffer n mod (D + 1)
@@ -14,16 +14,21 @@
 //! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
 //!
+//! Where the versions are bf16, updates change an f32 master and round it into the next buffer; and a backward adds into a
+//! bf16 gradient, which is then added to the f32 one (`collect`).
+//!
 //! Every parameter starts at a multiple of 64 bytes, as libtorch's own tensors do: matrix products may take another
 //! path (and so round in another way) for other alignments, and the oracle must see the same numbers.
+
+use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::model::{Parameter, initial};
 
-/// 64 bytes of f32.
-const ALIGN: usize = 16;
+/// 64 bytes of bf16.
+const ALIGN: usize = 32;
 
 /// Where one parameter stands in the flat buffers.
 #[derive(Debug, Clone, PartialEq)]
@@ -150,6 +155,8 @@ fn check_flat(flat: &Tensor) {
 /// The versions of a set of weights that are held, and their gradient.
 pub struct Versions {
     layout: Layout,
+    /// The newest version in f32, where the buffers are not.
+    master: Option<Tensor>,
     /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
     buffers: Vec<Tensor>,
     sides: Vec<Side>,
@@ -161,29 +168,34 @@ pub struct Versions {
 struct Side {
     /// The parameters of every buffer, leaves of autograd.
     leaves: Vec<Vec<Tensor>>,
+    /// The sum over a step's microbatches, f32.
     gradient: Tensor,
+    /// Where backwards add, where that is not f32.
+    narrow: Option<Tensor>,
 }
 
 impl Versions {
-    /// Version 0 is `initial`; `held` = D + 1 buffers, with `sides` uses of their own gradients.
+    /// Version 0 is `initial`; `held` = D + 1 buffers of a kind, with `sides` uses of their own gradients.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize) -> Result<Versions> {
-        let mut buffers = vec![initial];
+    pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize, kind: Kind) -> Result<Versions> {
+        let narrow = kind != Kind::Float;
+        let mut buffers = vec![initial.f_to_kind(kind)?];
         while buffers.len() < held {
-            buffers.push(zeros(layout.len)?);
+            buffers.push(buffers[0].f_zeros_like()?);
         }
         let side = |_| -> Result<Side> {
             let gradient = zeros(layout.len)?;
-            let gradients = layout.views(&gradient)?;
+            let narrow = narrow.then(|| gradient.f_to_kind(kind)).transpose()?;
+            let gradients = layout.views(narrow.as_ref().unwrap_or(&gradient))?;
             let of_buffer = |flat| -> Result<Vec<Tensor>> {
                 layout.views(flat)?.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
             };
-            Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient })
+            Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient, narrow })
         };
         let sides = (0..sides).map(side).collect::<Result<_>>()?;
-        Ok(Versions { layout, buffers, sides, newest: 0 })
+        Ok(Versions { layout, master: narrow.then_some(initial), buffers, sides, newest: 0 })
     }
 
     /// The same weights as version `newest`, for a run that goes on.
@@ -223,40 +235,79 @@ impl Versions {
     }
 
     /// Puts an earlier version into its buffer, of a run that goes on.
-    pub fn recall(&mut self, number: usize, values: &Tensor) {
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn recall(&mut self, number: usize, values: &Tensor) -> Result<()> {
         let held = self.buffers.len();
-        slice_mut(&mut self.buffers[number % held]).copy_from_slice(slice(values));
+        Ok(self.buffers[number % held].f_copy_(values)?)
     }
 
-    /// The flat buffer of the newest version.
+    /// The newest version, f32.
     pub fn flat(&self) -> &Tensor {
-        &self.buffers[self.newest % self.buffers.len()]
+        self.master.as_ref().unwrap_or(&self.buffers[self.newest % self.buffers.len()])
     }
 
-    /// The same, to be changed.
-    pub fn flat_mut(&mut self) -> &mut Tensor {
+    /// Changes the newest version: a fault on purpose.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn alter(&mut self, change: impl FnOnce(&mut [f32])) -> Result<()> {
         let held = self.buffers.len();
-        &mut self.buffers[self.newest % held]
+        change(slice_mut(self.master.as_mut().unwrap_or(&mut self.buffers[self.newest % held])));
+        self.round()
     }
 
-    /// The flat gradient of a side. The handle shares its memory with the parameters' gradients.
+    /// Writes the newest version into its buffer, where that is not f32.
+    fn round(&mut self) -> Result<()> {
+        let held = self.buffers.len();
+        match &self.master {
+            Some(master) => Ok(self.buffers[self.newest % held].f_copy_(master)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds what a backward has left of a part of a side's gradient to the step's sum; where both are one buffer, that is
+    /// done already.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn collect(&self, side: usize, part: Range<usize>) -> Result<()> {
+        let Side { gradient, narrow: Some(narrow), .. } = &self.sides[side] else { return Ok(()) };
+        let (start, length) = (part.start as i64, part.len() as i64);
+        let mut fresh = narrow.f_narrow(0, start, length)?;
+        let _ = gradient.f_narrow(0, start, length)?.f_add_(&fresh)?;
+        let _ = fresh.f_zero_()?;
+        Ok(())
+    }
+
+    /// The flat f32 gradient of a side. The handle shares its memory with the parameters' gradients.
     pub fn gradient(&mut self, side: usize) -> &mut Tensor {
         &mut self.sides[side].gradient
     }
 
-    /// What an update works on: the newest weights if they are to be kept (D > 0), the buffer of the next version
-    /// (with D = 0 it holds the newest weights, to be changed in place), and the gradient of the first side.
-    pub fn advance(&mut self) -> (Option<&[f32]>, &mut [f32], &mut [f32]) {
+    /// Makes the next version: `update` is given the newest weights if they are to be kept (D > 0), the buffer of the next
+    /// version (else it holds the newest weights, to be changed in place), and the gradient of the first side.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn advance(&mut self, update: impl FnOnce(Option<&[f32]>, &mut [f32], &mut [f32])) -> Result<()> {
         let held = self.buffers.len();
         let (old, new) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
         let gradient = slice_mut(&mut self.sides[0].gradient);
+        if let Some(master) = &mut self.master {
+            update(None, slice_mut(master), gradient);
+            return self.round();
+        }
         if held == 1 {
-            return (None, slice_mut(&mut self.buffers[0]), gradient);
+            update(None, slice_mut(&mut self.buffers[0]), gradient);
+            return Ok(());
         }
         let (low, high) = self.buffers.split_at_mut(old.max(new));
         let (old, new) = if old < new { (&low[old], &mut high[0]) } else { (&high[0], &mut low[new]) };
-        (Some(slice(old)), slice_mut(new), gradient)
+        update(Some(slice(old)), slice_mut(new), gradient);
+        Ok(())
     }
 }
 
@@ -288,8 +339,8 @@ mod tests {
     #[test]
     fn parameters_are_aligned_views() {
         let layout = layout();
-        assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 16, 32]);
-        assert_eq!((layout.len, layout.count()), (48, 26));
+        assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 32, 64]);
+        assert_eq!((layout.len, layout.count()), (96, 26));
         let flat = layout.initial(1).unwrap();
         for view in layout.views(&flat).unwrap() {
             assert_eq!(view.data_ptr().addr() % 64, 0);
@@ -300,13 +351,15 @@ mod tests {
     #[test]
     fn gradients_of_all_versions_add_up_in_the_flat_buffer() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1).unwrap();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
         let address = versions.gradient(0).data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
         square(versions.parameters(0, 0)).backward();
-        let (old, new, _) = versions.advance();
-        new.copy_from_slice(old.unwrap());
-        new[0] = 10.0;
+        let ten = |old: Option<&[f32]>, new: &mut [f32], _: &mut [f32]| {
+            new.copy_from_slice(old.unwrap());
+            new[0] = 10.0;
+        };
+        versions.advance(ten).unwrap();
         square(versions.parameters(0, 0)).backward();
         square(versions.parameters(1, 0)).backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
@@ -314,26 +367,25 @@ mod tests {
         let gradient = slice(versions.gradient(0));
         assert_eq!(gradient[0], 4.0 * first[0] + 20.0);
         assert_eq!(gradient[1], 6.0 * first[1]);
-        assert_eq!(gradient[16], 0.0);
+        assert_eq!(gradient[32], 0.0);
     }
 
     #[test]
     fn two_sides_share_the_weights_and_not_the_gradient() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2).unwrap();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2, Kind::Float).unwrap();
         assert_eq!(versions.parameters(0, 0)[1].data_ptr(), versions.parameters(0, 1)[1].data_ptr());
         versions.parameters(0, 1)[1].sum(Kind::Float).backward();
-        assert_eq!(slice(versions.gradient(0)), [0.0; 48]);
-        assert_eq!(slice(versions.gradient(1))[16..23], [1.0; 7]);
+        assert_eq!(slice(versions.gradient(0)), [0.0; 96]);
+        assert_eq!(slice(versions.gradient(1))[32..39], [1.0; 7]);
     }
 
     #[test]
     fn a_graph_keeps_its_version_when_the_next_is_written() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1).unwrap();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
         let loss = (&versions.parameters(0, 0)[0] * &versions.parameters(0, 0)[0]).sum(Kind::Float);
-        let (_, new, _) = versions.advance();
-        new.fill(100.0);
+        versions.advance(|_, new, _| new.fill(100.0)).unwrap();
         loss.backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
         assert_eq!(slice(versions.gradient(0))[3], 2.0 * first[3]);
@@ -343,13 +395,16 @@ mod tests {
     fn weights_can_begin_with_any_version() {
         let layout = layout();
         for start in [0, 1, 5] {
-            let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1).unwrap().at(start);
+            let mut versions =
+                Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1, Kind::Float).unwrap().at(start);
             let first = slice(&layout.initial(1).unwrap()).to_vec();
             assert_eq!(slice(versions.flat()), first);
             let leaf = versions.parameters(start, 0)[0].data_ptr();
-            let (old, new, _) = versions.advance();
-            assert_eq!(old.unwrap(), first);
-            new.fill(2.0);
+            let two = |old: Option<&[f32]>, new: &mut [f32], _: &mut [f32]| {
+                assert_eq!(old.unwrap(), first);
+                new.fill(2.0);
+            };
+            versions.advance(two).unwrap();
             assert_eq!((versions.newest(), versions.parameters(start, 0)[0].data_ptr()), (start + 1, leaf));
             assert_eq!(f32::try_from(versions.parameters(start + 1, 0)[1].get(0)).unwrap(), 2.0);
         }
@@ -359,8 +414,36 @@ mod tests {
     #[should_panic(expected = "version 0 is not held")]
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1).unwrap();
-        versions.advance();
+        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
+        versions.advance(|_, _, _| {}).unwrap();
         versions.parameters(0, 0);
+    }
+
+    /// An update too small for bf16 is kept by the master; gradients of bf16 backwards are added up in f32.
+    #[test]
+    fn bf16_versions_are_rounded_from_an_f32_master() {
+        let layout = layout();
+        let mut versions = Versions::new(layout.clone(), zeros(layout.len).unwrap(), 2, 1, Kind::BFloat16).unwrap();
+        let value = |versions: &Versions, number: usize| {
+            versions.parameters(number, 0)[1].to_kind(Kind::Float).double_value(&[0])
+        };
+        versions.advance(|_, new, _| new.fill(1.0)).unwrap();
+        versions
+            .advance(|old, new, _| new.iter_mut().for_each(|w| *w += if old.is_none() { 0.001 } else { 9.0 }))
+            .unwrap();
+        assert_eq!((value(&versions, 1), value(&versions, 2)), (1.0, 1.0));
+        versions.advance(|_, new, _| new.iter_mut().for_each(|w| *w += 0.004)).unwrap();
+        assert_eq!((value(&versions, 2), value(&versions, 3)), (1.0, 1.007_812_5));
+        for _ in 0..3 {
+            (&versions.parameters(3, 0)[1] * 1.001).sum(Kind::Float).backward();
+            versions.collect(0, 0..layout.len).unwrap();
+        }
+        // 1.001 is 1 in bf16; 257 would be 256.
+        assert_eq!(slice(versions.gradient(0))[32..39], [3.0; 7]);
+        for _ in 0..254 {
+            versions.parameters(3, 0)[1].sum(Kind::Float).backward();
+            versions.collect(0, 32..64).unwrap();
+        }
+        assert_eq!(slice(versions.gradient(0))[32..39], [257.0; 7]);
     }
 }

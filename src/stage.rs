@@ -257,12 +257,14 @@ impl Stage {
             if input.requires_grad() {
                 dy = Some(input.f_grad()?);
             }
+            self.versions.collect(0, offset..end)?;
             if offset > 0 {
                 let values = self.versions.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
                 ready(Bucket { offset, values })?;
                 end = offset;
             }
         }
+        table.map_or(Ok(()), Table::collect)?;
         Ok(dy)
     }
 

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
@@ -37,12 +37,19 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table whose version 0 is `initial`, `held` versions at most.
+    /// A table whose version 0 is `initial`, `held` versions of a kind at most.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn new(layout: Layout, initial: Tensor, held: usize, ends: Vec<End>, optimizer: Optimizer) -> Result<Table> {
-        let versions = Versions::new(layout, initial, held, ends.len())?;
+    pub fn new(
+        layout: Layout,
+        initial: Tensor,
+        held: usize,
+        ends: Vec<End>,
+        optimizer: Optimizer,
+        kind: Kind,
+    ) -> Result<Table> {
+        let versions = Versions::new(layout, initial, held, ends.len(), kind)?;
         Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
     }
 
@@ -53,6 +60,14 @@ impl Table {
 
     fn side(&self, end: End) -> Option<usize> {
         self.ends.iter().position(|held| *held == end)
+    }
+
+    /// Adds what a backward has left to the step's sums.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn collect(&self) -> Result<()> {
+        (0..self.ends.len()).try_for_each(|side| self.versions.collect(side, 0..self.versions.layout().len))
     }
 
     /// Completes an end's part of a step: takes it out of the gradient, which begins anew.
@@ -129,12 +144,14 @@ impl Table {
         let whole = self.whole.as_mut().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         let gradient = slice_mut(whole);
         let norm = norm(gradient) * mean;
-        let (old, new, _) = self.versions.advance();
-        let update = Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) };
-        match norm.is_finite() {
-            true => self.optimizer.update(update),
-            false => self.optimizer.skip(update),
-        }
+        let optimizer = &mut self.optimizer;
+        self.versions.advance(|old, new, _| {
+            let update = Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) };
+            match norm.is_finite() {
+                true => optimizer.update(update),
+                false => optimizer.skip(update),
+            }
+        })?;
         self.whole = None;
         Ok(norm)
     }
@@ -169,11 +186,6 @@ impl Table {
     /// The newest version's values.
     pub fn flat(&self) -> &Tensor {
         self.versions.flat()
-    }
-
-    /// The same, to be changed: for faults on purpose.
-    pub fn flat_mut(&mut self) -> &mut Tensor {
-        self.versions.flat_mut()
     }
 
     /// A digest of the newest version: equal copies have equal digests.

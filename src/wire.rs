@@ -3,6 +3,7 @@
 //! What is rounded, with `wire = "bf16"`: activations and their gradients on every link between two stages, and the
 //! all-reduce of R > 1 replicas, `round(round(g_0) + round(g_1) + ...)`, added in f32 in the order of the replicas. The
 //! parts of a tied table's gradient that cross a line keep f32: they are few, and both copies must make one sum of them.
+//! With `precision = "bf16"` activations and their gradients are bf16 anyway.
 
 use tch::{Kind, TchError, Tensor};
 
@@ -53,12 +54,12 @@ impl Wire {
         values.f_to_kind(self.kind())
     }
 
-    /// What has travelled, as f32.
+    /// What has travelled, as the values that it was.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn unpack(self, values: &Tensor) -> Result<Tensor, TchError> {
-        values.f_to_kind(Kind::Float)
+    pub fn unpack(self, values: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
+        values.f_to_kind(kind)
     }
 
     /// Values as the other end sees them. Autograd takes the gradient through the same rounding, as it travels back the
@@ -67,7 +68,7 @@ impl Wire {
     /// # Errors
     /// What libtorch reports.
     pub fn cross(self, values: &Tensor) -> Result<Tensor, TchError> {
-        self.unpack(&self.pack(values)?)
+        self.unpack(&self.pack(values)?, values.kind())
     }
 
     /// Rounds values in place.

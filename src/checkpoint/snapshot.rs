@@ -95,7 +95,7 @@ impl Snapshot {
             for (number, weights) in versions {
                 let mut named = layout.clone();
                 named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
-                let copy = weights.f_detach_copy()?;
+                let copy = weights.f_detach_copy()?.f_to_kind(tch::Kind::Float)?;
                 self.content(Kind::Older).flats.push((named, copy));
             }
         }
@@ -103,10 +103,15 @@ impl Snapshot {
     }
 
     /// What layers remember of the rows of the batch from `row` on. Memories are never written again, so handles do.
-    pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) {
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
-            self.content(Kind::Memory).single.push((format!("{layer}/{row}"), states.shallow_clone()));
+            let states = states.f_to_kind(tch::Kind::Float)?;
+            self.content(Kind::Memory).single.push((format!("{layer}/{row}"), states));
         }
+        Ok(())
     }
 
     /// Writing this one will find no room: a fault on purpose.

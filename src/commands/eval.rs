@@ -116,6 +116,8 @@ pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, V
     check_cutoffs(&config.model, vocabulary)?;
     let dimensions = Dimensions::new(&config.model, vocabulary, saved.data.sequence);
     let model = Stack::new(&dimensions, 0..dimensions.layers);
-    let weights = checkpoint.values(model.parameters())?;
+    let kind = config.precision.kind();
+    let values = checkpoint.values(model.parameters())?;
+    let weights = values.iter().map(|value| value.f_to_kind(kind)).collect::<std::result::Result<_, _>>()?;
     Ok((model, weights))
 }

@@ -11,6 +11,7 @@ use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::optim::Optimizer;
 use crate::params::Layout;
+use crate::precision::Precision;
 use crate::schedule::Tie;
 use crate::setup::Setup;
 use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
@@ -48,13 +49,15 @@ impl Prediction {
         for place in &held {
             sum.add_place(setup, *place);
         }
+        let value = setup.config.precision.bytes() as u64;
         let ends = held.iter().flat_map(|place| setup.table_ends(place.stage)).count() as u64;
         if ends > 0 {
             let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
             // Parts wait on stage 0's device; the other copy only gets sums.
             let parts = if setup.grid.device_of(rank) == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
-            sum.weights += setup.schedule.tables_held(setup.grid.device_of(rank)) as u64 * table;
-            sum.gradient += (ends + parts) * table;
+            let held = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
+            sum.weights += held * table / VALUE * value + master(setup, table);
+            sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }
         sum.transient += held.len() as u64 * reduced_at_once(setup);
@@ -72,20 +75,24 @@ impl Prediction {
         let flat = Layout::new(&stack.own()).len as u64 * VALUE;
         let schedule = &setup.schedule;
         let tokens = (setup.rows * setup.config.data.sequence) as u64;
-        let hidden = tokens * setup.config.model.d_model as u64 * VALUE;
-        let saved = tokens * stack.saved_per_token() as u64 * VALUE;
+        let value = setup.config.precision.bytes() as u64;
+        let hidden = tokens * setup.config.model.d_model as u64 * value;
+        // What is f32 in any precision.
+        let wide = tokens * stack.entries_per_token() as u64 * (VALUE - value);
+        let saved = tokens * stack.saved_per_token() as u64 * value + wide;
         let held = schedule.activations_held(place.stage) as u64;
         // A message each way to every neighbour.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
         let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
-        let transient = (tokens * stack.transient_per_token() as u64 + stack.transient() as u64) * VALUE + messages;
+        let transient = (tokens * stack.transient_per_token() as u64 + stack.transient() as u64) * value;
+        let transient = transient + 2 * wide + messages;
         let transient = transient.max(evaluation(setup, &stack));
         // What the layers remember of every microbatch, and what those under way have seen.
         let remembered = (setup.rows * setup.config.model.mem_len * stack.remembering()) as u64;
-        let remembered = remembered * setup.config.model.d_model as u64 * VALUE;
+        let remembered = remembered * setup.config.model.d_model as u64 * value;
         let memories = (setup.config.microbatches as u64 + held) * remembered;
-        self.weights += schedule.versions_held(place.stage) as u64 * flat;
-        self.gradient += flat;
+        self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat);
+        self.gradient += flat + narrow(setup, flat);
         self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;
         self.activations += if setup.config.recompute { held * hidden + saved } else { held * saved };
         self.activations += memories;
@@ -96,6 +103,16 @@ impl Prediction {
     pub fn total(&self) -> u64 {
         self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.holes + self.saving
     }
+}
+
+/// The f32 weights behind versions that are not: bytes, of those of the weights in f32.
+fn master(setup: &Setup, flat: u64) -> u64 {
+    if setup.config.precision == Precision::F32 { 0 } else { flat }
+}
+
+/// Where backwards add, before that is added to the f32 gradient.
+fn narrow(setup: &Setup, flat: u64) -> u64 {
+    if setup.config.precision == Precision::F32 { 0 } else { flat / VALUE * setup.config.precision.bytes() as u64 }
 }
 
 /// What a place copies to save it: replicas share weights and moments out.
@@ -142,9 +159,11 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
         Order::Shuffled => setup.rows,
         Order::Streams => setup.eval_share,
     };
+    let value = setup.config.precision.bytes();
     let remembered = setup.config.eval_mem_len() * stack.remembering() * setup.config.model.d_model;
     let work = setup.config.eval_sequence() * stack.evaluation_per_token();
-    (rows * (remembered + work)) as u64 * VALUE
+    let wide = setup.config.eval_sequence() * 2 * stack.entries_per_token() * (VALUE as usize - value);
+    (rows * ((remembered + work) * value + wide)) as u64
 }
 
 /// Refuses a run whose ranks need more memory than they may have, before it has begun. `ranks` are those of this process;

@@ -10,7 +10,7 @@
 //!              = first[n_0 + i - 1] + own_i[token]  cluster i > 0
 //! ```
 
-use tch::{Reduction, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 use super::clusters::{Cluster, clusters, numbered, tables};
 use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
@@ -124,7 +124,7 @@ impl Head {
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
         let targets = targets.f_reshape([-1])?;
-        let first = self.first(&parts, &x)?;
+        let first = wide(self.first(&parts, &x)?)?;
         if self.clusters.len() == 1 {
             return Ok(first.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, -100, 0.0)?);
         }
@@ -136,7 +136,7 @@ impl Head {
             entries = entries.f_masked_fill(&inside, self.clusters[0].tokens + i as i64 - 1)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             // Also without any token of the cluster, so that its weights always have a gradient.
-            let own = part.logits(&x.f_index_select(0, &places)?)?;
+            let own = wide(part.logits(&x.f_index_select(0, &places)?)?)?;
             let wanted = targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?;
             tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, -100, 0.0)?);
         }
@@ -151,18 +151,20 @@ impl Head {
     pub(super) fn log_probabilities(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let parts = self.parts(weights);
         let rows = self.prepared(&parts, x, None)?;
-        let first = self.first(&parts, &rows)?.f_log_softmax(-1, x.kind())?;
+        let first = wide(self.first(&parts, &rows)?)?;
+        let kind = first.kind();
+        let first = first.f_log_softmax(-1, kind)?;
         let n = self.clusters[0].tokens;
         let mut all = vec![first.f_narrow(1, 0, n)?];
         for (i, part) in parts.clusters.iter().enumerate().skip(1) {
-            let own = part.logits(&rows)?.f_log_softmax(-1, x.kind())?;
+            let own = wide(part.logits(&rows)?)?.f_log_softmax(-1, kind)?;
             all.push(own.f_add(&first.f_narrow(1, n + i as i64 - 1, 1)?)?);
         }
         Ok(Tensor::f_cat(&all, 1)?.f_view([x.size()[0], x.size()[1], self.d.vocabulary])?)
     }
 
     /// Entries of the softmaxes that a token is in, on average.
-    fn entries(&self) -> f64 {
+    pub(super) fn entries(&self) -> f64 {
         let further =
             self.clusters.iter().zip(&self.d.shares).skip(1).map(|(c, share)| c.tokens as f64 * share).sum::<f64>();
         (self.clusters[0].tokens as usize + self.clusters.len() - 1) as f64 + further
@@ -205,12 +207,16 @@ impl Part<'_> {
     }
 }
 
+/// Logits of a bf16 model in f32: a softmax over many of them needs it.
+fn wide(logits: Tensor) -> Result<Tensor> {
+    Ok(if logits.kind() == Kind::BFloat16 { logits.f_to_kind(Kind::Float)? } else { logits })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::ModelConfig;
     use crate::schedule::Tie;
-    use tch::Kind;
 
     /// The probabilities of a softmax in clusters add up to 1, and its loss is made of them.
     #[test]

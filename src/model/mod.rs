@@ -274,13 +274,18 @@ impl Stack {
         Ok(None)
     }
 
-    /// f32 values a token that a microbatch keeps from its forward to its backward.
+    /// Entries of the softmaxes that a token is in, which are f32 in any precision; none without the head.
+    pub fn entries_per_token(&self) -> usize {
+        self.head.as_ref().map_or(0, |(head, _)| head.entries() as usize)
+    }
+
+    /// Values a token that a microbatch keeps from its forward to its backward.
     pub fn saved_per_token(&self) -> usize {
         let end = self.head.as_ref().map_or(self.d_model, |(head, _)| head.saved_per_token());
         self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum::<usize>() + end
     }
 
-    /// f32 values a token that a backward holds at most beyond what its forward kept: from the last layer to the first,
+    /// Values a token that a backward holds at most beyond what its forward kept: from the last layer to the first,
     /// those that are not through yet still keep theirs.
     pub fn transient_per_token(&self) -> usize {
         let (mut kept, mut most) = (0, 0);
@@ -294,7 +299,7 @@ impl Stack {
         most.saturating_sub(self.saved_per_token())
     }
 
-    /// f32 values a token that an evaluation holds at most: the layer or the head that needs most.
+    /// Values a token that an evaluation holds at most: the layer or the head that needs most.
     pub fn evaluation_per_token(&self) -> usize {
         let of = |layer: &dyn Layer| layer.saved_per_token() + layer.transient_per_token();
         let head = self.head.as_ref().map_or(0, |(head, _)| head.saved_per_token() + head.transient_per_token());

@@ -44,8 +44,8 @@ pub(super) struct Constants {
     made: Mutex<BTreeMap<Key, (Tensor, Tensor)>>,
 }
 
-/// Tokens remembered, T, M, and whether in f64.
-type Key = (i64, i64, i64, bool);
+/// Tokens remembered, T, M, and the number of the kind.
+type Key = (i64, i64, i64, i32);
 
 pub(super) struct XlBlock {
     d: Dimensions,
@@ -62,7 +62,7 @@ impl XlBlock {
     /// R [L+1, D], the sinusoids of the distances L-1 ... 0 and a row of zeros, and what is added to the scores
     /// [T, L]: 0, or -inf where a query does not look.
     fn constants(&self, m: i64, t: i64, limit: i64, kind: Kind) -> Result<(Tensor, Tensor)> {
-        let key = (m, t, limit, kind == Kind::Double);
+        let key = (m, t, limit, kind as i32);
         let mut made = self.constants.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((positions, mask)) = made.get(&key) {
             return Ok((positions.shallow_clone(), mask.shallow_clone()));

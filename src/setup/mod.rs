@@ -18,8 +18,10 @@ use crate::model::{self, Dimensions, Memory, Stack};
 use crate::optim::Optimizer;
 use crate::params::{Layout, slice};
 use crate::partition;
+use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule, check};
 use crate::table::End;
+use crate::wire::Wire;
 pub use checks::{check_cutoffs, check_placement, check_settings};
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
@@ -146,9 +148,21 @@ impl Setup {
     /// A saved state that cannot be read.
     pub fn memories(&self, stack: &Stack, replica: usize) -> Result<BTreeMap<usize, Memory>> {
         let Some(saved) = &self.resumed else { return Ok(BTreeMap::new()) };
-        let of =
-            |j| stack.recalled(self.config.model.mem_len, |layer| saved.memory(layer, self.train_rows(replica, j)));
+        let kind = self.config.precision.kind();
+        let states = |layer: &str, j| -> Result<Option<Tensor>> {
+            let states = saved.memory(layer, self.train_rows(replica, j))?;
+            Ok(states.map(|states| states.f_to_kind(kind)).transpose()?)
+        };
+        let of = |j| stack.recalled(self.config.model.mem_len, |layer| states(layer, j));
         (0..self.config.microbatches).map(|j| Ok((j, of(j)?))).collect()
+    }
+
+    /// How activations and their gradients travel: bf16 ones need no more.
+    pub fn hidden_wire(&self) -> Wire {
+        match self.config.precision {
+            Precision::F32 => self.config.wire,
+            Precision::Bf16 => Wire::Bf16,
+        }
     }
 
     /// The layers of one stage.

@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use tch::Tensor;
-
 use super::Worker;
 use crate::comm::Header;
+use crate::error::Result;
 use crate::grid::Place;
 use crate::inject::{Fault, SLOW_MS, crash};
-use crate::params::slice_mut;
 use crate::schedule::Action;
 
 impl Worker {
@@ -17,9 +15,9 @@ impl Worker {
         self.mode.inject.is_some_and(|injection| injection.hits(fault, place, action))
     }
 
-    pub(super) fn run_injection(&mut self, action: &Action) {
+    pub(super) fn run_injection(&mut self, action: &Action) -> Result<()> {
         if self.mode.inject.is_none() {
-            return;
+            return Ok(());
         }
         if self.injected(Fault::Panic, action) {
             panic!("injected panic at {action}");
@@ -37,8 +35,9 @@ impl Worker {
             std::thread::sleep(Duration::from_millis(SLOW_MS));
         }
         if self.injected(Fault::Nan, action) {
-            slice_mut(self.post(action).stage.versions.flat_mut())[0] = f32::NAN;
+            self.post(action).stage.versions.alter(|weights| weights[0] = f32::NAN)?;
         }
+        Ok(())
     }
 
     pub(super) fn disguised(&self, header: Header, action: &Action) -> Header {
@@ -48,7 +47,7 @@ impl Worker {
 }
 
 /// Changes a bit of the first weight.
-pub(super) fn alter(flat: &mut Tensor) {
-    let weight = &mut slice_mut(flat)[0];
+pub(super) fn alter(weights: &mut [f32]) {
+    let weight = &mut weights[0];
     *weight = f32::from_bits(weight.to_bits() ^ 1);
 }

@@ -19,15 +19,16 @@ impl Worker {
             }
         };
         let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
-        let wire = self.setup.config.wire;
+        let wire = self.setup.hidden_wire();
         Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape, wire }
     }
 
     pub(super) fn receive_activation(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Activation, action);
+        let kind = self.setup.config.precision.kind();
         let post = self.post(action);
         let received = link(&mut post.ends.upstream, action)?.receive(header)?;
-        post.registers.activation = Some(header.wire.unpack(&received)?);
+        post.registers.activation = Some(header.wire.unpack(&received, kind)?);
         Ok(())
     }
 
@@ -44,9 +45,10 @@ impl Worker {
 
     pub(super) fn receive_gradient(&mut self, action: &Action) -> Result<()> {
         let header = self.header(Content::Gradient, action);
+        let kind = self.setup.config.precision.kind();
         let post = self.post(action);
         let received = link(&mut post.ends.downstream, action)?.receive(header)?;
-        post.registers.gradient = Some(header.wire.unpack(&received)?);
+        post.registers.gradient = Some(header.wire.unpack(&received, kind)?);
         Ok(())
     }
 

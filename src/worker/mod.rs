@@ -9,7 +9,7 @@ mod writer;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::{Ports, Reduction, Reporter};
@@ -65,7 +65,7 @@ impl Worker {
     pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
-        warm_up()?;
+        warm_up(setup.config.precision.kind())?;
         let gauge = Gauge::start();
         let config = &setup.config;
         let held = setup.grid.held(rank);
@@ -142,7 +142,7 @@ impl Worker {
             };
             tracing::trace!(%action);
             self.panel.pulse.action(action);
-            self.run_injection(&action);
+            self.run_injection(&action)?;
             self.clock.lap(Share::Idle);
             match action.op {
                 Op::Load => self.load(&action),
@@ -291,7 +291,7 @@ impl Worker {
         self.post(action).reductions.drain(..).try_for_each(Reduction::wait)?;
         self.clock.lap(Share::Reduce);
         if self.mode.emulation.is_some() {
-            self.post(action).stage.versions.advance();
+            self.post(action).stage.versions.advance(|_, _, _| {})?;
             return self.report_norm(action, 0.0);
         }
         let post = self.post(action);
@@ -301,14 +301,16 @@ impl Worker {
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let scale = mean * clip_factor(norm, config.optimizer.clip);
-        let (old, new, gradient) = post.stage.versions.advance();
-        let update = Update { old, new, gradient, lr, scale };
-        match norm.is_finite() {
-            true => post.optimizer.update(update),
-            false => post.optimizer.skip(update),
-        }
+        let optimizer = &mut post.optimizer;
+        post.stage.versions.advance(|old, new, gradient| {
+            let update = Update { old, new, gradient, lr, scale };
+            match norm.is_finite() {
+                true => optimizer.update(update),
+                false => optimizer.skip(update),
+            }
+        })?;
         if self.injected(Fault::AlterWeights, action) {
-            alter(self.post(action).stage.versions.flat_mut());
+            self.post(action).stage.versions.alter(alter)?;
         }
         self.verify(action)?;
         let seconds = self.panel.pulse.busy();
@@ -348,12 +350,12 @@ impl Worker {
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
 /// measured after it is the stage's, and the first step is as fast as the others.
-fn warm_up() -> Result<()> {
+fn warm_up(kind: Kind) -> Result<()> {
     let model = ModelConfig { layers: 1, d_model: 64, heads: 2, d_ff: 256, tie: Tie::Untied, ..ModelConfig::default() };
     let d = Dimensions::new(&model, 256, 64);
     let stack = Stack::new(&d, 0..1);
     let layout = Layout::new(stack.parameters());
-    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1, 1)?;
+    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1, 1, kind)?;
     let tokens = Tensor::f_zeros([4, d.sequence], (tch::Kind::Int64, tch::Device::Cpu))?;
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;

@@ -48,10 +48,16 @@ impl Post {
         let layout = Layout::new(&stack.own());
         let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
         let memories = setup.memories(&stack, place.replica)?;
-        let versions = Versions::new(layout.clone(), initial, setup.schedule.versions_held(place.stage), 1)?;
+        let versions = Versions::new(
+            layout.clone(),
+            initial,
+            setup.schedule.versions_held(place.stage),
+            1,
+            config.precision.kind(),
+        )?;
         let mut versions = versions.at(setup.start());
         for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
-            versions.recall(number, &values);
+            versions.recall(number, &values)?;
         }
         let mut stage = Stage::new(place, stack, versions, Settings::new(config));
         stage.recall(memories);

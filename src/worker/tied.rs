@@ -100,7 +100,7 @@ impl Worker {
             return Err(Error::NotFinite { tensor, step: action.step, place, data: String::new() });
         }
         if self.injected(Fault::AlterTable, action) {
-            alter(self.table(action)?.flat_mut());
+            self.table(action)?.versions_mut().alter(alter)?;
         }
         let (step, copies) = (action.step + 1, setup.grid.replicas > 1 || setup.grid.twin(place).is_some());
         // At a sync point of a line the copies are compared anyway.
@@ -134,7 +134,8 @@ pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
     let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
     let held = setup.schedule.tables_held(setup.grid.device_of(rank));
     let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
-    let mut table = Table::new(layout, initial, held, ends, optimizer)?.at(setup.start());
-    older.iter().for_each(|(number, values)| table.versions_mut().recall(*number, values));
+    let kind = setup.config.precision.kind();
+    let mut table = Table::new(layout, initial, held, ends, optimizer, kind)?.at(setup.start());
+    older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
     Ok(Some(table))
 }

@@ -88,7 +88,7 @@ impl Worker {
         snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
         for (microbatch, memory) in post.stage.memories() {
             let rows = setup.train_rows(post.place.replica, *microbatch);
-            snapshot.remember(rows.start, post.stage.stack().remembered(memory));
+            snapshot.remember(rows.start, post.stage.stack().remembered(memory))?;
         }
         if self.injected(Fault::DiskFull, action) {
             snapshot.fill_disk();

@@ -35,6 +35,7 @@ fn ranks_that_reduce_in_buckets_or_round_equal_the_oracle() {
     compare("1x2", &["microbatches=2", "bucket_kib=1"]);
     compare("2x2", &["bucket_kib=8", "wire=bf16", "eval.every=4"]);
     compare("3x1", &["wire=bf16", "grid.placement=ring", "microbatches=2"]);
+    compare("2x2", &["precision=bf16", "bucket_kib=8", "eval.every=4"]);
     compare("2x2", &["bucket_kib=4", "recompute=true", "microbatches=3", "model.tie=fresh"]);
 }
 

@@ -101,6 +101,9 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     if replicas > 1 && travel.one_in(2) {
         cover("several buckets", format!("bucket_kib={}", 1 + travel.below(12)));
     }
+    if travel.one_in(4) {
+        cover("bf16 weights and activations", "precision=bf16".into());
+    }
     covers.extend(covers_more);
     if number >= DRAWN + DRAWN_XL {
         draw_words(&mut draw, &mut sets, &mut covers);
@@ -264,6 +267,7 @@ fn the_draws_cover_everything() {
         "uneven layers",
         "bf16 between stages",
         "bf16 between replicas",
+        "bf16 weights and activations",
         "several buckets",
         "aligned",
         "fresh",
@@ -330,4 +334,9 @@ fn machinery_does_not_change_numbers() {
     assert_eq!(as_threads(&tiny(&["grid.replicas=2", "bucket_kib=2"])), replicas);
     assert_ne!(as_threads(&tiny(&["grid.replicas=2", "wire=bf16"])), replicas);
     assert_eq!(as_threads(&tiny(&["wire=bf16"])), as_threads(&tiny(&[])), "nothing travels");
+    // What is bf16 already travels as it is.
+    let narrow = [&keys[..], &["precision=bf16"]].concat();
+    let plain = as_threads(&tiny(&narrow));
+    assert_eq!(as_threads(&tiny(&[&narrow[..], &["recompute=true"]].concat())), plain);
+    assert_eq!(as_threads(&tiny(&[&narrow[..], &["wire=bf16"]].concat())), plain);
 }

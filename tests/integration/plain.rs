@@ -185,7 +185,7 @@ fn a_gradient_computed_by_hand() {
     }
 
     let place = Place { stage: 0, replica: 0 };
-    let versions = Versions::new(layout.clone(), flat.copy(), 1, 1).unwrap();
+    let versions = Versions::new(layout.clone(), flat.copy(), 1, 1, Kind::Float).unwrap();
     let mut stage = Stage::new(place, stack, versions, Settings::new(&setup.config));
     let slot = Slot { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);

@@ -57,6 +57,7 @@ fn a_run_that_goes_on_is_the_run_that_was_not_stopped() {
     let xl = |more: &[&'static str]| goes_on(&[&XL[..], more].concat());
     xl(&["grid.stages=3", "microbatches=2", "eval.every=4"]);
     xl(&["grid.stages=2", "grid.replicas=2", "microbatches=3", "recompute=true", "wire=bf16"]);
+    xl(&["grid.stages=3", "grid.replicas=2", "microbatches=2", "precision=bf16"]);
 }
 
 /// Any other grid computes from the same state what the oracle of that grid does.

@@ -61,6 +61,7 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     stopped_again_and_again(&["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"]);
     stopped_again_and_again(&["grid.stages=3", "schedule=1f1b", "microbatches=3", "steps=17", "model.tie=none"]);
     stopped_again_and_again(&["grid.stages=2", "grid.delays=[3, 1]", "steps=31", "model.tie=none", "recompute=true"]);
+    stopped_again_and_again(&["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"]);
     stopped_again_and_again(&[xl, &["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=22"]].concat());
 }
 
