@@ -37,12 +37,12 @@ def arguments():
 
 def disk(folder, size):
     """Seconds in which `size` bytes are written in large pieces, one after the other, and are on the disk."""
-    piece = os.urandom(CHUNK)
+    values = memoryview(os.urandom(size))  # As a state, it comes out of memory and not out of a cache.
     path = os.path.join(folder, "sequential")
     begun = time.monotonic()
     with open(path, "wb", buffering=0) as file:
         for start in range(0, size, CHUNK):
-            file.write(piece[: size - start])
+            file.write(values[start : start + CHUNK])
         os.fsync(file.fileno())
     seconds = time.monotonic() - begun
     os.remove(path)
@@ -88,6 +88,7 @@ def main():
     share = added / (args.every * plain)
     own = saves[0][0] / statistics.median(disks)
     rates = [mib / (copy + writing) for mib, copy, writing in saves[: args.saves]]
+    last = saves[-1][0] / sum(saves[-1][1:])
     print(f"{machine()}, {datetime.date.today()}: {parameters:,} parameters, grid 2x1, a state every {args.every} steps\n")
     print(table(("", "measured", "wanted"), [
         ("a state, MiB", f"{saves[0][0]:.0f}", "-"),
@@ -98,6 +99,7 @@ def main():
         ("copied and on the disk, beside the training, MiB/s", f"{statistics.median(rates):.0f}", "-"),
         ("the disk's own sequential speed, MiB/s", f"{own:.0f} ({saves[0][0] / max(disks):.0f} to {saves[0][0] / min(disks):.0f})", "-"),
         ("of the disk's own speed", f"{statistics.median(rates) / own:.2f}", "0.70"),
+        ("the last state, nothing beside it, of the disk's own speed", f"{last / own:.2f}", "-"),
     ]))
     write(args.json, {"machine": machine(), "date": str(datetime.date.today()), "parameters": parameters, "seconds": seconds,
                       "saves": saves, "disk_s": disks, "share": share, "added_s": added, "step_s": plain})

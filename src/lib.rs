@@ -9,6 +9,7 @@
 //! grid       K x R places             -> partition   layers of each stage
 //! topology   the nodes below them     -> selftest    whether their links do what is said of them
 //! delay      versions, sync points    -> schedule    what each stage does, in which order
+//! precision  of weights and activations  wire        of what travels
 //!
 //! worker:    for action in schedule.device_actions(device):
 //!                Load                    data::Batches
@@ -22,7 +23,8 @@
 //! metrics    what the places report      checkpoint   what is saved, and how a run goes on from it
 //! pulse      what a rank is doing, for the watchdog of metrics
 //! panel      how far a place may go, and where it is told to stop (stop, signals: by whom)
-//! failure    panics become errors, and of several the first that is a cause is shown
+//! failure    panics become errors, and of several the first that is a cause is shown; of a rank that cannot speak any
+//!            more its neighbours tell (comm::mpi)
 //! emulator   the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! ```

@@ -24,7 +24,7 @@ pub struct Trace {
 impl Trace {
     /// Bytes of the file: an action is shorter.
     const LENGTH: usize = 48;
-    /// The last words of a rank that ends by itself, and has said why.
+    /// The last words of a rank that has said why it, or a neighbour, ends.
     pub const TOLD: &str = "told";
 
     pub fn new(file: File) -> Trace {
@@ -39,7 +39,7 @@ impl Trace {
         }
     }
 
-    /// The rank ends by itself: whatever its threads still do, its neighbours need not speak for it.
+    /// The rank has spoken: whatever its threads still do, its neighbours need not.
     pub fn told(&self) {
         let mut closed = self.closed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         *closed = true;

@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::Worker;
+use super::post::Post;
 use crate::comm::{Content, Header, Link};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
@@ -23,44 +24,30 @@ impl Worker {
         Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape, wire }
     }
 
-    pub(super) fn receive_activation(&mut self, action: &Action) -> Result<()> {
-        let header = self.header(Content::Activation, action);
-        let kind = self.setup.config.precision.kind();
-        let post = self.post(action);
-        let received = link(&mut post.ends.upstream, action)?.receive(header)?;
-        post.registers.activation = Some(header.wire.unpack(&received, kind)?);
+    /// Hidden states come down the pipeline, gradients up.
+    pub(super) fn receive(&mut self, content: Content, action: &Action) -> Result<()> {
+        let (header, kind) = (self.header(content, action), self.setup.config.precision.kind());
+        let Post { ends, registers, .. } = self.post(action);
+        let (end, register) = match content {
+            Content::Activation => (&mut ends.upstream, &mut registers.activation),
+            _ => (&mut ends.downstream, &mut registers.gradient),
+        };
+        let received = link(end, action)?.receive(header)?;
+        *register = Some(header.wire.unpack(&received, kind)?);
         Ok(())
     }
 
-    pub(super) fn send_activation(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Activation, action), action);
+    /// Hidden states go down the pipeline, gradients up.
+    pub(super) fn send(&mut self, content: Content, action: &Action) -> Result<()> {
+        let header = self.disguised(self.header(content, action), action);
         let dropped = self.injected(Fault::DropMessage, action);
-        let post = self.post(action);
-        let tensor = header.wire.pack(&taken(&mut post.registers.activation, action)?)?;
-        if dropped {
-            return Ok(());
-        }
-        link(&mut post.ends.downstream, action)?.send(header, tensor)
-    }
-
-    pub(super) fn receive_gradient(&mut self, action: &Action) -> Result<()> {
-        let header = self.header(Content::Gradient, action);
-        let kind = self.setup.config.precision.kind();
-        let post = self.post(action);
-        let received = link(&mut post.ends.downstream, action)?.receive(header)?;
-        post.registers.gradient = Some(header.wire.unpack(&received, kind)?);
-        Ok(())
-    }
-
-    pub(super) fn send_gradient(&mut self, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(Content::Gradient, action), action);
-        let dropped = self.injected(Fault::DropMessage, action);
-        let post = self.post(action);
-        let tensor = header.wire.pack(&taken(&mut post.registers.gradient, action)?)?;
-        if dropped {
-            return Ok(());
-        }
-        link(&mut post.ends.upstream, action)?.send(header, tensor)
+        let Post { ends, registers, .. } = self.post(action);
+        let (end, register) = match content {
+            Content::Activation => (&mut ends.downstream, &mut registers.activation),
+            _ => (&mut ends.upstream, &mut registers.gradient),
+        };
+        let tensor = header.wire.pack(&taken(register, action)?)?;
+        if dropped { Ok(()) } else { link(end, action)?.send(header, tensor) }
     }
 }
 

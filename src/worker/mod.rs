@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::comm::{Ports, Reduction, Reporter};
+use crate::comm::{Content, Ports, Reduction, Reporter};
 use crate::config::{ModelConfig, OnNonfinite};
 use crate::data::Batches;
 use crate::delay::version;
@@ -146,12 +146,12 @@ impl Worker {
             self.clock.lap(Share::Idle);
             match action.op {
                 Op::Load => self.load(&action),
-                Op::RecvActivation => self.receive_activation(&action)?,
+                Op::RecvActivation => self.receive(Content::Activation, &action)?,
                 Op::Forward => self.forward(&action)?,
-                Op::SendActivation => self.send_activation(&action)?,
-                Op::RecvGradient => self.receive_gradient(&action)?,
+                Op::SendActivation => self.send(Content::Activation, &action)?,
+                Op::RecvGradient => self.receive(Content::Gradient, &action)?,
                 Op::Backward => self.backward(&action)?,
-                Op::SendGradient => self.send_gradient(&action)?,
+                Op::SendGradient => self.send(Content::Gradient, &action)?,
                 Op::Reduce => self.reduce(&action)?,
                 Op::Update => self.update(&action)?,
                 Op::Part => self.close_part(&action)?,

@@ -7,9 +7,9 @@ mod traffic;
 mod reduce;
 mod driver;
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
-use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -53,10 +53,9 @@ pub struct World {
     commands: Sender<Command>,
     waiters: Waiters,
     thread: JoinHandle<()>,
-    /// This rank's card and trace; the neighbours, once they are met.
+    /// For the ranks of this host.
     card: Card,
     trace: Option<Trace>,
-    neighbours: OnceLock<Arc<Neighbours>>,
 }
 
 impl World {
@@ -76,19 +75,19 @@ impl World {
         let identity = identity.recv().ok().flatten();
         let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
         let (card, trace) = Card::new(&identity.host);
-        Ok(World { identity, commands, waiters, thread, card, trace, neighbours: OnceLock::new() })
+        Ok(World { identity, commands, waiters, thread, card, trace })
     }
 
     /// Meets the ranks of this host, which tell for one that dies what it was doing. All ranks must call this.
     ///
     /// # Errors
     /// If the driver is gone.
-    pub fn meet(&self) -> Result<Arc<Neighbours>> {
+    pub fn meet(&self) -> Result<Neighbours> {
         let bytes = serde_json::to_vec(&self.card).map_err(|error| Error::Internal(error.to_string()))?;
         let cards: std::result::Result<Vec<Card>, _> =
             self.all_gather(bytes)?.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
         let cards = cards.map_err(|error| Error::Internal(error.to_string()))?;
-        let met = Arc::clone(self.neighbours.get_or_init(|| Arc::new(Neighbours::new(self.identity.rank, &cards))));
+        let met = Neighbours::new(self.identity.rank, self.trace.clone(), &cards);
         // Everybody has opened what it needs.
         self.all_gather(Vec::new())?;
         self.card.unlink();

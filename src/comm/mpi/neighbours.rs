@@ -6,9 +6,11 @@
 //! ```text
 //! every rank       makes a file in memory, and writes into it what it begins          (pulse::Trace)
 //! its neighbours   open it; then its name is removed, so that nothing can be left over
-//! on SIGTERM       a neighbour whose process is gone, and whose file does not say that it has told its error itself,
-//!                  is the cause
+//! on SIGTERM       a neighbour whose process is gone is the cause, unless some file says that its rank has spoken: of its own
+//!                  error, or of that neighbour
 //! ```
+//!
+//! The last rule keeps a rank that comes late, when the launcher is killing already, from taking the killed for the cause.
 
 use std::fs::{File, OpenOptions, remove_file};
 use std::os::unix::fs::OpenOptionsExt;
@@ -68,12 +70,13 @@ struct Neighbour {
 #[derive(Debug)]
 pub struct Neighbours {
     rank: usize,
+    trace: Option<Trace>,
     all: Vec<Neighbour>,
 }
 
 impl Neighbours {
-    /// Opens the files of the ranks on the host of `rank`.
-    pub fn new(rank: usize, cards: &[Card]) -> Neighbours {
+    /// Opens the files of the ranks on the host of `rank`, whose own is `trace`.
+    pub fn new(rank: usize, trace: Option<Trace>, cards: &[Card]) -> Neighbours {
         let host = cards.get(rank).map(|card| &card.host);
         let here = cards.iter().enumerate().filter(|(_, card)| Some(&card.host) == host);
         let all = here.map(|(rank, card)| {
@@ -81,19 +84,20 @@ impl Neighbours {
             Neighbour { rank, process: card.process, trace: file.map(Trace::new) }
         });
         // Processes of another container have numbers that mean nothing here.
-        Neighbours { rank, all: all.filter(|neighbour| alive(neighbour.process)).collect() }
+        Neighbours { rank, trace, all: all.filter(|neighbour| alive(neighbour.process)).collect() }
     }
 
-    /// The rank that has died without having told why, and what it was doing, if this is the rank to tell it.
+    /// The rank that has died without a word, and what it was doing, if this is the rank to tell it; to be told at once.
     pub fn dead(&self) -> Option<(usize, String)> {
         let first_alive = self.all.iter().find(|neighbour| alive(neighbour.process))?;
-        if first_alive.rank != self.rank {
+        let last = |neighbour: &Neighbour| neighbour.trace.as_ref().and_then(Trace::read);
+        let spoken = |neighbour| last(neighbour).as_deref() == Some(Trace::TOLD);
+        if first_alive.rank != self.rank || self.all.iter().any(spoken) {
             return None;
         }
-        let dead = self.all.iter().filter(|neighbour| !alive(neighbour.process));
-        dead.map(|neighbour| (neighbour.rank, neighbour.trace.as_ref().and_then(Trace::read)))
-            .find(|(_, last)| last.as_deref() != Some(Trace::TOLD))
-            .map(|(rank, last)| (rank, last.unwrap_or_else(|| "an unknown action".into())))
+        let dead = self.all.iter().find(|neighbour| !alive(neighbour.process))?;
+        self.trace.iter().for_each(Trace::told);
+        Some((dead.rank, last(dead).unwrap_or_else(|| "an unknown action".into())))
     }
 
     /// Whether a neighbour has died, whoever tells it.
@@ -123,7 +127,8 @@ mod tests {
         let theirs = Trace::new(file);
         let dying = Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) };
         let cards = [other, mine, dying];
-        let neighbours = Neighbours::new(1, &cards);
+        let neighbours = Neighbours::new(1, trace.clone(), &cards);
+        let late = Neighbours::new(1, None, &cards);
         cards.iter().for_each(Card::unlink);
         drop(path);
         theirs.write("1B5.0");
@@ -133,6 +138,23 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(neighbours.dead(), Some((2, "1U5".to_owned())));
+        assert!(late.dead().is_none() && late.lost(), "it has been told");
+    }
+
+    #[test]
+    fn nobody_speaks_for_a_rank_that_has_spoken() {
+        let (mine, _) = Card::new("here");
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
+        let theirs = Trace::new(file);
+        let cards = [mine, Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) }];
+        let mut neighbours = Neighbours::new(0, None, &cards);
+        cards[0].unlink();
+        // It may have ended before it was met.
+        let trace = Some(Trace::new(File::open(&path).unwrap()));
+        neighbours.all.truncate(1);
+        neighbours.all.push(Neighbour { rank: 1, process: child.id(), trace });
+        child.wait().unwrap();
         theirs.told();
         theirs.write("1F6.0");
         assert!(neighbours.dead().is_none() && neighbours.lost());
