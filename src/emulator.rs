@@ -154,7 +154,7 @@ impl Emulator {
             let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
             let table = table.map(|table| (table, schedule.table_delay()));
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
-                snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
+                snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer);
                 let older = version(schedule.since(step), step, delay)..step;
                 // The grid does not hold them any wider.
                 let kind = self.setup.config.precision.kind();

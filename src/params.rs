@@ -125,7 +125,11 @@ pub fn slice(flat: &Tensor) -> &[f32] {
 /// # Panics
 /// As [`slice()`].
 pub fn bytes(flat: &Tensor) -> &[u8] {
-    let values = slice(flat);
+    as_bytes(slice(flat))
+}
+
+/// The bytes of values.
+pub fn as_bytes(values: &[f32]) -> &[u8] {
     // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as long.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
 }

@@ -21,6 +21,7 @@
 //! So a folder without `.tmp` is complete, whenever the run is killed; and it is believed only if every file has the
 //! size and the digest that the manifest says. Replicas hold the same state and share the files of a stage out.
 
+mod file;
 mod snapshot;
 mod saved;
 
@@ -249,13 +250,18 @@ fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut buffer = vec![0u8; 1 << 20];
     loop {
         match file.read(&mut buffer)? {
-            0 => return Ok((bytes, format!("{:016x}", hash.digest()))),
+            0 => return Ok((bytes, hex(&hash))),
             n => {
                 hash.update(&buffer[..n]);
                 bytes += n as u64;
             }
         }
     }
+}
+
+/// As the manifest has it.
+fn hex(hash: &Xxh3) -> String {
+    format!("{:016x}", hash.digest())
 }
 
 /// Where every tensor is.

@@ -1,33 +1,25 @@
 //! The state of a place at a sync point, copied so that training can go on, and its way to the disk.
 
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tch::Tensor;
 
-use super::{Kind, Shard, Written, digest, folder, older, room};
+use super::file::Content;
+use super::{Kind, Shard, Written, folder, older, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
-use crate::params::{Layout, bytes};
-
-/// One file to be: named values, each with its shape.
-struct Content {
-    kind: Kind,
-    /// Flat buffers with the layout of what is in them.
-    flats: Vec<(Layout, Tensor)>,
-    /// Tensors by themselves.
-    single: Vec<(String, Tensor)>,
-}
+use crate::params::{Entry, Layout, slice};
 
 /// A copy of what a place has to save.
 pub struct Snapshot {
     pub place: Place,
     pub step: usize,
     replicas: usize,
-    contents: Vec<Content>,
+    contents: BTreeMap<Kind, Content>,
     /// A fault on purpose.
     disk_is_full: bool,
 }
@@ -35,7 +27,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Nothing yet, of a place of `replicas` that share the files out.
     pub fn new(place: Place, step: usize, replicas: usize) -> Snapshot {
-        Snapshot { place, step, replicas, contents: Vec::new(), disk_is_full: false }
+        Snapshot { place, step, replicas, contents: BTreeMap::new(), disk_is_full: false }
     }
 
     /// Whether a place of `replicas` writes the files of a kind.
@@ -47,39 +39,30 @@ impl Snapshot {
         Snapshot::shared(kind, self.place, self.replicas)
     }
 
-    fn content(&mut self, kind: Kind) -> &mut Content {
-        let i = self.contents.iter().position(|content| content.kind == kind).unwrap_or_else(|| {
-            self.contents.push(Content { kind, flats: Vec::new(), single: Vec::new() });
-            self.contents.len() - 1
-        });
-        &mut self.contents[i]
+    /// Copies a flat buffer with its layout.
+    fn copy(&mut self, kind: Kind, layout: &Layout, flat: &[f32]) {
+        self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
+            let values = &flat[*offset..offset + parameter.count()];
+            (parameter.name.clone(), &parameter.shape[..], values)
+        }));
     }
 
     /// Copies weights and their optimizer's state, as far as this replica writes them.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) -> Result<()> {
+    pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) {
         if self.writes(Kind::Weights) {
-            self.add_weights(layout, weights)?;
+            self.add_weights(layout, weights);
         }
         for (name, values) in optimizer.state() {
             let kind = Kind::of_moment(name);
             if self.writes(kind) {
-                self.content(kind).flats.push((layout.clone(), Tensor::f_from_slice(values)?));
+                self.copy(kind, layout, values);
             }
         }
-        Ok(())
     }
 
     /// Copies weights alone.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) -> Result<()> {
-        let copy = weights.f_detach_copy()?;
-        self.content(Kind::Weights).flats.push((layout.clone(), copy));
-        Ok(())
+    pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) {
+        self.copy(Kind::Weights, layout, slice(weights));
     }
 
     /// Copies weights of earlier versions, each with its number.
@@ -95,21 +78,21 @@ impl Snapshot {
             for (number, weights) in versions {
                 let mut named = layout.clone();
                 named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
-                let copy = weights.f_detach_copy()?.f_to_kind(tch::Kind::Float)?;
-                self.content(Kind::Older).flats.push((named, copy));
+                self.copy(Kind::Older, &named, slice(&weights.f_to_kind(tch::Kind::Float)?));
             }
         }
         Ok(())
     }
 
-    /// What layers remember of the rows of the batch from `row` on. Memories are never written again, so handles do.
+    /// Copies what layers remember of the rows of the batch from `row` on.
     ///
     /// # Errors
     /// What libtorch reports.
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
-            let states = states.f_to_kind(tch::Kind::Float)?;
-            self.content(Kind::Memory).single.push((format!("{layer}/{row}"), states));
+            let (shape, flat) = (states.size(), states.f_to_kind(tch::Kind::Float)?.f_contiguous()?.f_view([-1])?);
+            let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
+            self.contents.entry(Kind::Memory).or_default().add(std::iter::once(tensor));
         }
         Ok(())
     }
@@ -117,13 +100,6 @@ impl Snapshot {
     /// Writing this one will find no room: a fault on purpose.
     pub fn fill_disk(&mut self) {
         self.disk_is_full = true;
-    }
-
-    /// Bytes of all values.
-    fn bytes(&self) -> u64 {
-        let flats = self.contents.iter().flat_map(|content| content.flats.iter().map(|(_, flat)| flat));
-        let single = self.contents.iter().flat_map(|content| content.single.iter().map(|(_, tensor)| tensor));
-        flats.chain(single).map(|tensor| tensor.numel() as u64 * 4).sum()
     }
 
     /// Writes everything, which was `copied` in so much time, into `step-N.tmp/` and waits for the disk.
@@ -138,20 +114,20 @@ impl Snapshot {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
             return Err(Error::checkpoint(&folder, format!("cannot be written ({full})")));
         }
-        let (needed, left) = (self.bytes(), room(&folder).unwrap_or(u64::MAX));
-        if needed > left {
+        let needed: usize = self.contents.values().map(Content::bytes).sum();
+        let left = room(&folder).unwrap_or(u64::MAX);
+        if needed as u64 > left {
             let problem = format!("{needed} bytes are to be written and {left} are left on the disk");
             return Err(Error::checkpoint(&folder, problem));
         }
-        let shards = self.contents.iter().map(|content| content.write(&folder, self.place)).collect::<Result<_>>()?;
+        let shards =
+            self.contents.iter().map(|(kind, content)| self.shard(&folder, *kind, content)).collect::<Result<_>>()?;
         Ok(Written { shards, copy_s: copied.as_secs_f64(), write_s: begun.elapsed().as_secs_f64() })
     }
-}
 
-impl Content {
-    fn write(&self, folder: &Path, place: Place) -> Result<Shard> {
-        let Place { stage, replica } = place;
-        let file = match self.kind {
+    fn shard(&self, folder: &Path, kind: Kind, content: &Content) -> Result<Shard> {
+        let Place { stage, replica } = self.place;
+        let file = match kind {
             Kind::Weights => format!("stage-{stage}.safetensors"),
             Kind::First => format!("stage-{stage}.first.safetensors"),
             Kind::Second => format!("stage-{stage}.second.safetensors"),
@@ -159,32 +135,9 @@ impl Content {
             Kind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
         };
         let path = folder.join(&file);
-        let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path, format!("cannot be written ({error})"));
-        let single: Vec<(String, Tensor)> = self
-            .single
-            .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.f_contiguous()?)))
-            .collect::<Result<_>>()?;
-        let rows: Vec<Tensor> = single.iter().map(|(_, tensor)| Ok(tensor.f_view([-1])?)).collect::<Result<_>>()?;
-        let mut views: Vec<(String, TensorView)> = Vec::new();
-        let mut push = |name: &str, shape: &[i64], data| -> Result<()> {
-            let shape = shape.iter().map(|n| *n as usize).collect();
-            views.push((name.to_owned(), TensorView::new(Dtype::F32, shape, data).map_err(|error| wrong(&error))?));
-            Ok(())
-        };
-        for (layout, flat) in &self.flats {
-            for entry in &layout.entries {
-                let (start, count) = (entry.offset * 4, entry.parameter.count() * 4);
-                push(&entry.parameter.name, &entry.parameter.shape, &bytes(flat)[start..start + count])?;
-            }
-        }
-        for ((name, tensor), row) in single.iter().zip(&rows) {
-            push(name, &tensor.size(), bytes(row))?;
-        }
-        let tensors = views.iter().map(|(name, _)| name.clone()).collect();
-        serialize_to_file(views, &None, &path).map_err(|error| wrong(&error))?;
-        File::open(&path).and_then(|file| file.sync_all()).map_err(|error| wrong(&error))?;
-        let (bytes, digest) = digest(&path).map_err(|error| wrong(&error))?;
-        Ok(Shard { file, kind: self.kind, stage, bytes, digest, tensors })
+        let written = content.write(&path);
+        let (bytes, digest) =
+            written.map_err(|error| Error::checkpoint(&path, format!("cannot be written ({error})")))?;
+        Ok(Shard { file, kind, stage, bytes, digest, tensors: content.names().map(str::to_owned).collect() })
     }
 }

@@ -1,0 +1,242 @@
+//! A file of a state on its way to the disk, past the cache where the file system lets it (O_DIRECT): the processor, which
+//! trains meanwhile, copies nothing again, and what is written is not read again for its digest.
+//!
+//! ```text
+//! file      | length, header, blanks | values of one buffer ............... | of the next ...
+//!           0                        4096 n                                 any multiple of 4
+//! memory                             the same distance from a multiple of 4096 as in the file
+//!
+//! so all of a buffer but its first and last bytes goes to the disk from where it lies; those go through a piece of
+//! 4 KiB that the next buffer's first bytes complete. A second thread takes the digest of the same memory meanwhile.
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::thread;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use safetensors::tensor::{Dtype, TensorInfo};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::params::as_bytes;
+
+/// Of a direct write: what its place in the file, its memory and its length are multiples of, bytes. No disk asks for more.
+const ALIGN: usize = 4096;
+/// Of one write, bytes.
+const PIECE: usize = 64 << 20;
+
+/// Tensors of f32 that become one file, in this order.
+#[derive(Default)]
+pub struct Content {
+    tensors: Vec<(String, Vec<usize>)>,
+    buffers: Vec<Buffer>,
+    bytes: usize,
+}
+
+/// Values that lie as far from a multiple of [`ALIGN`] in memory as in the file.
+struct Buffer {
+    memory: Vec<f32>,
+    lead: usize,
+}
+
+impl Content {
+    /// Copies tensors, each with its name, its shape and its values.
+    pub fn add<'a>(&mut self, tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone) {
+        let count: usize = tensors.clone().map(|(.., values)| values.len()).sum();
+        let mut memory: Vec<f32> = Vec::with_capacity(count + ALIGN / 4);
+        // The allocation does not move: it has room for everything.
+        let lead = (self.bytes + memory.as_ptr().align_offset(ALIGN) * 4) % ALIGN / 4;
+        memory.resize(lead, 0.0);
+        for (name, shape, values) in tensors {
+            memory.extend_from_slice(values);
+            self.tensors.push((name, shape.iter().map(|n| *n as usize).collect()));
+        }
+        self.bytes += 4 * count;
+        self.buffers.push(Buffer { memory, lead });
+    }
+
+    /// Of all values.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The names of the tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Writes a safetensors file and waits until it is on the disk. Gives its size and the digest of what was written.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn write(&self, path: &Path) -> io::Result<(u64, String)> {
+        let head = self.head()?;
+        let slices = || {
+            let bodies = self.buffers.iter().map(|buffer| &as_bytes(&buffer.memory)[4 * buffer.lead..]);
+            std::iter::once(&head[..]).chain(bodies)
+        };
+        let digest = || {
+            let mut hash = Xxh3::new();
+            slices().for_each(|bytes| hash.update(bytes));
+            super::hex(&hash)
+        };
+        thread::scope(|scope| {
+            let digest = scope.spawn(digest);
+            let mut file = Pieces::create(path)?;
+            slices().try_for_each(|bytes| file.put(bytes))?;
+            let size = file.finish()?;
+            Ok((size, digest.join().map_err(|_| io::Error::other("a panic while its digest was taken"))?))
+        })
+    }
+
+    /// Length and header, padded with blanks so that the values begin at a multiple of [`ALIGN`].
+    /// Source: the format, <https://huggingface.co/docs/safetensors>.
+    fn head(&self) -> io::Result<Vec<u8>> {
+        let mut end = 0;
+        let info = |(name, shape): &(String, Vec<usize>)| {
+            let begin = end;
+            end += 4 * shape.iter().product::<usize>();
+            (name.clone(), TensorInfo { dtype: Dtype::F32, shape: shape.clone(), data_offsets: (begin, end) })
+        };
+        let infos: BTreeMap<String, TensorInfo> = self.tensors.iter().map(info).collect();
+        let mut header = serde_json::to_vec(&infos)?;
+        header.resize((8 + header.len()).next_multiple_of(ALIGN) - 8, b' ');
+        Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
+    }
+}
+
+/// A file that is written from its beginning to its end.
+struct Pieces {
+    file: File,
+    /// Room for an aligned piece of [`ALIGN`] bytes, which begins at `start` and is `filled` so far.
+    edge: Vec<u8>,
+    start: usize,
+    filled: usize,
+    written: u64,
+}
+
+impl Pieces {
+    fn create(path: &Path) -> io::Result<Pieces> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        let direct = options.clone().custom_flags(OFlags::DIRECT.bits() as i32).open(path);
+        let file = direct.or_else(|_| options.open(path))?;
+        let edge = vec![0; 2 * ALIGN];
+        let start = edge.as_ptr().align_offset(ALIGN);
+        Ok(Pieces { file, edge, start, filled: 0, written: 0 })
+    }
+
+    fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            if self.filled == 0 && bytes.len() >= ALIGN && bytes.as_ptr().align_offset(ALIGN) == 0 {
+                let (whole, rest) = bytes.split_at(bytes.len() / ALIGN * ALIGN);
+                whole.chunks(PIECE).try_for_each(|piece| write_all(&mut self.file, piece))?;
+                self.written += whole.len() as u64;
+                bytes = rest;
+                continue;
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(ALIGN - self.filled));
+            let at = self.start + self.filled;
+            self.edge[at..at + now.len()].copy_from_slice(now);
+            self.filled += now.len();
+            bytes = later;
+            if self.filled == ALIGN {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the piece, with whatever stands behind what it is filled with.
+    fn flush(&mut self) -> io::Result<()> {
+        write_all(&mut self.file, &self.edge[self.start..self.start + ALIGN])?;
+        self.written += self.filled as u64;
+        self.filled = 0;
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<u64> {
+        if self.filled > 0 {
+            self.flush()?;
+            self.file.set_len(self.written)?;
+        }
+        self.file.sync_all()?;
+        Ok(self.written)
+    }
+}
+
+/// Writes past the cache; through it if the file system, which has opened the file for direct writes, has none.
+fn write_all(file: &mut File, piece: &[u8]) -> io::Result<()> {
+    match file.write_all(piece) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            fcntl_setfl(&*file, fcntl_getfl(&*file)? - OFlags::DIRECT)?;
+            file.write_all(piece)
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    fn check(folder: &Path) {
+        // Small ones, one that begins anywhere, nothing, some pages: in one buffer and in several.
+        let tensors: Vec<(String, [i64; 1], Vec<f32>)> = [1usize, 100_001, 0, 16 * 1024, 7, 50_000]
+            .iter()
+            .map(|count| (format!("of {count}"), [*count as i64], (0..*count).map(|i| i as f32).collect()))
+            .collect();
+        let mut content = Content::default();
+        for part in [&tensors[..2], &tensors[2..3], &tensors[3..]] {
+            content.add(part.iter().map(|(name, shape, values)| (name.clone(), &shape[..], &values[..])));
+        }
+        let path = folder.join("values");
+        let (size, digest) = content.write(&path).unwrap();
+        let there = std::fs::read(&path).unwrap();
+        assert_eq!(size, there.len() as u64);
+        assert_eq!((size, digest), super::super::digest(&path).unwrap());
+        let read = SafeTensors::deserialize(&there).unwrap();
+        assert_eq!(read.len(), tensors.len());
+        for (name, shape, values) in &tensors {
+            let tensor = read.tensor(name).unwrap();
+            assert_eq!((tensor.shape(), tensor.data()), (&[shape[0] as usize][..], as_bytes(values)), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        check(tempfile::tempdir().unwrap().path());
+    }
+
+    #[test]
+    fn a_file_system_without_direct_writes_does() {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() {
+            check(tempfile::tempdir_in(memory).unwrap().path());
+        }
+    }
+
+    #[test]
+    fn buffers_lie_as_in_the_file() {
+        let mut content = Content::default();
+        for count in [3usize, 5000, 12_345, 1024] {
+            let (position, values) = (content.bytes(), vec![1.0; count]);
+            content.add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter());
+            let Buffer { memory, lead } = content.buffers.last().unwrap();
+            assert_eq!(memory[*lead..].as_ptr().addr() % ALIGN, position % ALIGN);
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told() {
+        if Path::new("/dev/full").exists() {
+            let mut file = Pieces::create(Path::new("/dev/full")).unwrap();
+            assert_eq!(file.put(&[0; 2 * ALIGN]).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        }
+    }
+}
