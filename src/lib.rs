@@ -10,6 +10,7 @@
 //! topology   the nodes below them     -> selftest    whether their links do what is said of them
 //! delay      versions, sync points    -> schedule    what each stage does, in which order
 //! precision  of weights and activations  wire        of what travels
+//! device     processor or GPU            runtime     the libtorch that was found
 //!
 //! worker:    for action in schedule.device_actions(device):
 //!                Load                    data::Batches
@@ -37,6 +38,8 @@
 mod allocator;
 pub mod grid;
 pub mod error;
+pub mod runtime;
+pub mod device;
 pub mod topology;
 pub mod failure;
 pub mod partition;
@@ -66,7 +69,6 @@ pub mod selftest;
 pub mod prepare;
 pub mod worker;
 pub mod emulator;
-pub mod runtime;
 pub mod launch;
 pub mod cli;
 pub mod commands;

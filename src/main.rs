@@ -6,9 +6,10 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, failure, launch, prepare};
+use ouroboros::{commands, device, failure, launch, prepare};
 
 fn main() -> ExitCode {
+    device::prepare_environment();
     failure::hush_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

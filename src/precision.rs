@@ -17,6 +17,8 @@ use tch::Kind;
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     F32,
+    /// f32, but products of matrices on a GPU's tensor cores, which read 10 bits of the mantissa.
+    Tf32,
     Bf16,
 }
 
@@ -24,7 +26,7 @@ impl Precision {
     /// libtorch's name of the type of weights and activations.
     pub fn kind(self) -> Kind {
         match self {
-            Precision::F32 => Kind::Float,
+            Precision::F32 | Precision::Tf32 => Kind::Float,
             Precision::Bf16 => Kind::BFloat16,
         }
     }
@@ -32,7 +34,7 @@ impl Precision {
     /// Bytes of a weight or an activation.
     pub fn bytes(self) -> usize {
         match self {
-            Precision::F32 => 4,
+            Precision::F32 | Precision::Tf32 => 4,
             Precision::Bf16 => 2,
         }
     }

@@ -12,8 +12,13 @@ pub const BUILT_FOR: &str = env!("OUROBOROS_LIBTORCH_VERSION");
 
 /// The file of libtorch that the loader chose for this process.
 pub fn libtorch_path() -> Option<PathBuf> {
+    mapped("/libtorch_cpu.so")
+}
+
+/// The file of this process's memory whose path holds `part`.
+pub fn mapped(part: &str) -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.contains("/libtorch_cpu.so"))?;
+    let line = maps.lines().find(|line| line.contains(part))?;
     line.find('/').map(|start| PathBuf::from(&line[start..]))
 }
 

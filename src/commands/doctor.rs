@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::comm::mpi::{self, World};
+use crate::device::{self, Choice, Local, driver, libraries};
 use crate::error::Result;
 use crate::runtime;
 
@@ -15,6 +16,7 @@ pub fn doctor() -> Result<()> {
     let mut advice = Vec::new();
     let mut lines = vec![format!("ouroboros   {}", env!("CARGO_PKG_VERSION"))];
     libtorch(&mut lines, &mut advice);
+    gpus(&mut lines, &mut advice);
     launcher(&mut lines, &mut advice);
     machine(&mut lines, &mut advice);
     match mpi::launched() {
@@ -41,6 +43,30 @@ fn libtorch(lines: &mut Vec<String>, advice: &mut Vec<String>) {
     lines.push(format!("            OpenMP {}, MKL {}", yes(tch::utils::has_openmp()), yes(tch::utils::has_mkl())));
     if let Err(error) = runtime::check_libtorch() {
         advice.push(error.to_string());
+    }
+}
+
+/// Driver and devices, whether libtorch can use them, and NCCL.
+fn gpus(lines: &mut Vec<String>, advice: &mut Vec<String>) {
+    match driver::find() {
+        Err(why) => lines.push(format!("GPU         {why}")),
+        Ok(driver) => {
+            let (major, minor) = driver.version;
+            lines.push(format!("GPU driver  serves CUDA {major}.{minor}; {} devices to be seen", driver.gpus.len()));
+            for gpu in &driver.gpus {
+                let (gib, (major, minor)) = (gpu.bytes as f64 / f64::from(1 << 30), gpu.capability);
+                lines.push(format!("  GPU {:<5} {gpu}, {gib:.1} GiB, compute capability {major}.{minor}", gpu.index));
+            }
+            if let Err(error) = device::choose(Choice::Cuda, Local::ALONE, false) {
+                advice.push(error.to_string());
+            }
+        }
+    }
+    match libraries::nccl() {
+        Ok(nccl) => {
+            lines.push(format!("NCCL        {}, {}", libraries::dotted(nccl.version), nccl.path.display()));
+        }
+        Err(why) => lines.push(format!("NCCL        {why}")),
     }
 }
 

@@ -13,6 +13,7 @@ pub use data::{DataConfig, HeldOut, Order, Tokenizer};
 pub use model::{Arch, ModelConfig, Norm, TieGradient};
 pub use optimizer::{ClipScope, OptimizerConfig, OptimizerKind, RateKind};
 
+use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::grid::{self, Grid, Placement};
 use crate::precision::Precision;
@@ -44,7 +45,13 @@ pub struct Config {
     pub sync_at: Vec<usize>,
     /// Threads a rank.
     pub threads: usize,
-    /// What the model computes with: `f32`, or `bf16` over f32 master weights.
+    /// `cpu`; `cuda`, one GPU a rank; or `auto`, a GPU where there is one.
+    pub device: Choice,
+    /// Several ranks may share one GPU: for tests.
+    pub allow_shared_gpu: bool,
+    /// On a GPU only what gives the same bits every time; the processor always does.
+    pub deterministic: bool,
+    /// What the model computes with: `f32`, `tf32` on GPUs, or `bf16` over f32 master weights.
     pub precision: Precision,
     /// How activations, gradients and the all-reduce travel between devices: `f32`, or `bf16` in half the bytes.
     pub wire: Wire,
@@ -81,6 +88,9 @@ impl Default for Config {
             sync_steps: 0,
             sync_at: Vec::new(),
             threads: 1,
+            device: Choice::Cpu,
+            allow_shared_gpu: false,
+            deterministic: false,
             precision: Precision::F32,
             wire: Wire::F32,
             bucket_kib: 4096,
@@ -294,7 +304,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `embedding_width`, `head_width`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

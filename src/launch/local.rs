@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
+use super::devices::chosen;
 use super::job::Job;
 use super::{announce, watch};
 use crate::comm::{Reporter, local};
+use crate::device::Local;
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
@@ -31,6 +33,8 @@ pub(super) fn threads(job: &Job) -> Placed<Summary> {
 /// Folder, log and recorder of a run in one process.
 fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
     let (setup, _) = job.setup()?;
+    let chosen = chosen(&setup.config, Local::ALONE)?;
+    let setup = setup.on(chosen.device());
     check(&setup)?;
     let setup = match job.saved(&setup)? {
         Some(saved) => setup.resume(saved)?,

@@ -4,6 +4,7 @@
 mod agree;
 mod job;
 mod checks;
+mod devices;
 mod local;
 mod ranks;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::agree::together;
 use super::checks::{enough_memory, hosts, on_their_nodes, resumed, same_everywhere, setup_of_rank};
+use super::devices::{apart, chosen};
 use super::job::Job;
 use super::{announce, watch};
 use crate::comm::Ports;
@@ -51,6 +52,9 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let rank = world.identity.rank;
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let (setup, topology) = together(world, || setup_of_rank(job, world))?;
+    let chosen = together(world, || chosen(&setup.config, world.identity.local))?;
+    together(world, || apart(world, &setup.config, &chosen))?;
+    let setup = setup.on(chosen.device());
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
     together(world, || on_their_nodes(topology.as_ref(), world))?;

@@ -107,12 +107,12 @@ impl Prediction {
 
 /// The f32 weights behind versions that are not: bytes, of those of the weights in f32.
 fn master(setup: &Setup, flat: u64) -> u64 {
-    if setup.config.precision == Precision::F32 { 0 } else { flat }
+    if setup.config.precision != Precision::Bf16 { 0 } else { flat }
 }
 
 /// Where backwards add, before that is added to the f32 gradient.
 fn narrow(setup: &Setup, flat: u64) -> u64 {
-    if setup.config.precision == Precision::F32 { 0 } else { flat / VALUE * setup.config.precision.bytes() as u64 }
+    if setup.config.precision != Precision::Bf16 { 0 } else { flat / VALUE * setup.config.precision.bytes() as u64 }
 }
 
 /// What a place copies to save it: replicas share weights and moments out.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::checkpoint::{Checkpoint, Kind, Pipeline};
 use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
@@ -43,6 +43,8 @@ pub struct Setup {
     pub eval_share: usize,
     /// The saved state that the run goes on from; none: it begins with initial weights.
     pub resumed: Option<Arc<Checkpoint>>,
+    /// What this process computes on.
+    pub device: Device,
 }
 
 impl Setup {
@@ -72,7 +74,23 @@ impl Setup {
             None => 0,
         };
         check_schedule(&schedule, grid)?;
-        Ok(Setup { config, grid, dimensions, partition, schedule, corpus, rows, eval_share, resumed: None })
+        Ok(Setup {
+            config,
+            grid,
+            dimensions,
+            partition,
+            schedule,
+            corpus,
+            rows,
+            eval_share,
+            resumed: None,
+            device: Device::Cpu,
+        })
+    }
+
+    /// The same run on another device.
+    pub fn on(self, device: Device) -> Setup {
+        Setup { device, ..self }
     }
 
     /// The same run from a saved state on.
@@ -160,7 +178,7 @@ impl Setup {
     /// How activations and their gradients travel: bf16 ones need no more.
     pub fn hidden_wire(&self) -> Wire {
         match self.config.precision {
-            Precision::F32 => self.config.wire,
+            Precision::F32 | Precision::Tf32 => self.config.wire,
             Precision::Bf16 => Wire::Bf16,
         }
     }

@@ -192,3 +192,24 @@ fn clusters_cost_memory_by_their_tokens() {
     let (predicted, measured) = (numbers[5], numbers[6]);
     assert!(measured < 200.0 && predicted < 150.0, "{predicted} MiB predicted, {measured} MiB measured{finished}");
 }
+
+/// One error, whoever finds it, and no rank is left. Where there is a GPU, scripts/gpu-check.sh looks at the rest.
+#[test]
+fn a_gpu_that_is_not_there_is_told_once() {
+    if ouroboros::device::driver::find().is_ok() {
+        return;
+    }
+    let folder = Folder::new();
+    let missing = "setting `device`: found `cuda`, but no NVIDIA driver is here";
+    for (set, expected) in
+        [("device=cuda", missing), ("precision=tf32", "setting `precision`: found `tf32` on a processor")]
+    {
+        let alone = run(ouroboros(&slices(&folder.train("out", &[set], &[]))), LIMIT).expect_code(2);
+        let ranks = run(mpirun(2, &slices(&folder.train("out", &[set], &["--grid", "2x1"]))), LIMIT).expect_code(2);
+        for finished in [alone, ranks] {
+            let errors = finished.errors();
+            assert!(errors.len() == 1 && errors[0].contains(expected), "{set}: {finished}");
+        }
+    }
+    compare("2x1", &["device=auto", "deterministic=true"]);
+}

@@ -28,6 +28,7 @@ use super::raw::{self, MpiResult, Pending};
 use super::reduce::Reducer;
 use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
+use crate::device::Local;
 use crate::error::Error;
 use crate::failure::show;
 use crate::metrics::Report;
@@ -117,6 +118,8 @@ pub struct Identity {
     pub rank: usize,
     pub size: usize,
     pub host: String,
+    /// Among the ranks of its host.
+    pub local: Local,
 }
 
 /// The body of the driver's thread.
@@ -127,7 +130,11 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>, wai
     };
     let world = universe.world();
     let host = mpi::environment::processor_name().unwrap_or_default();
-    let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host };
+    let local = {
+        let neighbours = world.split_shared(world.rank());
+        Local { rank: neighbours.rank() as usize, ranks: neighbours.size() as usize }
+    };
+    let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host, local };
     let rank = identity.rank;
     // Sums are added up here, beside the computing thread. Libtorch takes a thread's number over when it is first asked
     // for: now, before the worker has set its own.

@@ -1,0 +1,55 @@
+//! What the ranks of a run compute on.
+
+use crate::comm::mpi::World;
+use crate::config::Config;
+use crate::device::{self, Chosen, Gpu, Local, context};
+use crate::error::{Error, Result};
+use crate::precision::Precision;
+
+/// The device of this process, and libtorch made ready for it.
+///
+/// # Errors
+/// [`Error::Config`] about `device` or `precision`.
+pub(super) fn chosen(config: &Config, local: Local) -> Result<Chosen> {
+    let chosen = device::choose(config.device, local, config.allow_shared_gpu)?;
+    if config.precision == Precision::Tf32 {
+        if chosen == Chosen::Cpu {
+            let remedy = "only GPUs have it: set device = \"cuda\", or take \"f32\"";
+            return Err(Error::config("precision", "`tf32` on a processor", remedy));
+        }
+        context::allow_tf32(true)?;
+    }
+    if config.deterministic {
+        context::deterministic()?;
+    }
+    Ok(chosen)
+}
+
+/// Refuses ranks that would share a GPU, or of which only some have one. Rank 0 tells who has which.
+///
+/// # Errors
+/// [`Error::Config`] about `device` or `allow_shared_gpu`.
+pub(super) fn apart(world: &World, config: &Config, chosen: &Chosen) -> Result<()> {
+    let gpu = match chosen {
+        Chosen::Cpu => None,
+        Chosen::Cuda(gpu) => Some(gpu.clone()),
+    };
+    let bytes =
+        serde_json::to_vec(&(&world.identity.host, &gpu)).map_err(|error| Error::Internal(error.to_string()))?;
+    let read = |bytes: &Vec<u8>| serde_json::from_slice::<(String, Option<Gpu>)>(bytes);
+    let all: std::result::Result<Vec<_>, _> = world.all_gather(bytes)?.iter().map(read).collect();
+    let all = all.map_err(|error| Error::Internal(error.to_string()))?;
+    let with: Vec<(String, Gpu)> = all.iter().filter_map(|(host, gpu)| Some((host.clone(), gpu.clone()?))).collect();
+    if let Some(without) = all.iter().position(|(_, gpu)| gpu.is_none()).filter(|_| !with.is_empty()) {
+        let found =
+            format!("`auto`, and rank {without} on {} has no GPU that can be used, others have", all[without].0);
+        return Err(Error::config("device", found, "set device = \"cpu\", or start ranks where GPUs are"));
+    }
+    device::check_apart(&with, config.allow_shared_gpu)?;
+    if world.identity.rank == 0 {
+        for (rank, (host, gpu)) in with.iter().enumerate() {
+            println!("rank {rank}: {gpu} on {host}");
+        }
+    }
+    Ok(())
+}
