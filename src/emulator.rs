@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::metrics::Report;
 use crate::model::{self, Dropout, Memory, Stack};
-use crate::optim::{Optimizer, Update, clip_factor, learning_rate, norm};
+use crate::optim::{Optimizer, Terms, learning_rate, norm};
 use crate::panel::{Panel, Word};
-use crate::params::{Layout, slice, slice_mut, zeros};
+use crate::params::{Flats, Layout, zeros};
 use crate::schedule::Tie;
 use crate::setup::Setup;
 
@@ -154,7 +154,7 @@ impl Emulator {
             let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
             let table = table.map(|table| (table, schedule.table_delay()));
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
-                snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer);
+                snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
                 let older = version(schedule.since(step), step, delay)..step;
                 // The grid does not hold them any wider.
                 let kind = self.setup.config.precision.kind();
@@ -294,8 +294,10 @@ impl Emulator {
         let config = &setup.config;
         let leaves = self.leaves(numbers, table)?;
         let weights = self.weights(&leaves);
-        let stages = self.stages.iter().map(|stage| zeros(stage.layout.len)).collect::<Result<Vec<_>>>()?;
-        let (input, output) = (zeros(self.table.layout.len)?, zeros(self.table.layout.len)?);
+        let stages =
+            self.stages.iter().map(|stage| zeros(stage.layout.len, setup.device)).collect::<Result<Vec<_>>>()?;
+        let (input, output) =
+            (zeros(self.table.layout.len, setup.device)?, zeros(self.table.layout.len, setup.device)?);
         let mut sums = Vec::new();
         for (stage, flat) in self.stages.iter().zip(&stages) {
             sums.extend(stage.layout.views(flat)?);
@@ -304,7 +306,7 @@ impl Emulator {
         sums.extend(self.table.layout.views(&output)?);
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
-            let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
+            let batch = self.batches.train(t, setup.train_rows(replica, microbatch)).on(setup.device)?;
             let (rate, attention_rate) = (config.model.dropout, config.model.attention_dropout);
             let dropout = Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
             let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
@@ -341,19 +343,16 @@ impl Emulator {
             None => (&mut self.table, self.setup.schedule.delays[0], self.setup.tie_factor()),
         };
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
-        let norm = norm(slice(sum)) * mean;
+        let number = norm(sum, self.setup.late)?;
+        let norm = number.now()? * mean;
         if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let place = Place { stage: stage.unwrap_or(0), replica: 0 };
             return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place, data: String::new() });
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
-        let scale = mean * clip_factor(norm, config.optimizer.clip);
         let mut new = weights.newest()?.f_detach_copy()?;
-        let update = Update { old: None, new: slice_mut(&mut new), gradient: slice_mut(sum), lr, scale };
-        match norm.is_finite() {
-            true => weights.optimizer.update(update),
-            false => weights.optimizer.skip(update),
-        }
+        let flats = Flats { old: None, new: &mut new, rounded: None, gradient: sum };
+        weights.optimizer.update(flats, &Terms { lr, mean, norm: &number })?;
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
         Ok(norm)
@@ -366,7 +365,8 @@ impl Emulator {
             let (mut loss_sum, mut tokens) = (0.0, 0);
             let mut memories = self.forgetful(self.setup.config.eval_mem_len());
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
-                let batch = self.batches.held_out(self.setup.eval_rows(replica, microbatch), microbatch);
+                let rows = self.setup.eval_rows(replica, microbatch);
+                let batch = self.batches.held_out(rows, microbatch).on(self.setup.device)?;
                 let loss = tch::no_grad(|| self.loss(&weights, &batch, &mut memories, None))?;
                 let mean = loss.f_double_value(&[])?;
                 loss_sum += mean * batch.targets.numel() as f64;

@@ -32,6 +32,9 @@ pub enum Error {
     /// The transport itself failed.
     #[error("MPI: {0}")]
     Transport(String),
+    /// A GPU, or what drives it, failed.
+    #[error("device: {0}")]
+    Device(String),
     /// A message arrived that is not the one which the schedule calls for.
     #[error(
         "wrong message from {from} to {to}: expected {expected}, found {found}; do all ranks run the same program and config?"
@@ -73,6 +76,7 @@ impl Error {
             | Error::Died { .. }
             | Error::Hang { .. }
             | Error::Transport(_)
+            | Error::Device(_)
             | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
             Error::Checkpoint { .. } => 6,
@@ -101,8 +105,11 @@ impl From<tch::TchError> for Error {
         // libtorch appends a C++ stack; the first line is the message.
         let text = error.to_string();
         let first = text.lines().next().unwrap_or_default();
-        if first.contains("can't allocate memory") {
+        if first.contains("can't allocate memory") || first.contains("out of memory") {
             return Error::Memory(format!("not enough ({first})"));
+        }
+        if first.contains("CUDA error") || first.contains("CUDNN") || first.contains("CUBLAS") {
+            return Error::Device(format!("libtorch: {first}"));
         }
         Error::Internal(format!("libtorch: {first}"))
     }
@@ -122,6 +129,7 @@ mod tests {
             (Error::data("a", "b", "c"), 3),
             (Error::Lost { peer: place, doing: "x".into() }, 4),
             (Error::Died { doing: "x".into() }, 4),
+            (Error::Device("x".into()), 4),
             (Error::Hang { seconds: 1.0, place: "x".into(), what: "y".into() }, 4),
             (Error::Transport("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),

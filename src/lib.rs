@@ -10,7 +10,7 @@
 //! topology   the nodes below them     -> selftest    whether their links do what is said of them
 //! delay      versions, sync points    -> schedule    what each stage does, in which order
 //! precision  of weights and activations  wire        of what travels
-//! device     processor or GPU            runtime     the libtorch that was found
+//! device     processor or GPU            number      what it computes for the host, known or read later
 //!
 //! worker:    for action in schedule.device_actions(device):
 //!                Load                    data::Batches
@@ -51,6 +51,7 @@ pub mod config;
 pub mod random;
 pub mod data;
 pub mod model;
+pub mod number;
 pub mod params;
 pub mod emulation;
 pub mod optim;

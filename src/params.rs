@@ -87,7 +87,7 @@ impl Layout {
     /// # Errors
     /// What libtorch reports.
     pub fn initial(&self, seed: u64) -> Result<Tensor> {
-        let mut flat = zeros(self.len)?;
+        let mut flat = zeros(self.len, Device::Cpu)?;
         let values = slice_mut(&mut flat);
         for Entry { parameter, offset } in &self.entries {
             values[*offset..offset + parameter.count()].copy_from_slice(&initial(parameter, seed));
@@ -96,12 +96,20 @@ impl Layout {
     }
 }
 
-/// A flat f32 buffer of zeros on the CPU.
+/// A flat f32 buffer of zeros.
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn zeros(len: usize) -> Result<Tensor> {
-    Ok(Tensor::f_zeros([len as i64], (Kind::Float, Device::Cpu))?)
+pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
+    Ok(Tensor::f_zeros([len as i64], (Kind::Float, device))?)
+}
+
+/// A buffer's values where the processor can read them.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn here(flat: &Tensor) -> Result<Tensor> {
+    Ok(flat.f_to_device(Device::Cpu)?)
 }
 
 /// The values of a flat buffer.
@@ -168,6 +176,18 @@ pub struct Versions {
     newest: usize,
 }
 
+/// What an update works on: flat buffers of one length.
+pub struct Flats<'a> {
+    /// The newest weights, f32; none if `new` holds them.
+    pub old: Option<&'a Tensor>,
+    /// The next version.
+    pub new: &'a mut Tensor,
+    /// The next version as steps use it, where that is not f32.
+    pub rounded: Option<&'a mut Tensor>,
+    /// The sum over microbatches and replicas; cleared by the update.
+    pub gradient: &'a mut Tensor,
+}
+
 /// One use of the weights.
 struct Side {
     /// The parameters of every buffer, leaves of autograd.
@@ -190,7 +210,7 @@ impl Versions {
             buffers.push(buffers[0].f_zeros_like()?);
         }
         let side = |_| -> Result<Side> {
-            let gradient = zeros(layout.len)?;
+            let gradient = zeros(layout.len, initial.device())?;
             let narrow = narrow.then(|| gradient.f_to_kind(kind)).transpose()?;
             let gradients = layout.views(narrow.as_ref().unwrap_or(&gradient))?;
             let of_buffer = |flat| -> Result<Vec<Tensor>> {
@@ -252,23 +272,15 @@ impl Versions {
         self.master.as_ref().unwrap_or(&self.buffers[self.newest % self.buffers.len()])
     }
 
-    /// Changes the newest version: a fault on purpose.
+    /// Changes the first weight of the newest version, a tensor of one value: a fault on purpose.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn alter(&mut self, change: impl FnOnce(&mut [f32])) -> Result<()> {
+    pub fn alter(&mut self, change: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
-        change(slice_mut(self.master.as_mut().unwrap_or(&mut self.buffers[self.newest % held])));
-        self.round()
-    }
-
-    /// Writes the newest version into its buffer, where that is not f32.
-    fn round(&mut self) -> Result<()> {
-        let held = self.buffers.len();
-        match &self.master {
-            Some(master) => Ok(self.buffers[self.newest % held].f_copy_(master)?),
-            None => Ok(()),
-        }
+        let newest = &mut self.buffers[self.newest % held];
+        change(&mut self.master.as_ref().unwrap_or(newest).f_narrow(0, 0, 1)?)?;
+        Ok(self.master.as_ref().map_or(Ok(()), |master| newest.f_copy_(master))?)
     }
 
     /// Adds what a backward has left of a part of a side's gradient to the step's sum; where both are one buffer, that is
@@ -294,24 +306,21 @@ impl Versions {
     /// version (else it holds the newest weights, to be changed in place), and the gradient of the first side.
     ///
     /// # Errors
-    /// What libtorch reports.
-    pub fn advance(&mut self, update: impl FnOnce(Option<&[f32]>, &mut [f32], &mut [f32])) -> Result<()> {
+    /// Those of `update`.
+    pub fn advance(&mut self, update: impl FnOnce(Flats) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
-        let (old, new) = (self.newest % held, (self.newest + 1) % held);
+        let (old, next) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
-        let gradient = slice_mut(&mut self.sides[0].gradient);
+        let gradient = &mut self.sides[0].gradient;
         if let Some(master) = &mut self.master {
-            update(None, slice_mut(master), gradient);
-            return self.round();
+            return update(Flats { old: None, new: master, rounded: Some(&mut self.buffers[next]), gradient });
         }
         if held == 1 {
-            update(None, slice_mut(&mut self.buffers[0]), gradient);
-            return Ok(());
+            return update(Flats { old: None, new: &mut self.buffers[0], rounded: None, gradient });
         }
-        let (low, high) = self.buffers.split_at_mut(old.max(new));
-        let (old, new) = if old < new { (&low[old], &mut high[0]) } else { (&high[0], &mut low[new]) };
-        update(Some(slice(old)), slice_mut(new), gradient);
-        Ok(())
+        let (low, high) = self.buffers.split_at_mut(old.max(next));
+        let (old, new) = if old < next { (&low[old], &mut high[0]) } else { (&high[0], &mut low[next]) };
+        update(Flats { old: Some(old), new, rounded: None, gradient })
     }
 }
 
@@ -359,9 +368,10 @@ mod tests {
         let address = versions.gradient(0).data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
         square(versions.parameters(0, 0)).backward();
-        let ten = |old: Option<&[f32]>, new: &mut [f32], _: &mut [f32]| {
-            new.copy_from_slice(old.unwrap());
-            new[0] = 10.0;
+        let ten = |Flats { old, new, .. }: Flats| {
+            new.copy_(old.unwrap());
+            let _ = new.narrow(0, 0, 1).fill_(10.0);
+            Ok(())
         };
         versions.advance(ten).unwrap();
         square(versions.parameters(0, 0)).backward();
@@ -384,12 +394,22 @@ mod tests {
         assert_eq!(slice(versions.gradient(1))[32..39], [1.0; 7]);
     }
 
+    /// Changes the next version, which begins as it lies, and rounds it.
+    fn advance(versions: &mut Versions, change: impl Fn(&mut Tensor) -> Tensor) {
+        let update = |Flats { new, rounded, .. }: Flats| {
+            let _ = change(new);
+            rounded.into_iter().for_each(|rounded| rounded.copy_(new));
+            Ok(())
+        };
+        versions.advance(update).unwrap();
+    }
+
     #[test]
     fn a_graph_keeps_its_version_when_the_next_is_written() {
         let layout = layout();
         let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
         let loss = (&versions.parameters(0, 0)[0] * &versions.parameters(0, 0)[0]).sum(Kind::Float);
-        versions.advance(|_, new, _| new.fill(100.0)).unwrap();
+        advance(&mut versions, |new| new.fill_(100.0));
         loss.backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
         assert_eq!(slice(versions.gradient(0))[3], 2.0 * first[3]);
@@ -404,9 +424,10 @@ mod tests {
             let first = slice(&layout.initial(1).unwrap()).to_vec();
             assert_eq!(slice(versions.flat()), first);
             let leaf = versions.parameters(start, 0)[0].data_ptr();
-            let two = |old: Option<&[f32]>, new: &mut [f32], _: &mut [f32]| {
-                assert_eq!(old.unwrap(), first);
-                new.fill(2.0);
+            let two = |Flats { old, new, .. }: Flats| {
+                assert_eq!(slice(old.unwrap()), first);
+                let _ = new.fill_(2.0);
+                Ok(())
             };
             versions.advance(two).unwrap();
             assert_eq!((versions.newest(), versions.parameters(start, 0)[0].data_ptr()), (start + 1, leaf));
@@ -419,7 +440,7 @@ mod tests {
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
         let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
-        versions.advance(|_, _, _| {}).unwrap();
+        versions.advance(|_| Ok(())).unwrap();
         versions.parameters(0, 0);
     }
 
@@ -427,16 +448,15 @@ mod tests {
     #[test]
     fn bf16_versions_are_rounded_from_an_f32_master() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), zeros(layout.len).unwrap(), 2, 1, Kind::BFloat16).unwrap();
+        let mut versions =
+            Versions::new(layout.clone(), zeros(layout.len, Device::Cpu).unwrap(), 2, 1, Kind::BFloat16).unwrap();
         let value = |versions: &Versions, number: usize| {
             versions.parameters(number, 0)[1].to_kind(Kind::Float).double_value(&[0])
         };
-        versions.advance(|_, new, _| new.fill(1.0)).unwrap();
-        versions
-            .advance(|old, new, _| new.iter_mut().for_each(|w| *w += if old.is_none() { 0.001 } else { 9.0 }))
-            .unwrap();
+        advance(&mut versions, |new| new.fill_(1.0));
+        advance(&mut versions, |new| new.g_add_scalar_(0.001));
         assert_eq!((value(&versions, 1), value(&versions, 2)), (1.0, 1.0));
-        versions.advance(|_, new, _| new.iter_mut().for_each(|w| *w += 0.004)).unwrap();
+        advance(&mut versions, |new| new.g_add_scalar_(0.004));
         assert_eq!((value(&versions, 2), value(&versions, 3)), (1.0, 1.007_812_5));
         for _ in 0..3 {
             (&versions.parameters(3, 0)[1] * 1.001).sum(Kind::Float).backward();

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::comm::{Content, Ends, Header, Link, Ports};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
-use crate::params::slice;
+use crate::params::{here, slice};
 use crate::schedule::Pass;
 use crate::topology::Topology;
 use crate::wire::Wire;
@@ -44,13 +44,13 @@ pub struct Measured {
 ///
 /// # Errors
 /// A link that alters or loses messages, or one that says nothing for as long as `limit`.
-pub fn test(ports: Ports, grid: Grid, rank: usize, limit: Duration) -> Result<(Ports, Vec<Measured>)> {
+pub fn test(ports: Ports, grid: Grid, rank: usize, device: Device, limit: Duration) -> Result<(Ports, Vec<Measured>)> {
     let doing = Arc::new(Mutex::new(String::new()));
     let (sender, receiver) = channel();
     let told = Arc::clone(&doing);
     let body = move || {
         let mut ports = ports;
-        let result = all(&mut ports, grid, rank, &told);
+        let result = all(&mut ports, grid, rank, device, &told);
         let _ = sender.send((ports, result)); // Nobody waits any more if it took too long.
     };
     std::thread::Builder::new()
@@ -68,7 +68,7 @@ pub fn test(ports: Ports, grid: Grid, rank: usize, limit: Duration) -> Result<(P
     }
 }
 
-fn all(ports: &mut Ports, grid: Grid, rank: usize, doing: &Mutex<String>) -> Result<Vec<Measured>> {
+fn all(ports: &mut Ports, grid: Grid, rank: usize, device: Device, doing: &Mutex<String>) -> Result<Vec<Measured>> {
     let say = |text: String| {
         if let Ok(mut doing) = doing.lock() {
             *doing = text;
@@ -78,17 +78,17 @@ fn all(ports: &mut Ports, grid: Grid, rank: usize, doing: &Mutex<String>) -> Res
     for (place, ends) in grid.held(rank).into_iter().zip(&mut ports.places) {
         if let (Some(link), Some(peer)) = (&mut ends.upstream, grid.upstream(place)) {
             say(format!("waits for {peer}"));
-            answer(link.as_mut(), place)?;
+            answer(link.as_mut(), place, device)?;
         }
         if let (Some(link), Some(peer)) = (&mut ends.downstream, grid.downstream(place)) {
             say(format!("waits for {peer}"));
-            let (latency_us, gbit_s) = ask(link.as_mut(), peer)?;
+            let (latency_us, gbit_s) = ask(link.as_mut(), peer, device)?;
             measured.push(Measured { ranks: vec![rank, grid.rank(peer)], group: false, latency_us, gbit_s });
         }
     }
     for (place, ends) in grid.held(rank).into_iter().zip(&mut ports.places) {
         say(format!("waits for the replicas of stage {}", place.stage));
-        if let Some((latency_us, gbit_s)) = reduce(ends, grid, place)?
+        if let Some((latency_us, gbit_s)) = reduce(ends, grid, place, device)?
             && place.replica == 0
         {
             let ranks = grid.group(place.stage).map(|member| grid.rank(member)).collect();
@@ -103,8 +103,13 @@ fn header(content: Content, number: usize, values: i64) -> Header {
     Header { content, pass: Pass::Train, step: 0, microbatch: number, shape, wire: Wire::F32 }
 }
 
-fn filled(values: i64, with: f64) -> Result<Tensor> {
-    Ok(Tensor::f_full([1, 1, values], with, (Kind::Float, Device::Cpu))?)
+fn filled(values: i64, with: f64, device: Device) -> Result<Tensor> {
+    Ok(Tensor::f_full([1, 1, values], with, (Kind::Float, device))?)
+}
+
+/// Waits until a device has made what has been asked of it.
+fn settle(flat: &Tensor) -> Result<()> {
+    here(&flat.f_view([-1])?.f_narrow(0, 0, 1)?).map(drop)
 }
 
 /// What the n-th message of the test holds.
@@ -113,7 +118,7 @@ fn value(number: usize) -> f64 {
 }
 
 fn checked(tensor: &Tensor, number: usize, peer: &str) -> Result<()> {
-    let flat = tensor.f_view([-1])?;
+    let flat = here(&tensor.f_view([-1])?)?;
     match slice(&flat).iter().find(|found| f64::from(**found) != value(number)) {
         None => Ok(()),
         Some(found) => {
@@ -123,25 +128,27 @@ fn checked(tensor: &Tensor, number: usize, peer: &str) -> Result<()> {
     }
 }
 
-fn answer(link: &mut dyn Link, place: Place) -> Result<()> {
+fn answer(link: &mut dyn Link, place: Place, device: Device) -> Result<()> {
     for number in 0..PINGS + 2 {
         let values = if number >= PINGS { LARGE } else { 1 };
         let tensor = link.receive(header(Content::Activation, number, values))?;
         checked(&tensor, number, &format!("the upstream neighbour of {place}"))?;
-        link.send(header(Content::Gradient, number, 1), filled(1, value(number))?)?;
+        link.send(header(Content::Gradient, number, 1), filled(1, value(number), device)?)?;
     }
     Ok(())
 }
 
 /// Latency in microseconds, and bandwidth.
-fn ask(link: &mut dyn Link, peer: Place) -> Result<(f64, f64)> {
+fn ask(link: &mut dyn Link, peer: Place, device: Device) -> Result<(f64, f64)> {
     let (mut round, mut large) = (f64::INFINITY, f64::INFINITY);
     for number in 0..PINGS + 2 {
         let values = if number >= PINGS { LARGE } else { 1 };
-        let tensor = filled(values, value(number))?;
+        let tensor = filled(values, value(number), device)?;
+        settle(&tensor)?;
         let start = Instant::now();
         link.send(header(Content::Activation, number, values), tensor)?;
         let tensor = link.receive(header(Content::Gradient, number, 1))?;
+        settle(&tensor)?;
         let seconds = start.elapsed().as_secs_f64();
         checked(&tensor, number, &peer.to_string())?;
         let least = if values == LARGE { &mut large } else { &mut round };
@@ -151,17 +158,19 @@ fn ask(link: &mut dyn Link, peer: Place) -> Result<(f64, f64)> {
     Ok((round / 2.0 * 1e6, bits / (large - round / 2.0).max(1e-9) / 1e9))
 }
 
-fn reduce(ends: &mut Ends, grid: Grid, place: Place) -> Result<Option<(f64, f64)>> {
+fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<Option<(f64, f64)>> {
     let Some(group) = &mut ends.group else { return Ok(None) };
     let replicas = grid.replicas;
     let expected = (replicas * (replicas + 1) / 2) as f32;
     let (mut small, mut large) = (f64::INFINITY, f64::INFINITY);
     for values in [16, LARGE].into_iter().flat_map(|values| [values; REDUCTIONS]) {
-        let flat = filled(values, value(place.replica))?.f_view([-1])?;
+        let flat = filled(values, value(place.replica), device)?.f_view([-1])?;
+        settle(&flat)?;
         let start = Instant::now();
         group.all_reduce(0, flat.shallow_clone())?.wait()?;
+        settle(&flat)?;
         let seconds = start.elapsed().as_secs_f64();
-        if let Some(found) = slice(&flat).iter().find(|found| **found != expected) {
+        if let Some(found) = slice(&here(&flat)?).iter().find(|found| **found != expected) {
             let text =
                 format!("self-test: the sum over the replicas of stage {} is {found}, not {expected}", place.stage);
             return Err(Error::Transport(text));
@@ -226,7 +235,9 @@ mod tests {
         let threads: Vec<_> = ports
             .into_iter()
             .enumerate()
-            .map(|(rank, ports)| std::thread::spawn(move || test(ports, grid, rank, Duration::from_secs(20))))
+            .map(|(rank, ports)| {
+                std::thread::spawn(move || test(ports, grid, rank, Device::Cpu, Duration::from_secs(20)))
+            })
             .collect();
         let measured: Vec<Measured> =
             threads.into_iter().flat_map(|thread| thread.join().unwrap().unwrap().1).collect();
@@ -248,7 +259,10 @@ mod tests {
         let (reports, _received) = channel();
         let (mut ports, _controls) = local::connect(grid, 4, Wire::F32, 0, &reports);
         let _silent = ports.pop();
-        let error = test(ports.remove(0), grid, 0, Duration::from_millis(200)).map(|_| ()).unwrap_err().to_string();
+        let error = test(ports.remove(0), grid, 0, Device::Cpu, Duration::from_millis(200))
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("stage 0, replica 0 does not get through the self-test: waits for stage 1"), "{error}");
     }
 }

@@ -10,6 +10,7 @@ use crate::emulation::Sleep;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{Dropout, Memory, Run, Stack};
+use crate::number::Number;
 use crate::params::Versions;
 use crate::table::{End, Table};
 
@@ -25,8 +26,8 @@ pub struct Slot {
 pub enum Output {
     /// Hidden states for the next stage, [b, T, D].
     Hidden(Tensor),
-    /// Mean loss of the microbatch, nats per token: the last stage.
-    Loss(f64),
+    /// Mean loss of the microbatch, nats per token (of an evaluation the sum over its tokens): the last stage.
+    Loss(Number),
 }
 
 /// The versions that a step uses: of the stage's own weights, of the tied table.
@@ -114,12 +115,15 @@ pub struct Settings {
     pub bucket: Option<usize>,
     /// Outputs that are not finite are sent on.
     goes_on: bool,
+    /// Losses are not waited for: nothing is known of an output when it is sent.
+    late: bool,
 }
 
 impl Settings {
-    /// Those of a config.
-    pub fn new(config: &Config) -> Settings {
+    /// Those of a config; with losses that are read `late` or waited for.
+    pub fn new(config: &Config, late: bool) -> Settings {
         Settings {
+            late,
             goes_on: config.on_nonfinite == OnNonfinite::Skip,
             recompute: config.recompute,
             dropout: config.model.dropout,
@@ -162,7 +166,7 @@ impl Stage {
         std::thread::sleep(sleep.forward);
         let Input { x, targets, .. } = input;
         let output = match (&targets, &blank) {
-            (Some(_), _) => Output::Loss(0.0),
+            (Some(_), _) => Output::Loss(Number::Known(0.0)),
             (None, Some(blank)) => Output::Hidden(blank.shallow_clone()),
             (None, None) => {
                 let shape = [x.size()[0], x.size()[1], self.stack.d_model() as i64];
@@ -283,8 +287,8 @@ impl Stage {
             match &input.targets {
                 None => Ok(Output::Hidden(y)),
                 Some(targets) => {
-                    let mean = self.stack.loss(&weights, &y, targets, None)?.f_double_value(&[])?;
-                    Ok(Output::Loss(mean * targets.numel() as f64))
+                    let mean = Number::of(&self.stack.loss(&weights, &y, targets, None)?, self.settings.late)?;
+                    Ok(Output::Loss(mean.times(targets.numel() as f64)?))
                 }
             }
         })
@@ -344,12 +348,15 @@ impl Stage {
     fn checked(&self, saved: &Saved, graphs: &[Graph], table: Option<&Table>) -> Result<Output> {
         let output = graphs.last().map(|graph| &graph.output);
         let output = output.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
+        let late = self.settings.late;
         let (result, finite) = match saved.targets {
             Some(_) => {
-                let loss = output.f_double_value(&[])?;
-                (Output::Loss(loss), loss.is_finite())
+                let loss = Number::of(output, late)?;
+                // One that is not known yet is looked at when it is.
+                let finite = late || loss.now()?.is_finite();
+                (Output::Loss(loss), finite)
             }
-            None => (Output::Hidden(output.f_detach()?), is_finite(output)?),
+            None => (Output::Hidden(output.f_detach()?), late || is_finite(output)?),
         };
         if finite || self.settings.goes_on {
             return Ok(result);

@@ -11,8 +11,9 @@ use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
-use crate::optim::{Optimizer, Update, clip_factor, norm};
-use crate::params::{Layout, Versions, bytes, slice, slice_mut, zeros};
+use crate::number::Number;
+use crate::optim::{Optimizer, Terms, norm};
+use crate::params::{Flats, Layout, Versions, bytes, here};
 
 /// The two uses of a tied table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,10 +77,9 @@ impl Table {
     /// What libtorch reports.
     pub fn close(&mut self, end: End) -> Result<Tensor> {
         let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
-        let mut part = zeros(self.versions.layout().len)?;
-        let gradient = slice_mut(self.versions.gradient(side));
-        slice_mut(&mut part).copy_from_slice(gradient);
-        gradient.fill(0.0);
+        let gradient = self.versions.gradient(side);
+        let part = gradient.f_detach_copy()?;
+        let _ = gradient.f_zero_()?;
         Ok(part)
     }
 
@@ -110,10 +110,8 @@ impl Table {
             part.map(|(_, part)| part).ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
         };
         let mut whole = taken(&mut self.outputs, step)?;
-        let sum = slice_mut(&mut whole);
         for step in inputs {
-            let part = taken(&mut self.inputs, step)?;
-            sum.iter_mut().zip(slice(&part)).for_each(|(s, g)| *s += g);
+            let _ = whole.f_add_(&taken(&mut self.inputs, step)?)?;
         }
         self.whole = Some(whole.shallow_clone());
         Ok(whole)
@@ -125,9 +123,7 @@ impl Table {
     /// [`Error::Internal`] if there is none.
     pub fn sum(&self) -> Result<Tensor> {
         let whole = self.whole.as_ref().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
-        let mut copy = zeros(self.versions.layout().len)?;
-        slice_mut(&mut copy).copy_from_slice(slice(whole));
-        Ok(copy)
+        Ok(whole.f_detach_copy()?)
     }
 
     /// Takes the gradient of the next update from the other copy.
@@ -136,24 +132,16 @@ impl Table {
     }
 
     /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
-    /// is `mean` times the sum, before clipping. If that is not finite the update is left out.
+    /// is `mean` times the sum, before clipping, to be read `late` or known. If that is not finite the update is left out.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is none.
-    pub fn update(&mut self, lr: f64, mean: f64, clip: Option<f64>) -> Result<f64> {
-        let whole = self.whole.as_mut().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
-        let gradient = slice_mut(whole);
-        let norm = norm(gradient) * mean;
-        let optimizer = &mut self.optimizer;
-        self.versions.advance(|old, new, _| {
-            let update = Update { old, new, gradient, lr, scale: mean * clip_factor(norm, clip) };
-            match norm.is_finite() {
-                true => optimizer.update(update),
-                false => optimizer.skip(update),
-            }
-        })?;
-        self.whole = None;
-        Ok(norm)
+    pub fn update(&mut self, lr: f64, mean: f64, late: bool) -> Result<Number> {
+        let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
+        let norm = norm(&gradient, late)?;
+        let (optimizer, terms) = (&mut self.optimizer, Terms { lr, mean, norm: &norm });
+        self.versions.advance(|flats| optimizer.update(Flats { gradient: &mut gradient, ..flats }, &terms))?;
+        norm.times(mean)
     }
 
     /// The same table as version `newest`.
@@ -189,7 +177,10 @@ impl Table {
     }
 
     /// A digest of the newest version: equal copies have equal digests.
-    pub fn digest(&self) -> u64 {
-        xxh3_64(bytes(self.versions.flat()))
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn digest(&self) -> Result<u64> {
+        Ok(xxh3_64(bytes(&here(self.versions.flat())?)))
     }
 }

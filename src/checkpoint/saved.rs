@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{Kind, MANIFEST, Manifest, Shard, VOCABULARY, digest, entries, index, older};
 use crate::config::{Config, Tokenizer};
@@ -184,7 +184,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if one is missing or has another shape.
     pub fn flat(&self, kind: Kind, layout: &Layout) -> Result<Tensor> {
-        let mut flat = zeros(layout.len)?;
+        let mut flat = zeros(layout.len, Device::Cpu)?;
         let values = slice_mut(&mut flat);
         let places = index(&self.manifest.shards);
         let mut open: Option<(&str, Tensors)> = None;

@@ -12,7 +12,7 @@ use super::{Kind, Shard, Written, folder, older, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
-use crate::params::{Entry, Layout, slice};
+use crate::params::{Entry, Layout, here, slice};
 
 /// A copy of what a place has to save.
 pub struct Snapshot {
@@ -40,29 +40,39 @@ impl Snapshot {
     }
 
     /// Copies a flat buffer with its layout.
-    fn copy(&mut self, kind: Kind, layout: &Layout, flat: &[f32]) {
+    fn copy(&mut self, kind: Kind, layout: &Layout, flat: &Tensor) -> Result<()> {
+        let flat = here(flat)?;
+        let flat = slice(&flat);
         self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
             let values = &flat[*offset..offset + parameter.count()];
             (parameter.name.clone(), &parameter.shape[..], values)
         }));
+        Ok(())
     }
 
     /// Copies weights and their optimizer's state, as far as this replica writes them.
-    pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) {
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) -> Result<()> {
         if self.writes(Kind::Weights) {
-            self.add_weights(layout, weights);
+            self.add_weights(layout, weights)?;
         }
         for (name, values) in optimizer.state() {
             let kind = Kind::of_moment(name);
             if self.writes(kind) {
-                self.copy(kind, layout, values);
+                self.copy(kind, layout, values)?;
             }
         }
+        Ok(())
     }
 
     /// Copies weights alone.
-    pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) {
-        self.copy(Kind::Weights, layout, slice(weights));
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) -> Result<()> {
+        self.copy(Kind::Weights, layout, weights)
     }
 
     /// Copies weights of earlier versions, each with its number.
@@ -78,7 +88,7 @@ impl Snapshot {
             for (number, weights) in versions {
                 let mut named = layout.clone();
                 named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
-                self.copy(Kind::Older, &named, slice(&weights.f_to_kind(tch::Kind::Float)?));
+                self.copy(Kind::Older, &named, &weights.f_to_kind(tch::Kind::Float)?)?;
             }
         }
         Ok(())
@@ -90,7 +100,8 @@ impl Snapshot {
     /// What libtorch reports.
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
-            let (shape, flat) = (states.size(), states.f_to_kind(tch::Kind::Float)?.f_contiguous()?.f_view([-1])?);
+            let (shape, flat) =
+                (states.size(), here(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
             self.contents.entry(Kind::Memory).or_default().add(std::iter::once(tensor));
         }

@@ -13,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::metrics::Report;
 use crate::panel::{Control, Controls, Panel};
-use crate::params::{slice, slice_mut};
 use crate::wire::Wire;
 
 type Message = (Header, Tensor);
@@ -133,15 +132,15 @@ struct Leader {
 
 /// Replica 0's ends towards another replica.
 struct Member {
-    mailbox: Mailbox<Vec<f32>>,
-    sender: Sender<Numbered<Arc<Vec<f32>>>>,
+    mailbox: Mailbox<Tensor>,
+    sender: Sender<Numbered<Tensor>>,
 }
 
 struct Follower {
     place: Place,
     wire: Wire,
-    sender: Sender<Numbered<Vec<f32>>>,
-    mailbox: Arc<Mutex<Mailbox<Arc<Vec<f32>>>>>,
+    sender: Sender<Numbered<Tensor>>,
+    mailbox: Arc<Mutex<Mailbox<Tensor>>>,
     started: u64,
 }
 
@@ -171,15 +170,14 @@ impl ReplicaGroup for Leader {
         Ok(Reduction::new(move || {
             let mut members = members.lock().map_err(|_| lost(0))?;
             wire.round(&mut flat)?;
-            let sum = slice_mut(&mut flat);
             for (i, member) in members.iter_mut().enumerate() {
                 let gradient = member.mailbox.take(number).ok_or_else(|| lost(i + 1))?;
-                sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += g);
+                let _ = flat.f_add_(&gradient)?;
             }
             wire.round(&mut flat)?;
-            let sum = Arc::new(slice(&flat).to_vec());
+            let sum = flat.f_detach_copy()?;
             for (i, member) in members.iter().enumerate() {
-                member.sender.send((number, Arc::clone(&sum))).map_err(|_| lost(i + 1))?;
+                member.sender.send((number, sum.shallow_clone())).map_err(|_| lost(i + 1))?;
             }
             Ok(())
         }))
@@ -192,12 +190,11 @@ impl ReplicaGroup for Follower {
         self.started += 1;
         let lost = move || Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") };
         self.wire.round(&mut flat)?;
-        self.sender.send((number, slice(&flat).to_vec())).map_err(|_| lost())?;
+        self.sender.send((number, flat.f_detach_copy()?)).map_err(|_| lost())?;
         let mailbox = Arc::clone(&self.mailbox);
         Ok(Reduction::new(move || {
             let sum = mailbox.lock().map_err(|_| lost())?.take(number).ok_or_else(lost)?;
-            slice_mut(&mut flat).copy_from_slice(&sum);
-            Ok(())
+            Ok(flat.f_copy_(&sum)?)
         }))
     }
 }
@@ -206,8 +203,9 @@ impl ReplicaGroup for Follower {
 mod tests {
     use super::super::Content;
     use super::*;
-    use crate::params::zeros;
+    use crate::params::{slice, slice_mut, zeros};
     use crate::schedule::Pass;
+    use tch::Device;
 
     fn header(step: usize) -> Header {
         Header {
@@ -247,7 +245,7 @@ mod tests {
             .enumerate()
             .map(|(replica, (mut ports, value))| {
                 std::thread::spawn(move || {
-                    let (mut first, mut second) = (zeros(4).unwrap(), zeros(2).unwrap());
+                    let (mut first, mut second) = (zeros(4, Device::Cpu).unwrap(), zeros(2, Device::Cpu).unwrap());
                     slice_mut(&mut first).fill(value);
                     slice_mut(&mut second).fill(1.0);
                     let mut group = ports.places.remove(0).group.unwrap();

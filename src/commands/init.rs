@@ -22,7 +22,7 @@ pub fn init(args: &InitArgs) -> Result<()> {
     let layout = Layout::new(&model::parameters(&setup.dimensions));
     let weights = layout.initial(setup.config.seed)?;
     let mut snapshot = Snapshot::new(Place { stage: 0, replica: 0 }, 0, 1);
-    snapshot.add_weights(&layout, &weights);
+    snapshot.add_weights(&layout, &weights)?;
     let shards = snapshot.write(&out, Duration::ZERO)?.shards;
     let manifest = Manifest::new(&setup.config, setup.parameters(), 0, setup.pipeline(0), shards);
     println!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());

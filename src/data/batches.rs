@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{Corpus, Tokens};
 use crate::config::{Config, Order};
+use crate::error::Result;
 use crate::random;
 
 /// Rows of a step or of an evaluation.
@@ -16,6 +17,21 @@ pub struct Batch {
     pub tokens: Tensor,
     /// [rows, T], int64: the token that follows each.
     pub targets: Tensor,
+}
+
+impl Batch {
+    /// The same rows on another device, copied while the host goes on.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn on(self, device: Device) -> Result<Batch> {
+        if device == Device::Cpu {
+            return Ok(self);
+        }
+        // libtorch keeps pinned memory from being used again before the copy is made.
+        let there = |rows: &Tensor| rows.f_pin_memory(device)?.f_to_device_(device, Kind::Int64, true, false);
+        Ok(Batch { tokens: there(&self.tokens)?, targets: there(&self.targets)? })
+    }
 }
 
 /// The batches of a run.

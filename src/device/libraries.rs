@@ -105,6 +105,15 @@ pub fn load_nvrtc() -> Result<(), String> {
     let first = || {
         const FILE: &str = "libnvrtc.so.13";
         let file = beside_torch("cu13", FILE).unwrap_or_else(|| FILE.into());
+        // It looks for its second half by name alone, when it compiles.
+        let builtins = |entry: std::fs::DirEntry| {
+            let name = entry.file_name().into_string().ok()?;
+            (name.starts_with("libnvrtc-builtins.so.") && !name.contains(".alt.")).then(|| entry.path())
+        };
+        let folder = file.parent().and_then(|folder| std::fs::read_dir(folder).ok());
+        for half in folder.into_iter().flatten().flatten().filter_map(builtins) {
+            std::mem::forget(load(&half).map_err(|error| format!("NVRTC cannot be loaded ({error})"))?);
+        }
         std::mem::forget(load(&file).map_err(|error| format!("NVRTC is missing ({error})"))?);
         Ok(())
     };

@@ -93,7 +93,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
 /// Tests links and groups; rank 0 tells what they do.
 fn self_tested(topology: Option<&Topology>, world: &World, setup: &Setup, ports: Ports) -> Result<Ports> {
     let limit = Duration::from_secs_f64(setup.config.stall_seconds).min(SELF_TEST_TIME);
-    let (ports, measured) = selftest::test(ports, setup.grid, world.identity.rank, limit)?;
+    let (ports, measured) = selftest::test(ports, setup.grid, world.identity.rank, setup.device, limit)?;
     let bytes = serde_json::to_vec(&measured).map_err(|error| Error::Internal(error.to_string()))?;
     let all = world.all_gather(bytes)?;
     let hosts = hosts(world)?;

@@ -209,7 +209,7 @@ impl Stage {
 fn buckets(setup: &Setup, stage: usize) -> Vec<usize> {
     let stack = setup.stack(stage);
     let layout = Layout::new(&stack.own());
-    let bucket = Settings::new(&setup.config).bucket.unwrap_or(usize::MAX);
+    let bucket = Settings::new(&setup.config, setup.late).bucket.unwrap_or(usize::MAX);
     let starts: Vec<usize> = stack.runs(bucket).iter().rev().map(|run| layout.offset(run.first)).collect();
     let ends = std::iter::once(layout.len).chain(starts.iter().copied());
     ends.zip(&starts).map(|(end, start)| end - start).collect()

@@ -30,6 +30,7 @@ impl Dropout {
         let Dropout { rate, seed, step, replica, microbatch, .. } = self;
         let key = DropoutKey { seed, step, replica, microbatch, layer, site };
         let mask = random::dropout_mask(key, rate, x.numel());
-        Ok(x.f_mul(&Tensor::f_from_slice(&mask)?.f_view(&x.size()[..])?.f_to_kind(x.kind())?)?)
+        let mask = Tensor::f_from_slice(&mask)?.f_view(&x.size()[..])?.f_to_kind(x.kind())?;
+        Ok(x.f_mul(&mask.f_to_device(x.device())?)?)
     }
 }

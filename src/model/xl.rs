@@ -24,7 +24,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
 use crate::error::Result;
@@ -61,15 +61,16 @@ impl XlBlock {
 
     /// R [L+1, D], the sinusoids of the distances L-1 ... 0 and a row of zeros, and what is added to the scores
     /// [T, L]: 0, or -inf where a query does not look.
-    fn constants(&self, m: i64, t: i64, limit: i64, kind: Kind) -> Result<(Tensor, Tensor)> {
-        let key = (m, t, limit, kind as i32);
+    fn constants(&self, m: i64, t: i64, limit: i64, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let key = (m, t, limit, like.kind() as i32);
         let mut made = self.constants.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((positions, mask)) = made.get(&key) {
             return Ok((positions.shallow_clone(), mask.shallow_clone()));
         }
         let positions = Tensor::f_from_slice(&self.sinusoids(m + t))?.f_view([m + t + 1, self.d.d_model])?;
         let mask = Tensor::f_from_slice(&self.mask(m, t, limit))?.f_view([t, m + t])?;
-        let pair = (positions.f_to_kind(kind)?, mask.f_to_kind(kind)?);
+        let there = |constant: Tensor| constant.f_to_kind(like.kind())?.f_to_device(like.device());
+        let pair = (there(positions)?, there(mask)?);
         // One entry in training, another in evaluation, and those of a memory that is still filling up.
         if made.len() >= 64 {
             made.clear();
@@ -114,7 +115,7 @@ impl XlBlock {
         let [query, key_value, position, u, v, out] = weights else { unreachable!("attention has six parameters") };
         let (b, t, l) = (x.size()[0], x.size()[1], context.size()[1]);
         let (h, w) = (self.d.heads, self.d.d_model / self.d.heads);
-        let (positions, mask) = self.constants(l - t, t, limit, x.kind())?;
+        let (positions, mask) = self.constants(l - t, t, limit, x)?;
         let positions = match dropout {
             Some(dropout) => dropout.apply(positions, POSITIONS.0, POSITIONS.1)?,
             None => positions,
@@ -243,6 +244,7 @@ mod tests {
     use super::*;
     use crate::config::{Arch, ModelConfig};
     use crate::schedule::Tie;
+    use tch::Kind;
 
     /// One layer that reads three segments with enough memory gives what it gives on all of them at once.
     #[test]

@@ -1,12 +1,29 @@
 //! The norm of a gradient, and clipping by it.
 
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::number::Number;
+use crate::params::slice;
+
 /// Values whose squares are added up before they join the total: the order of the sum does not depend on threads.
 const CHUNK: usize = 4096;
 /// Independent partial sums, so that the additions do not wait for each other.
 const LANES: usize = 8;
 
-/// Euclidean norm, summed in f64.
-pub fn norm(values: &[f32]) -> f64 {
+/// Euclidean norm of a flat buffer: on the processor summed in f64, and known at once unless it is to be read `late`.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn norm(flat: &Tensor, late: bool) -> Result<Number> {
+    match (flat.device(), late) {
+        (Device::Cpu, false) => Ok(Number::Known(norm_of(slice(flat)))),
+        (Device::Cpu, true) => Ok(Number::Pending(Tensor::from(norm_of(slice(flat))))),
+        _ => Ok(Number::Pending(flat.f_norm_scalaropt_dtype(2, Kind::Float)?)),
+    }
+}
+
+fn norm_of(values: &[f32]) -> f64 {
     values.chunks(CHUNK).map(sum_of_squares).sum::<f64>().sqrt()
 }
 
@@ -33,13 +50,13 @@ mod tests {
 
     #[test]
     fn norms() {
-        assert_eq!(norm(&[3.0, 4.0]), 5.0);
-        assert_eq!(norm(&[]), 0.0);
-        assert_eq!(norm(&vec![2.0; 10_000]), 200.0);
-        assert!(norm(&[1.0, f32::NAN]).is_nan());
-        assert!(norm(&[f32::INFINITY]).is_infinite());
+        assert_eq!(norm_of(&[3.0, 4.0]), 5.0);
+        assert_eq!(norm_of(&[]), 0.0);
+        assert_eq!(norm_of(&vec![2.0; 10_000]), 200.0);
+        assert!(norm_of(&[1.0, f32::NAN]).is_nan());
+        assert!(norm_of(&[f32::INFINITY]).is_infinite());
         // Larger than f32 holds when squared.
-        assert_eq!(norm(&[3e30, 4e30]) as f32, 5e30);
+        assert_eq!(norm_of(&[3e30, 4e30]) as f32, 5e30);
     }
 
     #[test]

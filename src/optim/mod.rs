@@ -1,34 +1,34 @@
 //! Optimizers over flat buffers: one pass that reads the newest weights, writes the next version and clears the
-//! gradient.
+//! gradient; on the processor (`host`) or on a GPU (`kernel`, compiled when it is first needed).
 
 mod clip;
 mod rate;
+mod host;
+mod kernel;
 
 use std::ops::Range;
 
 use rayon::ThreadPool;
-use rayon::prelude::*;
+use tch::{Device, Tensor};
 
 pub use clip::{clip_factor, norm};
+use host::{Slices, Step};
+use kernel::Kernel;
 pub use rate::learning_rate;
 
 use crate::config::{OptimizerConfig, OptimizerKind};
 use crate::error::{Error, Result};
-use crate::params::Layout;
+use crate::number::Number;
+use crate::params::{Flats, Layout, slice, slice_mut, zeros};
 
-/// Values that one task of the pass works on: small enough to stay in the cache between its loops.
-const CHUNK: usize = 1 << 14;
-
-/// One update of a flat buffer.
-pub struct Update<'a> {
-    /// The newest weights, `None` if `new` holds them.
-    pub old: Option<&'a [f32]>,
-    pub new: &'a mut [f32],
-    /// The sum over microbatches and replicas; cleared by the update.
-    pub gradient: &'a mut [f32],
+/// What one update goes by.
+pub struct Terms<'a> {
     pub lr: f64,
-    /// Turns the sum into the mean, and clips it.
-    pub scale: f64,
+    /// Turns the sum over microbatches and replicas into the mean.
+    pub mean: f64,
+    /// Euclidean norm of the sum. If it is not finite the update is left out: the next version is the old one, the moments
+    /// stay.
+    pub norm: &'a Number,
 }
 
 /// The state of the optimizer of one stage.
@@ -41,19 +41,21 @@ pub struct Optimizer {
     config: OptimizerConfig,
     /// Sorted, without gaps: which part of the buffer decays.
     decay: Vec<(Range<usize>, bool)>,
-    first: Vec<f32>,
+    first: Tensor,
     /// Empty for SGD.
-    second: Vec<f32>,
+    second: Tensor,
     updates: i32,
     pool: Option<ThreadPool>,
+    /// On a GPU.
+    kernel: Option<Kernel>,
 }
 
 impl Optimizer {
-    /// The optimizer of a stage with the given layout; more than one thread makes it parallel.
+    /// The optimizer of a stage with the given layout; on the processor more than one thread makes it parallel.
     ///
     /// # Errors
-    /// If the threads cannot be started.
-    pub fn new(config: &OptimizerConfig, layout: &Layout, threads: usize) -> Result<Optimizer> {
+    /// If the threads cannot be started, or the pass cannot be compiled for the GPU.
+    pub fn new(config: &OptimizerConfig, layout: &Layout, threads: usize, device: Device) -> Result<Optimizer> {
         let mut decay = Vec::new();
         for (i, entry) in layout.entries.iter().enumerate() {
             let end = layout.entries.get(i + 1).map_or(layout.len, |next| next.offset);
@@ -69,13 +71,18 @@ impl Optimizer {
             ),
         };
         let second = if config.kind == OptimizerKind::Adamw { layout.len } else { 0 };
+        let kernel = match device {
+            Device::Cuda(index) => Some(Kernel::new(index, &decay)?),
+            _ => None,
+        };
         Ok(Optimizer {
             config: config.clone(),
             decay,
-            first: vec![0.0; layout.len],
-            second: vec![0.0; second],
+            first: zeros(layout.len, device)?,
+            second: zeros(second, device)?,
             updates: 0,
             pool,
+            kernel,
         })
     }
 
@@ -87,116 +94,59 @@ impl Optimizer {
         }
     }
 
-    /// The moments: names, and values in the order of the weights.
-    pub fn state(&self) -> Vec<(&'static str, &[f32])> {
+    /// The moments: names, and flat buffers with the layout of the weights.
+    pub fn state(&self) -> Vec<(&'static str, &Tensor)> {
         let all = [("first", &self.first), ("second", &self.second)];
-        all.into_iter().filter(|(_, values)| !values.is_empty()).map(|(name, values)| (name, &values[..])).collect()
+        all.into_iter().filter(|(_, values)| values.numel() > 0).collect()
     }
 
     /// The state after `updates` updates, each moment by its name.
     ///
     /// # Errors
     /// Those of `moment`.
-    pub fn restore(&mut self, updates: usize, moment: impl Fn(&'static str) -> Result<Vec<f32>>) -> Result<()> {
+    pub fn restore(&mut self, updates: usize, moment: impl Fn(&'static str) -> Result<Tensor>) -> Result<()> {
         for (name, values) in [("first", &mut self.first), ("second", &mut self.second)] {
-            if !values.is_empty() {
-                *values = moment(name)?;
+            if values.numel() > 0 {
+                values.f_copy_(&moment(name)?)?;
             }
         }
         self.updates = i32::try_from(updates).unwrap_or(i32::MAX);
         Ok(())
     }
 
-    /// Leaves an update out: the next version is the old one, the moments stay, the gradient is cleared.
-    pub fn skip(&mut self, update: Update) {
+    /// Writes the next version, rounded too where versions are not f32, and clears the gradient.
+    ///
+    /// # Errors
+    /// What libtorch or the driver reports.
+    pub fn update(&mut self, flats: Flats, terms: &Terms) -> Result<()> {
         self.updates += 1;
-        if let Some(old) = update.old {
-            update.new.copy_from_slice(old);
+        match &self.kernel {
+            Some(kernel) => kernel.update(flats, &self.config, self.updates, terms, [&self.first, &self.second]),
+            None => self.update_here(flats, terms),
         }
-        update.gradient.fill(0.0);
     }
 
-    /// Writes the next version and clears the gradient. Every value is computed by itself, so the result does not
-    /// depend on the number of threads.
-    pub fn update(&mut self, update: Update) {
-        self.updates += 1;
-        let n = self.updates;
-        let Optimizer { config, decay, first, second, pool, .. } = self;
-        let rule = match config.kind {
-            OptimizerKind::Adamw => Rule::adamw(config, &update, n),
-            OptimizerKind::Sgd => Rule::Sgd { lr: update.lr as f32, momentum: config.momentum as f32 },
-        };
-        let (scale, keep) = (update.scale as f32, (1.0 - update.lr * config.weight_decay) as f32);
-        let old = update.old;
-        let task = |index: usize, new: &mut [f32], gradient: &mut [f32], first: &mut [f32], second: &mut [f32]| {
-            let start = index * CHUNK;
+    fn update_here(&mut self, flats: Flats, terms: &Terms) -> Result<()> {
+        let Flats { old, new, rounded, gradient } = flats;
+        let norm = terms.norm.now()? * terms.mean;
+        if norm.is_finite() {
+            let scale = terms.mean * clip_factor(norm, self.config.clip);
+            let step = Step::new(&self.config, self.updates, terms.lr, scale);
+            let slices = Slices {
+                old: old.map(slice),
+                new: slice_mut(new),
+                gradient: slice_mut(gradient),
+                first: slice_mut(&mut self.first),
+                second: slice_mut(&mut self.second),
+            };
+            host::update(slices, &step, &self.decay, self.pool.as_ref());
+        } else {
             if let Some(old) = old {
-                new.copy_from_slice(&old[start..start + new.len()]);
+                slice_mut(new).copy_from_slice(slice(old));
             }
-            shrink(new, start, decay, keep);
-            gradient.iter_mut().for_each(|g| *g *= scale);
-            rule.apply(new, gradient, first, second);
-            gradient.fill(0.0);
-        };
-        // SGD has no second moments: an empty slice for every chunk.
-        let chunks = update.new.chunks_mut(CHUNK).zip(update.gradient.chunks_mut(CHUNK)).zip(first.chunks_mut(CHUNK));
-        let mut seconds = second.chunks_mut(CHUNK);
-        let tasks = chunks.map(|((new, gradient), first)| (new, gradient, first, seconds.next().unwrap_or_default()));
-        match pool {
-            None => tasks.enumerate().for_each(|(i, (w, g, m, v))| task(i, w, g, m, v)),
-            Some(pool) => {
-                let tasks: Vec<_> = tasks.collect();
-                pool.install(|| tasks.into_par_iter().enumerate().for_each(|(i, (w, g, m, v))| task(i, w, g, m, v)));
-            }
+            slice_mut(gradient).fill(0.0);
         }
-    }
-}
-
-/// Decoupled weight decay of the part of the buffer that starts at `start`.
-fn shrink(new: &mut [f32], start: usize, decay: &[(Range<usize>, bool)], keep: f32) {
-    let end = start + new.len();
-    let from = decay.partition_point(|(range, _)| range.end <= start);
-    for (range, decays) in decay[from..].iter().take_while(|(range, _)| range.start < end) {
-        if *decays {
-            new[range.start.max(start) - start..range.end.min(end) - start].iter_mut().for_each(|w| *w *= keep);
-        }
-    }
-}
-
-/// The numbers of one update, ready for the inner loop.
-enum Rule {
-    Adamw { beta1: f32, beta2: f32, step: f32, root: f32, eps: f32 },
-    Sgd { lr: f32, momentum: f32 },
-}
-
-impl Rule {
-    fn adamw(config: &OptimizerConfig, update: &Update, n: i32) -> Rule {
-        let [beta1, beta2] = config.betas;
-        Rule::Adamw {
-            beta1: beta1 as f32,
-            beta2: beta2 as f32,
-            step: (update.lr / (1.0 - beta1.powi(n))) as f32,
-            root: (1.0 - beta2.powi(n)).sqrt() as f32,
-            eps: config.eps as f32,
-        }
-    }
-
-    fn apply(&self, new: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
-        match *self {
-            Rule::Adamw { beta1, beta2, step, root, eps } => {
-                for (((w, g), m), v) in new.iter_mut().zip(gradient).zip(first).zip(second) {
-                    *m = beta1 * *m + (1.0 - beta1) * g;
-                    *v = beta2 * *v + (1.0 - beta2) * g * g;
-                    *w -= step * *m / (v.sqrt() / root + eps);
-                }
-            }
-            Rule::Sgd { lr, momentum } => {
-                for ((w, g), m) in new.iter_mut().zip(gradient).zip(first) {
-                    *m = momentum * *m + g;
-                    *w -= lr * *m;
-                }
-            }
-        }
+        Ok(rounded.map_or(Ok(()), |rounded| rounded.f_copy_(new))?)
     }
 }
 
@@ -218,19 +168,25 @@ mod tests {
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
         let layout = layout();
         let config = OptimizerConfig { kind, weight_decay: 0.1, ..OptimizerConfig::default() };
-        let mut optimizer = Optimizer::new(&config, &layout, threads).unwrap();
-        let mut weights: Vec<f32> = (0..layout.len).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut optimizer = Optimizer::new(&config, &layout, threads, Device::Cpu).unwrap();
+        let mut weights = wave(layout.len, 0.7, 0.0);
         for n in 0..3 {
-            let mut gradient: Vec<f32> = (0..layout.len).map(|i| ((i + n) as f32 * 0.3).cos()).collect();
-            let old = weights.clone();
-            let old = if in_place { None } else { Some(&old[..]) };
+            let mut gradient = wave(layout.len, 0.3, n as f32);
+            let old = weights.f_detach_copy().unwrap();
+            let old = if in_place { None } else { Some(&old) };
             if !in_place {
-                weights.fill(f32::NAN);
+                let _ = weights.fill_(f64::NAN);
             }
-            optimizer.update(Update { old, new: &mut weights, gradient: &mut gradient, lr: 0.01, scale: 0.5 });
-            assert!(gradient.iter().all(|g| *g == 0.0));
+            let terms = Terms { lr: 0.01, mean: 0.5, norm: &Number::Known(1.0) };
+            let flats = Flats { old, new: &mut weights, rounded: None, gradient: &mut gradient };
+            optimizer.update(flats, &terms).unwrap();
+            assert!(slice(&gradient).iter().all(|g| *g == 0.0));
         }
-        weights
+        slice(&weights).to_vec()
+    }
+
+    fn wave(len: usize, pace: f32, from: f32) -> Tensor {
+        Tensor::from_slice(&(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>())
     }
 
     #[test]
@@ -252,11 +208,14 @@ mod tests {
             (OptimizerKind::Sgd, w0 * (1.0 - lr * wd) - lr * g),
         ] {
             let layout = layout();
-            let config = OptimizerConfig { kind, weight_decay: wd, ..OptimizerConfig::default() };
-            let mut optimizer = Optimizer::new(&config, &layout, 1).unwrap();
-            let mut weights = vec![w0 as f32; layout.len];
-            let mut gradient = vec![0.25; layout.len];
-            optimizer.update(Update { old: None, new: &mut weights, gradient: &mut gradient, lr, scale: 0.5 });
+            let config = OptimizerConfig { kind, weight_decay: wd, clip: None, ..OptimizerConfig::default() };
+            let mut optimizer = Optimizer::new(&config, &layout, 1, Device::Cpu).unwrap();
+            let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
+            let mut gradient = Tensor::from_slice(&vec![0.25f32; layout.len]);
+            let terms = Terms { lr, mean: 0.5, norm: &Number::Known(1.0) };
+            let flats = Flats { old: None, new: &mut weights, rounded: None, gradient: &mut gradient };
+            optimizer.update(flats, &terms).unwrap();
+            let weights = slice(&weights);
             assert!((f64::from(weights[0]) - expected).abs() < 1e-7, "{} {expected}", weights[0]);
             // The vector does not decay.
             let vector = f64::from(weights[160 * 128]);

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Memory, Stack};
 use crate::optim::Optimizer;
-use crate::params::{Layout, slice};
+use crate::params::Layout;
 use crate::partition;
 use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule, check};
@@ -45,6 +45,8 @@ pub struct Setup {
     pub resumed: Option<Arc<Checkpoint>>,
     /// What this process computes on.
     pub device: Device,
+    /// Losses and norms are read when they are known: always on a GPU; elsewhere for tests.
+    pub late: bool,
 }
 
 impl Setup {
@@ -85,12 +87,13 @@ impl Setup {
             eval_share,
             resumed: None,
             device: Device::Cpu,
+            late: false,
         })
     }
 
     /// The same run on another device.
     pub fn on(self, device: Device) -> Setup {
-        Setup { device, ..self }
+        Setup { device, late: device.is_cuda(), ..self }
     }
 
     /// The same run from a saved state on.
@@ -128,10 +131,11 @@ impl Setup {
     /// # Errors
     /// Saved ones that cannot be read.
     pub fn first_weights(&self, layout: &Layout) -> Result<Tensor> {
-        match &self.resumed {
-            Some(saved) => saved.flat(Kind::Weights, layout),
-            None => layout.initial(self.config.seed),
-        }
+        let flat = match &self.resumed {
+            Some(saved) => saved.flat(Kind::Weights, layout)?,
+            None => layout.initial(self.config.seed)?,
+        };
+        Ok(flat.f_to_device(self.device)?)
     }
 
     /// The versions before the first weights that steps with this delay still use, by their numbers.
@@ -142,7 +146,7 @@ impl Setup {
         let sync = &self.schedule.sync;
         match &self.resumed {
             Some(saved) => (version(sync.since, sync.start, delay)..sync.start)
-                .map(|number| Ok((number, saved.older(layout, number)?)))
+                .map(|number| Ok((number, saved.older(layout, number)?.f_to_device(self.device)?)))
                 .collect(),
             None => Ok(Vec::new()),
         }
@@ -153,9 +157,9 @@ impl Setup {
     /// # Errors
     /// Threads that cannot be started, or a saved state that cannot be read.
     pub fn optimizer(&self, layout: &Layout) -> Result<Optimizer> {
-        let mut optimizer = Optimizer::new(&self.config.optimizer, layout, self.config.threads)?;
+        let mut optimizer = Optimizer::new(&self.config.optimizer, layout, self.config.threads, self.device)?;
         if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
-            optimizer.restore(saved.step(), |name| Ok(slice(&saved.flat(Kind::of_moment(name), layout)?).to_vec()))?;
+            optimizer.restore(saved.step(), |name| saved.flat(Kind::of_moment(name), layout))?;
         }
         Ok(optimizer)
     }
@@ -169,7 +173,7 @@ impl Setup {
         let kind = self.config.precision.kind();
         let states = |layer: &str, j| -> Result<Option<Tensor>> {
             let states = saved.memory(layer, self.train_rows(replica, j))?;
-            Ok(states.map(|states| states.f_to_kind(kind)).transpose()?)
+            Ok(states.map(|states| states.f_to_device(self.device)?.f_to_kind(kind)).transpose()?)
         };
         let of = |j| stack.recalled(self.config.model.mem_len, |layer| states(layer, j));
         (0..self.config.microbatches).map(|j| Ok((j, of(j)?))).collect()

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tch::{Kind, Tensor};
+
 use super::Worker;
 use crate::comm::Header;
 use crate::error::Result;
@@ -35,7 +37,11 @@ impl Worker {
             std::thread::sleep(Duration::from_millis(SLOW_MS));
         }
         if self.injected(Fault::Nan, action) {
-            self.post(action).stage.versions.alter(|weights| weights[0] = f32::NAN)?;
+            let spoil = |weight: &mut Tensor| {
+                let _ = weight.f_fill_(f64::NAN)?;
+                Ok(())
+            };
+            self.post(action).stage.versions.alter(spoil)?;
         }
         Ok(())
     }
@@ -46,8 +52,8 @@ impl Worker {
     }
 }
 
-/// Changes a bit of the first weight.
-pub(super) fn alter(weights: &mut [f32]) {
-    let weight = &mut weights[0];
-    *weight = f32::from_bits(weight.to_bits() ^ 1);
+/// Changes the lowest bit of a weight.
+pub(super) fn flip(weight: &mut Tensor) -> Result<()> {
+    let flipped = weight.f_view_dtype(Kind::Int)?.f_bitwise_xor(1)?;
+    Ok(weight.f_copy_(&flipped.f_view_dtype(Kind::Float)?)?)
 }

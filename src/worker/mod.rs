@@ -1,6 +1,7 @@
 //! One device at work: takes its action list and does what each action says.
 
 mod post;
+mod later;
 mod faults;
 mod messages;
 mod tied;
@@ -9,7 +10,7 @@ mod writer;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::{Content, Ports, Reduction, Reporter};
@@ -22,15 +23,17 @@ use crate::metrics::clock::{Clock, Share};
 use crate::metrics::memory::Gauge;
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
-use crate::optim::{Update, clip_factor, learning_rate, norm};
+use crate::number::Number;
+use crate::optim::{Terms, learning_rate, norm};
 use crate::panel::{Panel, Word};
-use crate::params::{Layout, Versions, bytes, slice};
+use crate::params::{Layout, Versions, bytes, here};
 use crate::pulse::Doing;
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
 use crate::stage::{At, Bucket, Input, Output, Slot};
 use crate::table::Table;
-use faults::alter;
+use faults::flip;
+use later::Later;
 use messages::taken;
 use post::Post;
 use tied::table_of;
@@ -53,6 +56,8 @@ pub struct Worker {
     mode: Mode,
     gauge: Option<Gauge>,
     clock: Clock,
+    /// Losses and norms that are not known yet.
+    later: Later,
     /// Saves beside the training.
     writer: Option<Writer>,
 }
@@ -65,7 +70,7 @@ impl Worker {
     pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
-        warm_up(setup.config.precision.kind())?;
+        warm_up(setup.config.precision.kind(), setup.device)?;
         let gauge = Gauge::start();
         let config = &setup.config;
         let held = setup.grid.held(rank);
@@ -83,6 +88,7 @@ impl Worker {
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
         let clock = Clock::new(&setup.schedule, &stages);
         let writer = Some(Writer::start(out, reports.clone())?);
+        let later = Later::new(setup.device, reports.clone())?;
         Ok(Worker {
             rank,
             posts,
@@ -95,6 +101,7 @@ impl Worker {
             mode,
             gauge,
             clock,
+            later,
             writer,
             setup,
         })
@@ -131,6 +138,8 @@ impl Worker {
         loop {
             let Some(action) = actions.next() else {
                 let Some(step) = actions.held() else { break };
+                // Who tells how far to go has to know how far this is.
+                self.later.flush()?;
                 match self.panel.wait(step)? {
                     Word::Go(limit) => actions.set_limit(limit),
                     Word::Stop => {
@@ -145,7 +154,7 @@ impl Worker {
             self.run_injection(&action)?;
             self.clock.lap(Share::Idle);
             match action.op {
-                Op::Load => self.load(&action),
+                Op::Load => self.load(&action)?,
                 Op::RecvActivation => self.receive(Content::Activation, &action)?,
                 Op::Forward => self.forward(&action)?,
                 Op::SendActivation => self.send(Content::Activation, &action)?,
@@ -175,13 +184,14 @@ impl Worker {
         &mut self.posts[action.stage / devices]
     }
 
-    fn load(&mut self, action: &Action) {
+    fn load(&mut self, action: &Action) -> Result<()> {
         let replica = self.posts[0].place.replica;
         let batch = match action.pass {
             Pass::Train => self.batches.train(action.step, self.setup.train_rows(replica, action.microbatch)),
             Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
-        self.post(action).registers.batch = Some(batch);
+        self.post(action).registers.batch = Some(batch.on(self.setup.device)?);
+        Ok(())
     }
 
     fn forward(&mut self, action: &Action) -> Result<()> {
@@ -226,27 +236,34 @@ impl Worker {
         Ok(())
     }
 
-    fn add_loss(&mut self, action: &Action, loss: f64) -> Result<()> {
-        let microbatches = self.setup.config.microbatches;
-        let post = self.post(action);
-        post.loss += loss;
+    fn add_loss(&mut self, action: &Action, loss: Number) -> Result<()> {
+        let setup = Arc::clone(&self.setup);
+        let (step, microbatches, post) = (action.step, setup.config.microbatches, self.post(action));
+        let place = post.place;
+        let sum = std::mem::replace(&mut post.loss, Number::Known(0.0)).plus(loss)?;
         if action.microbatch + 1 < microbatches {
+            post.loss = sum;
             return Ok(());
         }
-        let loss = std::mem::take(&mut post.loss) / microbatches as f64;
-        let replica = post.place.replica;
-        self.reports.send(Report::Loss { replica, step: action.step, loss })
+        let skips = setup.config.on_nonfinite == OnNonfinite::Skip;
+        self.later.tell(step, sum, move |sum| {
+            let loss = sum / microbatches as f64;
+            match loss.is_finite() || skips {
+                true => Ok(Report::Loss { replica: place.replica, step, loss }),
+                false => Err(Error::NotFinite { tensor: "the loss".into(), step, place, data: String::new() }),
+            }
+        })
     }
 
-    fn add_evaluation(&mut self, action: &Action, sum: f64) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
+    fn add_evaluation(&mut self, action: &Action, sum: Number) -> Result<()> {
+        let (setup, step) = (Arc::clone(&self.setup), action.step);
         let post = self.post(action);
         let replica = post.place.replica;
-        post.eval.0 += sum;
+        post.eval.0 = std::mem::replace(&mut post.eval.0, Number::Known(0.0)).plus(sum)?;
         post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
         if setup.ends_evaluation(action.microbatch) {
-            let (loss_sum, tokens) = std::mem::take(&mut post.eval);
-            self.reports.send(Report::Eval { replica, step: action.step, loss_sum, tokens })?;
+            let (sum, tokens) = std::mem::replace(&mut post.eval, (Number::Known(0.0), 0));
+            self.later.tell(step, sum, move |loss_sum| Ok(Report::Eval { replica, step, loss_sum, tokens }))?;
         }
         Ok(())
     }
@@ -291,31 +308,28 @@ impl Worker {
         self.post(action).reductions.drain(..).try_for_each(Reduction::wait)?;
         self.clock.lap(Share::Reduce);
         if self.mode.emulation.is_some() {
-            self.post(action).stage.versions.advance(|_, _, _| {})?;
-            return self.report_norm(action, 0.0);
+            self.post(action).stage.versions.advance(|_| Ok(()))?;
+            return self.report_norm(action, Number::Known(0.0));
         }
         let post = self.post(action);
-        let norm = norm(slice(post.stage.versions.gradient(0))) * mean;
-        if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
+        let norm = norm(post.stage.versions.gradient(0), setup.late)?;
+        if let Number::Known(norm) = norm
+            && !norm.is_finite()
+            && config.on_nonfinite == OnNonfinite::Stop
+        {
             return Err(post.bad_gradient(action.step)?);
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let scale = mean * clip_factor(norm, config.optimizer.clip);
-        let optimizer = &mut post.optimizer;
-        post.stage.versions.advance(|old, new, gradient| {
-            let update = Update { old, new, gradient, lr, scale };
-            match norm.is_finite() {
-                true => optimizer.update(update),
-                false => optimizer.skip(update),
-            }
-        })?;
+        let (optimizer, terms) = (&mut post.optimizer, Terms { lr, mean, norm: &norm });
+        post.stage.versions.advance(|flats| optimizer.update(flats, &terms))?;
         if self.injected(Fault::AlterWeights, action) {
-            self.post(action).stage.versions.alter(alter)?;
+            self.post(action).stage.versions.alter(flip)?;
         }
         self.verify(action)?;
         let seconds = self.panel.pulse.busy();
         self.reports.send(Report::Busy { rank: self.rank, seconds })?;
-        self.report_norm(action, norm)
+        self.report_norm(action, norm.times(mean)?)?;
+        self.later.look(action.step)
     }
 
     /// Tells the digest of the new weights, if it is time, for replicas to be compared.
@@ -325,19 +339,25 @@ impl Worker {
             return Ok(());
         }
         let post = self.post(action);
-        let (place, digest) = (post.place, xxh3_64(bytes(post.stage.versions.flat())));
+        let (place, digest) = (post.place, xxh3_64(bytes(&here(post.stage.versions.flat())?)));
         self.reports.send(Report::Digest { place, step, digest })
     }
 
-    fn report_norm(&mut self, action: &Action, norm: f64) -> Result<()> {
-        if self.posts[0].place.replica > 0 {
+    fn report_norm(&mut self, action: &Action, norm: Number) -> Result<()> {
+        let (place, step) = (self.post(action).place, action.step);
+        if place.replica > 0 && matches!(norm, Number::Known(_)) {
             return Ok(());
         }
-        self.reports.send(Report::Norm { stage: action.stage, step: action.step, norm })
+        let skips = self.setup.config.on_nonfinite == OnNonfinite::Skip;
+        self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
+            true => Ok(Report::Norm { stage: place.stage, step, norm }),
+            false => Err(Error::NotFinite { tensor: "a gradient".into(), step, place, data: String::new() }),
+        })
     }
 
     fn finish(mut self) -> Result<bool> {
         self.panel.pulse.doing(Doing::Finishing);
+        self.later.flush()?;
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
@@ -350,13 +370,13 @@ impl Worker {
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
 /// measured after it is the stage's, and the first step is as fast as the others.
-fn warm_up(kind: Kind) -> Result<()> {
+fn warm_up(kind: Kind, device: Device) -> Result<()> {
     let model = ModelConfig { layers: 1, d_model: 64, heads: 2, d_ff: 256, tie: Tie::Untied, ..ModelConfig::default() };
     let d = Dimensions::new(&model, 256, 64);
     let stack = Stack::new(&d, 0..1);
     let layout = Layout::new(stack.parameters());
-    let versions = Versions::new(layout.clone(), layout.initial(0)?, 1, 1, kind)?;
-    let tokens = Tensor::f_zeros([4, d.sequence], (tch::Kind::Int64, tch::Device::Cpu))?;
+    let versions = Versions::new(layout.clone(), layout.initial(0)?.f_to_device(device)?, 1, 1, kind)?;
+    let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, device))?;
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
     Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)

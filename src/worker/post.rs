@@ -6,6 +6,7 @@ use crate::comm::{Ends, Reduction};
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::grid::Place;
+use crate::number::Number;
 use crate::optim::Optimizer;
 use crate::params::{Layout, Versions};
 use crate::setup::Setup;
@@ -24,8 +25,8 @@ pub(super) struct Post {
     pub(super) unreduced: usize,
     pub(super) registers: Registers,
     /// Losses of the step's microbatches so far, of the evaluation's so far.
-    pub(super) loss: f64,
-    pub(super) eval: (f64, usize),
+    pub(super) loss: Number,
+    pub(super) eval: (Number, usize),
 }
 
 #[derive(Default)]
@@ -59,11 +60,11 @@ impl Post {
         for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
             versions.recall(number, &values)?;
         }
-        let mut stage = Stage::new(place, stack, versions, Settings::new(config));
+        let mut stage = Stage::new(place, stack, versions, Settings::new(config, setup.late));
         stage.recall(memories);
         let (reductions, unreduced) = (Vec::new(), stage.versions.layout().len);
         let registers = Registers::default();
-        let (loss, eval) = (0.0, (0.0, 0));
+        let (loss, eval) = (Number::Known(0.0), (Number::Known(0.0), 0));
         let sync = setup.schedule.sync.since;
         Ok(Post { place, ends, stage, optimizer, sync, reductions, unreduced, registers, loss, eval })
     }

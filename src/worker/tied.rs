@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Worker;
-use super::faults::alter;
+use super::faults::flip;
 use super::messages::link;
 use crate::comm::{Content, Header, Reduction};
 use crate::config::OnNonfinite;
@@ -13,6 +13,7 @@ use crate::inject::Fault;
 use crate::metrics::Report;
 use crate::metrics::clock::Share;
 use crate::model;
+use crate::number::Number;
 use crate::optim::learning_rate;
 use crate::params::Layout;
 use crate::schedule::{Action, Pass};
@@ -93,14 +94,21 @@ impl Worker {
         let (setup, mean) = (Arc::clone(&self.setup), self.mean() * self.setup.tie_factor());
         let config = &setup.config;
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let norm = self.table(action)?.update(lr, mean, config.optimizer.clip)?;
+        let norm = self.table(action)?.update(lr, mean, setup.late)?;
         let place = self.post(action).place;
-        if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
+        let skips = config.on_nonfinite == OnNonfinite::Skip;
+        let wrong = move |step| {
             let tensor = "gradient of the tied embedding".to_owned();
-            return Err(Error::NotFinite { tensor, step: action.step, place, data: String::new() });
+            Error::NotFinite { tensor, step, place, data: String::new() }
+        };
+        if let Number::Known(norm) = norm
+            && !norm.is_finite()
+            && !skips
+        {
+            return Err(wrong(action.step));
         }
         if self.injected(Fault::AlterTable, action) {
-            self.table(action)?.versions_mut().alter(alter)?;
+            self.table(action)?.versions_mut().alter(flip)?;
         }
         let (step, copies) = (action.step + 1, setup.grid.replicas > 1 || setup.grid.twin(place).is_some());
         // At a sync point of a line the copies are compared anyway.
@@ -108,7 +116,13 @@ impl Worker {
             self.digest(&Action { step, ..*action })?;
         }
         match place {
-            Place { stage: 0, replica: 0 } => self.reports.send(Report::TableNorm { step: action.step, norm }),
+            Place { stage: 0, replica: 0 } => {
+                let step = action.step;
+                self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
+                    true => Ok(Report::TableNorm { step, norm }),
+                    false => Err(wrong(step)),
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -119,7 +133,7 @@ impl Worker {
     }
 
     pub(super) fn digest(&mut self, action: &Action) -> Result<()> {
-        let (place, digest) = (self.post(action).place, self.table(action)?.digest());
+        let (place, digest) = (self.post(action).place, self.table(action)?.digest()?);
         self.reports.send(Report::TableDigest { place, step: action.step, digest })
     }
 }

@@ -80,11 +80,11 @@ impl Worker {
         let since = setup.schedule.since(action.step);
         let oldest = |delay| version(since, action.step, delay);
         if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
-            snapshot.add(table.layout(), table.flat(), table.optimizer());
+            snapshot.add(table.layout(), table.flat(), table.optimizer())?;
             snapshot.add_older(table.layout(), table.versions().older(oldest(setup.schedule.table_delay())))?;
         }
         let versions = &post.stage.versions;
-        snapshot.add(versions.layout(), versions.flat(), &post.optimizer);
+        snapshot.add(versions.layout(), versions.flat(), &post.optimizer)?;
         snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
         for (microbatch, memory) in post.stage.memories() {
             let rows = setup.train_rows(post.place.replica, *microbatch);

@@ -1,6 +1,12 @@
 //! Threads against the oracle, bit for bit: every metric and every byte of the weights, over drawn configurations.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use ouroboros::error::Error;
+use ouroboros::launch::run_local;
+use ouroboros::metrics::{Mode, Recorder};
+use ouroboros::setup::Setup;
 
 use crate::harness::{as_threads, by_oracle, tiny};
 
@@ -226,6 +232,35 @@ fn drawn_grids_of_transformer_xl_equal_the_oracle_bit_for_bit() {
 #[test]
 fn drawn_grids_of_words_equal_the_oracle_bit_for_bit() {
     compare(DRAWN + DRAWN_XL..ALL);
+}
+
+/// Losses and norms that are read steps later, as on a GPU, are the same numbers.
+#[test]
+fn numbers_that_are_read_later_are_the_same() {
+    for number in (0..ALL).step_by(9) {
+        let (sets, _) = drawn(number);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let setup = tiny(&sets);
+        let setup = Arc::new(Setup { late: true, ..Arc::into_inner(setup).unwrap() });
+        let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
+        assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
+        assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
+    }
+}
+
+/// Whoever looks later still names the step that a loss or a gradient belongs to.
+#[test]
+fn a_loss_that_is_not_finite_is_found_later() {
+    let step = |late: bool| {
+        let setup = tiny(&["optimizer.lr=1e30", "optimizer.warmup=0"]);
+        let setup = Arc::new(Setup { late, ..Arc::into_inner(setup).unwrap() });
+        let out = tempfile::tempdir().unwrap();
+        let recorder = Recorder::new(Arc::clone(&setup), out.path()).unwrap();
+        let error = run_local(&setup, out.path(), recorder, Mode::default()).unwrap_err().1;
+        let Error::NotFinite { step, .. } = error else { panic!("{error}") };
+        step
+    };
+    assert_eq!(step(true), step(false));
 }
 
 fn compare(numbers: std::ops::Range<usize>) {

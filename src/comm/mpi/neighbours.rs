@@ -118,8 +118,12 @@ fn alive(process: u32) -> bool {
 mod tests {
     use super::*;
 
+    /// The card of a process: both tests are one.
+    static PROCESS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     #[test]
     fn the_first_one_left_names_the_dead_and_their_last_action() {
+        let _alone = PROCESS.lock();
         let (mine, trace) = Card::new("here");
         let other = Card { host: "there".into(), process: 1, path: None };
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
@@ -143,6 +147,7 @@ mod tests {
 
     #[test]
     fn nobody_speaks_for_a_rank_that_has_spoken() {
+        let _alone = PROCESS.lock();
         let (mine, _) = Card::new("here");
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();

@@ -1,0 +1,78 @@
+//! Single numbers that a device computes: losses, norms. On the processor they are known at once. A GPU is many operations
+//! behind, and asking it for a number would make everybody wait: there they are read later.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+
+/// One number.
+#[derive(Debug)]
+pub enum Number {
+    Known(f64),
+    /// A tensor without dimensions, whose value need not be there yet.
+    Pending(Tensor),
+}
+
+impl Number {
+    /// The value of a tensor of one number: waited for, or left for later.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn of(tensor: &Tensor, late: bool) -> Result<Number> {
+        match late {
+            true => Ok(Number::Pending(tensor.f_detach()?.f_to_kind(Kind::Double)?)),
+            false => Ok(Number::Known(tensor.f_double_value(&[])?)),
+        }
+    }
+
+    /// The sum of two.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn plus(self, other: Number) -> Result<Number> {
+        Ok(match (self, other) {
+            (Number::Known(one), Number::Known(other)) => Number::Known(one + other),
+            (Number::Known(known), Number::Pending(pending)) | (Number::Pending(pending), Number::Known(known)) => {
+                Number::Pending(pending.f_add_scalar(known)?)
+            }
+            (Number::Pending(one), Number::Pending(other)) => Number::Pending(one.f_add(&other)?),
+        })
+    }
+
+    /// The number times a factor.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn times(self, factor: f64) -> Result<Number> {
+        Ok(match self {
+            Number::Known(known) => Number::Known(known * factor),
+            Number::Pending(pending) => Number::Pending(pending.f_mul_scalar(factor)?),
+        })
+    }
+
+    /// The value, which is waited for.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn now(&self) -> Result<f64> {
+        match self {
+            Number::Known(known) => Ok(*known),
+            Number::Pending(pending) => Ok(pending.f_double_value(&[])?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_the_same_now_and_later() {
+        let tensor = Tensor::from(0.1f32);
+        for late in [false, true] {
+            let sum = Number::Known(1.5).plus(Number::of(&tensor, late).unwrap()).unwrap();
+            let sum = sum.plus(Number::of(&tensor, late).unwrap()).unwrap();
+            assert_eq!(sum.times(0.25).unwrap().now().unwrap(), (1.5 + 2.0 * f64::from(0.1f32)) * 0.25);
+        }
+    }
+}

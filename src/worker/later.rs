@@ -1,0 +1,112 @@
+//! Numbers that are reported once the device has come to them, so that nobody waits for one.
+//!
+//! ```text
+//! device   ... loss of step t | copy to the host | mark ...... loss of t+1 | copy | mark ...
+//! host         asks for both, goes on ......................... has the mark of t passed? then report
+//! ```
+//!
+//! The host may be so many steps before the device as its numbers are old; [`STEPS`] bounds that, so that messages and
+//! memory that have been asked for do not pile up.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use cudarc::driver::CudaEvent;
+use tch::{Device, Kind, Tensor};
+
+use crate::comm::Reporter;
+use crate::device::queues::{CudaQueues, Queue, Queues};
+use crate::error::Result;
+use crate::metrics::Report;
+use crate::number::Number;
+
+/// Steps that a number may be old.
+const STEPS: usize = 2;
+/// Between two looks at a mark that is waited for.
+const LOOK: Duration = Duration::from_micros(50);
+
+/// What becomes of a number.
+type Told = Box<dyn FnOnce(f64) -> Result<Report>>;
+
+struct Waiting {
+    step: usize,
+    /// On the host; there when the mark has passed. Without a mark, when it is asked for.
+    value: Tensor,
+    mark: Option<CudaEvent>,
+    told: Told,
+}
+
+/// The numbers of a place that are not known yet, the oldest first.
+pub(super) struct Later {
+    waiting: VecDeque<Waiting>,
+    queues: Option<CudaQueues>,
+    reports: Reporter,
+}
+
+impl Later {
+    /// None yet, of a device.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub(super) fn new(device: Device, reports: Reporter) -> Result<Later> {
+        let queues = match device {
+            Device::Cuda(index) => Some(CudaQueues::new(index)?),
+            _ => None,
+        };
+        Ok(Later { waiting: VecDeque::new(), queues, reports })
+    }
+
+    /// Reports a number of a step, now if it is known. `told` makes the report of it, or the error that it is.
+    ///
+    /// # Errors
+    /// Those of `told`, or a recorder that is gone.
+    pub(super) fn tell(
+        &mut self,
+        step: usize,
+        number: Number,
+        told: impl FnOnce(f64) -> Result<Report> + 'static,
+    ) -> Result<()> {
+        let pending = match number {
+            Number::Known(value) => return self.reports.send(told(value)?),
+            Number::Pending(pending) => pending,
+        };
+        // libtorch puts it into pinned memory, which a copy that nobody waits for needs.
+        let value = pending.f_to_device_(Device::Cpu, Kind::Double, true, false)?;
+        let mark = self.queues.as_ref().map(|queues| queues.mark(Queue::Compute)).transpose()?;
+        self.waiting.push_back(Waiting { step, value, mark, told: Box::new(told) });
+        Ok(())
+    }
+
+    /// Reports what is known by now, and waits for what is too old at `step`.
+    ///
+    /// # Errors
+    /// Those of the reports, of the recorder and of the device.
+    pub(super) fn look(&mut self, step: usize) -> Result<()> {
+        while let Some(first) = self.waiting.front() {
+            let old = first.step + STEPS <= step;
+            match (&self.queues, &first.mark) {
+                (Some(queues), Some(mark)) => {
+                    while !queues.passed(mark)? {
+                        if !old {
+                            return Ok(());
+                        }
+                        std::thread::sleep(LOOK);
+                    }
+                }
+                _ if !old => return Ok(()),
+                _ => {}
+            }
+            let Some(Waiting { value, told, .. }) = self.waiting.pop_front() else { return Ok(()) };
+            self.reports.send(told(value.f_double_value(&[])?)?)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for everything.
+    ///
+    /// # Errors
+    /// As [`Later::look`].
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.look(usize::MAX)
+    }
+}
