@@ -100,7 +100,7 @@ fn all(ports: &mut Ports, grid: Grid, rank: usize, device: Device, doing: &Mutex
 
 fn header(content: Content, number: usize, values: i64) -> Header {
     let shape = [1, 1, values];
-    Header { content, pass: Pass::Train, step: 0, microbatch: number, shape, wire: Wire::F32 }
+    Header { content, pass: Pass::Train, step: 0, microbatch: number, shape, wire: Wire::F32, beside: false }
 }
 
 fn filled(values: i64, with: f64, device: Device) -> Result<Tensor> {

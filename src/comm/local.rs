@@ -2,7 +2,7 @@
 //!
 //! A thread that ends drops its ends of the channels, so whoever waits for it wakes with an error at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 
@@ -53,7 +53,7 @@ pub fn connect(
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process", None)) }
+        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process", None)), beside: None }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
     let panels: Vec<Arc<Panel>> = ports.iter().map(|ports| Arc::clone(&ports.panel)).collect();
@@ -73,8 +73,8 @@ pub fn connect(
 fn link(a: Place, b: Place, capacity: usize) -> (Box<dyn Link>, Box<dyn Link>) {
     let (down, from_a) = sync_channel(capacity);
     let (up, from_b) = sync_channel(capacity);
-    let first = LocalLink { me: a, peer: b, sender: down, receiver: from_b };
-    let second = LocalLink { me: b, peer: a, sender: up, receiver: from_a };
+    let first = LocalLink { me: a, peer: b, sender: down, receiver: from_b, expected: VecDeque::new() };
+    let second = LocalLink { me: b, peer: a, sender: up, receiver: from_a, expected: VecDeque::new() };
     (Box::new(first), Box::new(second))
 }
 
@@ -83,6 +83,8 @@ struct LocalLink {
     peer: Place,
     sender: SyncSender<Message>,
     receiver: Receiver<Message>,
+    /// What was said to come: whoever says something else is found here, where tests run.
+    expected: VecDeque<Header>,
 }
 
 impl Link for LocalLink {
@@ -91,7 +93,15 @@ impl Link for LocalLink {
         self.sender.send((header, tensor)).map_err(lost)
     }
 
+    fn expect(&mut self, expected: Header) -> Result<()> {
+        self.expected.push_back(expected);
+        Ok(())
+    }
+
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
+        if let Some(first) = self.expected.pop_front().filter(|first| *first != expected) {
+            return Err(Error::Internal(format!("{} expects {first} and takes {expected}", self.me)));
+        }
         let lost = |_| Error::Lost { peer: self.peer, doing: format!("{} waits for {expected}", self.me) };
         let (found, tensor) = self.receiver.recv().map_err(lost)?;
         checked(self.peer, self.me, expected, found)?;
@@ -215,6 +225,7 @@ mod tests {
             microbatch: 0,
             shape: [1, 1, 2],
             wire: Wire::F32,
+            beside: false,
         }
     }
 

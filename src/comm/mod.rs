@@ -1,10 +1,12 @@
 //! How places talk: a `Link` to each neighbour of the pipeline, a `ReplicaGroup` over the replicas of a stage.
 //!
-//! Two transports: `local`, threads of one process, and `mpi`. Both check every message against the one that the
-//! schedule calls for.
+//! `local` carries tensors between threads of one process, `mpi` between processes, `nccl` between GPUs with `mpi` beside
+//! it; `staged` lets GPUs go over `mpi` alone. All check every message against the one that the schedule calls for.
 
 pub mod local;
 pub mod mpi;
+pub mod nccl;
+pub mod staged;
 
 use std::fmt;
 use std::sync::Arc;
@@ -45,6 +47,8 @@ pub struct Header {
     /// Rows, tokens, values: [b, T, D].
     pub shape: [i64; 3],
     pub wire: Wire,
+    /// The values do not follow: they travel another way.
+    pub beside: bool,
 }
 
 impl fmt::Display for Header {
@@ -62,22 +66,22 @@ impl fmt::Display for Header {
 
 impl Header {
     /// Words of the header on the wire.
-    pub const WORDS: usize = 9;
+    pub const WORDS: usize = 10;
     /// The first word: tells a header from stray bytes, and one layout of headers from the next.
-    const MAGIC: i64 = 0x6f75_726f_0003;
+    const MAGIC: i64 = 0x6f75_726f_0004;
 
     /// The header as it travels.
     pub fn encode(&self) -> [i64; Header::WORDS] {
         let [b, t, d] = self.shape;
         let content = self.content as i64;
         let pass = i64::from(self.pass == Pass::Eval);
-        let wire = self.wire as i64;
-        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire]
+        let (wire, beside) = (self.wire as i64, i64::from(self.beside));
+        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire, beside]
     }
 
     /// The header out of what travelled, `None` if that is none.
     pub fn decode(words: [i64; Header::WORDS]) -> Option<Header> {
-        let [magic, content, pass, step, microbatch, b, t, d, wire] = words;
+        let [magic, content, pass, step, microbatch, b, t, d, wire, beside] = words;
         let content = Content::ALL.get(usize::try_from(content).ok()?).copied()?;
         let pass = [Pass::Train, Pass::Eval].get(usize::try_from(pass).ok()?).copied()?;
         let wire = [Wire::F32, Wire::Bf16].get(usize::try_from(wire).ok()?).copied()?;
@@ -88,6 +92,7 @@ impl Header {
             microbatch: usize::try_from(microbatch).ok()?,
             shape: [b, t, d],
             wire,
+            beside: [false, true].get(usize::try_from(beside).ok()?).copied()?,
         };
         (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n))).then_some(header)
     }
@@ -101,6 +106,14 @@ pub trait Link: Send {
     /// # Errors
     /// [`Error::Lost`] if the neighbour is gone.
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()>;
+
+    /// A message that will be received when those that are expected already have been: the transport may begin with it.
+    ///
+    /// # Errors
+    /// What the transport reports.
+    fn expect(&mut self, _expected: Header) -> Result<()> {
+        Ok(()) // Most begin by themselves.
+    }
 
     /// The next message from the neighbour, which must be `expected`. Sleeps while there is none.
     ///
@@ -136,6 +149,21 @@ impl Reduction {
     }
 }
 
+/// What works beside the host for a rank.
+pub trait Beside: Send + Sync {
+    /// What has gone wrong there meanwhile.
+    ///
+    /// # Errors
+    /// That.
+    fn check(&self) -> Result<()>;
+
+    /// Waits until everything that was asked for is done.
+    ///
+    /// # Errors
+    /// What goes wrong.
+    fn settle(&self) -> Result<()>;
+}
+
 /// What one place talks through.
 #[derive(Default)]
 pub struct Ends {
@@ -153,6 +181,8 @@ pub struct Ports {
     pub places: Vec<Ends>,
     pub reports: Reporter,
     pub panel: Arc<Panel>,
+    /// Where values travel by themselves.
+    pub beside: Option<Arc<dyn Beside>>,
 }
 
 /// Takes the reports of a place to the recorder on rank 0.
@@ -188,11 +218,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, half: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
+        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, half: bool, beside: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
                           shape in prop::array::uniform3(0i64..1 << 31)) {
             let pass = if eval { Pass::Eval } else { Pass::Train };
             let wire = if half { Wire::Bf16 } else { Wire::F32 };
-            let header = Header { content, pass, step, microbatch, shape, wire };
+            let header = Header { content, pass, step, microbatch, shape, wire, beside };
             prop_assert_eq!(Header::decode(header.encode()), Some(header));
         }
 

@@ -109,6 +109,13 @@ pub enum Op {
 }
 
 impl Op {
+    /// Whether it keeps the device busy.
+    pub fn computes(self) -> bool {
+        matches!(self, Op::Forward | Op::Backward)
+    }
+}
+
+impl Op {
     const CODES: [(Op, &'static str); 18] = [
         (Op::Load, "L"),
         (Op::RecvActivation, "RA"),

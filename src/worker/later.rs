@@ -9,12 +9,13 @@
 //! memory that have been asked for do not pile up.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::CudaEvent;
 use tch::{Device, Kind, Tensor};
 
-use crate::comm::Reporter;
+use crate::comm::{Beside, Reporter};
 use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
 use crate::metrics::Report;
@@ -41,6 +42,7 @@ pub(super) struct Later {
     waiting: VecDeque<Waiting>,
     queues: Option<CudaQueues>,
     reports: Reporter,
+    beside: Option<Arc<dyn Beside>>,
 }
 
 impl Later {
@@ -48,12 +50,12 @@ impl Later {
     ///
     /// # Errors
     /// What the driver reports.
-    pub(super) fn new(device: Device, reports: Reporter) -> Result<Later> {
+    pub(super) fn new(device: Device, reports: Reporter, beside: Option<Arc<dyn Beside>>) -> Result<Later> {
         let queues = match device {
             Device::Cuda(index) => Some(CudaQueues::new(index)?),
             _ => None,
         };
-        Ok(Later { waiting: VecDeque::new(), queues, reports })
+        Ok(Later { waiting: VecDeque::new(), queues, reports, beside })
     }
 
     /// Reports a number of a step, now if it is known. `told` makes the report of it, or the error that it is.
@@ -90,6 +92,8 @@ impl Later {
                         if !old {
                             return Ok(());
                         }
+                        // A transfer that has failed never ends.
+                        self.beside.as_ref().map_or(Ok(()), |beside| beside.check())?;
                         std::thread::sleep(LOOK);
                     }
                 }

@@ -1,13 +1,15 @@
 //! Hidden states and their gradients on their way between places.
 
+use std::collections::VecDeque;
+
 use tch::Tensor;
 
 use super::Worker;
-use super::post::Post;
-use crate::comm::{Content, Header, Link};
+use super::post::{Post, Registers};
+use crate::comm::{Content, Ends, Header, Link};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::schedule::{Action, Pass};
+use crate::schedule::{Action, Op, Pass};
 
 impl Worker {
     /// What a message of hidden states or their gradients about this action must look like.
@@ -21,17 +23,50 @@ impl Worker {
         };
         let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
         let wire = self.setup.hidden_wire();
-        Header { content, pass: action.pass, step: action.step, microbatch: action.microbatch, shape, wire }
+        Header {
+            content,
+            pass: action.pass,
+            step: action.step,
+            microbatch: action.microbatch,
+            shape,
+            wire,
+            beside: false,
+        }
+    }
+
+    /// A message that a later action will receive.
+    fn expect(&mut self, content: Content, action: &Action) -> Result<()> {
+        let header = self.header(content, action);
+        let Post { ends, registers, .. } = self.post(action);
+        let (end, _) = incoming(ends, registers, content);
+        link(end, action)?.expect(header)
+    }
+
+    /// Takes the actions up to the next one that computes, and lets the links begin with what those will receive.
+    pub(super) fn look_ahead(
+        &mut self,
+        actions: &mut impl Iterator<Item = Action>,
+        upcoming: &mut VecDeque<Action>,
+    ) -> Result<()> {
+        for action in actions {
+            match action.op {
+                Op::RecvActivation => self.expect(Content::Activation, &action)?,
+                Op::RecvGradient => self.expect(Content::Gradient, &action)?,
+                _ => {}
+            }
+            upcoming.push_back(action);
+            if action.op.computes() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Hidden states come down the pipeline, gradients up.
     pub(super) fn receive(&mut self, content: Content, action: &Action) -> Result<()> {
         let (header, kind) = (self.header(content, action), self.setup.config.precision.kind());
         let Post { ends, registers, .. } = self.post(action);
-        let (end, register) = match content {
-            Content::Activation => (&mut ends.upstream, &mut registers.activation),
-            _ => (&mut ends.downstream, &mut registers.gradient),
-        };
+        let (end, register) = incoming(ends, registers, content);
         let received = link(end, action)?.receive(header)?;
         *register = Some(header.wire.unpack(&received, kind)?);
         Ok(())
@@ -48,6 +83,18 @@ impl Worker {
         };
         let tensor = header.wire.pack(&taken(register, action)?)?;
         if dropped { Ok(()) } else { link(end, action)?.send(header, tensor) }
+    }
+}
+
+/// Where a message comes from and goes to.
+fn incoming<'a>(
+    ends: &'a mut Ends,
+    registers: &'a mut Registers,
+    content: Content,
+) -> (&'a mut Option<Box<dyn Link>>, &'a mut Option<Tensor>) {
+    match content {
+        Content::Activation => (&mut ends.upstream, &mut registers.activation),
+        _ => (&mut ends.downstream, &mut registers.gradient),
     }
 }
 

@@ -7,13 +7,14 @@ mod messages;
 mod tied;
 mod writer;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::comm::{Content, Ports, Reduction, Reporter};
+use crate::comm::{Beside, Content, Ports, Reduction, Reporter};
 use crate::config::{ModelConfig, OnNonfinite};
 use crate::data::Batches;
 use crate::delay::version;
@@ -58,6 +59,7 @@ pub struct Worker {
     clock: Clock,
     /// Losses and norms that are not known yet.
     later: Later,
+    beside: Option<Arc<dyn Beside>>,
     /// Saves beside the training.
     writer: Option<Writer>,
 }
@@ -88,7 +90,7 @@ impl Worker {
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
         let clock = Clock::new(&setup.schedule, &stages);
         let writer = Some(Writer::start(out, reports.clone())?);
-        let later = Later::new(setup.device, reports.clone())?;
+        let later = Later::new(setup.device, reports.clone(), ports.beside.clone())?;
         Ok(Worker {
             rank,
             posts,
@@ -102,6 +104,7 @@ impl Worker {
             gauge,
             clock,
             later,
+            beside: ports.beside,
             writer,
             setup,
         })
@@ -135,8 +138,10 @@ impl Worker {
         let setup = Arc::clone(&self.setup);
         let mut actions = setup.schedule.device_actions(setup.grid.device_of(self.rank));
         actions.set_limit(self.panel.limit());
+        // The actions up to the next one that computes, whose messages are expected while the one before it computes.
+        let mut upcoming = VecDeque::new();
         loop {
-            let Some(action) = actions.next() else {
+            let Some(action) = upcoming.pop_front().or_else(|| actions.next()) else {
                 let Some(step) = actions.held() else { break };
                 // Who tells how far to go has to know how far this is.
                 self.later.flush()?;
@@ -149,6 +154,9 @@ impl Worker {
                 }
                 continue;
             };
+            if upcoming.is_empty() && action.op.computes() {
+                self.look_ahead(&mut actions, &mut upcoming)?;
+            }
             tracing::trace!(%action);
             self.panel.pulse.action(action);
             self.run_injection(&action)?;
@@ -358,6 +366,7 @@ impl Worker {
     fn finish(mut self) -> Result<bool> {
         self.panel.pulse.doing(Doing::Finishing);
         self.later.flush()?;
+        self.beside.as_ref().map_or(Ok(()), |beside| beside.settle())?;
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }

@@ -42,7 +42,15 @@ impl Worker {
 
     fn table_header(&mut self, content: Content, action: &Action) -> Result<Header> {
         let shape = [1, 1, self.table(action)?.layout().len as i64];
-        Ok(Header { content, pass: Pass::Train, step: action.step, microbatch: 0, shape, wire: Wire::F32 })
+        Ok(Header {
+            content,
+            pass: Pass::Train,
+            step: action.step,
+            microbatch: 0,
+            shape,
+            wire: Wire::F32,
+            beside: false,
+        })
     }
 
     pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {

@@ -173,7 +173,7 @@ impl World {
         })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
-        Ok((Ports { places, reports: self.reporter(), panel }, received))
+        Ok((Ports { places, reports: self.reporter(), panel, beside: None }, received))
     }
 
     /// Tells all ranks' panels; on rank 0, once the grid is connected.

@@ -61,6 +61,9 @@ impl Outgoing {
     ) -> MpiResult<Outgoing> {
         let tag = tag(header.content);
         let first = raw::send_header(address(links, to, tag), header)?;
+        if header.beside {
+            return Ok(Outgoing { header: first, tensor: None, permit: None });
+        }
         let second = raw::send(address(links, to, tag + 1), tensor)?;
         Ok(Outgoing { header: first, tensor: Some(second), permit: Some(permit) })
     }
@@ -125,6 +128,11 @@ impl Incoming {
         }
         let Some(words) = self.header.test()? else { return Ok(false) };
         let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
+        if header.beside {
+            self.header = raw::receive_header(address(links, from, tag))?;
+            self.hand_over(Ok((header, Tensor::new())));
+            return Ok(true);
+        }
         let room =
             Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
         self.tensor = Some((header, raw::receive(address(links, from, tag + 1), room)?));

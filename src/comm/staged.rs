@@ -1,0 +1,78 @@
+//! Tensors of a GPU over a transport that touches host memory only: through pinned memory, waited for. Slow, and simple: a
+//! check of the grid without NCCL.
+
+use tch::{Device, Tensor};
+
+use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup};
+use crate::device::queues::{CudaQueues, Queue, Queues};
+use crate::error::Result;
+
+/// Ports that take and give tensors of a GPU.
+///
+/// # Errors
+/// What the driver reports.
+pub fn over(ports: Ports, index: usize) -> Result<Ports> {
+    let link = |inner: Option<Box<dyn Link>>| -> Result<Option<Box<dyn Link>>> {
+        let Some(inner) = inner else { return Ok(None) };
+        Ok(Some(Box::new(Staged { inner, stage: Stage::new(index)? })))
+    };
+    let mut places = Vec::new();
+    for ends in ports.places {
+        let group = match ends.group {
+            Some(inner) => Some(Box::new(Staged { inner, stage: Stage::new(index)? }) as Box<dyn ReplicaGroup>),
+            None => None,
+        };
+        let (upstream, downstream, twin) = (link(ends.upstream)?, link(ends.downstream)?, link(ends.twin)?);
+        places.push(Ends { upstream, downstream, twin, group });
+    }
+    Ok(Ports { places, ..ports })
+}
+
+/// A link or a group, and the way between device and host.
+struct Staged<T: ?Sized> {
+    inner: Box<T>,
+    stage: Stage,
+}
+
+struct Stage {
+    queues: CudaQueues,
+    device: Device,
+}
+
+impl Stage {
+    fn new(index: usize) -> Result<Stage> {
+        Ok(Stage { queues: CudaQueues::new(index)?, device: Device::Cuda(index) })
+    }
+
+    /// The values on the host, there when this returns.
+    fn down(&self, tensor: &Tensor) -> Result<Tensor> {
+        // libtorch takes pinned memory for a copy that is not waited for.
+        let host = tensor.f_contiguous()?.f_to_device_(Device::Cpu, tensor.kind(), true, false)?;
+        let copied = self.queues.mark(Queue::Compute)?;
+        while !self.queues.passed(&copied)? {
+            std::thread::yield_now();
+        }
+        Ok(host)
+    }
+}
+
+impl Link for Staged<dyn Link> {
+    fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
+        self.inner.send(header, self.stage.down(&tensor)?)
+    }
+
+    fn receive(&mut self, expected: Header) -> Result<Tensor> {
+        Ok(self.inner.receive(expected)?.f_to_device(self.stage.device)?)
+    }
+}
+
+impl ReplicaGroup for Staged<dyn ReplicaGroup> {
+    fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
+        let host = self.stage.down(&flat)?;
+        let reduction = self.inner.all_reduce(step, host.shallow_clone())?;
+        Ok(Reduction::new(move || {
+            reduction.wait()?;
+            Ok(flat.f_copy_(&host)?)
+        }))
+    }
+}
