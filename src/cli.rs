@@ -54,7 +54,7 @@ pub struct TrainArgs {
     /// Stages x replicas, as in 4x2; over the config's grid.
     #[arg(long, value_name = "KxR")]
     pub grid: Option<Grid>,
-    /// What carries tensors; mpi under mpirun, else local.
+    /// What carries tensors; under mpirun mpi, and between GPUs nccl; else local.
     #[arg(long)]
     pub transport: Option<Transport>,
     /// A description of the machine, as in topology/: how places lie on its nodes, which is checked, and what its links should

@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
 use crate::config::{Arch, Config, ModelConfig, Order, Tokenizer};
 use crate::data::{Corpus, Shape, Tokens, held_out};
+use crate::device::{self, Choice, Local};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use crate::model::{Dimensions, Memory, Stack};
@@ -24,8 +25,10 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = config(&checkpoint.manifest.config, &args.set)?;
     check_settings(&config)?;
+    let device = device::choose(config.device, Local::ALONE, false)?.device();
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
+    let weights: Vec<Tensor> = weights.iter().map(|w| w.f_to_device(device)).collect::<std::result::Result<_, _>>()?;
     let (text, floor) =
         Corpus::open_held_out(&config.data, config.seed, config.eval_sequence(), &checkpoint.vocabulary)?;
     let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
@@ -51,6 +54,10 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
 /// tokens are what they are.
 fn config(saved: &Config, sets: &[String]) -> Result<Config> {
     let mut config = Config::parse(&saved.to_toml(), sets)?;
+    // Where it was trained says nothing of this machine.
+    if config.device == Choice::Cuda && !sets.iter().any(|set| set.trim_start().starts_with("device")) {
+        config.device = Choice::Auto;
+    }
     if let Some(eval) =
         config.eval.as_mut().filter(|_| !sets.iter().any(|set| set.trim_start().starts_with("eval.tokens")))
     {
@@ -91,7 +98,7 @@ fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -
         if order == Order::Shuffled {
             memory = Memory::new(0);
         }
-        let batch = held_out(text, order, shape, rows, segment);
+        let batch = held_out(text, order, shape, rows, segment).on(weights[0].device())?;
         let mean = tch::no_grad(|| -> Result<f64> {
             let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
             Ok(model.loss(weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)

@@ -89,6 +89,25 @@ impl CudaQueues {
     }
 }
 
+impl CudaQueues {
+    /// Bytes of the device's memory that are taken, by whomever.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn taken(&self) -> Result<u64> {
+        let (left, all) = self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?;
+        Ok((all - left) as u64)
+    }
+
+    /// Bytes of the device's memory that are free.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn left(&self) -> Result<u64> {
+        Ok(self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?.0 as u64)
+    }
+}
+
 impl Queues for CudaQueues {
     type Mark = CudaEvent;
 

@@ -1,10 +1,32 @@
 //! What the ranks of a run compute on.
 
+use super::job::Transport;
 use crate::comm::mpi::World;
 use crate::config::Config;
-use crate::device::{self, Chosen, Gpu, Local, context};
+use crate::device::{self, Chosen, Gpu, Local, context, libraries};
 use crate::error::{Error, Result};
 use crate::precision::Precision;
+
+/// How tensors travel between ranks that compute on `chosen`; none where they stay on the host.
+///
+/// # Errors
+/// [`Error::Usage`] about `--transport`, [`Error::Config`] about `device` if NCCL is missing.
+pub(super) fn carried(transport: Option<Transport>, chosen: &Chosen, size: usize) -> Result<Option<Transport>> {
+    match (transport, chosen) {
+        (Some(Transport::Nccl), Chosen::Cpu) => {
+            Err(Error::Usage("--transport nccl is for GPUs; set device = \"cuda\", or take mpi".into()))
+        }
+        (Some(Transport::Mpi), Chosen::Cuda(_)) => Ok(Some(Transport::Mpi)),
+        // Nobody to talk to.
+        (_, Chosen::Cuda(_)) if size == 1 => Ok(None),
+        (_, Chosen::Cuda(_)) => {
+            let remedy = "or take --transport mpi, which is slow";
+            libraries::nccl().map_err(|why| Error::config("device", format!("`cuda`, but {why}"), remedy))?;
+            Ok(Some(Transport::Nccl))
+        }
+        (_, Chosen::Cpu) => Ok(None),
+    }
+}
 
 /// The device of this process, and libtorch made ready for it.
 ///

@@ -3,8 +3,11 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use tch::Device;
+
 use crate::checkpoint::Checkpoint;
 use crate::config::{CheckpointConfig, Config};
+use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::inject::{Fault, Injection};
@@ -21,8 +24,10 @@ const MEASURED_STEPS: usize = 16;
 pub enum Transport {
     /// Threads of one process.
     Local,
-    /// The ranks of mpirun.
+    /// The ranks of mpirun; tensors of GPUs through the memory of their hosts.
     Mpi,
+    /// The ranks of mpirun, each with a GPU: the default where they have.
+    Nccl,
 }
 
 /// What `train` is asked to do.
@@ -148,7 +153,15 @@ impl Job {
         ranks: Range<usize>,
         neighbours: &[(usize, String)],
     ) -> Result<()> {
-        if self.mode.emulation.is_some() { Ok(()) } else { memory::check(setup, ranks, neighbours) }
+        match setup.device {
+            _ if self.mode.emulation.is_some() => Ok(()),
+            // Places that are threads share one GPU.
+            Device::Cuda(index) => {
+                let left = CudaQueues::new(index)?.left()?;
+                ranks.into_iter().try_for_each(|rank| memory::check_gpu(setup, rank, left))
+            }
+            _ => memory::check(setup, ranks, neighbours),
+        }
     }
 
     /// The run's folder.

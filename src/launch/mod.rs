@@ -52,7 +52,7 @@ fn run_job(job: &Job) -> u8 {
     let result = match transport {
         _ if job.emulate => local::oracle(job),
         Transport::Local => local::threads(job),
-        Transport::Mpi => return ranks::over_mpi(job),
+        Transport::Mpi | Transport::Nccl => return ranks::over_mpi(job),
     };
     match result {
         Ok(summary) if summary.stopped => STOPPED,

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use tch::Device;
+
 use super::agree::together;
 use super::checks::{enough_memory, hosts, on_their_nodes, resumed, same_everywhere, setup_of_rank};
-use super::devices::{apart, chosen};
-use super::job::Job;
+use super::devices::{apart, carried, chosen};
+use super::job::{Job, Transport};
 use super::{announce, watch};
 use crate::comm::Ports;
 use crate::comm::mpi::World;
+use crate::comm::{nccl, staged};
 use crate::error::{Error, Placed, Result};
 use crate::failure::{caught, panic_text, show};
 use crate::metrics::{Recorder, Report};
@@ -53,6 +56,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let (setup, topology) = together(world, || setup_of_rank(job, world))?;
     let chosen = together(world, || chosen(&setup.config, world.identity.local))?;
+    let carried = together(world, || carried(job.transport, &chosen, world.identity.size))?;
     together(world, || apart(world, &setup.config, &chosen))?;
     let setup = setup.on(chosen.device());
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
@@ -76,7 +80,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
         "started"
     );
     let run = || -> Placed<bool> {
-        let (ports, reports) = connected(job, world, &setup, topology.as_ref())?;
+        let (ports, reports) = connected(job, world, &setup, carried, topology.as_ref())?;
         run_rank(job, world, &setup, &out, ports, recorder.zip(reports))
     };
     match run() {
@@ -116,17 +120,40 @@ fn connected(
     job: &Job,
     world: &World,
     setup: &Setup,
+    carried: Option<Transport>,
     topology: Option<&Topology>,
 ) -> Placed<(Ports, Option<Receiver<Report>>)> {
     let limit = setup.start() + setup.schedule.lead();
     let stall = Duration::from_secs_f64(setup.config.stall_seconds);
     let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit, stall);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
+    let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {
         true => self_tested(topology, world, setup, ports).map_err(|error| (Some(origin(world, setup)), error))?,
         false => ports,
     };
     Ok((ports, reports))
+}
+
+/// The ports of a rank whose tensors are on a GPU.
+fn on_gpus(world: &World, setup: &Setup, carried: Option<Transport>, ports: Ports) -> Result<Ports> {
+    let Device::Cuda(index) = setup.device else { return Ok(ports) };
+    match carried {
+        Some(Transport::Nccl) => {
+            let connection = nccl::Connection {
+                grid: setup.grid,
+                rank: world.identity.rank,
+                index,
+                wire: setup.config.wire,
+                tied: setup.dimensions.tied,
+                patience: Duration::from_secs_f64(setup.config.stall_seconds),
+                exchange: &|bytes| world.all_gather(bytes),
+            };
+            nccl::over(ports, &connection)
+        }
+        Some(_) => staged::over(ports, index),
+        None => Ok(ports),
+    }
 }
 
 /// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;

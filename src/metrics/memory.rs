@@ -3,9 +3,12 @@
 use std::fs;
 use std::ops::Range;
 
+use tch::Device;
+
 use super::limits::limits;
 use crate::checkpoint::{Kind, Snapshot};
 use crate::config::Order;
+use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
@@ -100,6 +103,11 @@ impl Prediction {
         self.transient = self.transient.max(transient);
     }
 
+    /// What a GPU needs to hold of it: copies that are being written lie in the memory of the host.
+    pub fn on_gpu(&self) -> u64 {
+        self.total() - self.saving
+    }
+
     pub fn total(&self) -> u64 {
         self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.holes + self.saving
     }
@@ -188,23 +196,64 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
     Ok(())
 }
 
-/// Measures how far the resident memory of this process rises above where it stood.
-#[derive(Debug)]
-pub struct Gauge {
-    start: u64,
+/// Refuses a rank whose GPU, of which `left` bytes are free, cannot hold what it needs.
+///
+/// # Errors
+/// [`Error::Memory`] with the need by the prediction.
+pub fn check_gpu(setup: &Setup, rank: usize, left: u64) -> Result<()> {
+    let needed = Prediction::new(setup, rank).on_gpu();
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    match needed <= left {
+        true => Ok(()),
+        false => {
+            let name = setup.grid.name(rank);
+            Err(Error::Memory(format!("{} MiB predicted for {name}, {} MiB left of its GPU", mib(needed), mib(left))))
+        }
+    }
+}
+
+/// Measures how far the memory of this process rises above where it stood: its resident memory, or what is taken of its GPU.
+pub enum Gauge {
+    Host { start: u64 },
+    Gpu { queues: CudaQueues, start: u64, most: u64 },
 }
 
 impl Gauge {
-    /// Begins here: the kernel's mark of the highest resident memory is put back to the present.
+    /// Begins here, on the host: the kernel's mark of the highest resident memory is put back to the present.
     pub fn start() -> Option<Gauge> {
         // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
         let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge { start: status("VmRSS:")? })
+        Some(Gauge::Host { start: status("VmRSS:")? })
+    }
+
+    /// Begins here, on a device.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn on(device: Device) -> Result<Option<Gauge>> {
+        let Device::Cuda(index) = device else { return Ok(Gauge::start()) };
+        let queues = CudaQueues::new(index)?;
+        let start = queues.taken()?;
+        Ok(Some(Gauge::Gpu { queues, start, most: start }))
+    }
+
+    /// Looks: of a GPU only what is there when it is looked at is seen. libtorch keeps what it has taken once.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn look(&mut self) -> Result<()> {
+        if let Gauge::Gpu { queues, most, .. } = self {
+            *most = queues.taken()?.max(*most);
+        }
+        Ok(())
     }
 
     /// Bytes between the start and the highest mark since.
     pub fn peak(&self) -> Option<u64> {
-        Some(status("VmHWM:")?.saturating_sub(self.start))
+        match self {
+            Gauge::Host { start } => Some(status("VmHWM:")?.saturating_sub(*start)),
+            Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
+        }
     }
 }
 

@@ -54,10 +54,29 @@ impl Pace {
         median(&self.seconds)
     }
 
-    /// The median time of the last steps.
+    /// The time of a step now: where steps are short that of all while news travel, else the median of the last ones.
     fn recent(&self) -> Duration {
-        let last = &self.seconds[self.seconds.len().saturating_sub(RECENT)..];
-        Duration::from_secs_f64(median(last).unwrap_or(0.0))
+        let (in_news, last) = (self.steps_in_news(), &self.seconds[self.seconds.len().saturating_sub(RECENT)..]);
+        match in_news > RECENT as f64 {
+            true => NEWS.div_f64(in_news),
+            false => Duration::from_secs_f64(median(last).unwrap_or(0.0)),
+        }
+    }
+
+    /// How many steps are made while news travel. Steps may be told in bursts, each of no time but the first, so this is the
+    /// number of the last ones, back to where so much time has passed.
+    fn steps_in_news(&self) -> f64 {
+        let (mut steps, mut left) = (0.0, NEWS.as_secs_f64());
+        for seconds in self.seconds.iter().rev() {
+            if *seconds >= left {
+                return steps + left / seconds;
+            }
+            left -= seconds;
+            steps += 1.0;
+        }
+        // The run is younger than that.
+        let passed = NEWS.as_secs_f64() - left;
+        if passed > 0.0 { steps * NEWS.as_secs_f64() / passed } else { 0.0 }
     }
 
     /// Steps that are made before a stop, after `written` complete ones.
@@ -76,10 +95,7 @@ impl Pace {
             return;
         }
         // Where steps are short, the way of the news takes several.
-        let spare = match self.recent() {
-            Duration::ZERO => 0,
-            time => (NEWS.as_secs_f64() / time.as_secs_f64()) as usize,
-        };
+        let spare = self.steps_in_news().round() as usize;
         if self.limit <= written + self.lead - 1 + spare / 2 {
             self.limit = (written + self.lead + spare).min(self.steps);
             controls.tell(Control::Limit(self.limit));
@@ -131,6 +147,22 @@ mod tests {
         assert_eq!(pace.end_at_limit(&controls), Stopping::Already);
         pace.raise(13, &controls);
         assert_eq!(told.lock().unwrap()[10..], [Control::Stop(14)]);
+    }
+
+    /// A recorder that was kept from its work hears of many steps at once.
+    #[test]
+    fn a_burst_of_steps_does_not_carry_the_limit_away() {
+        let controls = Controls::new(|_| {});
+        let mut pace = Pace::new(100_000, 0, 4);
+        for burst in 1..=20 {
+            for written in 20 * (burst - 1) + 1..=20 * burst {
+                pace.step(if written % 20 == 1 { 0.2 } else { 1e-6 });
+                pace.raise(written, &controls);
+                // 100 steps a second.
+                assert!(pace.under_way(written) <= 4 + 70, "{written}: {}", pace.under_way(written));
+            }
+        }
+        assert!(pace.under_way(400) >= 25);
     }
 
     #[test]

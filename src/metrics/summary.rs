@@ -54,6 +54,8 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
     let mut total = 0;
     for (rank, peak) in peaks {
         let p = Prediction::new(setup, *rank);
+        // A GPU does not hold what the host writes.
+        let p = if setup.device.is_cuda() { Prediction { saving: 0, ..p } } else { p };
         total += p.total();
         let measured = peak.map_or("-".to_owned(), mib);
         println!(

@@ -21,7 +21,7 @@ use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::metrics::clock::{Clock, Share};
-use crate::metrics::memory::Gauge;
+use crate::metrics::memory::{self, Gauge};
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::number::Number;
@@ -73,7 +73,7 @@ impl Worker {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up(setup.config.precision.kind(), setup.device)?;
-        let gauge = Gauge::start();
+        let gauge = Gauge::on(setup.device)?;
         let config = &setup.config;
         let held = setup.grid.held(rank);
         let mut posts: Vec<Post> = held
@@ -123,6 +123,13 @@ impl Worker {
 
     /// An error with what this rank has read in its step.
     fn located(&self, error: Error) -> Error {
+        if let Error::Memory(text) = error {
+            let needed = memory::Prediction::new(&self.setup, self.rank).total().div_ceil(1 << 20);
+            return Error::Memory(format!(
+                "{text}; {needed} MiB were predicted for {}",
+                self.setup.grid.name(self.rank)
+            ));
+        }
         let Error::NotFinite { tensor, step, place, .. } = error else { return error };
         let setup = &self.setup;
         let (first, last) = (
@@ -337,6 +344,7 @@ impl Worker {
         let seconds = self.panel.pulse.busy();
         self.reports.send(Report::Busy { rank: self.rank, seconds })?;
         self.report_norm(action, norm.times(mean)?)?;
+        self.gauge.as_mut().map_or(Ok(()), Gauge::look)?;
         self.later.look(action.step)
     }
 

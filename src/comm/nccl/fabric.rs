@@ -45,6 +45,22 @@ pub trait Carrier<Q: Queues> {
     /// What the library reports.
     fn sum(&self, channel: usize, buffer: &Self::Buffer, queues: &Q, queue: Queue) -> Result<()>;
 
+    /// Compute has come to where it needs a channel's oldest sum.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn wanted(&self, _channel: usize, _queues: &Q) -> Result<()> {
+        Ok(())
+    }
+
+    /// Everything is done.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn done(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// What has gone wrong meanwhile.
     ///
     /// # Errors
@@ -64,12 +80,14 @@ struct Held<M, B> {
     _buffer: B,
 }
 
+/// A channel's queue, and what it still uses, in order.
+type Line<M, B> = (Queue, VecDeque<Held<M, B>>);
+
 /// The channels of a rank.
 pub struct Fabric<Q: Queues, C: Carrier<Q>> {
     queues: Q,
     carrier: C,
-    /// Of every channel: its queue, and what it still uses, in order.
-    channels: Vec<(Queue, VecDeque<Held<Q::Mark, C::Buffer>>)>,
+    channels: Vec<Line<Q::Mark, C::Buffer>>,
 }
 
 impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
@@ -155,11 +173,12 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         Ok(done)
     }
 
-    /// Compute from now on comes after a sum.
+    /// Compute from now on comes after the oldest sum of a channel, whose mark is `done`.
     ///
     /// # Errors
     /// What the device reports.
-    pub fn wait(&self, done: &Q::Mark) -> Result<()> {
+    pub fn wait(&self, channel: usize, done: &Q::Mark) -> Result<()> {
+        self.carrier.wanted(channel, &self.queues)?;
         self.queues.follow(Queue::Compute, done)
     }
 
@@ -177,7 +196,11 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     /// What device or library report.
     pub fn settled(&mut self) -> Result<bool> {
         self.sweep()?;
-        Ok(self.channels.iter().all(|(_, held)| held.is_empty()))
+        let settled = self.channels.iter().all(|(_, held)| held.is_empty());
+        if settled {
+            self.carrier.done()?;
+        }
+        Ok(settled)
     }
 }
 
@@ -376,7 +399,7 @@ mod tests {
                 let done = fabric.sum(2, Rc::clone(&gradient)).unwrap();
                 fabric.send(1, y).unwrap();
                 Memory::new(&model).put(Doing::Makes);
-                fabric.wait(&done).unwrap();
+                fabric.wait(2, &done).unwrap();
                 gradient.put(Doing::Uses);
             }
             let tries = (0..100).find(|_| fabric.settled().unwrap());

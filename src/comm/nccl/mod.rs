@@ -11,6 +11,7 @@
 mod api;
 mod channels;
 mod fabric;
+mod times;
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -25,6 +26,7 @@ pub use api::Api;
 use api::{Communicator, Span};
 use channels::{Channel, Purpose, channels};
 use fabric::{Carrier, Fabric, Posted};
+use times::Times;
 
 use super::{Beside, Ends, Header, Link, Ports, Reduction, ReplicaGroup};
 use crate::device::queues::{CudaQueues, Queue};
@@ -43,6 +45,7 @@ const LOOK: Duration = Duration::from_micros(200);
 struct Nccl {
     api: Api,
     joined: Vec<Joined>,
+    times: Times,
     patience: Duration,
 }
 
@@ -98,10 +101,19 @@ impl Carrier<CudaQueues> for Nccl {
         let communicator = &self.joined[channel].communicator;
         queues.bind()?;
         // SAFETY: as in `send`; nobody touches the tensor before its reduction has been waited for.
-        unsafe {
+        let sum = || unsafe {
             let stream = queues.stream(queue).cu_stream();
             self.api.all_reduce(span(buffer)?, communicator, stream, self.deadline())
-        }
+        };
+        self.times.around(channel, queues, queue, sum)
+    }
+
+    fn wanted(&self, channel: usize, queues: &CudaQueues) -> Result<()> {
+        self.times.wanted(channel, queues)
+    }
+
+    fn done(&self) -> Result<()> {
+        self.times.tell()
     }
 
     fn check(&self) -> Result<()> {
@@ -212,7 +224,7 @@ fn joined(connection: &Connection) -> Result<(Vec<Channel>, Nccl)> {
         communicators.push(Joined { communicator, other: usize::from(me == 0) });
         own.push(channel);
     }
-    Ok((own, Nccl { api, joined: communicators, patience }))
+    Ok((own, Nccl { api, joined: communicators, times: Times::new(), patience }))
 }
 
 /// A link between two GPUs.
@@ -275,9 +287,9 @@ impl ReplicaGroup for NcclGroup {
             Wire::Bf16 => self.wire.pack(&flat)?,
         };
         let done = self.fabric.lock().sum(self.channel, packed.shallow_clone())?;
-        let (fabric, wire) = (self.fabric.clone(), self.wire);
+        let (fabric, channel, wire) = (self.fabric.clone(), self.channel, self.wire);
         Ok(Reduction::new(move || {
-            fabric.lock().wait(&done)?;
+            fabric.lock().wait(channel, &done)?;
             if wire == Wire::Bf16 {
                 flat.f_copy_(&packed)?;
             }
