@@ -204,15 +204,36 @@ def pytorch(torch, million, compiled):
     return rows * SEQUENCE / seconds
 
 
+def busy(process):
+    """Shares of time, each over a fraction of a second, in which the GPU had work while a process ran."""
+    shares = []
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+    while process.poll() is None:
+        try:
+            shares.append(int(subprocess.run(query, text=True, capture_output=True).stdout.strip() or 0) / 100)
+        except (OSError, ValueError):
+            return []
+        time.sleep(0.2)
+    return shares
+
+
 def ours(work, million):
-    """Tokens/s and the share of a step that the host needs for itself."""
+    """Tokens/s, and the share of a step in which the GPU has no work; none if nobody can tell."""
     layers, width, rows = MODELS[million]
     sets = {"device": "cuda", "precision": "bf16", "model.layers": layers, "model.d_model": width, "model.heads": width // 64,
-            "model.d_ff": 4 * width, "model.tie": "none", "data.sequence": SEQUENCE, "batch": rows, "microbatches": 1, "steps": 30}
-    run([PROGRAM, "bench", "configs/scaling.toml", "--grid", "1x1", "--out", work, *settings(sets)])
+            "model.d_ff": 4 * width, "model.tie": "none", "data.sequence": SEQUENCE, "batch": rows, "microbatches": 1, "steps": 60}
+    command = [PROGRAM, "bench", "configs/scaling.toml", "--grid", "1x1", "--out", work, *settings(sets)]
+    with open(os.path.join(os.path.dirname(work), "bench.txt"), "w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        shares = busy(process)
+        output.seek(0)
+        assert process.wait(TIME_LIMIT) == 0, "\n".join(output.read().splitlines()[-10:])
+    # Start and end are no steps.
+    steady = sorted(share for share in shares if share > 0)
+    idle = 1 - steady[len(steady) // 2] if steady else None
     with open(os.path.join(work, "metrics.jsonl")) as file:
         seconds = sorted(line["step_s"] for line in list(map(json.loads, file))[5:])
-    return rows * SEQUENCE / seconds[len(seconds) // 2]
+    return rows * SEQUENCE / seconds[len(seconds) // 2], idle
 
 
 def speed(million):
@@ -225,15 +246,16 @@ def speed(million):
             raise Skipped("this PyTorch sees no GPU")
         layers, width, _ = MODELS[million]
         rate = matrix_rate(torch)
-        found = ours(f"{work}/ours", million)
+        found, idle = ours(f"{work}/ours", million)
         eager, compiled = pytorch(torch, million, False), pytorch(torch, million, True)
         # Forward and backward: 6 a weight and token, and the attention's two products, of which half is masked.
         flops = 6 * million * 1e6 + 6 * layers * width * SEQUENCE
         share = found * flops / rate
         text = (f"{found:,.0f} tokens/s, PyTorch {eager:,.0f} eager and {compiled:,.0f} compiled: {found / eager:.2f} and "
-                f"{found / compiled:.2f}; {share:.2f} of {rate / 1e12:.0f} TFLOP/s")
+                f"{found / compiled:.2f}; {share:.2f} of {rate / 1e12:.0f} TFLOP/s; "
+                + ("nvidia-smi does not tell how busy it is" if idle is None else f"{idle:.0%} of the time without work"))
         if million > 1000:
-            assert found >= OVER_EAGER * eager and share >= UTILISATION, text
+            assert found >= OVER_EAGER * eager and share >= UTILISATION and (idle is None or idle <= HOST), text
         return text
     return check
 

@@ -26,3 +26,6 @@ fi
 scripts/bench-grid.sh --short
 scripts/bench-hosts.sh --short
 scripts/bench-save.sh --short
+say "what needs a GPU: tried where there is one; and whether its checks work, on the processor"
+scripts/gpu-check.sh --quick
+scripts/gpu-check.sh --quick --processor

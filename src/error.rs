@@ -12,7 +12,7 @@ pub enum Error {
     #[error("setting `{setting}`: found {found}; {remedy}")]
     Config { setting: String, found: String, remedy: String },
     /// The memory that this process may have is not enough.
-    #[error("memory: {0}; take more stages (--grid), more microbatches, recompute = true, or a higher limit")]
+    #[error("memory: {0}; take more stages (--grid), more microbatches, recompute = \"blocks\", or a higher limit")]
     Memory(String),
     /// A corpus or another input file cannot be used.
     #[error("data {path}: {problem}; {remedy}")]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Kind, Tensor};
 
-use crate::config::{Config, OnNonfinite};
+use crate::config::{Config, OnNonfinite, Recompute};
 use crate::emulation::Sleep;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -65,6 +65,8 @@ struct Saved {
     memory: Memory,
     /// Hidden states or loss with the graph behind them; none under recompute.
     graphs: Vec<Graph>,
+    /// The inputs of the layers, where those are run again one by one.
+    inputs: Vec<Tensor>,
 }
 
 /// The graph of a run of layers, from its input to its output. The last microbatch of a step has one for every bucket of
@@ -75,6 +77,8 @@ struct Saved {
 /// backward                                 [ run 1 ]  dx1            bucket 1 is complete: its all-reduce starts
 ///             dx <- [ run 0 ] <- sum(y0 dx1)                         bucket 0
 /// ```
+///
+/// With `recompute = "blocks"` every layer is a run, whose graph is made, from its input, when its backward comes.
 struct Graph {
     input: Tensor,
     output: Tensor,
@@ -88,9 +92,10 @@ pub struct Stage {
     stack: Stack,
     pub versions: Versions,
     settings: Settings,
-    /// The layers at one go; those of the last microbatch of a step.
+    /// The layers at one go; those of the last microbatch of a step; one by one.
     whole: Vec<Run>,
     buckets: Vec<Run>,
+    blocks: Vec<Run>,
     saved: VecDeque<Saved>,
     /// What the layers remember, a microbatch of rows each; of the evaluation.
     memories: BTreeMap<usize, Memory>,
@@ -102,7 +107,7 @@ pub struct Stage {
 /// How a stage works.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    pub recompute: bool,
+    pub recompute: Recompute,
     /// Rates of dropout: of hidden states, of the attention's probabilities.
     pub dropout: f64,
     pub attention_dropout: f64,
@@ -150,8 +155,8 @@ impl Stage {
     pub fn new(place: Place, stack: Stack, versions: Versions, settings: Settings) -> Stage {
         let eval_memory = Memory::new(settings.eval_mem_len);
         let (whole, buckets) = (stack.runs(usize::MAX), stack.runs(settings.bucket.unwrap_or(usize::MAX)));
-        let (saved, memories) = (VecDeque::new(), BTreeMap::new());
-        Stage { place, stack, versions, settings, whole, buckets, saved, memories, eval_memory, emulated: None }
+        let (blocks, saved, memories) = (stack.runs(0), VecDeque::new(), BTreeMap::new());
+        Stage { place, stack, versions, settings, whole, buckets, blocks, saved, memories, eval_memory, emulated: None }
     }
 
     /// From now on sleeps instead of computing: losses and gradients are 0.
@@ -176,7 +181,7 @@ impl Stage {
             }
         };
         let memory = Memory::new(0);
-        self.saved.push_back(Saved { slot, at, input: x, targets, memory, graphs: Vec::new() });
+        self.saved.push_back(Saved { slot, at, input: x, targets, memory, graphs: Vec::new(), inputs: Vec::new() });
         Ok(output)
     }
 
@@ -214,16 +219,20 @@ impl Stage {
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
         let memory = remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len));
-        let mut saved = Saved { slot, at, input, targets, memory, graphs: Vec::new() };
+        let mut saved = Saved { slot, at, input, targets, memory, graphs: Vec::new(), inputs: Vec::new() };
         let mut memory = saved.memory.shallow_clone();
+        let runs = self.runs(slot);
         let graphs = match self.settings.recompute {
-            true => tch::no_grad(|| self.run(&saved, &mut memory, table))?,
-            false => self.run(&saved, &mut memory, table)?,
+            Recompute::Whole(false) => self.run(&saved, runs, &mut memory, table)?,
+            Recompute::Whole(true) => tch::no_grad(|| self.run(&saved, runs, &mut memory, table))?,
+            Recompute::Word(_) => tch::no_grad(|| self.run(&saved, &self.blocks, &mut memory, table))?,
         };
         self.memories.insert(slot.microbatch, memory);
         let result = self.checked(&saved, &graphs, table)?;
-        if !self.settings.recompute {
-            saved.graphs = graphs;
+        match self.settings.recompute {
+            Recompute::Whole(false) => saved.graphs = graphs,
+            Recompute::Whole(true) => {}
+            Recompute::Word(_) => saved.inputs = graphs.into_iter().map(|graph| graph.input).collect(),
         }
         self.saved.push_back(saved);
         Ok(result)
@@ -247,12 +256,21 @@ impl Stage {
         if let Some((sleep, _)) = self.emulated {
             return self.emulated_backward(&saved, sleep, ready);
         }
-        let graphs = match saved.graphs.is_empty() {
-            false => std::mem::take(&mut saved.graphs),
-            true => self.run(&saved, &mut saved.memory.shallow_clone(), table)?,
+        let mut graphs = match self.settings.recompute {
+            Recompute::Whole(false) => std::mem::take(&mut saved.graphs),
+            Recompute::Whole(true) => self.run(&saved, self.runs(slot), &mut saved.memory.shallow_clone(), table)?,
+            Recompute::Word(_) => Vec::new(),
         };
-        let mut end = self.versions.layout().len;
-        for Graph { input, output, offset } in graphs.into_iter().rev() {
+        let layout = self.versions.layout();
+        let bounds: Vec<usize> = self.runs(slot).iter().map(|run| layout.offset(run.first)).collect();
+        // What is added up ends here; what is reduced, there.
+        let (mut collected, mut end) = (layout.len, layout.len);
+        loop {
+            let next = match saved.inputs.pop() {
+                Some(input) => Some(self.block(&saved, saved.inputs.len(), input, table)?),
+                None => graphs.pop(),
+            };
+            let Some(Graph { input, output, offset }) = next else { break };
             match dy.take() {
                 // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
                 Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?.f_backward()?,
@@ -261,8 +279,9 @@ impl Stage {
             if input.requires_grad() {
                 dy = Some(input.f_grad()?);
             }
-            self.versions.collect(0, offset..end)?;
-            if offset > 0 {
+            self.versions.collect(0, offset..collected)?;
+            collected = offset;
+            if offset > 0 && bounds.contains(&offset) {
                 let values = self.versions.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
                 ready(Bucket { offset, values })?;
                 end = offset;
@@ -323,11 +342,26 @@ impl Stage {
         self.stack.weights(self.versions.parameters(at.own, 0), end(End::Input), end(End::Output))
     }
 
-    /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
-    fn run(&self, saved: &Saved, memory: &mut Memory, table: Option<&Table>) -> Result<Vec<Graph>> {
+    /// How the layers are cut in the backward of a microbatch.
+    fn runs(&self, slot: Slot) -> &[Run] {
+        if slot.microbatch + 1 == self.settings.microbatches { &self.buckets } else { &self.whole }
+    }
+
+    /// The graph of one layer, and with the last one the loss.
+    fn block(&self, saved: &Saved, number: usize, input: Tensor, table: Option<&Table>) -> Result<Graph> {
         let (weights, dropout) = (self.weights(saved.at, table), self.dropout(saved.slot));
-        let last = saved.slot.microbatch + 1 == self.settings.microbatches;
-        let runs = if last { &self.buckets } else { &self.whole };
+        let input = if number == 0 { input } else { input.f_detach()?.f_set_requires_grad(true)? };
+        let (run, mut memory) = (&self.blocks[number], saved.memory.shallow_clone());
+        let mut output = self.stack.forward_run(run.layers.clone(), &weights, &input, &mut memory, dropout)?;
+        if let Some(targets) = saved.targets.as_ref().filter(|_| number + 1 == self.blocks.len()) {
+            output = self.stack.loss(&weights, &output, targets, dropout)?;
+        }
+        Ok(Graph { input, output, offset: self.versions.layout().offset(run.first) })
+    }
+
+    /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
+    fn run(&self, saved: &Saved, runs: &[Run], memory: &mut Memory, table: Option<&Table>) -> Result<Vec<Graph>> {
+        let (weights, dropout) = (self.weights(saved.at, table), self.dropout(saved.slot));
         let mut graphs: Vec<Graph> = Vec::with_capacity(runs.len());
         for run in runs {
             let input = match graphs.last() {

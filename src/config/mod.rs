@@ -37,8 +37,9 @@ pub struct Config {
     pub schedule: Kind,
     /// Slack h per hop: 1, or 2 where messages take time.
     pub slack: usize,
-    /// Keep only the stage input of a microbatch and run its forward again in the backward.
-    pub recompute: bool,
+    /// Keep only the stage input of a microbatch and run its forward again in the backward; `blocks`: keep the input of every
+    /// layer, and run them again one by one.
+    pub recompute: Recompute,
     /// The first n steps are sync points: synchronous warm-up.
     pub sync_steps: usize,
     /// Further sync points, as step numbers.
@@ -84,7 +85,7 @@ impl Default for Config {
             microbatches: 4,
             schedule: Kind::Decoupled,
             slack: 1,
-            recompute: false,
+            recompute: Recompute::Whole(false),
             sync_steps: 0,
             sync_at: Vec::new(),
             threads: 1,
@@ -142,6 +143,26 @@ impl Default for GridConfig {
             delays: None,
         }
     }
+}
+
+/// Whether a forward is run again in the backward: of a whole stage, or layer by layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "`true`, `false` or `\"blocks\"`")]
+pub enum Recompute {
+    Whole(bool),
+    Word(Blocks),
+}
+
+impl Recompute {
+    /// Layer by layer.
+    pub const BLOCKS: Recompute = Recompute::Word(Blocks::Blocks);
+}
+
+/// The word `blocks`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Blocks {
+    Blocks,
 }
 
 /// `"balanced"`, or how many layers every stage has.
@@ -317,6 +338,9 @@ mod tests {
         ");
         insta::assert_snapshot!(error("[grid]\nlayers_per_stage = \"even\"", &[]), @r#"
         setting `grid.layers_per_stage`: found a value that does not fit; `"balanced"` or a list of layer counts such as [2, 3, 3]
+        "#);
+        insta::assert_snapshot!(error("recompute = \"layers\"", &[]), @r#"
+        setting `recompute`: found a value that does not fit; `true`, `false` or `"blocks"`
         "#);
         insta::assert_snapshot!(error("steps = \n", &[]), @r"
         setting `CONFIG`: found not TOML in line 1; string values must be quoted, expected literal string

@@ -7,7 +7,7 @@ use tch::Device;
 
 use super::limits::limits;
 use crate::checkpoint::{Kind, Snapshot};
-use crate::config::Order;
+use crate::config::{Order, Recompute};
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -87,7 +87,11 @@ impl Prediction {
         // A message each way to every neighbour.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
         let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
-        let transient = (tokens * stack.transient_per_token() as u64 + stack.transient() as u64) * value;
+        let per_token = match setup.config.recompute {
+            Recompute::Word(_) => stack.evaluation_per_token(),
+            Recompute::Whole(_) => stack.transient_per_token(),
+        };
+        let transient = (tokens * per_token as u64 + stack.transient() as u64) * value;
         let transient = transient + 2 * wide + messages;
         let transient = transient.max(evaluation(setup, &stack));
         // What the layers remember of every microbatch, and what those under way have seen.
@@ -97,7 +101,12 @@ impl Prediction {
         self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat);
         self.gradient += flat + narrow(setup, flat);
         self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;
-        self.activations += if setup.config.recompute { held * hidden + saved } else { held * saved };
+        self.activations += match setup.config.recompute {
+            Recompute::Whole(false) => held * saved,
+            Recompute::Whole(true) => held * hidden + saved,
+            // The inputs of the layers; of those only one at a time is run again.
+            Recompute::Word(_) => held * hidden * stack.layers() as u64,
+        };
         self.activations += memories;
         // The two stages of a device take turns.
         self.transient = self.transient.max(transient);

@@ -164,6 +164,11 @@ impl Stack {
         self.parameters.iter().enumerate().map(value).collect()
     }
 
+    /// How many layers there are, the head not counted.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// D.
     pub fn d_model(&self) -> usize {
         self.d_model

@@ -110,6 +110,9 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     if travel.one_in(4) {
         cover("bf16 weights and activations", "precision=bf16".into());
     }
+    if travel.one_in(4) {
+        cover("recompute by blocks", "recompute=blocks".into());
+    }
     covers.extend(covers_more);
     if number >= DRAWN + DRAWN_XL {
         draw_words(&mut draw, &mut sets, &mut covers);
@@ -293,6 +296,7 @@ fn the_draws_cover_everything() {
         "slack",
         "hand-made delays",
         "recompute",
+        "recompute by blocks",
         "dropout",
         "clipping",
         "sgd",
@@ -361,7 +365,9 @@ fn long_delays_do_not_fill_the_links() {
 fn machinery_does_not_change_numbers() {
     let keys = ["grid.stages=3", "microbatches=4", "model.dropout=0.1"];
     let plain = as_threads(&tiny(&keys));
-    assert_eq!(as_threads(&tiny(&[&keys[..], &["recompute=true"]].concat())), plain);
+    for recompute in ["recompute=true", "recompute=blocks"] {
+        assert_eq!(as_threads(&tiny(&[&keys[..], &[recompute]].concat())), plain);
+    }
     assert_eq!(as_threads(&tiny(&[&keys[..], &["slack=2"]].concat())), plain, "ceil(2 q / 4) = ceil(q / 4) here");
     // Rounding on the wire does.
     assert_ne!(as_threads(&tiny(&[&keys[..], &["wire=bf16"]].concat())), plain);
