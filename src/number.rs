@@ -5,6 +5,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
+/// Steps that a number may be late.
+pub const LATE: usize = 2;
+
 /// One number.
 #[derive(Debug)]
 pub enum Number {

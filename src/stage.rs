@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{Dropout, Memory, Run, Stack};
 use crate::number::Number;
+use crate::optim::norm;
 use crate::params::Versions;
 use crate::table::{End, Table};
 
@@ -289,6 +290,28 @@ impl Stage {
         }
         table.map_or(Ok(()), Table::collect)?;
         Ok(dy)
+    }
+
+    /// Forward and backward of a microbatch that leaves nothing behind (but in the table's gradient): for what is loaded and
+    /// taken when something is done for the first time.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn rehearse(&mut self, table: Option<&Table>, input: Input) -> Result<()> {
+        let memories = std::mem::take(&mut self.memories);
+        // The last microbatch of a step is cut into buckets.
+        let slot = Slot { step: 0, microbatch: self.settings.microbatches - 1 };
+        let at = At { own: self.versions.newest(), table: table.map_or(0, Table::newest) };
+        let dy = match self.forward(slot, at, table, input)? {
+            Output::Hidden(y) => Some(y.f_zeros_like()?),
+            Output::Loss(_) => None,
+        };
+        self.backward(slot, table, dy, &mut |_| Ok(()))?;
+        let gradient = self.versions.gradient(0);
+        norm(gradient, self.settings.late)?.now()?;
+        let _ = gradient.f_zero_()?;
+        self.memories = memories;
+        Ok(())
     }
 
     /// Forward of an evaluation at the newest versions: hidden states, or the sum of the losses of all tokens.

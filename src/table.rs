@@ -83,6 +83,14 @@ impl Table {
         Ok(part)
     }
 
+    /// Begins the gradients of all ends anew.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn forget(&mut self) -> Result<()> {
+        self.ends.clone().into_iter().try_for_each(|end| self.close(end).map(drop))
+    }
+
     /// Keeps a part until its update is made.
     pub fn keep(&mut self, end: End, step: usize, part: Tensor) {
         match end {

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::{Corpus, Tokens};
 use crate::config::{Config, Order};
+use crate::device::sent;
 use crate::error::Result;
 use crate::random;
 
@@ -25,12 +26,7 @@ impl Batch {
     /// # Errors
     /// What libtorch reports.
     pub fn on(self, device: Device) -> Result<Batch> {
-        if device == Device::Cpu {
-            return Ok(self);
-        }
-        // libtorch keeps pinned memory from being used again before the copy is made.
-        let there = |rows: &Tensor| rows.f_pin_memory(device)?.f_to_device_(device, Kind::Int64, true, false);
-        Ok(Batch { tokens: there(&self.tokens)?, targets: there(&self.targets)? })
+        Ok(Batch { tokens: sent(&self.tokens, device)?, targets: sent(&self.targets, device)? })
     }
 }
 

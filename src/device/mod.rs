@@ -13,7 +13,7 @@ pub mod libraries;
 pub mod queues;
 
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Tensor};
 
 pub use driver::{Driver, Gpu};
 
@@ -25,6 +25,8 @@ pub fn prepare_environment() {
     for (name, value) in [
         // Every stream a queue of its own: two that wait for each other's neighbours must not stand in one line.
         ("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
+        // Groups connect when they are made, not when they first sum.
+        ("NCCL_RUNTIME_CONNECT", "0"),
         // Fixed workspaces, without which cuBLAS is not deterministic. Source: cuBLAS, "Results reproducibility".
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
     ] {
@@ -127,6 +129,18 @@ fn pick(gpus: &[Gpu], local: Local, shared: bool) -> Result<Gpu> {
         let found = format!("{} ranks on this host, which has {} GPUs", local.ranks, gpus.len());
         Error::config("grid", found, "start as many ranks as there are GPUs, or set allow_shared_gpu = true")
     })
+}
+
+/// Values of the host on a device, copied while the host goes on: through pinned memory, which libtorch does not use again
+/// before the copy is made.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn sent(values: &Tensor, device: Device) -> Result<Tensor> {
+    match device {
+        Device::Cpu => Ok(values.shallow_clone()),
+        _ => Ok(values.f_internal_pin_memory(device)?.f_to_device_(device, values.kind(), true, false)?),
+    }
 }
 
 /// Refuses two ranks on one GPU. `all` has of every rank its host and its GPU.

@@ -156,10 +156,7 @@ impl Job {
         match setup.device {
             _ if self.mode.emulation.is_some() => Ok(()),
             // Places that are threads share one GPU.
-            Device::Cuda(index) => {
-                let left = CudaQueues::new(index)?.left()?;
-                ranks.into_iter().try_for_each(|rank| memory::check_gpu(setup, rank, left))
-            }
+            Device::Cuda(index) => memory::check_gpu(setup, ranks, CudaQueues::new(index)?.left()?),
             _ => memory::check(setup, ranks, neighbours),
         }
     }

@@ -54,7 +54,7 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
     let (reports, received) = channel();
     let grid = setup.grid;
     let (schedule, watch) = (&setup.schedule, watch(out, &mode));
-    let limit = schedule.sync.start + schedule.lead();
+    let limit = setup.start() + setup.lead();
     let (ports, controls) = local::connect(grid, schedule.link_capacity(), setup.config.wire, limit, &reports);
     let _signals = watch_signals(&mode, reporter(&reports)).map_err(|error| (None, error))?;
     let first = FirstError::default();
@@ -106,7 +106,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports)).map_err(|error| (None, error))?;
     let failed = reporter(&reports);
-    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.schedule.lead(), "this process", None));
+    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.lead(), "this process", None));
     let told = Arc::clone(&panel);
     let controls = Controls::new(move |control| told.tell(control));
     let (outcome, summary) = std::thread::scope(|scope| {

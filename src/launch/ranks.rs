@@ -123,7 +123,7 @@ fn connected(
     carried: Option<Transport>,
     topology: Option<&Topology>,
 ) -> Placed<(Ports, Option<Receiver<Report>>)> {
-    let limit = setup.start() + setup.schedule.lead();
+    let limit = setup.start() + setup.lead();
     let stall = Duration::from_secs_f64(setup.config.stall_seconds);
     let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit, stall);
     let (ports, reports) = connected.map_err(|error| (None, error))?;

@@ -12,6 +12,7 @@ use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
+use crate::number::LATE;
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::precision::Precision;
@@ -63,7 +64,11 @@ impl Prediction {
             sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
             sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
         }
-        sum.transient += held.len() as u64 * reduced_at_once(setup);
+        if setup.device.is_cuda() {
+            sum.optimizer += decays(setup, &held);
+        } else {
+            sum.transient += held.len() as u64 * reduced_at_once(setup);
+        }
         let copies: u64 = held.iter().map(|place| copied(setup, *place)).sum();
         // Where a run ends, or is stopped, nothing else is under way.
         let older: u64 = held.iter().map(|place| copied_older(setup, *place)).sum();
@@ -84,9 +89,10 @@ impl Prediction {
         let wide = tokens * stack.entries_per_token() as u64 * (VALUE - value);
         let saved = tokens * stack.saved_per_token() as u64 * value + wide;
         let held = schedule.activations_held(place.stage) as u64;
-        // A message each way to every neighbour.
+        // A message each way to every neighbour; on a GPU those sent until the host, which is ahead, sees that they have left.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
-        let messages = 2 * neighbours.iter().flatten().count() as u64 * hidden;
+        let ahead = if setup.device.is_cuda() { LATE as u64 * setup.config.microbatches as u64 } else { 1 };
+        let messages = (1 + ahead) * neighbours.iter().flatten().count() as u64 * hidden;
         let per_token = match setup.config.recompute {
             Recompute::Word(_) => stack.evaluation_per_token(),
             Recompute::Whole(_) => stack.transient_per_token(),
@@ -130,6 +136,13 @@ fn master(setup: &Setup, flat: u64) -> u64 {
 /// Where backwards add, before that is added to the f32 gradient.
 fn narrow(setup: &Setup, flat: u64) -> u64 {
     if setup.config.precision != Precision::Bf16 { 0 } else { flat / VALUE * setup.config.precision.bytes() as u64 }
+}
+
+/// Which values decay, a byte each: of a GPU's optimizer.
+fn decays(setup: &Setup, held: &[Place]) -> u64 {
+    let own = held.iter().map(|place| Layout::new(&setup.stack(place.stage).own()).len as u64).sum::<u64>();
+    let table = held.iter().any(|place| !setup.table_ends(place.stage).is_empty());
+    own + if table { Layout::new(&model::table(&setup.dimensions)).len as u64 } else { 0 }
 }
 
 /// What a place copies to save it: replicas share weights and moments out.
@@ -205,18 +218,18 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
     Ok(())
 }
 
-/// Refuses a rank whose GPU, of which `left` bytes are free, cannot hold what it needs.
+/// Refuses ranks of this process whose GPU, of which `left` bytes are free, cannot hold what they need together.
 ///
 /// # Errors
 /// [`Error::Memory`] with the need by the prediction.
-pub fn check_gpu(setup: &Setup, rank: usize, left: u64) -> Result<()> {
-    let needed = Prediction::new(setup, rank).on_gpu();
+pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64) -> Result<()> {
+    let needed: u64 = ranks.clone().map(|rank| Prediction::new(setup, rank).on_gpu()).sum();
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
     match needed <= left {
         true => Ok(()),
         false => {
-            let name = setup.grid.name(rank);
-            Err(Error::Memory(format!("{} MiB predicted for {name}, {} MiB left of its GPU", mib(needed), mib(left))))
+            let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} places", ranks.len()) };
+            Err(Error::Memory(format!("{} MiB predicted for {who}, {} MiB left of the GPU", mib(needed), mib(left))))
         }
     }
 }

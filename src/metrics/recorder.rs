@@ -92,7 +92,7 @@ impl Recorder {
             bench: false,
             emulation: None,
             states,
-            pace: Pace::new(setup.config.steps, start, setup.schedule.lead()),
+            pace: Pace::new(setup.config.steps, start, setup.lead()),
             last: Instant::now(),
             losses: Vec::new(),
             eval_loss: None,

@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::device::sent;
 use crate::error::Result;
 use crate::random::{self, DropoutKey};
 
@@ -31,6 +32,6 @@ impl Dropout {
         let key = DropoutKey { seed, step, replica, microbatch, layer, site };
         let mask = random::dropout_mask(key, rate, x.numel());
         let mask = Tensor::f_from_slice(&mask)?.f_view(&x.size()[..])?.f_to_kind(x.kind())?;
-        Ok(x.f_mul(&mask.f_to_device(x.device())?)?)
+        Ok(x.f_mul(&sent(&mask, x.device())?)?)
     }
 }

@@ -19,7 +19,8 @@ pub fn norm(flat: &Tensor, late: bool) -> Result<Number> {
     match (flat.device(), late) {
         (Device::Cpu, false) => Ok(Number::Known(norm_of(slice(flat)))),
         (Device::Cpu, true) => Ok(Number::Pending(Tensor::from(norm_of(slice(flat))))),
-        _ => Ok(Number::Pending(flat.f_norm_scalaropt_dtype(2, Kind::Float)?)),
+        // What is computed with it on the way to the report is f64, as on the processor.
+        _ => Ok(Number::Pending(flat.f_norm_scalaropt_dtype(2, Kind::Float)?.f_to_kind(Kind::Double)?)),
     }
 }
 

@@ -164,7 +164,7 @@ impl Kernel {
             (&raw mut rule).cast(),
         ];
         let blocks = count.div_ceil(u64::from(THREADS)).min(BLOCKS) as u32;
-        let failed = |error| Error::Internal(driver::failed("cuLaunchKernel", error));
+        let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
         self.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the arguments are those of the kernel's declaration, in their order, and are read before the call returns.
         // The buffers are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is

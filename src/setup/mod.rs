@@ -15,6 +15,7 @@ use crate::delay::{SyncPoints, lag, least_delay, version};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Memory, Stack};
+use crate::number::LATE;
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::partition;
@@ -119,6 +120,12 @@ impl Setup {
     pub fn pipeline(&self, since: usize) -> Pipeline {
         let layers = self.partition.iter().map(ExactSizeIterator::len).collect();
         Pipeline { since, delays: self.schedule.delays.clone(), layers }
+    }
+
+    /// How far a limit must be ahead of the complete steps for nobody to wait for it: what the schedule needs, and what is told
+    /// late.
+    pub fn lead(&self) -> usize {
+        self.schedule.lead() + if self.late { LATE } else { 0 }
     }
 
     /// The step that the run begins with.

@@ -5,7 +5,7 @@
 //! host         asks for both, goes on ......................... has the mark of t passed? then report
 //! ```
 //!
-//! The host may be so many steps before the device as its numbers are old; [`STEPS`] bounds that, so that messages and
+//! The host may be so many steps before the device as its numbers are old; [`LATE`] bounds that, so that messages and
 //! memory that have been asked for do not pile up.
 
 use std::collections::VecDeque;
@@ -19,10 +19,8 @@ use crate::comm::{Beside, Reporter};
 use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
 use crate::metrics::Report;
-use crate::number::Number;
+use crate::number::{LATE, Number};
 
-/// Steps that a number may be old.
-const STEPS: usize = 2;
 /// Between two looks at a mark that is waited for.
 const LOOK: Duration = Duration::from_micros(50);
 
@@ -85,7 +83,7 @@ impl Later {
     /// Those of the reports, of the recorder and of the device.
     pub(super) fn look(&mut self, step: usize) -> Result<()> {
         while let Some(first) = self.waiting.front() {
-            let old = first.step + STEPS <= step;
+            let old = first.step + LATE <= step;
             match (&self.queues, &first.mark) {
                 (Some(queues), Some(mark)) => {
                     while !queues.passed(mark)? {

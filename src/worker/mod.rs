@@ -84,7 +84,10 @@ impl Worker {
         if let Some(emulation) = &mode.emulation {
             posts.iter_mut().for_each(|post| post.stage.emulate(emulation.sleep(&setup.schedule, post.place.stage)));
         }
-        let table = table_of(&setup, rank)?;
+        let mut table = table_of(&setup, rank)?;
+        if setup.late && mode.emulation.is_none() {
+            rehearse(&setup, &mut posts, &mut table)?;
+        }
         let batches = Batches::new(Arc::clone(&setup.corpus), config);
         let (reports, panel) = (ports.reports, ports.panel);
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
@@ -150,6 +153,10 @@ impl Worker {
         loop {
             let Some(action) = upcoming.pop_front().or_else(|| actions.next()) else {
                 let Some(step) = actions.held() else { break };
+                if self.panel.limit() > step {
+                    actions.set_limit(self.panel.limit());
+                    continue;
+                }
                 // Who tells how far to go has to know how far this is.
                 self.later.flush()?;
                 match self.panel.wait(step)? {
@@ -383,6 +390,25 @@ impl Worker {
         self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })?;
         Ok(self.stop.is_some())
     }
+}
+
+/// One microbatch of nothing forward and backward through every stage, of which nothing stays but what is loaded and taken on
+/// the way: a GPU loads a kernel when it is first used, and may wait for all its work then. By the time that receives are
+/// under way, which wait for others, it must have happened.
+fn rehearse(setup: &Setup, posts: &mut [Post], table: &mut Option<Table>) -> Result<()> {
+    let (rows, sequence, device) = (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
+    for post in posts {
+        let tokens = || Tensor::f_zeros([rows, sequence], (Kind::Int64, device));
+        let hidden = [rows, sequence, setup.dimensions.d_model];
+        let x = match post.place.stage {
+            0 => tokens()?,
+            _ => Tensor::f_zeros(hidden, (setup.config.precision.kind(), device))?,
+        };
+        let last = post.place.stage == setup.grid.stages - 1;
+        let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
+        post.stage.rehearse(table.as_ref(), input)?;
+    }
+    table.as_mut().map_or(Ok(()), Table::forget)
 }
 
 /// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory

@@ -13,7 +13,9 @@ use libloading::os::unix::Symbol;
 use crate::device::libraries;
 use crate::error::{Error, Result};
 
-/// Between two looks at what is being set up.
+/// Looks at a call that is still being made come one after the other for so long, since most are over within microseconds;
+/// then with a pause between them.
+const BRISK: Duration = Duration::from_millis(1);
 const LOOK: Duration = Duration::from_micros(200);
 
 const SUCCESS: c_int = 0;
@@ -174,14 +176,18 @@ impl Api {
 
     /// Waits while a call that does not block is still being made.
     fn settled(&self, code: c_int, communicator: &Communicator, call: &str, deadline: Instant) -> Result<()> {
-        let mut code = code;
+        let (mut code, begun) = (code, Instant::now());
         while code == IN_PROGRESS {
-            if Instant::now() > deadline {
+            let now = Instant::now();
+            if now > deadline {
                 return Err(Error::Device(format!(
                     "{call} does not come to an end: a member is missing, or cannot be reached"
                 )));
             }
-            std::thread::sleep(LOOK);
+            match now < begun + BRISK {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(LOOK),
+            }
             code = self.state(communicator)?;
         }
         self.checked(code, Some(communicator), call)

@@ -32,6 +32,7 @@ use super::{Beside, Ends, Header, Link, Ports, Reduction, ReplicaGroup};
 use crate::device::queues::{CudaQueues, Queue};
 use crate::error::{Error, Result};
 use crate::grid::Grid;
+use crate::params::here;
 use crate::wire::Wire;
 
 /// Parts of a device that a channel's kernels take at most (blocks of threads): a link moves one message, a group sums
@@ -169,8 +170,12 @@ pub struct Connection<'a> {
 /// What NCCL, the driver or the exchange report.
 pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
     let Connection { grid, rank, index, wire, .. } = *connection;
+    // NCCL takes the device that is this thread's when a communicator is made.
+    let queues = CudaQueues::new(index)?;
+    queues.bind()?;
     let (own, nccl) = joined(connection)?;
-    let fabric = Fabric::new(CudaQueues::new(index)?, nccl, own.len())?;
+    let mut fabric = Fabric::new(queues, nccl, own.len())?;
+    meet(&mut fabric, &own, connection)?;
     let shared = Shared(Arc::new(Mutex::new(fabric)));
     let find = |purpose| own.iter().position(|channel| channel.purpose == purpose);
     let link = |headers: Option<Box<dyn Link>>, out: Purpose, back: Option<Purpose>| -> Result<Option<Box<dyn Link>>> {
@@ -197,6 +202,37 @@ pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
         });
     }
     Ok(Ports { places, beside: Some(Arc::new(shared)), ..ports })
+}
+
+/// Lets the members of every channel meet, channel by channel. NCCL connects two devices when the first message between them
+/// is asked for, and only when both ends have done so; until then the host waits in that call. Later a receive may be
+/// posted before the sender can have anything to send: the hosts must not have to wait for each other then.
+fn meet(fabric: &mut Cuda, own: &[Channel], connection: &Connection) -> Result<()> {
+    let device = Device::Cuda(connection.index);
+    for (channel, Channel { purpose, members }) in own.iter().enumerate() {
+        let value = Tensor::f_zeros([1], (Kind::Float, device))?;
+        match purpose {
+            Purpose::Group(_) => {
+                let done = fabric.sum(channel, value)?;
+                fabric.wait(channel, &done)?;
+            }
+            _ if members[0] == connection.rank => fabric.send(channel, value)?,
+            _ => {
+                let posted = fabric.post(channel, value)?;
+                let _ = here(&fabric.take(posted)?)?;
+            }
+        }
+        let deadline = Instant::now() + connection.patience;
+        while !fabric.settled()? {
+            if Instant::now() > deadline {
+                return Err(Error::Device(format!(
+                    "NCCL does not connect {purpose:?}: a member is missing, or cannot be reached"
+                )));
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+    Ok(())
 }
 
 /// The channels of a rank, each with its communicator.
