@@ -276,6 +276,7 @@ def checks(quick):
     yield "3x1 equals the oracle, gpipe (NCCL)", grid_equals_oracle("3x1", 3, sets={"schedule": "gpipe"})
     yield "3x1 equals the oracle, sequential (NCCL)", grid_equals_oracle("3x1", 3, sets={"schedule": "sequential", "microbatches": 1})
     yield "3x1 equals the oracle, 1f1b, recompute by blocks (NCCL)", grid_equals_oracle("3x1", 3, sets={"schedule": "1f1b", "recompute": "blocks"})
+    yield "2x1 equals the oracle, sequential, wire = bf16 (NCCL)", grid_equals_oracle("2x1", 2, sets={"schedule": "sequential", "wire": "bf16"})
     yield "4x1 equals the oracle, synchronous start (NCCL)", grid_equals_oracle("4x1", 4, sets={"sync_steps": 3})
     yield "2x1 equals the oracle, dropout (NCCL)", grid_equals_oracle("2x1", 2, sets={"model.dropout": 0.1})
     yield "2x1 equals the oracle, Transformer-XL (NCCL)", grid_equals_oracle("2x1", 2, sets={"model.arch": "transformer-xl", "model.mem_len": 32})
@@ -296,7 +297,8 @@ def why_not():
     """Why nothing can be checked here, if so."""
     text = run([PROGRAM, "doctor"])
     print(text)
-    return next((line[4:].strip() for line in text.splitlines() if line.startswith("GPU  ")), None)
+    lines = [line for line in text.splitlines() if line.startswith("GPU")]
+    return next((line[4:].strip() for line in lines if line.startswith("GPU  ") or "; 0 devices" in line), None)
 
 
 def main():

@@ -23,7 +23,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 2 usage or config; 3 data; 4 a peer or a link was lost; 5 not a number; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
                           6 saved weights unusable; 75 stopped on request, and saved; 70 a fault of the program.";
 
 #[derive(Debug, Subcommand)]
@@ -110,7 +110,7 @@ pub struct BenchArgs {
     /// Stages x replicas, as in 4x2; over the config's grid.
     #[arg(long, value_name = "KxR")]
     pub grid: Option<Grid>,
-    /// What carries tensors; mpi under mpirun, else local.
+    /// What carries tensors; under mpirun mpi, and between GPUs nccl; else local.
     #[arg(long)]
     pub transport: Option<Transport>,
     /// Folder of bench.json and metrics.jsonl [default: runs/NAME-bench].

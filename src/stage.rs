@@ -14,6 +14,7 @@ use crate::number::Number;
 use crate::optim::norm;
 use crate::params::Versions;
 use crate::table::{End, Table};
+use crate::wire::Wire;
 
 /// Which microbatch of which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -297,16 +298,28 @@ impl Stage {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn rehearse(&mut self, table: Option<&Table>, input: Input) -> Result<()> {
+    pub fn rehearse(&mut self, table: Option<&Table>, input: &Input, wire: Wire) -> Result<()> {
         let memories = std::mem::take(&mut self.memories);
         // The last microbatch of a step is cut into buckets.
         let slot = Slot { step: 0, microbatch: self.settings.microbatches - 1 };
         let at = At { own: self.versions.newest(), table: table.map_or(0, Table::newest) };
-        let dy = match self.forward(slot, at, table, input)? {
-            Output::Hidden(y) => Some(y.f_zeros_like()?),
-            Output::Loss(_) => None,
-        };
-        self.backward(slot, table, dy, &mut |_| Ok(()))?;
+        // The second time with a memory.
+        for restart in [true, false] {
+            let (x, targets) = (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));
+            let input = Input { x, targets, restart };
+            self.evaluate(table, &input)?;
+            let dy = match self.forward(slot, at, table, input)? {
+                Output::Hidden(y) => Some(wire.cross(&y)?.f_zeros_like()?),
+                Output::Loss(loss) => {
+                    loss.plus(Number::Known(0.0))?.times(1.0)?.now()?;
+                    None
+                }
+            };
+            if let Some(dx) = self.backward(slot, table, dy, &mut |_| Ok(()))? {
+                let _ = wire.cross(&dx)?;
+            }
+        }
+        self.end_evaluation();
         let gradient = self.versions.gradient(0);
         norm(gradient, self.settings.late)?.now()?;
         let _ = gradient.f_zero_()?;

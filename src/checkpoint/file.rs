@@ -12,8 +12,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread;
 
@@ -133,8 +133,10 @@ impl Pieces {
         while !bytes.is_empty() {
             if self.filled == 0 && bytes.len() >= ALIGN && bytes.as_ptr().align_offset(ALIGN) == 0 {
                 let (whole, rest) = bytes.split_at(bytes.len() / ALIGN * ALIGN);
-                whole.chunks(PIECE).try_for_each(|piece| write_all(&mut self.file, piece))?;
-                self.written += whole.len() as u64;
+                for piece in whole.chunks(PIECE) {
+                    write_all(&self.file, piece, self.written)?;
+                    self.written += piece.len() as u64;
+                }
                 bytes = rest;
                 continue;
             }
@@ -152,7 +154,7 @@ impl Pieces {
 
     /// Writes the piece, with whatever stands behind what it is filled with.
     fn flush(&mut self) -> io::Result<()> {
-        write_all(&mut self.file, &self.edge[self.start..self.start + ALIGN])?;
+        write_all(&self.file, &self.edge[self.start..self.start + ALIGN], self.written)?;
         self.written += self.filled as u64;
         self.filled = 0;
         Ok(())
@@ -168,12 +170,13 @@ impl Pieces {
     }
 }
 
-/// Writes past the cache; through it if the file system, which has opened the file for direct writes, has none.
-fn write_all(file: &mut File, piece: &[u8]) -> io::Result<()> {
-    match file.write_all(piece) {
+/// Writes past the cache; through it if the file system, which has opened the file for direct writes, has none, or has written
+/// a part that ends where it cannot go on.
+fn write_all(file: &File, piece: &[u8], at: u64) -> io::Result<()> {
+    match file.write_all_at(piece, at) {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            fcntl_setfl(&*file, fcntl_getfl(&*file)? - OFlags::DIRECT)?;
-            file.write_all(piece)
+            fcntl_setfl(file, fcntl_getfl(file)? - OFlags::DIRECT)?;
+            file.write_all_at(piece, at)
         }
         other => other,
     }

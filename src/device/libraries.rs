@@ -81,10 +81,18 @@ fn find_nccl() -> Result<Nccl, String> {
         let version = library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"ncclGetVersion\0");
         version.map_err(|error| format!("{} is no NCCL ({error})", path.display()))?(&raw mut number)
     };
-    if code != 0 || number < OLDEST_NCCL {
-        return Err(format!("NCCL is too old: {} is {}, and 2.18 is needed", path.display(), dotted(version(number))));
+    if code != 0 {
+        return Err(format!("{} does not tell its version", path.display()));
     }
+    new_enough(number, &path)?;
     Ok(Nccl { library, path, version: version(number) })
+}
+
+fn new_enough(number: c_int, path: &Path) -> Result<(), String> {
+    match number < OLDEST_NCCL {
+        true => Err(format!("NCCL is too old: {} is {}, and 2.18 is needed", path.display(), dotted(version(number)))),
+        false => Ok(()),
+    }
 }
 
 fn version(number: c_int) -> (i32, i32, i32) {
@@ -96,12 +104,12 @@ pub fn dotted((major, minor, patch): (i32, i32, i32)) -> String {
     format!("{major}.{minor}.{patch}")
 }
 
-/// Loads the compiler of kernels, so that its binding finds it.
+/// The compiler of kernels: the one beside libtorch, else the loader's.
 ///
 /// # Errors
-/// Why it cannot be.
-pub fn load_nvrtc() -> Result<(), String> {
-    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+/// Why there is none.
+pub fn nvrtc() -> Result<&'static Library, String> {
+    static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
     let first = || {
         const FILE: &str = "libnvrtc.so.13";
         let file = beside_torch("cu13", FILE).unwrap_or_else(|| FILE.into());
@@ -114,10 +122,9 @@ pub fn load_nvrtc() -> Result<(), String> {
         for half in folder.into_iter().flatten().flatten().filter_map(builtins) {
             std::mem::forget(load(&half).map_err(|error| format!("NVRTC cannot be loaded ({error})"))?);
         }
-        std::mem::forget(load(&file).map_err(|error| format!("NVRTC is missing ({error})"))?);
-        Ok(())
+        load(&file).map_err(|error| format!("NVRTC is missing ({error})"))
     };
-    LOADED.get_or_init(first).clone()
+    LOADED.get_or_init(first).as_ref().map_err(Clone::clone)
 }
 
 #[cfg(test)]
@@ -131,6 +138,13 @@ mod tests {
         let nccl = nccl().unwrap();
         assert_eq!(nccl.path.canonicalize().unwrap(), file);
         assert!(nccl.version >= (2, 18, 0), "{:?}", nccl.version);
+    }
+
+    #[test]
+    fn an_old_nccl_is_told() {
         assert_eq!(dotted(version(22809)), "2.28.9");
+        assert!(new_enough(22809, Path::new("x")).is_ok());
+        let error = new_enough(21602, Path::new("/lib/libnccl.so.2")).unwrap_err();
+        assert_eq!(error, "NCCL is too old: /lib/libnccl.so.2 is 2.16.2, and 2.18 is needed");
     }
 }

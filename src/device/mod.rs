@@ -10,6 +10,7 @@
 pub mod context;
 pub mod driver;
 pub mod libraries;
+pub mod compiler;
 pub mod queues;
 
 use serde::{Deserialize, Serialize};

@@ -56,8 +56,8 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     // One after the other, so that nothing is written before every rank has found its settings and data in order.
     let (setup, topology) = together(world, || setup_of_rank(job, world))?;
     let chosen = together(world, || chosen(&setup.config, world.identity.local))?;
-    let carried = together(world, || carried(job.transport, &chosen, world.identity.size))?;
     together(world, || apart(world, &setup.config, &chosen))?;
+    let carried = together(world, || carried(job.transport, &chosen, world.identity.size))?;
     let setup = setup.on(chosen.device());
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;

@@ -60,6 +60,9 @@ struct Device {
     rank: usize,
     place: String,
     shares: Vec<(&'static str, f64)>,
+    /// Processor time of a step, of the thread that computes and of the one that owns MPI.
+    compute_cpu_ms: f64,
+    mpi_cpu_ms: f64,
     predicted_bytes: u64,
     peak_bytes: Option<u64>,
 }
@@ -104,6 +107,8 @@ impl Bench {
             rank: *rank,
             place: setup.grid.name(*rank),
             shares: Share::ALL.iter().map(|(share, name)| (*name, times.share(*share))).collect(),
+            compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
+            mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
             predicted_bytes: Prediction::new(setup, *rank).total(),
             peak_bytes: *peak,
         });
@@ -165,8 +170,14 @@ impl Bench {
             }
             text.push('\n');
         }
+        let of = |cpu: fn(&Device) -> f64| mean(self.devices.iter().map(cpu));
+        let (compute, mpi) = (of(|device| device.compute_cpu_ms), of(|device| device.mpi_cpu_ms));
+        let _ = writeln!(
+            text,
+            "\nprocessor time      {compute:.1} ms a step and rank in the thread that computes, {mpi:.1} ms in MPI's"
+        );
         let off = self.predicted_step_s / self.step_s;
-        let _ = writeln!(text, "\nstep                {:.4} s over {} steps", self.step_s, self.steps);
+        let _ = writeln!(text, "step                {:.4} s over {} steps", self.step_s, self.steps);
         let _ = writeln!(text, "schedule predicts   {:.4} s from these times, {off:.3} of it", self.predicted_step_s);
         let _ = writeln!(text, "utilisation         {:.3}; speed-up {:.2}", self.utilisation, self.speed_up);
         let _ = writeln!(text, "tokens/s            {}", thousands(self.tokens_per_s as u64));

@@ -1,7 +1,9 @@
 //! Where a device's time goes, action by action, between the ends of two steps' last backwards: from the one to the other
 //! a pipeline in its steady state does the work of so many steps, whatever stage it is watched at.
 
+use std::fs;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -82,6 +84,8 @@ pub struct Times {
     pub shares: [f64; Share::ALL.len()],
     /// One for each stage of the device.
     pub stages: Vec<StageTimes>,
+    /// Seconds of a processor, of the thread that computes and of the one that owns MPI (0 where there is none).
+    pub processor: [f64; 2],
 }
 
 impl Times {
@@ -123,6 +127,19 @@ fn fill(schedule: &Schedule) -> usize {
     most(&schedule.ahead).div_ceil(schedule.microbatches).max(most(&schedule.delays)) + 1
 }
 
+/// Seconds that this thread and the one that owns MPI have had a processor so far, by the kernel's count (proc(5),
+/// `schedstat`); 0 where there is none.
+fn processor() -> [f64; 2] {
+    let of = |task: &Path| -> Option<f64> {
+        let text = fs::read_to_string(task.join("schedstat")).ok()?;
+        Some(text.split(' ').next()?.parse::<u64>().ok()? as f64 / 1e9)
+    };
+    let named = |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "mpi");
+    let mut tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
+    let mpi = tasks.find(named).and_then(|task| of(&task));
+    [of(Path::new("/proc/thread-self")).unwrap_or(0.0), mpi.unwrap_or(0.0)]
+}
+
 /// The clock of one device.
 pub struct Clock {
     window: Option<Range<usize>>,
@@ -131,6 +148,8 @@ pub struct Clock {
     marker: usize,
     started: Option<Instant>,
     last: Instant,
+    /// Processor times when it was started.
+    before: [f64; 2],
     times: Times,
 }
 
@@ -144,6 +163,7 @@ impl Clock {
             marker: stages.first().map_or(0, |times| times.stage),
             started: None,
             last: Instant::now(),
+            before: [0.0; 2],
             times: Times { stages, ..Times::default() },
         }
     }
@@ -187,11 +207,14 @@ impl Clock {
         if let Some(window) = self.window.clone().filter(|_| ends_step && action.stage == self.marker) {
             if action.step == window.start {
                 self.started = Some(self.last);
+                self.before = processor();
             } else if action.step == window.end
                 && let Some(started) = self.started.take()
             {
                 self.times.seconds = self.last.duration_since(started).as_secs_f64();
                 self.times.steps = window.len();
+                let now = processor();
+                self.times.processor = [now[0] - self.before[0], now[1] - self.before[1]];
             }
         }
     }
@@ -246,5 +269,7 @@ mod tests {
         assert!((counted - times.share(Share::Copies) * times.seconds).abs() < 1e-9, "{times:?}");
         assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
         assert!(times.share(Share::Compute) > 0.5, "{times:?}");
+        // It has slept most of the time.
+        assert!(times.processor[0] < times.seconds && times.processor[1] == 0.0, "{times:?}");
     }
 }

@@ -94,7 +94,7 @@ impl Prediction {
         let ahead = if setup.device.is_cuda() { LATE as u64 * setup.config.microbatches as u64 } else { 1 };
         let messages = (1 + ahead) * neighbours.iter().flatten().count() as u64 * hidden;
         let per_token = match setup.config.recompute {
-            Recompute::Word(_) => stack.evaluation_per_token(),
+            Recompute::Word(_) => stack.block_per_token(),
             Recompute::Whole(_) => stack.transient_per_token(),
         };
         let transient = (tokens * per_token as u64 + stack.transient() as u64) * value;

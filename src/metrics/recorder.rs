@@ -323,8 +323,10 @@ impl Recorder {
         self.lines.add(&line)?;
         self.progress.line(&format!("step {step:>6}  eval loss {eval_loss:.4}  {}", quality(eval_loss, tokenizer)));
         self.eval_loss = Some(eval_loss);
-        // The time of an evaluation is not that of the next step.
-        self.last = Instant::now();
+        // The time of an evaluation is not that of the next step; where it is read late it may come with that step.
+        if !self.setup.late {
+            self.last = Instant::now();
+        }
         Ok(())
     }
 

@@ -311,6 +311,14 @@ impl Stack {
         self.layers.iter().map(|(layer, _)| of(layer.as_ref())).fold(head, usize::max)
     }
 
+    /// Values a token that the backward of one layer after the other holds at most, if each is run again when its turn comes: the
+    /// last one together with the head.
+    pub fn block_per_token(&self) -> usize {
+        let last = self.layers.last().map_or(0, |(layer, _)| layer.saved_per_token());
+        let head = self.head.as_ref().map_or(0, |(head, _)| last + head.saved_per_token() + head.transient_per_token());
+        self.evaluation_per_token().max(head)
+    }
+
     /// How many layers remember earlier segments.
     pub fn remembering(&self) -> usize {
         self.layers.iter().filter(|(layer, _)| layer.remembers()).count()

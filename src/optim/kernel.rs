@@ -1,17 +1,16 @@
 //! An update on a GPU: `update.cu`, compiled for the device by NVRTC. It takes the norm from the device's memory and
 //! decides there, so the host waits for nothing.
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, result, sys};
-use cudarc::nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts};
 use tch::{Device, Kind, Tensor};
 
 use super::Terms;
 use crate::config::{OptimizerConfig, OptimizerKind};
-use crate::device::{driver, libraries};
+use crate::device::{compiler, driver};
 use crate::error::{Error, Result};
 use crate::number::Number;
 use crate::params::Flats;
@@ -65,24 +64,6 @@ pub struct Kernel {
     decays: Tensor,
 }
 
-/// Compiles the pass for devices of a compute capability.
-///
-/// # Errors
-/// Why it cannot be.
-pub fn compile((major, minor): (i32, i32)) -> std::result::Result<Ptx, String> {
-    libraries::load_nvrtc()?;
-    let options = CompileOptions {
-        fmad: Some(false),
-        options: vec![format!("--gpu-architecture=compute_{major}{minor}")],
-        name: Some("update.cu".into()),
-        ..CompileOptions::default()
-    };
-    compile_ptx_with_opts(SOURCE, options).map_err(|error| match error {
-        CompileError::CompileError { log, .. } => format!("update.cu cannot be compiled: {}", log.to_string_lossy()),
-        other => format!("update.cu cannot be compiled: {other}"),
-    })
-}
-
 impl Kernel {
     /// Compiles and loads the pass for a device. `decay` says, sorted and without gaps, which parts of the buffer decay.
     ///
@@ -94,8 +75,8 @@ impl Kernel {
         };
         let failed = |call: &'static str| move |error| unusable(driver::failed(call, error));
         let context = CudaContext::new(index).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let ptx = compile(context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?).map_err(unusable)?;
-        let image = CString::new(ptx.to_src()).map_err(|error| unusable(error.to_string()))?;
+        let capability = context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
+        let image = compiler::ptx("update.cu", SOURCE, capability).map_err(unusable)?;
         context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
         // SAFETY: the image is PTX that ends with a zero; the module is never unloaded, so its function stays.
         let function = unsafe {
@@ -185,15 +166,16 @@ mod tests {
     use libloading::os::unix::Library;
 
     use super::*;
+    use crate::device::libraries;
     use crate::optim::host::{self, Slices, Step};
 
     #[test]
     fn the_pass_compiles_for_gpus_of_today() {
-        if libraries::load_nvrtc().is_err() {
+        if libraries::nvrtc().is_err() {
             return; // The set-up brings it; a libtorch of one's own may not.
         }
         for capability in [(8, 0), (9, 0), (10, 0)] {
-            let ptx = compile(capability).unwrap().to_src();
+            let ptx = compiler::ptx("update.cu", SOURCE, capability).unwrap().into_string().unwrap();
             assert!(ptx.contains(".entry update"), "{ptx}");
             assert!(!ptx.contains("fma.rn"), "contracted: {ptx}");
         }

@@ -24,8 +24,8 @@ use crate::number::{LATE, Number};
 /// Between two looks at a mark that is waited for.
 const LOOK: Duration = Duration::from_micros(50);
 
-/// What becomes of a number.
-type Told = Box<dyn FnOnce(f64) -> Result<Report>>;
+/// What becomes of a number: a report, nothing, or an error.
+type Told = Box<dyn FnOnce(f64) -> Result<Option<Report>>>;
 
 struct Waiting {
     step: usize,
@@ -56,7 +56,8 @@ impl Later {
         Ok(Later { waiting: VecDeque::new(), queues, reports, beside })
     }
 
-    /// Reports a number of a step, now if it is known. `told` makes the report of it, or the error that it is.
+    /// Reports a number of a step, now if it is known. `told` makes the report of it if there is to be one, or the error that
+    /// it is.
     ///
     /// # Errors
     /// Those of `told`, or a recorder that is gone.
@@ -64,10 +65,10 @@ impl Later {
         &mut self,
         step: usize,
         number: Number,
-        told: impl FnOnce(f64) -> Result<Report> + 'static,
+        told: impl FnOnce(f64) -> Result<Option<Report>> + 'static,
     ) -> Result<()> {
         let pending = match number {
-            Number::Known(value) => return self.reports.send(told(value)?),
+            Number::Known(value) => return self.report(told(value)?),
             Number::Pending(pending) => pending,
         };
         // libtorch puts it into pinned memory, which a copy that nobody waits for needs.
@@ -99,9 +100,13 @@ impl Later {
                 _ => {}
             }
             let Some(Waiting { value, told, .. }) = self.waiting.pop_front() else { return Ok(()) };
-            self.reports.send(told(value.f_double_value(&[])?)?)?;
+            self.report(told(value.f_double_value(&[])?)?)?;
         }
         Ok(())
+    }
+
+    fn report(&self, report: Option<Report>) -> Result<()> {
+        report.map_or(Ok(()), |report| self.reports.send(report))
     }
 
     /// Waits for everything.

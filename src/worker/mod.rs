@@ -271,7 +271,7 @@ impl Worker {
         self.later.tell(step, sum, move |sum| {
             let loss = sum / microbatches as f64;
             match loss.is_finite() || skips {
-                true => Ok(Report::Loss { replica: place.replica, step, loss }),
+                true => Ok(Some(Report::Loss { replica: place.replica, step, loss })),
                 false => Err(Error::NotFinite { tensor: "the loss".into(), step, place, data: String::new() }),
             }
         })
@@ -285,7 +285,7 @@ impl Worker {
         post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
         if setup.ends_evaluation(action.microbatch) {
             let (sum, tokens) = std::mem::replace(&mut post.eval, (Number::Known(0.0), 0));
-            self.later.tell(step, sum, move |loss_sum| Ok(Report::Eval { replica, step, loss_sum, tokens }))?;
+            self.later.tell(step, sum, move |loss_sum| Ok(Some(Report::Eval { replica, step, loss_sum, tokens })))?;
         }
         Ok(())
     }
@@ -368,12 +368,10 @@ impl Worker {
 
     fn report_norm(&mut self, action: &Action, norm: Number) -> Result<()> {
         let (place, step) = (self.post(action).place, action.step);
-        if place.replica > 0 && matches!(norm, Number::Known(_)) {
-            return Ok(());
-        }
         let skips = self.setup.config.on_nonfinite == OnNonfinite::Skip;
         self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
-            true => Ok(Report::Norm { stage: place.stage, step, norm }),
+            // The replicas have the same.
+            true => Ok((place.replica == 0).then_some(Report::Norm { stage: place.stage, step, norm })),
             false => Err(Error::NotFinite { tensor: "a gradient".into(), step, place, data: String::new() }),
         })
     }
@@ -406,7 +404,7 @@ fn rehearse(setup: &Setup, posts: &mut [Post], table: &mut Option<Table>) -> Res
         };
         let last = post.place.stage == setup.grid.stages - 1;
         let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
-        post.stage.rehearse(table.as_ref(), input)?;
+        post.stage.rehearse(table.as_ref(), &input, setup.hidden_wire())?;
     }
     table.as_mut().map_or(Ok(()), Table::forget)
 }

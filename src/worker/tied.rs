@@ -127,7 +127,7 @@ impl Worker {
             Place { stage: 0, replica: 0 } => {
                 let step = action.step;
                 self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
-                    true => Ok(Report::TableNorm { step, norm }),
+                    true => Ok(Some(Report::TableNorm { step, norm })),
                     false => Err(wrong(step)),
                 })
             }

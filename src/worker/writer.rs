@@ -73,6 +73,8 @@ impl Worker {
         if self.mode.bench {
             return Ok(());
         }
+        // What is not finite must be known before it is saved; the copy waits for the device anyway.
+        self.later.flush()?;
         let (setup, begun) = (Arc::clone(&self.setup), Instant::now());
         let post = &self.posts[action.stage / setup.grid.devices()];
         let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);

@@ -3,6 +3,7 @@
 mod bench;
 mod command_line;
 mod faults;
+mod gpu;
 mod harness;
 mod mpirun;
 mod oracle;
