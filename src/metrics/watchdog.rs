@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::grid::Grid;
 use crate::panel::{Control, Controls};
 use crate::pulse::{Beat, Doing};
-use crate::schedule::Op;
+use crate::schedule::{Action, Op};
 
 /// Watches over the ranks of a grid.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Watchdog {
                 let others = self.grid.group(place.stage).filter(|other| *other != place);
                 return others
                     .map(|other| self.grid.rank(other))
-                    .filter(|other| !self.reduces(*other, action.op))
+                    .filter(|other| !self.reduces(*other, action))
                     .collect();
             }
             _ => None,
@@ -99,9 +99,10 @@ impl Watchdog {
         peer.map(|peer| self.grid.rank(peer)).filter(|peer| *peer != rank).into_iter().collect()
     }
 
-    /// Whether a rank waits for the same kind of sum.
-    fn reduces(&self, rank: usize, op: Op) -> bool {
-        self.beats.get(&rank).and_then(|(beat, _)| beat.action()).is_some_and(|action| action.op == op)
+    /// Whether a rank waits for the same sum too, or for that of a later step, and so has given its part.
+    fn reduces(&self, rank: usize, of: Action) -> bool {
+        let action = self.beats.get(&rank).and_then(|(beat, _)| beat.action());
+        action.is_some_and(|action| action.op == of.op && action.step >= of.step)
     }
 
     /// The rank that everybody waits for, and what is wrong with it.
@@ -129,7 +130,7 @@ impl Watchdog {
                 _ => continue,
             };
             let sent = |(beat, _): &(Beat, Instant)| {
-                let at_least = |made: crate::schedule::Action| {
+                let at_least = |made: Action| {
                     (made.step, made.microbatch) >= (action.step, action.microbatch) && Some(made) != beat.action()
                 };
                 beat.made(send).any(at_least)
@@ -191,9 +192,12 @@ mod tests {
 
     #[test]
     fn the_one_that_all_wait_for_is_named() {
-        let table: [(&[&str], usize, &str); 5] = [
+        let table: [(&[&str], usize, &str); 7] = [
             (&["0SA4.0 0RG3.0", "1RA4.0 1F4.0", "0SA4.0 0RG3.0", "1R3 1U3"], 1, "stands still in 1F4.0"),
             (&["0RG3.0", "1U3", "0F4.0", "1RA4.0"], 2, "stands still in 0F4.0"),
+            // The other has its sum of that step, and waits for the next.
+            (&["0ST7", "1U7", "0RG7.0", "1U6"], 3, "stands still in 1U6"),
+            (&["0ST7", "1U6", "0RG7.0", "1U7"], 1, "stands still in 1U6"),
             (
                 &["0SA4.0 0RG4.0", "1RA4.0", "0SA4.0 0RG4.0", "1R3 1U3"],
                 0,
