@@ -70,6 +70,11 @@ impl Worker {
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
     pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
+        let of = Arc::clone(&setup);
+        Worker::built(setup, rank, ports, out, mode).map_err(|error| with_need(error, &of, rank))
+    }
+
+    fn built(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up(setup.config.precision.kind(), setup.device)?;
@@ -126,14 +131,9 @@ impl Worker {
 
     /// An error with what this rank has read in its step.
     fn located(&self, error: Error) -> Error {
-        if let Error::Memory(text) = error {
-            let needed = memory::Prediction::new(&self.setup, self.rank).total().div_ceil(1 << 20);
-            return Error::Memory(format!(
-                "{text}; {needed} MiB were predicted for {}",
-                self.setup.grid.name(self.rank)
-            ));
-        }
-        let Error::NotFinite { tensor, step, place, .. } = error else { return error };
+        let Error::NotFinite { tensor, step, place, .. } = error else {
+            return with_need(error, &self.setup, self.rank);
+        };
         let setup = &self.setup;
         let (first, last) = (
             setup.train_rows(place.replica, 0).start,
@@ -388,6 +388,13 @@ impl Worker {
         self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })?;
         Ok(self.stop.is_some())
     }
+}
+
+/// An error of memory with what was predicted that the rank needs.
+fn with_need(error: Error, setup: &Setup, rank: usize) -> Error {
+    let Error::Memory(text) = error else { return error };
+    let needed = memory::Prediction::new(setup, rank).total().div_ceil(1 << 20);
+    Error::Memory(format!("{text}; {needed} MiB were predicted for {}", setup.grid.name(rank)))
 }
 
 /// One microbatch of nothing forward and backward through every stage, of which nothing stays but what is loaded and taken on

@@ -81,6 +81,14 @@ pub struct Span {
     pub kind: ncclDataType_t,
 }
 
+/// What is done with memory: sent to a member, filled from one, or added up over all in place.
+#[derive(Debug, Clone, Copy)]
+pub enum Transfer {
+    To(usize),
+    From(usize),
+    Sum,
+}
+
 impl Api {
     /// Looks the functions up.
     ///
@@ -208,58 +216,39 @@ impl Api {
         Err(Error::Device(format!("NCCL answers {call} with \"{}\" {}", text(what), text(last))))
     }
 
-    /// Puts a send to member `to` on a stream.
+    /// Puts a transfer on a stream.
     ///
     /// # Safety
-    /// The span must be memory of the communicator's device that stays until the stream has come past this.
+    /// The span must be memory of the communicator's device that stays until the stream has come past this; and unless it is
+    /// only sent nobody else may touch it before.
     ///
     /// # Errors
     /// What NCCL reports.
-    pub unsafe fn send(
+    pub unsafe fn put(
         &self,
+        transfer: Transfer,
         span: Span,
-        to: usize,
         on: &Communicator,
         stream: CUstream,
         deadline: Instant,
     ) -> Result<()> {
-        // SAFETY: the caller's.
-        let code = unsafe { (self.send)(span.address, span.count, span.kind, to as c_int, on.raw, stream) };
-        self.settled(code, on, "ncclSend", deadline)
-    }
-
-    /// Puts a receive from member `from` on a stream.
-    ///
-    /// # Safety
-    /// As `send`; and nobody else may touch the span before.
-    ///
-    /// # Errors
-    /// What NCCL reports.
-    pub unsafe fn receive(
-        &self,
-        span: Span,
-        from: usize,
-        on: &Communicator,
-        stream: CUstream,
-        deadline: Instant,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let code = unsafe { (self.receive)(span.address, span.count, span.kind, from as c_int, on.raw, stream) };
-        self.settled(code, on, "ncclRecv", deadline)
-    }
-
-    /// Puts the sum over all members, in place, on a stream.
-    ///
-    /// # Safety
-    /// As `receive`.
-    ///
-    /// # Errors
-    /// What NCCL reports.
-    pub unsafe fn all_reduce(&self, span: Span, on: &Communicator, stream: CUstream, deadline: Instant) -> Result<()> {
         let Span { address, count, kind } = span;
         // SAFETY: the caller's.
-        let code = unsafe { (self.all_reduce)(address, address, count, kind, ncclRedOp_t::ncclSum, on.raw, stream) };
-        self.settled(code, on, "ncclAllReduce", deadline)
+        let (code, call) = unsafe {
+            match transfer {
+                Transfer::To(member) => {
+                    ((self.send)(address, count, kind, member as c_int, on.raw, stream), "ncclSend")
+                }
+                Transfer::From(member) => {
+                    ((self.receive)(address, count, kind, member as c_int, on.raw, stream), "ncclRecv")
+                }
+                Transfer::Sum => {
+                    let sum = ncclRedOp_t::ncclSum;
+                    ((self.all_reduce)(address, address, count, kind, sum, on.raw, stream), "ncclAllReduce")
+                }
+            }
+        };
+        self.settled(code, on, call, deadline)
     }
 }
 

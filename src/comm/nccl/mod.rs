@@ -23,7 +23,7 @@ use cudarc::nccl::sys::ncclDataType_t;
 use tch::{Device, Kind, Tensor};
 
 pub use api::Api;
-use api::{Communicator, Span};
+use api::{Communicator, Span, Transfer};
 use channels::{Channel, Purpose, channels};
 use fabric::{Carrier, Fabric, Posted};
 use times::Times;
@@ -70,8 +70,23 @@ fn span(tensor: &Tensor) -> Result<Span> {
 }
 
 impl Nccl {
-    fn deadline(&self) -> Instant {
-        Instant::now() + self.patience
+    fn put(
+        &self,
+        transfer: Transfer,
+        channel: usize,
+        buffer: &Tensor,
+        queues: &CudaQueues,
+        queue: Queue,
+    ) -> Result<()> {
+        queues.bind()?;
+        let deadline = Instant::now() + self.patience;
+        // SAFETY: `span` has looked at the tensor, which `Fabric` holds until the queue has come past this: what is sent nobody
+        // changes; what is received is new, and given to nobody whose work does not follow the queue; and a gradient is
+        // touched by nobody before its sum has been waited for.
+        unsafe {
+            let stream = queues.stream(queue).cu_stream();
+            self.api.put(transfer, span(buffer)?, &self.joined[channel].communicator, stream, deadline)
+        }
     }
 }
 
@@ -79,33 +94,15 @@ impl Carrier<CudaQueues> for Nccl {
     type Buffer = Tensor;
 
     fn send(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
-        let Joined { communicator, other } = &self.joined[channel];
-        queues.bind()?;
-        // SAFETY: `span` has looked at the tensor; `Fabric` holds it until the queue has come past this.
-        unsafe {
-            let stream = queues.stream(queue).cu_stream();
-            self.api.send(span(buffer)?, *other, communicator, stream, self.deadline())
-        }
+        self.put(Transfer::To(self.joined[channel].other), channel, buffer, queues, queue)
     }
 
     fn receive(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
-        let Joined { communicator, other } = &self.joined[channel];
-        queues.bind()?;
-        // SAFETY: as above; the tensor is new, and `Fabric` gives it to nobody whose work does not follow the queue.
-        unsafe {
-            let stream = queues.stream(queue).cu_stream();
-            self.api.receive(span(buffer)?, *other, communicator, stream, self.deadline())
-        }
+        self.put(Transfer::From(self.joined[channel].other), channel, buffer, queues, queue)
     }
 
     fn sum(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
-        let communicator = &self.joined[channel].communicator;
-        queues.bind()?;
-        // SAFETY: as in `send`; nobody touches the tensor before its reduction has been waited for.
-        let sum = || unsafe {
-            let stream = queues.stream(queue).cu_stream();
-            self.api.all_reduce(span(buffer)?, communicator, stream, self.deadline())
-        };
+        let sum = || self.put(Transfer::Sum, channel, buffer, queues, queue);
         self.times.around(channel, queues, queue, sum)
     }
 
