@@ -205,13 +205,21 @@ impl Versions {
     /// # Errors
     /// What libtorch reports.
     pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize, kind: Kind) -> Result<Versions> {
+        let gradients = (0..sides).map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
+        Versions::with(layout, initial, held, gradients, kind)
+    }
+
+    /// As `new`, with a flat f32 gradient, zeros, for every side.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn with(layout: Layout, initial: Tensor, held: usize, gradients: Vec<Tensor>, kind: Kind) -> Result<Versions> {
         let narrow = kind != Kind::Float;
         let mut buffers = vec![initial.f_to_kind(kind)?];
         while buffers.len() < held {
             buffers.push(buffers[0].f_zeros_like()?);
         }
-        let side = |_| -> Result<Side> {
-            let gradient = zeros(layout.len, initial.device())?;
+        let side = |gradient: Tensor| -> Result<Side> {
             let narrow = narrow.then(|| gradient.f_to_kind(kind)).transpose()?;
             let gradients = layout.views(narrow.as_ref().unwrap_or(&gradient))?;
             let of_buffer = |flat| -> Result<Vec<Tensor>> {
@@ -219,7 +227,7 @@ impl Versions {
             };
             Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient, narrow })
         };
-        let sides = (0..sides).map(side).collect::<Result<_>>()?;
+        let sides = gradients.into_iter().map(side).collect::<Result<_>>()?;
         Ok(Versions { layout, master: narrow.then_some(initial), buffers, sides, newest: 0 })
     }
 

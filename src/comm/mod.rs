@@ -124,6 +124,11 @@ pub trait Link: Send {
 
 /// The R places of one stage.
 pub trait ReplicaGroup: Send {
+    /// Memory for the gradient of the stage in which sums cost least, zeros, if there is such; once.
+    fn memory(&mut self) -> Option<Tensor> {
+        None
+    }
+
     /// Starts the sum of `flat` over the group, in place. Nobody may touch its memory before the reduction is over.
     ///
     /// # Errors

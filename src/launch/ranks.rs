@@ -17,6 +17,7 @@ use crate::comm::mpi::World;
 use crate::comm::{nccl, staged};
 use crate::error::{Error, Placed, Result};
 use crate::failure::{caught, panic_text, show};
+use crate::grid::Place;
 use crate::metrics::{Recorder, Report};
 use crate::runtime;
 use crate::selftest::{self, Measured};
@@ -125,7 +126,11 @@ fn connected(
 ) -> Placed<(Ports, Option<Receiver<Report>>)> {
     let limit = setup.start() + setup.lead();
     let stall = Duration::from_secs_f64(setup.config.stall_seconds);
-    let connected = world.connect(setup.grid, setup.schedule.link_capacity(), setup.config.wire, limit, stall);
+    // A GPU's gradients are on the GPU.
+    let values = |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
+    let gradients: Vec<usize> = setup.grid.held(world.identity.rank).iter().map(values).collect();
+    let (capacity, wire) = (setup.schedule.link_capacity(), setup.config.wire);
+    let connected = world.connect(setup.grid, capacity, wire, limit, stall, &gradients);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {

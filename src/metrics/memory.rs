@@ -140,14 +140,14 @@ fn narrow(setup: &Setup, flat: u64) -> u64 {
 
 /// Which values decay, a byte each: of a GPU's optimizer.
 fn decays(setup: &Setup, held: &[Place]) -> u64 {
-    let own = held.iter().map(|place| Layout::new(&setup.stack(place.stage).own()).len as u64).sum::<u64>();
+    let own = held.iter().map(|place| setup.layout(place.stage).len as u64).sum::<u64>();
     let table = held.iter().any(|place| !setup.table_ends(place.stage).is_empty());
     own + if table { Layout::new(&model::table(&setup.dimensions)).len as u64 } else { 0 }
 }
 
 /// What a place copies to save it: replicas share weights and moments out.
 fn copied(setup: &Setup, place: Place) -> u64 {
-    let own = Layout::new(&setup.stack(place.stage).own()).len;
+    let own = setup.layout(place.stage).len;
     let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
     let kinds = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
     let here = (0..kinds).filter(|kind| kind % setup.grid.replicas == place.replica).count();
@@ -159,7 +159,7 @@ fn copied_older(setup: &Setup, place: Place) -> u64 {
     if !Snapshot::shared(Kind::Older, place, setup.grid.replicas) || setup.schedule.tie == Tie::Fresh {
         return 0;
     }
-    let (schedule, own) = (&setup.schedule, Layout::new(&setup.stack(place.stage).own()).len);
+    let (schedule, own) = (&setup.schedule, setup.layout(place.stage).len);
     let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
     (schedule.delays[place.stage] * own + schedule.table_delay() * table) as u64 * VALUE
 }
@@ -236,8 +236,17 @@ pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64) -> Result<()> {
 
 /// Measures how far the memory of this process rises above where it stood: its resident memory, or what is taken of its GPU.
 pub enum Gauge {
-    Host { start: u64 },
-    Gpu { queues: CudaQueues, start: u64, most: u64 },
+    /// What is there of others, such as the gradients of other replicas, where they lie in memory that all see, is not this
+    /// process's.
+    Host {
+        start: u64,
+        others: u64,
+    },
+    Gpu {
+        queues: CudaQueues,
+        start: u64,
+        most: u64,
+    },
 }
 
 impl Gauge {
@@ -245,7 +254,7 @@ impl Gauge {
     pub fn start() -> Option<Gauge> {
         // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
         let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge::Host { start: status("VmRSS:")? })
+        Some(Gauge::Host { start: status("VmRSS:")?, others: 0 })
     }
 
     /// Begins here, on a device.
@@ -257,6 +266,13 @@ impl Gauge {
         let queues = CudaQueues::new(index)?;
         let start = queues.taken()?;
         Ok(Some(Gauge::Gpu { queues, start, most: start }))
+    }
+
+    /// So many bytes more that this process will touch are another's.
+    pub fn leave_out(&mut self, bytes: u64) {
+        if let Gauge::Host { others, .. } = self {
+            *others += bytes;
+        }
     }
 
     /// Looks: of a GPU only what is there when it is looked at is seen. libtorch keeps what it has taken once.
@@ -273,7 +289,7 @@ impl Gauge {
     /// Bytes between the start and the highest mark since.
     pub fn peak(&self) -> Option<u64> {
         match self {
-            Gauge::Host { start } => Some(status("VmHWM:")?.saturating_sub(*start)),
+            Gauge::Host { start, others } => Some(status("VmHWM:")?.saturating_sub(start + others)),
             Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use multiversion::multiversion;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
@@ -59,13 +60,8 @@ pub fn update(slices: Slices, step: &Step, decay: &[(Range<usize>, bool)], pool:
     let Slices { old, new, gradient, first, second } = slices;
     let task = |index: usize, new: &mut [f32], gradient: &mut [f32], first: &mut [f32], second: &mut [f32]| {
         let start = index * CHUNK;
-        if let Some(old) = old {
-            new.copy_from_slice(&old[start..start + new.len()]);
-        }
-        shrink(new, start, decay, step.keep);
-        gradient.iter_mut().for_each(|g| *g *= step.scale);
-        step.rule.apply(new, gradient, first, second);
-        gradient.fill(0.0);
+        let old = old.map(|old| &old[start..start + new.len()]);
+        pass(Slices { old, new, gradient, first, second }, start, step, decay);
     };
     // SGD has no second moments: an empty slice for every chunk.
     let chunks = new.chunks_mut(CHUNK).zip(gradient.chunks_mut(CHUNK)).zip(first.chunks_mut(CHUNK));
@@ -80,7 +76,22 @@ pub fn update(slices: Slices, step: &Step, decay: &[(Range<usize>, bool)], pool:
     }
 }
 
+/// One chunk of an update, which starts at `start` of the buffers. Every operation is IEEE's and alone, so vectors of any width
+/// make the same bits.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+fn pass(chunk: Slices, start: usize, step: &Step, decay: &[(Range<usize>, bool)]) {
+    let Slices { old, new, gradient, first, second } = chunk;
+    if let Some(old) = old {
+        new.copy_from_slice(old);
+    }
+    shrink(new, start, decay, step.keep);
+    gradient.iter_mut().for_each(|g| *g *= step.scale);
+    step.rule.apply(new, gradient, first, second);
+    gradient.fill(0.0);
+}
+
 /// Decoupled weight decay of the part of the buffer that starts at `start`.
+#[inline(always)]
 fn shrink(new: &mut [f32], start: usize, decay: &[(Range<usize>, bool)], keep: f32) {
     let end = start + new.len();
     let from = decay.partition_point(|(range, _)| range.end <= start);
@@ -92,6 +103,7 @@ fn shrink(new: &mut [f32], start: usize, decay: &[(Range<usize>, bool)], keep: f
 }
 
 impl Rule {
+    #[inline(always)]
     fn apply(&self, new: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
         match *self {
             Rule::Adamw { beta1, beta2, step, root, eps } => {

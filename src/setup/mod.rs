@@ -199,6 +199,11 @@ impl Setup {
         Stack::new(&self.dimensions, self.partition[stage].clone())
     }
 
+    /// Where one stage's own parameters stand in its flat buffers.
+    pub fn layout(&self, stage: usize) -> Layout {
+        Layout::new(&self.stack(stage).own())
+    }
+
     /// Values of all parameters.
     pub fn parameters(&self) -> usize {
         model::count(&self.dimensions)

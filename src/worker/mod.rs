@@ -78,7 +78,7 @@ impl Worker {
         // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
         tch::set_num_threads(setup.config.threads as i32);
         warm_up(setup.config.precision.kind(), setup.device)?;
-        let gauge = Gauge::on(setup.device)?;
+        let mut gauge = Gauge::on(setup.device)?;
         let config = &setup.config;
         let held = setup.grid.held(rank);
         let mut posts: Vec<Post> = held
@@ -86,6 +86,8 @@ impl Worker {
             .zip(ports.places)
             .map(|(place, ends)| Post::new(&setup, *place, ends))
             .collect::<Result<_>>()?;
+        let of_others = posts.iter().map(|post| post.of_others as u64).sum();
+        gauge.iter_mut().for_each(|gauge| gauge.leave_out(of_others));
         if let Some(emulation) = &mode.emulation {
             posts.iter_mut().for_each(|post| post.stage.emulate(emulation.sleep(&setup.schedule, post.place.stage)));
         }

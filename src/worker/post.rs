@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::number::Number;
 use crate::optim::Optimizer;
-use crate::params::{Layout, Versions};
+use crate::params::{Versions, zeros};
 use crate::setup::Setup;
 use crate::stage::{Settings, Stage, is_finite};
 
@@ -18,6 +18,8 @@ pub(super) struct Post {
     pub(super) ends: Ends,
     pub(super) stage: Stage,
     pub(super) optimizer: Optimizer,
+    /// Bytes of the other replicas' gradients that are added up here where they lie.
+    pub(super) of_others: usize,
     /// The last sync point at or before the step that is being forwarded.
     pub(super) sync: usize,
     /// The all-reduces under way, and where the part of the gradient ends that none of them holds.
@@ -43,19 +45,19 @@ impl Post {
     ///
     /// # Errors
     /// What libtorch reports, or a saved state that cannot be read.
-    pub(super) fn new(setup: &Setup, place: Place, ends: Ends) -> Result<Post> {
+    pub(super) fn new(setup: &Setup, place: Place, mut ends: Ends) -> Result<Post> {
         let config = &setup.config;
         let stack = setup.stack(place.stage);
-        let layout = Layout::new(&stack.own());
+        let layout = setup.layout(place.stage);
         let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
         let memories = setup.memories(&stack, place.replica)?;
-        let versions = Versions::new(
-            layout.clone(),
-            initial,
-            setup.schedule.versions_held(place.stage),
-            1,
-            config.precision.kind(),
-        )?;
+        let replicas = setup.grid.replicas;
+        let (gradient, of_others) = match ends.group.as_mut().and_then(|group| group.memory()) {
+            Some(gradient) => (gradient, size_of::<f32>() * layout.len / replicas * (replicas - 1)),
+            None => (zeros(layout.len, setup.device)?, 0),
+        };
+        let (held, kind) = (setup.schedule.versions_held(place.stage), config.precision.kind());
+        let versions = Versions::with(layout.clone(), initial, held, vec![gradient], kind)?;
         let mut versions = versions.at(setup.start());
         for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
             versions.recall(number, &values)?;
@@ -66,7 +68,7 @@ impl Post {
         let registers = Registers::default();
         let (loss, eval) = (Number::Known(0.0), (Number::Known(0.0), 0));
         let sync = setup.schedule.sync.since;
-        Ok(Post { place, ends, stage, optimizer, sync, reductions, unreduced, registers, loss, eval })
+        Ok(Post { place, ends, stage, optimizer, of_others, sync, reductions, unreduced, registers, loss, eval })
     }
 
     /// Names the first parameter whose gradient is not finite.

@@ -7,10 +7,10 @@
 //! ```
 //!
 //! A receive of the next header is always posted on every link; the tensor's receive is posted as soon as its header is
-//! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, a little longer every
-//! time, so a waiting rank does not burn a core; a command wakes it at once. How long depends on who waits: the compute
-//! thread says so before it does ([`Waiters`]), and while it computes the driver, which often shares its core, looks up
-//! only now and then. A rank alone has nothing to look for.
+//! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, longer every time, so a
+//! waiting rank does not burn a core; a command wakes it at once. How long depends on who waits: the compute thread says so
+//! before it does ([`Waiters`]), and while it computes the driver, which often shares its core, looks up only now and then,
+//! most rarely when nothing is under way that needs it. A rank alone has nothing to look for.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -35,12 +35,16 @@ use crate::metrics::Report;
 use crate::panel::{Control, Panel};
 use crate::wire::Wire;
 
-/// Rounds without progress before the driver begins to sleep.
-const ROUNDS_AWAKE: u32 = 20;
 const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
-/// While the compute thread waits, and while it computes: every look takes it some ten microseconds of the core.
+/// While the compute thread waits: rounds without progress before the driver begins to sleep, and how long it sleeps at most.
+const ROUNDS_AWAKE: u32 = 20;
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
-const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(2);
+/// While it computes: every look takes it some 40 microseconds of the core (sleep, alarm and what is pushed out of its cache).
+const ROUNDS_AWAKE_UNASKED: u32 = 2;
+/// With something under way: parts of an all-reduce, which may be many, cross at such a pace.
+const LONGEST_SLEEP_UNDER_WAY: Duration = Duration::from_millis(1);
+/// With nothing but messages to come, which are early, or somebody waits.
+const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(8);
 
 /// Rank 0 may be late by so much, and the ranks that find it silent are apart by so much at most.
 const GRACE: Duration = Duration::from_secs(3);
@@ -79,15 +83,16 @@ pub enum Command {
     },
     /// Makes the communicators of the grid and posts the first receives; all ranks must ask.
     Connect {
-        /// The stage of each place of this rank; none where another rank holds more.
-        colors: Vec<Option<i32>>,
+        /// Of each place of this rank; none where another rank holds more.
+        groups: Vec<Option<Group>>,
         key: i32,
         wire: Wire,
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
         panel: Arc<Panel>,
         stall: Duration,
-        reply: Sender<MpiResult<()>>,
+        /// For each group the memory that its members share.
+        reply: Sender<MpiResult<Vec<Option<Tensor>>>>,
     },
     Send {
         to: usize,
@@ -110,6 +115,14 @@ pub enum Command {
     Abort(i32),
     /// Completes what is under way, then MPI_Finalize; all ranks must ask.
     Finish(Sender<()>),
+}
+
+/// A replica group to be made.
+pub struct Group {
+    /// Of the stage.
+    pub color: i32,
+    /// Of its gradient.
+    pub values: usize,
 }
 
 /// What a rank learns when MPI has started.
@@ -198,11 +211,7 @@ impl Driver {
     fn serve(&mut self, commands: &Receiver<Command>) -> Option<Sender<()>> {
         let mut idle = 0u32;
         loop {
-            let longest = match self.waiting.load(Ordering::Relaxed) {
-                0 => LONGEST_SLEEP_UNASKED,
-                _ => LONGEST_SLEEP,
-            };
-            let sleep = SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(longest);
+            let sleep = pause(idle, self.waiting.load(Ordering::Relaxed) > 0, self.under_way());
             let command = match self.grids {
                 // Nothing can arrive before the grid is connected, nor at a rank alone.
                 _ if self.world.size() == 1 => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -226,6 +235,13 @@ impl Driver {
             idle = if moved { 0 } else { idle.saturating_add(1) };
             self.check_rank_0();
         }
+    }
+
+    /// Whether something moves only while this rank looks.
+    fn under_way(&self) -> bool {
+        let reduces = || self.grids.iter().flat_map(|grids| &grids.reducers).any(Reducer::busy);
+        let arrives = || self.incoming.iter().any(Incoming::arrives);
+        self.outgoing.values().any(|queue| !queue.is_empty()) || arrives() || reduces()
     }
 
     /// Ends the run if rank 0, which would ask why nothing moves, is silent itself.
@@ -258,12 +274,12 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { colors, key, wire, inboxes, reports, panel, stall, reply } => {
+            Command::Connect { groups, key, wire, inboxes, reports, panel, stall, reply } => {
                 (self.reports, self.panel) = (reports, Some(panel));
                 // One after the other, so that one of them speaks.
                 self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
                 self.heard = Instant::now();
-                let _ = reply.send(self.connect(&colors, key, wire, inboxes));
+                let _ = reply.send(self.connect(&groups, key, wire, inboxes));
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
@@ -278,23 +294,31 @@ impl Driver {
         }
     }
 
-    fn connect(&mut self, colors: &[Option<i32>], key: i32, wire: Wire, inboxes: Vec<Inbox>) -> MpiResult<()> {
+    fn connect(
+        &mut self,
+        groups: &[Option<Group>],
+        key: i32,
+        wire: Wire,
+        inboxes: Vec<Inbox>,
+    ) -> MpiResult<Vec<Option<Tensor>>> {
         let mut reducers = Vec::new();
-        for color in colors {
-            let group = self.world.split_by_color_with_key(color.map_or(Color::undefined(), Color::with_value), key);
-            if color.is_some() {
-                let group = group.ok_or("no communicator for the replica group")?;
-                raw::return_errors(&group)?;
-                reducers.push(Reducer::new(group, wire));
+        for group in groups {
+            let color = group.as_ref().map_or(Color::undefined(), |group| Color::with_value(group.color));
+            let made = self.world.split_by_color_with_key(color, key);
+            if let Some(group) = group {
+                let made = made.ok_or("no communicator for the replica group")?;
+                raw::return_errors(&made)?;
+                reducers.push(Reducer::new(made, wire, group.values)?);
             }
         }
+        let memories = reducers.iter().map(Reducer::memory).collect();
         let grids = Grids { links: self.world.duplicate(), reducers };
         raw::return_errors(&grids.links)?;
         for inbox in inboxes {
             self.incoming.push(Incoming::start(&grids.links, inbox)?);
         }
         self.grids = Some(grids);
-        Ok(())
+        Ok(memories)
     }
 
     fn links(&self) -> MpiResult<&SimpleCommunicator> {
@@ -442,6 +466,18 @@ impl Driver {
     }
 }
 
+/// How long to sleep after so many rounds without progress.
+fn pause(idle: u32, asked: bool, under_way: bool) -> Duration {
+    if asked {
+        return SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(LONGEST_SLEEP);
+    }
+    let longest = if under_way { LONGEST_SLEEP_UNDER_WAY } else { LONGEST_SLEEP_UNASKED };
+    match idle.checked_sub(ROUNDS_AWAKE_UNASKED + 1) {
+        None => Duration::ZERO,
+        Some(times) => SHORTEST_SLEEP.saturating_mul(2u32.saturating_pow(times)).min(longest),
+    }
+}
+
 /// Bytes of all ranks: their lengths first, then the bytes, padded to the longest.
 fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
     let size = world.size() as usize;
@@ -456,4 +492,33 @@ fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut all = vec![0u8; longest * size];
     world.all_gather_into(&mine[..], &mut all[..]);
     all.chunks(longest).zip(lengths).map(|(chunk, length)| chunk[..length as usize].to_vec()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_looks_up_rarely_unless_somebody_waits() {
+        // Looks within half a second in which nothing moves.
+        let looks = |asked, under_way| {
+            let (mut slept, mut looks) = (Duration::ZERO, 0);
+            while slept < Duration::from_millis(500) {
+                slept += pause(looks, asked, under_way);
+                looks += 1;
+            }
+            looks
+        };
+        assert!((60..=80).contains(&looks(false, false)), "{}", looks(false, false));
+        assert!((500..=520).contains(&looks(false, true)), "{}", looks(false, true));
+        assert!((2500..=2600).contains(&looks(true, false)), "{}", looks(true, false));
+        // It never sleeps longer than the time that it has slept already and a little: whatever comes is seen soon.
+        let mut slept = Duration::ZERO;
+        for idle in 0..40 {
+            let pause = pause(idle, false, false);
+            assert!(pause <= slept + SHORTEST_SLEEP);
+            slept += pause;
+        }
+        assert_eq!(pause(u32::MAX, false, false), LONGEST_SLEEP_UNASKED);
+    }
 }

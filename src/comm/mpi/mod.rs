@@ -3,6 +3,7 @@
 mod raw;
 mod neighbours;
 mod permits;
+mod shared;
 mod traffic;
 mod reduce;
 mod driver;
@@ -23,7 +24,7 @@ use crate::panel::{Controls, Panel};
 use crate::pulse::Trace;
 use crate::wire::Wire;
 pub use driver::Identity;
-use driver::{Command, Waiters};
+use driver::{Command, Group, Waiters};
 use neighbours::Card;
 pub use neighbours::Neighbours;
 use permits::Permits;
@@ -114,7 +115,8 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks. If
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks.
+    /// `gradients` are the values of the gradient of each place that this rank holds, for memory that its replicas share. If
     /// nothing moves here for much longer than `stall` and rank 0 does not ask why, it is lost. All ranks must call this.
     ///
     /// # Errors
@@ -126,6 +128,7 @@ impl World {
         wire: Wire,
         limit: usize,
         stall: Duration,
+        gradients: &[usize],
     ) -> Result<(Ports, Option<Receiver<Report>>)> {
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
@@ -138,14 +141,12 @@ impl World {
             Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
         };
         let mut places: Vec<Ends> = Vec::new();
-        for (slot, place) in held.iter().enumerate() {
-            let (commands, waiters) = (self.commands.clone(), self.waiters.clone());
-            let group = MpiGroup { place: *place, slot, commands, waiters };
+        for place in &held {
             places.push(Ends {
                 upstream: link(*place, grid.upstream(*place), Content::Activation),
                 downstream: link(*place, grid.downstream(*place), Content::Gradient),
                 twin: link(*place, grid.twin(*place), if place.stage == 0 { Content::Part } else { Content::Sum }),
-                group: (grid.replicas > 1).then(|| Box::new(group) as Box<dyn ReplicaGroup>),
+                group: None,
             });
         }
         let (reports, received) = match self.identity.rank {
@@ -157,12 +158,13 @@ impl World {
         };
         // Every rank makes as many communicators as the one that holds most places.
         let slots = (0..grid.size()).map(|rank| grid.held(rank).len()).max().unwrap_or(1);
-        let colors = (0..slots).map(|slot| held.get(slot).map(|place| place.stage as i32)).collect();
+        let group = |slot: usize| Some(Group { color: held.get(slot)?.stage as i32, values: *gradients.get(slot)? });
+        let groups = (0..slots).map(group).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
         let panel = Arc::new(Panel::new(limit, &self.identity.host, self.trace.clone()));
         self.command(Command::Connect {
-            colors,
+            groups,
             key,
             wire,
             inboxes,
@@ -172,7 +174,13 @@ impl World {
             reply,
         })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
-        connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
+        let memories = connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
+        if grid.replicas > 1 {
+            for (slot, ((place, ends), memory)) in held.iter().zip(&mut places).zip(memories).enumerate() {
+                let (commands, waiters) = (self.commands.clone(), self.waiters.clone());
+                ends.group = Some(Box::new(MpiGroup { place: *place, slot, commands, waiters, memory }));
+            }
+        }
         Ok((Ports { places, reports: self.reporter(), panel, beside: None }, received))
     }
 
@@ -259,9 +267,14 @@ struct MpiGroup {
     slot: usize,
     commands: Sender<Command>,
     waiters: Waiters,
+    memory: Option<Tensor>,
 }
 
 impl ReplicaGroup for MpiGroup {
+    fn memory(&mut self) -> Option<Tensor> {
+        self.memory.take()
+    }
+
     fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
         let peer = Place { replica: usize::from(self.place.replica == 0), ..self.place };
         let lost = move |error: String| Error::Lost {

@@ -9,11 +9,15 @@
 //! gather    slice 1 --> replicas 0 and 2              slice 0 <-- replica 0     slice 2 <-- replica 2
 //! ```
 //!
+//! On one host the gradients lie in memory that all members see (`shared`): the messages are empty then, and say the same. The
+//! first is "this part is complete here", the second "my slice's sum is in your buffer".
+//!
 //! With `wire = "bf16"` slices travel in half the bytes: the sum is `round(round(g_0) + round(g_1) + ...)`, added in f32,
 //! and every member holds the rounded one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc::Sender;
 
 use mpi::topology::SimpleCommunicator;
@@ -21,8 +25,12 @@ use mpi::traits::Communicator;
 use tch::{Kind, Tensor};
 
 use super::raw::{self, MpiResult, Pending};
+use super::shared::Shared;
 use super::traffic::address;
 use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
+
+/// Values that are added up at once where all members see them, so that the sum is written out of the cache.
+const BLOCK: usize = 1 << 15;
 
 /// The all-reduces of one replica group, one after the other, part by part; all members cut them alike.
 pub struct Reducer {
@@ -30,6 +38,7 @@ pub struct Reducer {
     replicas: usize,
     me: usize,
     wire: Wire,
+    shared: Option<Shared>,
     jobs: VecDeque<Job>,
     /// Jobs that are over and no longer in `jobs`.
     over: usize,
@@ -43,6 +52,8 @@ pub struct Reducer {
 /// One gradient, or a bucket of one.
 struct Job {
     flat: Tensor,
+    /// Where it lies in the memory that all members see.
+    shared: Option<usize>,
     /// Values whose part has been started, and whose sum is there.
     started: usize,
     summed: usize,
@@ -66,16 +77,36 @@ struct Part {
 }
 
 impl Reducer {
-    /// The reducer of a group whose ranks are numbered by replica.
-    pub fn new(group: SimpleCommunicator, wire: Wire) -> Reducer {
+    /// The reducer of a group whose ranks are numbered by replica, with memory for a gradient of so many values if all can see
+    /// it. All members must call this.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn new(group: SimpleCommunicator, wire: Wire, values: usize) -> MpiResult<Reducer> {
         let (replicas, me) = (group.size() as usize, group.rank() as usize);
         let (jobs, parts, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
-        Reducer { group, replicas, me, wire, jobs, over: 0, parts, started: 0, spare }
+        let shared = match wire {
+            Wire::F32 if replicas > 1 => Shared::new(&group, values)?,
+            // Rounding is for what travels.
+            _ => None,
+        };
+        Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, parts, started: 0, spare })
+    }
+
+    /// This member's part of the memory that all see.
+    pub fn memory(&self) -> Option<Tensor> {
+        self.shared.as_ref().map(Shared::own)
     }
 
     /// Takes another sum on.
     pub fn push(&mut self, flat: Tensor, reply: Sender<MpiResult<()>>) {
-        self.jobs.push_back(Job { flat, started: 0, summed: 0, reply });
+        let shared = self.shared.as_ref().and_then(|shared| shared.offset(&flat));
+        self.jobs.push_back(Job { flat, shared, started: 0, summed: 0, reply });
+    }
+
+    /// Whether a sum is being made.
+    pub fn busy(&self) -> bool {
+        !self.jobs.is_empty()
     }
 
     /// Tells everybody who waits that no sum will come any more.
@@ -121,7 +152,7 @@ impl Reducer {
         let job = &mut self.jobs[number];
         let values = job.started..job.flat.numel().min(job.started + PART);
         job.started = values.end;
-        let flat = job.flat.shallow_clone();
+        let (flat, shared) = (job.flat.shallow_clone(), job.shared.is_some());
         let number_of_part = self.started;
         let turn = (number_of_part % PARTS_UNDER_WAY) as i32;
         self.started += 1;
@@ -140,14 +171,15 @@ impl Reducer {
         let mine = part.slice(self.me, self.replicas);
         for other in self.others() {
             if !mine.is_empty() {
-                let room = self.room(mine.len(), &mut part.buffers)?;
+                let room = if shared { nothing()? } else { self.room(mine.len(), &mut part.buffers)? };
                 part.receives.push_back((other, raw::receive(address(&self.group, other, part.tags[0]), room)?));
             }
         }
+        fence(Ordering::Release);
         for other in self.others() {
             let slice = part.slice(other, self.replicas);
             if !slice.is_empty() {
-                let out = self.packed(&view(&flat, &slice)?)?;
+                let out = if shared { nothing()? } else { self.packed(&view(&flat, &slice)?)? };
                 part.sends.push_back(raw::send(address(&self.group, other, part.tags[0]), out)?);
             }
         }
@@ -209,24 +241,33 @@ impl Reducer {
     /// Adds up this replica's slice and exchanges the sums.
     fn gather(&mut self, i: usize) -> MpiResult<()> {
         let job = &self.jobs[self.parts[i].job - self.over];
-        let flat = job.flat.shallow_clone();
+        let (flat, shared) = (job.flat.shallow_clone(), job.shared);
         let part = &mut self.parts[i];
         part.gathering = true;
         let mine = part.slice(self.me, self.replicas);
         let arrived = std::mem::take(&mut part.arrived);
         part.arrived = (0..self.replicas).map(|_| None).collect();
-        let sum = view(&flat, &mine)?;
-        add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
+        let out = match shared {
+            Some(offset) => {
+                self.add_in_place(offset + mine.start..offset + mine.end)?;
+                nothing()?
+            }
+            None => {
+                let sum = view(&flat, &mine)?;
+                add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
+                self.packed(&sum)?
+            }
+        };
         drop(arrived);
         let mut buffers = Vec::new();
         self.spare.append(&mut self.parts[i].buffers);
-        let out = self.packed(&sum)?;
         for other in self.others() {
             let slice = self.parts[i].slice(other, self.replicas);
             if slice.is_empty() {
                 continue;
             }
             let into = match self.wire {
+                _ if shared.is_some() => nothing()?,
                 Wire::F32 => view(&flat, &slice)?,
                 Wire::Bf16 => self.room(slice.len(), &mut buffers)?,
             };
@@ -242,8 +283,24 @@ impl Reducer {
         Ok(())
     }
 
+    /// Adds up the members' values of this replica's slice, and writes the sum to all of them.
+    fn add_in_place(&self, values: Range<usize>) -> MpiResult<()> {
+        let Some(shared) = &self.shared else { return Ok(()) };
+        fence(Ordering::Acquire);
+        for start in values.clone().step_by(BLOCK) {
+            let length = BLOCK.min(values.end - start);
+            let mut views: Vec<Option<Tensor>> = shared.views(start, length)?.into_iter().map(Some).collect();
+            let Some(sum) = views[self.me].take() else { continue };
+            add_in_order(&sum, self.me, &views, Wire::F32).map_err(text)?;
+            views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
+        }
+        fence(Ordering::Release);
+        Ok(())
+    }
+
     fn finish_part(&mut self, i: usize) -> MpiResult<()> {
         let Some(mut part) = self.parts.remove(i) else { return Ok(()) };
+        fence(Ordering::Acquire);
         let job = &mut self.jobs[part.job - self.over];
         job.summed += part.values.len();
         if self.wire == Wire::Bf16 {
@@ -274,6 +331,11 @@ fn may_start(oldest: Option<usize>, next: usize) -> bool {
 fn slice_of(values: &Range<usize>, replica: usize, replicas: usize) -> Range<usize> {
     let cut = |i: usize| values.start + values.len() * i / replicas;
     cut(replica)..cut(replica + 1)
+}
+
+/// What an empty message carries.
+fn nothing() -> MpiResult<Tensor> {
+    Tensor::f_empty([0], (Kind::Float, tch::Device::Cpu)).map_err(text)
 }
 
 fn view(flat: &Tensor, slice: &Range<usize>) -> MpiResult<Tensor> {

@@ -98,6 +98,11 @@ impl Incoming {
         let _ = self.inbox.sender.try_send(Err(error.to_owned()));
     }
 
+    /// Whether values are on their way in.
+    pub fn arrives(&self) -> bool {
+        self.tensor.is_some()
+    }
+
     /// Takes back the receive of a header that nobody will send.
     ///
     /// # Errors
