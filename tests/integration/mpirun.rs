@@ -47,6 +47,25 @@ fn more_replicas_equal_the_oracle() {
     compare("1x4", &["wire=bf16", "bucket_kib=16"]);
 }
 
+/// Replicas of one host add their gradients up where all of them see them. Where the address space is limited they do not take
+/// each other's memory into theirs, and the gradients travel, as between hosts.
+#[test]
+fn gradients_are_shared_on_one_host_or_travel_and_equal_the_oracle() {
+    let keys = ["grid.replicas=3", "microbatches=2", "bucket_kib=2", "steps=8", "model.tie=none"];
+    let expected = by_oracle(&tiny(&keys));
+    for (limit, told) in [("unlimited", "are added up in shared memory"), ("60000000", "travel")] {
+        let folder = Folder::new();
+        let plain = mpirun(3, &slices(&folder.train("out", &keys, &[])));
+        let mut limited = std::process::Command::new("sh");
+        limited.args(["-c", &format!("ulimit -v {limit}; exec \"$0\" \"$@\"")]).arg(plain.get_program());
+        limited.args(plain.get_args()).envs(plain.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        let finished = run(limited, LIMIT).expect_code(0);
+        assert_eq!(Outcome::read(&folder.path("out")), expected, "{limit}{finished}");
+        let log = std::fs::read_to_string(folder.path("out/log/rank-2.log")).unwrap();
+        assert!(log.lines().any(|line| line.contains("gradients") && line.contains(told)), "{limit}: {log}");
+    }
+}
+
 /// Which ranks hold which places changes nothing.
 #[test]
 fn ranks_in_stage_major_order_equal_the_oracle() {
@@ -148,10 +167,18 @@ fn peak_memory_is_as_predicted() {
     let xl = ["model.arch=transformer-xl", "model.mem_len=128", "eval.every=2", "eval.batch=3"];
     let recompute = ["recompute=true", "model.dropout=0.1"];
     let blocks = ["recompute=blocks", "microbatches=2"];
-    for more in [&[][..], &xl, &[&xl[..], &recompute].concat(), &blocks, &[&xl[..], &blocks].concat()] {
+    let (stages, replicas) = ("grid.stages=2", "grid.replicas=2");
+    for (grid, more) in [
+        (stages, &[][..]),
+        (stages, &xl),
+        (stages, &[&xl[..], &recompute].concat()),
+        (stages, &blocks),
+        (stages, &[&xl[..], &blocks].concat()),
+        (replicas, &["model.tie=none"]),
+    ] {
         let sizes =
             ["model.d_model=192", "model.heads=4", "model.d_ff=768", "data.sequence=128", "data.synthetic=100000"];
-        let sets = [&sizes[..], &["microbatches=3", "grid.stages=2", "steps=4"], more].concat();
+        let sets = [&sizes[..], &["microbatches=3", grid, "steps=4"], more].concat();
         let folder = Folder::new();
         let mut command = mpirun(2, &slices(&folder.train("out", &sets, &[])));
         command.env("MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0");
@@ -159,8 +186,8 @@ fn peak_memory_is_as_predicted() {
         let rows: Vec<Vec<f64>> = finished
             .stdout
             .lines()
-            .filter_map(|line| line.strip_prefix("stage ")?.split_once("replica 0 "))
-            .map(|(_, numbers)| numbers.split_whitespace().map(|n| n.parse().unwrap()).collect())
+            .filter_map(|line| line.strip_prefix("stage ")?.split_once("replica "))
+            .filter_map(|(_, row)| row.split_whitespace().skip(1).map(|n| n.parse().ok()).collect())
             .collect();
         assert_eq!(rows.len(), 2, "{finished}");
         for row in rows {

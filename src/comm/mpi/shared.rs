@@ -44,6 +44,7 @@ impl Shared {
         let (me, replicas) = (group.rank() as usize, group.size() as usize);
         let here = group.split_shared(group.rank());
         if values == 0 || here.size() != group.size() {
+            tracing::info!("replicas on several hosts, or gradients on GPUs: they travel");
             return Ok(None);
         }
         let token = token(me);
@@ -55,9 +56,10 @@ impl Shared {
         let (mut all, mine) = (false, maps.is_some());
         group.all_reduce_into(&mine, &mut all, SystemOperation::logical_and());
         let Some(maps) = maps.filter(|_| all) else {
-            tracing::info!("the replicas of a stage do not see each other's memory: their gradients travel");
+            tracing::info!("the replicas of a stage do not see each other's memory: gradients travel");
             return Ok(None);
         };
+        tracing::info!(replicas, "gradients are added up in shared memory");
         let buffers = maps.into_iter().map(|map| tensor(map, values)).collect::<MpiResult<_>>()?;
         Ok(Some(Shared { me, buffers }))
     }
