@@ -21,7 +21,9 @@ impl Block {
         let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };
         let (b, t) = (x.size()[0], x.size()[1]);
         let heads = x.f_linear(qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_model / self.d.heads])?;
-        let part = |i| heads.f_select(2, i)?.f_transpose(1, 2); // [B, H, T, D/H]
+        // At once: of single parts the backward would make three whole gradients, zeros but for one part, and add them up.
+        let parts = heads.f_unbind(2)?;
+        let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, D/H]
         let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
             &part(0)?,
             &part(1)?,

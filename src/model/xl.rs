@@ -122,9 +122,9 @@ impl XlBlock {
         };
         let scale = 1.0 / (w as f64).sqrt();
         let q = x.f_linear::<Tensor>(query, None)?; // [B, T, D]
-        let heads = context.f_linear::<Tensor>(key_value, None)?.f_view([b, l, 2, h, w])?;
-        let k = heads.f_select(2, 0)?.f_permute([0, 2, 3, 1])?; // [B, H, W, L]
-        let values = heads.f_select(2, 1)?.f_transpose(1, 2)?; // [B, H, L, W]
+        let heads = context.f_linear::<Tensor>(key_value, None)?.f_view([b, l, 2, h, w])?.f_unbind(2)?;
+        let k = heads[0].f_permute([0, 2, 3, 1])?; // [B, H, W, L]
+        let values = heads[1].f_transpose(1, 2)?; // [B, H, L, W]
         let content = q.f_add(u)?.f_mul_scalar(scale)?.f_view([b, t, h, w])?.f_transpose(1, 2)?;
         let mut scores = content.f_matmul(&k)?; // [B, H, T, L]
         let r = positions.f_linear::<Tensor>(position, None)?.f_view([l + 1, h, w])?.f_permute([1, 2, 0])?; // [H, W, L+1]
