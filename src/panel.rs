@@ -42,9 +42,10 @@ pub enum Word {
 }
 
 /// The panel of one rank.
-#[derive(Debug)]
 pub struct Panel {
     pub pulse: Pulse,
+    /// Told when its place begins to wait, and when it has waited.
+    waits: Box<dyn Fn(bool) + Send + Sync>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -60,7 +61,17 @@ impl Panel {
     /// The panel of a rank on `host` that may go up to `limit` without being told, and leaves a trace if it can.
     pub fn new(limit: usize, host: &str, trace: Option<Trace>) -> Panel {
         let pulse = Pulse::new(host.to_owned(), trace);
-        Panel { pulse, state: Mutex::new(State { limit, stop: None, ended: false }), changed: Condvar::new() }
+        Panel {
+            pulse,
+            waits: Box::new(|_| ()),
+            state: Mutex::new(State { limit, stop: None, ended: false }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// With `waits` told when its place begins to wait (true) and when it has waited (false): whoever brings what it waits for.
+    pub fn telling(self, waits: impl Fn(bool) + Send + Sync + 'static) -> Panel {
+        Panel { waits: Box::new(waits), ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -97,7 +108,9 @@ impl Panel {
     pub fn wait(&self, step: usize) -> Result<Word> {
         self.pulse.doing(Doing::Limit(step));
         let waits = |state: &mut State| state.limit <= step && state.stop.is_none() && !state.ended;
+        (self.waits)(true);
         let state = self.changed.wait_while(self.state(), waits).unwrap_or_else(|poisoned| poisoned.into_inner());
+        (self.waits)(false);
         match state.stop {
             Some(at) if at == step => Ok(Word::Stop),
             _ if state.limit > step => Ok(Word::Go(state.limit)),

@@ -124,8 +124,8 @@ pub fn slice(flat: &Tensor) -> &[f32] {
     }
     // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
     // handles of the storage exist: parameters are views, used inside calls of the thread that owns the stage, which
-    // holds this borrow; and buckets of the gradient that are being reduced, which are complete when they are handed
-    // over, overlap nothing that a backward still writes, and are waited for before anybody looks at the whole buffer.
+    // holds this borrow; and buckets of the gradient that are being reduced, by other processes too, which are complete when
+    // they are handed over, overlap nothing that a backward still writes, and are waited for before anybody looks at the whole buffer.
     unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
 }
 

@@ -164,7 +164,10 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
     let expected = (replicas * (replicas + 1) / 2) as f32;
     let (mut small, mut large) = (f64::INFINITY, f64::INFINITY);
     for values in [16, LARGE].into_iter().flat_map(|values| [values; REDUCTIONS]) {
-        let flat = filled(values, value(place.replica), device)?.f_view([-1])?;
+        let flat = match group.memory().filter(|memory| memory.numel() as i64 >= values) {
+            Some(memory) => memory.f_narrow(0, 0, values)?.f_fill_(value(place.replica))?,
+            None => filled(values, value(place.replica), device)?.f_view([-1])?,
+        };
         settle(&flat)?;
         let start = Instant::now();
         group.all_reduce(0, flat.shallow_clone())?.wait()?;
@@ -177,6 +180,10 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
         }
         let least = if values == LARGE { &mut large } else { &mut small };
         *least = least.min(seconds);
+    }
+    // The training begins with zeros there.
+    if let Some(mut memory) = group.memory() {
+        let _ = memory.f_zero_()?;
     }
     let moved = 2.0 * (replicas - 1) as f64 / replicas as f64 * LARGE as f64 * 32.0;
     Ok(Some((small * 1e6, moved / large / 1e9)))

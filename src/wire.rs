@@ -13,6 +13,9 @@ use tch::{Kind, TchError, Tensor};
 pub const PART: usize = 1 << 19;
 pub const PARTS_UNDER_WAY: usize = 4;
 
+/// How the memory of gradients is called that replicas of one host share.
+pub const SHARED_NAME: &str = "ouroboros-gradient-";
+
 /// The type of the values on the wire; everything else stays f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -124,8 +124,8 @@ pub trait Link: Send {
 
 /// The R places of one stage.
 pub trait ReplicaGroup: Send {
-    /// Memory for the gradient of the stage in which sums cost least, zeros, if there is such; once.
-    fn memory(&mut self) -> Option<Tensor> {
+    /// Memory for the gradient of the stage in which sums cost least, if there is such: zeros, the same every time.
+    fn memory(&self) -> Option<Tensor> {
         None
     }
 

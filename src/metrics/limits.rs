@@ -43,7 +43,7 @@ fn of_process(text: &str, used: impl Fn(&str) -> Option<u64>) -> Vec<Limit> {
 }
 
 /// The limits of a group and of those above it, as the control groups' file system tells them. What is used of one is
-/// its anonymous memory: the kernel gives up cached files before it kills.
+/// its anonymous and its shared memory: the kernel gives up cached files before it kills.
 fn of_groups(root: &Path, path: &str) -> Vec<Limit> {
     let mut found = Vec::new();
     for (end, _) in path.match_indices('/') {
@@ -54,7 +54,8 @@ fn of_groups(root: &Path, path: &str) -> Vec<Limit> {
             continue;
         };
         let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-        let used = stat.lines().find_map(|line| line.strip_prefix("anon ")).and_then(number).unwrap_or(0);
+        let used = |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)).and_then(number).unwrap_or(0);
+        let used = used("anon ") + used("shmem ");
         let name = format!("memory.max of the control group {group}");
         found.push(Limit { left: limit.saturating_sub(used), name, group: Some(group.to_owned()) });
     }
@@ -84,7 +85,7 @@ mod tests {
             fs::write(folder.join("memory.max"), limit).unwrap();
             fs::write(folder.join("memory.stat"), stat).unwrap();
         };
-        make("job", "1000\n", "file 700\nanon 300\n");
+        make("job", "1000\n", "file 700\nanon 200\nshmem 100\n");
         make("job/step", "max\n", "anon 300\n");
         make("job/step/task", "400\n", "anon 500\n");
         let found = of_groups(root.path(), "/job/step/task/");

@@ -18,7 +18,7 @@ use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::Tie;
 use crate::setup::Setup;
-use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
+use crate::wire::{PART, PARTS_UNDER_WAY, SHARED_NAME, Wire};
 
 /// f32.
 const VALUE: u64 = 4;
@@ -164,7 +164,8 @@ fn copied_older(setup: &Setup, place: Place) -> u64 {
     (schedule.delays[place.stage] * own + schedule.table_delay() * table) as u64 * VALUE
 }
 
-/// What one place's reducer holds of the parts that it reduces at once: room for the slices of the other replicas; bf16
+/// What one place's reducer holds of the parts that it reduces at once, where gradients travel (it is not known yet whether they
+/// do): room for the slices of the other replicas; bf16
 /// also its own as they travel, and the sum; and in f32 what it adds up.
 fn reduced_at_once(setup: &Setup) -> u64 {
     let replicas = setup.grid.replicas;
@@ -236,11 +237,10 @@ pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64) -> Result<()> {
 
 /// Measures how far the memory of this process rises above where it stood: its resident memory, or what is taken of its GPU.
 pub enum Gauge {
-    /// What is there of others, such as the gradients of other replicas, where they lie in memory that all see, is not this
-    /// process's.
+    /// `shared` bytes are this process's where replicas see each other's gradients; what it has touched of the others' is not.
     Host {
         start: u64,
-        others: u64,
+        shared: u64,
     },
     Gpu {
         queues: CudaQueues,
@@ -254,7 +254,7 @@ impl Gauge {
     pub fn start() -> Option<Gauge> {
         // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
         let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge::Host { start: status("VmRSS:")?, others: 0 })
+        Some(Gauge::Host { start: status("VmRSS:")?, shared: 0 })
     }
 
     /// Begins here, on a device.
@@ -268,10 +268,10 @@ impl Gauge {
         Ok(Some(Gauge::Gpu { queues, start, most: start }))
     }
 
-    /// So many bytes more that this process will touch are another's.
-    pub fn leave_out(&mut self, bytes: u64) {
-        if let Gauge::Host { others, .. } = self {
-            *others += bytes;
+    /// So many bytes more of memory that replicas share are this process's.
+    pub fn shares(&mut self, bytes: u64) {
+        if let Gauge::Host { shared, .. } = self {
+            *shared += bytes;
         }
     }
 
@@ -289,10 +289,28 @@ impl Gauge {
     /// Bytes between the start and the highest mark since.
     pub fn peak(&self) -> Option<u64> {
         match self {
-            Gauge::Host { start, others } => Some(status("VmHWM:")?.saturating_sub(start + others)),
+            Gauge::Host { start, shared } => {
+                let smaps = if *shared > 0 { fs::read_to_string("/proc/self/smaps").ok()? } else { String::new() };
+                let of_others = touched(&smaps, SHARED_NAME).saturating_sub(*shared);
+                Some(status("VmHWM:")?.saturating_sub(start + of_others))
+            }
             Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
         }
     }
+}
+
+/// Resident bytes of the mappings whose name contains a text, of what /proc/self/smaps says: a line of addresses and a name, then
+/// lines such as "Rss:   48 kB".
+fn touched(smaps: &str, name: &str) -> u64 {
+    let (mut counts, mut sum) = (false, 0);
+    for line in smaps.lines() {
+        match line.strip_prefix("Rss:").map(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>()) {
+            Some(Ok(kib)) if counts => sum += kib << 10,
+            None if line.split_once(' ').is_some_and(|(first, _)| first.contains('-')) => counts = line.contains(name),
+            _ => {}
+        }
+    }
+    sum
 }
 
 /// A line of this process's status, in bytes.
@@ -305,6 +323,15 @@ pub(super) fn status(key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn touched_pages_of_named_mappings() {
+        let smaps = "7f00-7f10 rw-s 00000000 00:01 7      /memfd:ouroboros-gradient-5 (deleted)\nSize: 64 kB\nRss:    48 kB\nPss: 24 kB\n\
+                     7f20-7f30 rw-p 00000000 00:00 0\nRss:   1000 kB\nVmFlags: rd wr mr-e\n\
+                     7f40-7f50 rw-s 00000000 00:01 8      /memfd:ouroboros-gradient-6 (deleted)\nRss:    4 kB\n";
+        assert_eq!(touched(smaps, SHARED_NAME), 52 << 10);
+        assert_eq!(touched("", SHARED_NAME), 0);
+    }
 
     #[test]
     fn the_gauge_sees_what_is_touched() {

@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
 use crate::error::Result;
 
@@ -20,7 +21,7 @@ impl Block {
     fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };
         let (b, t) = (x.size()[0], x.size()[1]);
-        let heads = x.f_linear(qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_model / self.d.heads])?;
+        let heads = linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_model / self.d.heads])?;
         // At once: of single parts the backward would make three whole gradients, zeros but for one part, and add them up.
         let parts = heads.f_unbind(2)?;
         let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, D/H]
@@ -35,12 +36,12 @@ impl Block {
             false,
         )?;
         let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
-        Ok(y.f_linear(out, Some(out_bias))?)
+        linear(&y, out, Some(out_bias))
     }
 
     fn mlp(weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [up, up_bias, down, down_bias] = weights else { unreachable!("the mlp has four parameters") };
-        Ok(x.f_linear(up, Some(up_bias))?.f_gelu("none")?.f_linear(down, Some(down_bias))?)
+        linear(&linear(x, up, Some(up_bias))?.f_gelu("none")?, down, Some(down_bias))
     }
 }
 

@@ -13,6 +13,7 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::clusters::{Cluster, clusters, numbered, tables};
+use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
 use crate::config::Arch;
 use crate::error::Result;
@@ -203,7 +204,7 @@ impl Part<'_> {
             Some(projection) => x.f_matmul(projection)?,
             None => x.shallow_clone(),
         };
-        Ok(x.f_linear(self.rows, self.bias)?)
+        linear(&x, self.rows, self.bias)
     }
 }
 

@@ -38,6 +38,7 @@ mod clusters;
 mod dimensions;
 mod dropout;
 mod memory;
+mod linear;
 mod block;
 mod embedding;
 mod head;

@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
+use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
 use crate::error::Result;
 
@@ -121,8 +122,8 @@ impl XlBlock {
             None => positions,
         };
         let scale = 1.0 / (w as f64).sqrt();
-        let q = x.f_linear::<Tensor>(query, None)?; // [B, T, D]
-        let heads = context.f_linear::<Tensor>(key_value, None)?.f_view([b, l, 2, h, w])?.f_unbind(2)?;
+        let q = linear(x, query, None)?; // [B, T, D]
+        let heads = linear(context, key_value, None)?.f_view([b, l, 2, h, w])?.f_unbind(2)?;
         let k = heads[0].f_permute([0, 2, 3, 1])?; // [B, H, W, L]
         let values = heads[1].f_transpose(1, 2)?; // [B, H, L, W]
         let content = q.f_add(u)?.f_mul_scalar(scale)?.f_view([b, t, h, w])?.f_transpose(1, 2)?;
@@ -141,13 +142,13 @@ impl XlBlock {
             None => probabilities,
         };
         let y = probabilities.f_matmul(&values)?.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
-        Ok(y.f_linear::<Tensor>(out, None)?)
+        linear(&y, out, None)
     }
 
     fn mlp(&self, weights: &[Tensor], x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
         let [up, up_bias, down, down_bias] = weights else { unreachable!("the mlp has four parameters") };
-        let inner = self.dropped(dropout, x.f_linear(up, Some(up_bias))?.f_relu()?, INNER)?;
-        Ok(inner.f_linear(down, Some(down_bias))?)
+        let inner = self.dropped(dropout, linear(x, up, Some(up_bias))?.f_relu()?, INNER)?;
+        linear(&inner, down, Some(down_bias))
     }
 
     fn dropped(&self, dropout: Option<Dropout>, y: Tensor, site: usize) -> Result<Tensor> {

@@ -29,7 +29,7 @@ fn norm_of(values: &[f32]) -> f64 {
     values.chunks(CHUNK).map(sum_of_squares).sum::<f64>().sqrt()
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+#[multiversion(targets("x86_64+avx2", "aarch64+neon"))]
 fn sum_of_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; LANES];
     let chunks = values.chunks_exact(LANES);

@@ -78,7 +78,7 @@ pub fn update(slices: Slices, step: &Step, decay: &[(Range<usize>, bool)], pool:
 
 /// One chunk of an update, which starts at `start` of the buffers. Every operation is IEEE's and alone, so vectors of any width
 /// make the same bits.
-#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+#[multiversion(targets("x86_64+avx2", "aarch64+neon"))]
 fn pass(chunk: Slices, start: usize, step: &Step, decay: &[(Range<usize>, bool)]) {
     let Slices { old, new, gradient, first, second } = chunk;
     if let Some(old) = old {

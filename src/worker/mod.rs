@@ -86,8 +86,8 @@ impl Worker {
             .zip(ports.places)
             .map(|(place, ends)| Post::new(&setup, *place, ends))
             .collect::<Result<_>>()?;
-        let of_others = posts.iter().map(|post| post.of_others as u64).sum();
-        gauge.iter_mut().for_each(|gauge| gauge.leave_out(of_others));
+        let shared = posts.iter().map(|post| post.shared as u64).sum();
+        gauge.iter_mut().for_each(|gauge| gauge.shares(shared));
         if let Some(emulation) = &mode.emulation {
             posts.iter_mut().for_each(|post| post.stage.emulate(emulation.sleep(&setup.schedule, post.place.stage)));
         }

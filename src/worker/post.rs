@@ -18,8 +18,8 @@ pub(super) struct Post {
     pub(super) ends: Ends,
     pub(super) stage: Stage,
     pub(super) optimizer: Optimizer,
-    /// Bytes of the other replicas' gradients that are added up here where they lie.
-    pub(super) of_others: usize,
+    /// Bytes of the gradient that the other replicas see too.
+    pub(super) shared: usize,
     /// The last sync point at or before the step that is being forwarded.
     pub(super) sync: usize,
     /// The all-reduces under way, and where the part of the gradient ends that none of them holds.
@@ -45,15 +45,14 @@ impl Post {
     ///
     /// # Errors
     /// What libtorch reports, or a saved state that cannot be read.
-    pub(super) fn new(setup: &Setup, place: Place, mut ends: Ends) -> Result<Post> {
+    pub(super) fn new(setup: &Setup, place: Place, ends: Ends) -> Result<Post> {
         let config = &setup.config;
         let stack = setup.stack(place.stage);
         let layout = setup.layout(place.stage);
         let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
         let memories = setup.memories(&stack, place.replica)?;
-        let replicas = setup.grid.replicas;
-        let (gradient, of_others) = match ends.group.as_mut().and_then(|group| group.memory()) {
-            Some(gradient) => (gradient, size_of::<f32>() * layout.len / replicas * (replicas - 1)),
+        let (gradient, shared) = match ends.group.as_ref().and_then(|group| group.memory()) {
+            Some(gradient) => (gradient, size_of::<f32>() * layout.len),
             None => (zeros(layout.len, setup.device)?, 0),
         };
         let (held, kind) = (setup.schedule.versions_held(place.stage), config.precision.kind());
@@ -68,7 +67,7 @@ impl Post {
         let registers = Registers::default();
         let (loss, eval) = (Number::Known(0.0), (Number::Known(0.0), 0));
         let sync = setup.schedule.sync.since;
-        Ok(Post { place, ends, stage, optimizer, of_others, sync, reductions, unreduced, registers, loss, eval })
+        Ok(Post { place, ends, stage, optimizer, shared, sync, reductions, unreduced, registers, loss, eval })
     }
 
     /// Names the first parameter whose gradient is not finite.

@@ -237,6 +237,27 @@ fn drawn_grids_of_words_equal_the_oracle_bit_for_bit() {
     compare(DRAWN + DRAWN_XL..ALL);
 }
 
+/// Microbatches of a thousand tokens, whose products other kernels may make (`src/model/linear.rs`) than those of a few.
+#[test]
+fn large_microbatches_equal_the_oracle_bit_for_bit() {
+    let large = [
+        "data.sequence=64",
+        "data.synthetic=100000",
+        "batch=64",
+        "microbatches=2",
+        "grid.stages=2",
+        "grid.replicas=2",
+        "steps=4",
+        "eval.every=2",
+    ];
+    let xl = ["model.arch=transformer-xl", "model.mem_len=64"];
+    for more in [&[][..], &["recompute=true"], &["recompute=blocks", "model.dropout=0.1"], &xl] {
+        let setup = tiny(&[&large[..], more].concat());
+        assert!(setup.rows * 64 >= 1024);
+        assert_eq!(as_threads(&setup), by_oracle(&setup), "{more:?}");
+    }
+}
+
 /// Losses and norms that are read steps later, as on a GPU, are the same numbers.
 #[test]
 fn numbers_that_are_read_later_are_the_same() {

@@ -43,7 +43,7 @@ const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 const ROUNDS_AWAKE_UNASKED: u32 = 2;
 /// With something under way: parts of an all-reduce, which may be many, cross at such a pace.
 const LONGEST_SLEEP_UNDER_WAY: Duration = Duration::from_millis(1);
-/// With nothing but messages to come, which are early, or somebody waits.
+/// With nothing but messages, reports and controls to come, which are early, or somebody waits.
 const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(8);
 
 /// Rank 0 may be late by so much, and the ranks that find it silent are apart by so much at most.
@@ -66,11 +66,20 @@ impl Waiters {
 
     /// Waits with `wait`, the driver being awake meanwhile.
     pub fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
-        self.count.fetch_add(1, Ordering::Relaxed);
-        let _ = self.commands.send(Command::Wake); // A driver that is gone has nothing to bring.
+        self.tell(true);
         let result = wait();
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.tell(false);
         result
+    }
+
+    /// A thread begins to wait, or has waited.
+    pub fn tell(&self, waits: bool) {
+        if waits {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            let _ = self.commands.send(Command::Wake); // A driver that is gone has nothing to bring.
+        } else {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -241,7 +250,7 @@ impl Driver {
     fn under_way(&self) -> bool {
         let reduces = || self.grids.iter().flat_map(|grids| &grids.reducers).any(Reducer::busy);
         let arrives = || self.incoming.iter().any(Incoming::arrives);
-        self.outgoing.values().any(|queue| !queue.is_empty()) || arrives() || reduces()
+        self.outgoing.values().any(|queue| !queue.is_empty()) || !self.notes.is_empty() || arrives() || reduces()
     }
 
     /// Ends the run if rank 0, which would ask why nothing moves, is silent itself.

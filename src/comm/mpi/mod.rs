@@ -162,7 +162,8 @@ impl World {
         let groups = (0..slots).map(group).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        let panel = Arc::new(Panel::new(limit, &self.identity.host, self.trace.clone()));
+        let (panel, waiters) = (Panel::new(limit, &self.identity.host, self.trace.clone()), self.waiters.clone());
+        let panel = Arc::new(panel.telling(move |waits| waiters.tell(waits)));
         self.command(Command::Connect {
             groups,
             key,
@@ -271,8 +272,8 @@ struct MpiGroup {
 }
 
 impl ReplicaGroup for MpiGroup {
-    fn memory(&mut self) -> Option<Tensor> {
-        self.memory.take()
+    fn memory(&self) -> Option<Tensor> {
+        self.memory.as_ref().map(Tensor::shallow_clone)
     }
 
     fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {

@@ -87,8 +87,11 @@ impl Reducer {
         let (jobs, parts, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
         let shared = match wire {
             Wire::F32 if replicas > 1 => Shared::new(&group, values)?,
-            // Rounding is for what travels.
-            _ => None,
+            Wire::F32 => None,
+            Wire::Bf16 => {
+                tracing::info!("wire = \"bf16\": gradients travel");
+                None
+            }
         };
         Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, parts, started: 0, spare })
     }
@@ -249,7 +252,8 @@ impl Reducer {
         part.arrived = (0..self.replicas).map(|_| None).collect();
         let out = match shared {
             Some(offset) => {
-                self.add_in_place(offset + mine.start..offset + mine.end)?;
+                let slice = offset + mine.start..offset + mine.end;
+                self.shared.iter().try_for_each(|shared| add_in_place(shared, slice.clone()))?;
                 nothing()?
             }
             None => {
@@ -280,21 +284,6 @@ impl Reducer {
             let send = raw::send(address(&self.group, other, self.parts[i].tags[1]), out.shallow_clone())?;
             self.parts[i].sends.push_back(send);
         }
-        Ok(())
-    }
-
-    /// Adds up the members' values of this replica's slice, and writes the sum to all of them.
-    fn add_in_place(&self, values: Range<usize>) -> MpiResult<()> {
-        let Some(shared) = &self.shared else { return Ok(()) };
-        fence(Ordering::Acquire);
-        for start in values.clone().step_by(BLOCK) {
-            let length = BLOCK.min(values.end - start);
-            let mut views: Vec<Option<Tensor>> = shared.views(start, length)?.into_iter().map(Some).collect();
-            let Some(sum) = views[self.me].take() else { continue };
-            add_in_order(&sum, self.me, &views, Wire::F32).map_err(text)?;
-            views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
-        }
-        fence(Ordering::Release);
         Ok(())
     }
 
@@ -342,6 +331,20 @@ fn view(flat: &Tensor, slice: &Range<usize>) -> MpiResult<Tensor> {
     flat.f_narrow(0, slice.start as i64, slice.len() as i64).map_err(text)
 }
 
+/// Adds up the members' values of one's slice where they lie, and writes the sum to all of them.
+fn add_in_place(shared: &Shared, values: Range<usize>) -> MpiResult<()> {
+    fence(Ordering::Acquire);
+    for start in values.clone().step_by(BLOCK) {
+        let length = BLOCK.min(values.end - start);
+        let mut views: Vec<Option<Tensor>> = shared.views(start, length)?.into_iter().map(Some).collect();
+        let Some(sum) = views[shared.me()].take() else { continue };
+        add_in_order(&sum, shared.me(), &views, Wire::F32).map_err(text)?;
+        views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
+    }
+    fence(Ordering::Release);
+    Ok(())
+}
+
 /// `own = ((g_0 + g_1) + ...)`, where g_me is `own` and the others have arrived.
 fn add_in_order(own: &Tensor, me: usize, arrived: &[Option<Tensor>], wire: Wire) -> Result<(), tch::TchError> {
     let mut own = own.shallow_clone();
@@ -384,6 +387,26 @@ mod tests {
             let slices: Vec<_> = (0..replicas).map(|r| slice_of(&values, r, replicas)).collect();
             assert_eq!((slices[0].start, slices[replicas - 1].end), (values.start, values.end));
             assert!(slices.windows(2).all(|w| w[0].end == w[1].start));
+        }
+    }
+
+    /// Several blocks, in the middle of the buffers: the sum stands in all of them, and nothing else has changed.
+    #[test]
+    fn sums_are_written_to_all_members() {
+        let values = [1e8f32, 1.0, -1e8];
+        let (length, slice) = (3 * BLOCK, 7..2 * BLOCK + 12);
+        let buffers: Vec<Tensor> = values
+            .iter()
+            .map(|value| Tensor::from_slice(&(0..length).map(|i| value * (1.0 + i as f32)).collect::<Vec<_>>()))
+            .collect();
+        let before: Vec<Vec<f32>> = buffers.iter().map(|buffer| Vec::try_from(buffer).unwrap()).collect();
+        add_in_place(&Shared::of(1, buffers.iter().map(Tensor::shallow_clone).collect()), slice.clone()).unwrap();
+        for (buffer, before_here) in buffers.iter().zip(&before) {
+            let after = Vec::<f32>::try_from(buffer).unwrap();
+            for i in 0..length {
+                let sum = (before[0][i] + before[1][i]) + before[2][i];
+                assert_eq!(after[i], if slice.contains(&i) { sum } else { before_here[i] }, "value {i}");
+            }
         }
     }
 

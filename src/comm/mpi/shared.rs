@@ -20,11 +20,12 @@ use memmap2::{MmapMut, MmapOptions};
 use mpi::collective::SystemOperation;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::process::{Resource, getrlimit};
 use tch::{Device, Kind, Tensor};
 
 use super::raw::MpiResult;
+use crate::wire::SHARED_NAME;
 
 /// f32.
 const VALUE: usize = size_of::<f32>();
@@ -44,11 +45,13 @@ impl Shared {
         let (me, replicas) = (group.rank() as usize, group.size() as usize);
         let here = group.split_shared(group.rank());
         if values == 0 || here.size() != group.size() {
-            tracing::info!("replicas on several hosts, or gradients on GPUs: they travel");
+            tracing::info!("the replicas of a stage are on several hosts: gradients travel");
             return Ok(None);
         }
+        // A file that may not be so long ends the process; address space is needed for more than the others' gradients.
+        let limits = [Resource::As, Resource::Fsize].map(|resource| getrlimit(resource).current);
         let token = token(me);
-        let own = memory(values * VALUE, token).filter(|_| getrlimit(Resource::As).current.is_none());
+        let own = memory(values * VALUE, token).filter(|_| limits.iter().all(Option::is_none));
         let number = own.as_ref().map_or(-1, |file| i64::from(file.as_raw_fd()));
         let mut cards = vec![0i64; CARD * replicas];
         group.all_gather_into(&[i64::from(std::process::id()), number, token][..], &mut cards[..]);
@@ -62,6 +65,11 @@ impl Shared {
         tracing::info!(replicas, "gradients are added up in shared memory");
         let buffers = maps.into_iter().map(|map| tensor(map, values)).collect::<MpiResult<_>>()?;
         Ok(Some(Shared { me, buffers }))
+    }
+
+    /// This member's number.
+    pub fn me(&self) -> usize {
+        self.me
     }
 
     /// This member's own buffer.
@@ -89,20 +97,21 @@ impl Shared {
 /// What a member tells of its memory: process, number of the file there, and a token that is in the file's name.
 const CARD: usize = 3;
 
-/// A number that no other process of this host has told.
+/// A number by which a process of this host, with its own number, is told from those of other containers.
 fn token(me: usize) -> i64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_nanos() as i64).wrapping_mul(1 << 8) ^ me as i64
 }
 
 fn name(token: i64) -> String {
-    format!("ouroboros-gradient-{token:x}")
+    format!("{SHARED_NAME}{token:x}")
 }
 
 /// Memory of this process that others can find.
 fn memory(bytes: usize, token: i64) -> Option<File> {
     let file = memfd_create(CString::new(name(token)).ok()?, MemfdFlags::CLOEXEC).ok().map(File::from)?;
-    file.set_len(bytes as u64).ok()?;
+    // All of it at once, so that there is no lack of memory later, where no error could tell it.
+    fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).ok()?;
     Some(file)
 }
 
@@ -112,7 +121,9 @@ fn seen(card: &[i64], bytes: usize) -> Option<MmapMut> {
     // In another container the same numbers may mean something else.
     let target = read_link(&path).ok()?;
     let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
-    if !target.to_string_lossy().contains(&name(card[2])) || file.metadata().ok()?.len() != bytes as u64 {
+    if target.to_str() != Some(&format!("/memfd:{} (deleted)", name(card[2])))
+        || file.metadata().ok()?.len() != bytes as u64
+    {
         return None;
     }
     // SAFETY: the file has this length, and nobody cuts it: it has no name, and the members only map it.
@@ -122,7 +133,7 @@ fn seen(card: &[i64], bytes: usize) -> Option<MmapMut> {
 /// A flat buffer over mapped memory, which stays until the process ends: nobody can tell when the last tensor over it does.
 fn tensor(map: MmapMut, values: usize) -> MpiResult<Tensor> {
     let bytes = Box::leak(Box::new(map));
-    // SAFETY: the mapping has `values` f32 at a page's begin and is never given back. Two processes write into it, but never the
+    // SAFETY: the mapping has `values` f32 at a page's begin and is never given back. All members write into it, but never the
     // same values at once: `reduce` lets one replica have a slice at a time.
     let tensor = unsafe { Tensor::f_from_blob(bytes.as_ptr(), &[values as i64], &[1], Kind::Float, Device::Cpu) };
     tensor.map_err(|error| error.to_string())
@@ -132,6 +143,13 @@ fn tensor(map: MmapMut, values: usize) -> MpiResult<Tensor> {
 mod tests {
     use super::*;
     use crate::params::{slice, slice_mut};
+
+    impl Shared {
+        /// What member `me` has of buffers of a process's own.
+        pub fn of(me: usize, buffers: Vec<Tensor>) -> Shared {
+            Shared { me, buffers }
+        }
+    }
 
     #[test]
     fn memory_is_found_through_its_process() {
