@@ -4,12 +4,13 @@
 
 KIND: eager (one process), ddp (two ranks, gloo), gpipe or 1f1b (two ranks, torch.distributed.pipelining, gloo), or
 products: nothing but the model's matrix products and attention, forward and backward, in one process: what no program
-with the same kernels can do without. With --ranks 2 only the first of two replicas' share of them.
+with libtorch's kernels can do without. With --ranks 2 only the first of two replicas' share of them.
 WEIGHTS: a folder that `ouroboros init` has written, with the initial weights and the config. One thread a rank.
 The steps' losses are printed too: they must be those of the other programs.
 """
 
 import argparse
+import ctypes
 import glob
 import json
 import os
@@ -98,8 +99,47 @@ def whole(run, wrap):
     run.train(step)
 
 
+def quickest(ways):
+    """Which of several calls takes least time."""
+
+    def seconds(way):
+        way()
+        start = time.perf_counter()
+        for _ in range(3):
+            way()
+        return time.perf_counter() - start
+
+    return min(range(len(ways)), key=lambda i: seconds(ways[i]))
+
+
+def three_products(values, weights, tokens):
+    """What one layer's product needs forward and backward, each in the ways of libtorch's two libraries: MKL, and oneDNN, which has
+    the convolutions. Of MKL's the results go into memory that is there already."""
+    weight, weight_gradient = weights
+    (x, dx), (dy, y) = values[weight.shape[1]], values[weight.shape[0]]
+    pixel = weight.view(*weight.shape, 1, 1)
+
+    def image(flat):
+        return flat.view(16, tokens // 16, 1, flat.shape[1]).permute(0, 3, 1, 2)
+
+    def backward(mask):
+        return torch.ops.aten.convolution_backward(
+            image(dy), image(x), pixel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
+
+    ways = [
+        [lambda: torch.mm(x, weight.t(), out=y)],
+        [lambda: torch.mm(dy, weight, out=dx)],
+        [lambda: torch.mm(dy.t(), x, out=weight_gradient)],
+    ]
+    if tokens % 16 == 0:
+        ways[0].append(lambda: torch.conv2d(image(x), pixel))
+        ways[1].append(lambda: backward([True, False, False]))
+        ways[2].append(lambda: backward([False, True, False]))
+    return ways
+
+
 def products(run):
-    """Every matrix product of a step, forward and backward, and the attention, into memory that is there already."""
+    """Every matrix product of a step, forward and backward, and the attention, and nothing else."""
     model, m = run.model, run.args.microbatches
     d, f, heads, layers = model["d_model"], model["d_ff"], model["heads"], model["layers"]
     rows = run.batch // run.args.ranks // m
@@ -107,17 +147,21 @@ def products(run):
     shapes = layers * [(3 * d, d), (d, d), (f, d), (d, f)] + [(256, d)]
     weights = [(torch.randn(shape), torch.empty(shape)) for shape in shapes]
     values = {width: (torch.randn(tokens, width), torch.empty(tokens, width)) for width in {d, 3 * d, f, 256}}
+    # Memory that is given back is kept, as ours keeps it: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 32 << 20)
+    libc.mallopt(-1, 1 << 30)
+    layers_ways = [three_products(values, pair, tokens) for pair in weights]
+    best = {shape: [quickest(both) for both in ways] for shape, ways in zip(shapes, layers_ways)}
+    calls = [both[i] for shape, ways in zip(shapes, layers_ways) for i, both in zip(best[shape], ways)]
     query, key, value, gradient = (torch.randn(rows, heads, run.sequence, d // heads) for _ in range(4))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
     def step(t):
         for _ in range(m):
-            for weight, weight_gradient in weights:
-                (x, dx), (dy, y) = values[weight.shape[1]], values[weight.shape[0]]
-                torch.mm(x, weight.t(), out=y)
-                torch.mm(dy, weight, out=dx)
-                torch.mm(dy.t(), x, out=weight_gradient)
+            for call in calls:
+                call()
             for _ in range(layers):
                 out, sums = flash(query, key, value, 0.0, True)
                 flash_backward(gradient, query, key, value, out, sums, 0.0, True)

@@ -43,15 +43,17 @@ impl Shared {
     /// What libtorch reports.
     pub fn new(group: &SimpleCommunicator, values: usize) -> MpiResult<Option<Shared>> {
         let (me, replicas) = (group.rank() as usize, group.size() as usize);
-        let here = group.split_shared(group.rank());
-        if values == 0 || here.size() != group.size() {
+        if values == 0 {
+            return Ok(None);
+        }
+        if group.split_shared(group.rank()).size() != group.size() {
             tracing::info!("the replicas of a stage are on several hosts: gradients travel");
             return Ok(None);
         }
         // A file that may not be so long ends the process; address space is needed for more than the others' gradients.
         let limits = [Resource::As, Resource::Fsize].map(|resource| getrlimit(resource).current);
         let token = token(me);
-        let own = memory(values * VALUE, token).filter(|_| limits.iter().all(Option::is_none));
+        let own = limits.iter().all(Option::is_none).then(|| memory(values * VALUE, token)).flatten();
         let number = own.as_ref().map_or(-1, |file| i64::from(file.as_raw_fd()));
         let mut cards = vec![0i64; CARD * replicas];
         group.all_gather_into(&[i64::from(std::process::id()), number, token][..], &mut cards[..]);
