@@ -3,6 +3,7 @@
 mod raw;
 mod neighbours;
 mod permits;
+mod pauses;
 mod shared;
 mod traffic;
 mod reduce;
