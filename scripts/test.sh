@@ -1,31 +1,55 @@
 #!/usr/bin/env bash
 # Every gate, cheapest first: set-up, format, lints, documentation, tests, then whether the benchmarks run.
+# Prints the minutes of each part at the end, and fails if all of them took longer than LIMIT minutes.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-scripts/setup.sh
-say "format"
-cargo fmt --check
-say "clippy"
-cargo clippy --quiet --all-targets -- -D warnings
-say "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
-say "tests"
-cargo test --no-fail-fast
-say "kills"
-cargo build --release --quiet
-scripts/torture.sh 10
-say "batch jobs, with a real Slurm"
-scripts/test-slurm.sh
-say "benchmarks, in their short form"
+LIMIT=${LIMIT:-35}
+minutes=""
+SECONDS=0
+
+# part NAME COMMAND...: runs a gate and keeps its time.
+part() {
+    local name=$1 begun=$SECONDS
+    shift
+    say "$name"
+    "$@"
+    minutes+=$(printf '%6.1f  %s' "$(in_minutes $((SECONDS - begun)))" "$name")$'\n'
+}
+
+# Seconds as minutes, to a tenth.
+in_minutes() { printf '%d.%d' $(($1 / 60)) $(($1 % 60 / 6)); }
+
+documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps; }
+
 # With a libtorch of one's own there is no Python package of torch, and so no peers.
-if [ -x .venv/bin/python ]; then
-    scripts/bench-peers.sh --short
-else
-    echo "bench-peers: skipped: no torch in .venv (set up without LIBTORCH to have it)"
+peers() {
+    if [ -x .venv/bin/python ]; then
+        scripts/bench-peers.sh --short
+    else
+        echo "bench-peers: skipped: no torch in .venv (set up without LIBTORCH to have it)"
+    fi
+}
+
+part "set-up" scripts/setup.sh
+part "format" cargo fmt --check
+part "clippy" cargo clippy --quiet --all-targets -- -D warnings
+part "documentation" documentation
+part "tests" cargo test --no-fail-fast
+part "release build" cargo build --release --quiet
+part "golden numbers" scripts/golden.sh
+part "kills" scripts/torture.sh 10
+part "batch jobs, with a real Slurm" scripts/test-slurm.sh
+part "benchmark: peers, in short" peers
+part "benchmark: grids, in short" scripts/bench-grid.sh --short
+part "benchmark: hosts, in short" scripts/bench-hosts.sh --short
+part "benchmark: saves, in short" scripts/bench-save.sh --short
+part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
+part "whether its checks work, on the processor" scripts/gpu-check.sh --quick --processor
+
+say "minutes"
+printf '%s' "$minutes"
+printf '%6.1f  in all (limit %s)\n' "$(in_minutes $SECONDS)" "$LIMIT"
+if [ "$SECONDS" -gt $((LIMIT * 60)) ]; then
+    echo "test.sh: every gate passed, but in more than $LIMIT minutes" >&2
+    exit 1
 fi
-scripts/bench-grid.sh --short
-scripts/bench-hosts.sh --short
-scripts/bench-save.sh --short
-say "what needs a GPU: tried where there is one; and whether its checks work, on the processor"
-scripts/gpu-check.sh --quick
-scripts/gpu-check.sh --quick --processor
