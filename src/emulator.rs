@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::metrics::Report;
 use crate::model::{self, Dropout, Memory, Stack};
-use crate::optim::{Optimizer, Terms, learning_rate, norm};
+use crate::optim::{Optimizer, UpdateScalars, learning_rate, norm};
 use crate::panel::{Panel, Word};
-use crate::params::{Flats, Layout, zeros};
+use crate::params::{Layout, UpdateBuffers, zeros};
 use crate::schedule::Tie;
 use crate::setup::Setup;
 
@@ -351,8 +351,8 @@ impl Emulator {
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
         let mut new = weights.newest()?.f_detach_copy()?;
-        let flats = Flats { old: None, new: &mut new, rounded: None, gradient: sum };
-        weights.optimizer.update(flats, &Terms { lr, mean, norm: &number })?;
+        let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: sum };
+        weights.optimizer.update(buffers, &UpdateScalars { lr, mean, norm: &number })?;
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
         Ok(norm)

@@ -12,8 +12,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
 use crate::number::Number;
-use crate::optim::{Optimizer, Terms, norm};
-use crate::params::{Flats, Layout, Versions, bytes, here};
+use crate::optim::{Optimizer, UpdateScalars, norm};
+use crate::params::{Layout, UpdateBuffers, Versions, bytes, here};
 
 /// The two uses of a tied table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,8 +147,11 @@ impl Table {
     pub fn update(&mut self, lr: f64, mean: f64, late: bool) -> Result<Number> {
         let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         let norm = norm(&gradient, late)?;
-        let (optimizer, terms) = (&mut self.optimizer, Terms { lr, mean, norm: &norm });
-        self.versions.advance(|flats| optimizer.update(Flats { gradient: &mut gradient, ..flats }, &terms))?;
+        let (optimizer, scalars) = (&mut self.optimizer, UpdateScalars { lr, mean, norm: &norm });
+        self.versions.advance(|own| {
+            let buffers = UpdateBuffers { gradient: &mut gradient, ..own };
+            optimizer.update(buffers, &scalars)
+        })?;
         norm.times(mean)
     }
 

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! stage-K.safetensors             the parameters of a stage by name, f32; a tied table stands once, with stage 0
-//! stage-K.first.safetensors       the optimizer's moments under the names of their parameters
-//! stage-K.second.safetensors
+//! stage-K.NAME.safetensors        each buffer of the optimizer's state by its name (first, second), under the names of
+//!                                 the parameters
 //! stage-K.older.safetensors        weights of earlier versions that delayed steps still use, `NAME@UPDATES`, of a run
 //!                                  that was stopped between two sync points
 //! stage-K.replica-R.memory.safetensors     what a Transformer-XL remembers: `LAYER/ROW`, the rows of the batch from ROW on
@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 pub use saved::Checkpoint;
-pub use snapshot::Snapshot;
+pub use snapshot::{SavedBuffer, Snapshot};
 
 use crate::config::{CheckpointConfig, Config, Tokenizer};
 use crate::data::Vocabulary;
@@ -45,23 +45,37 @@ const MANIFEST: &str = "manifest.json";
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
 
-/// What a file holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
+/// What a file holds. In a manifest a word: `weights`, `memory`, `older`, else the name of a buffer of state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum ShardKind {
     Weights,
-    /// The first and the second moments of the optimizer.
-    First,
-    Second,
+    /// A buffer of the optimizer's state, by its name.
+    State(String),
     Memory,
     /// Weights of earlier versions.
     Older,
 }
 
-impl Kind {
-    /// The kind of an optimizer's moment.
-    pub fn of_moment(name: &str) -> Kind {
-        if name == "first" { Kind::First } else { Kind::Second }
+impl From<String> for ShardKind {
+    fn from(word: String) -> ShardKind {
+        match word.as_str() {
+            "weights" => ShardKind::Weights,
+            "memory" => ShardKind::Memory,
+            "older" => ShardKind::Older,
+            _ => ShardKind::State(word),
+        }
+    }
+}
+
+impl From<ShardKind> for String {
+    fn from(kind: ShardKind) -> String {
+        match kind {
+            ShardKind::Weights => "weights".into(),
+            ShardKind::Memory => "memory".into(),
+            ShardKind::Older => "older".into(),
+            ShardKind::State(name) => name,
+        }
     }
 }
 
@@ -69,7 +83,7 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Shard {
     pub file: String,
-    pub kind: Kind,
+    pub kind: ShardKind,
     pub stage: usize,
     pub bytes: u64,
     /// xxh3 of the whole file.
@@ -264,7 +278,28 @@ fn hex(hash: &Xxh3) -> String {
     format!("{:016x}", hash.digest())
 }
 
-/// Where every tensor is.
-fn index(shards: &[Shard]) -> BTreeMap<(Kind, &str), &Shard> {
-    shards.iter().flat_map(|shard| shard.tensors.iter().map(move |name| ((shard.kind, name.as_str()), shard))).collect()
+/// Where every tensor of a kind is.
+fn index<'a>(shards: &'a [Shard], kind: &ShardKind) -> BTreeMap<&'a str, &'a Shard> {
+    let of_kind = shards.iter().filter(|shard| shard.kind == *kind);
+    of_kind.flat_map(|shard| shard.tensors.iter().map(move |name| (name.as_str(), shard))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_of_buffers_of_state_have_their_own_words() {
+        for (word, kind) in [
+            ("weights", ShardKind::Weights),
+            ("first", ShardKind::State("first".into())),
+            ("second", ShardKind::State("second".into())),
+            ("left_basis", ShardKind::State("left_basis".into())),
+            ("memory", ShardKind::Memory),
+            ("older", ShardKind::Older),
+        ] {
+            assert_eq!(serde_json::to_value(&kind).unwrap(), word);
+            assert_eq!(serde_json::from_value::<ShardKind>(word.into()).unwrap(), kind);
+        }
+    }
 }

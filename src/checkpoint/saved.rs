@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::{Device, Tensor};
 
-use super::{Kind, MANIFEST, Manifest, Shard, VOCABULARY, digest, entries, index, older};
+use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, digest, entries, index, older};
 use crate::config::{Config, Tokenizer};
 use crate::data::{Listed, Vocabulary};
 use crate::error::{Error, Result};
@@ -161,12 +161,13 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if one is missing, has another shape, or if there are others.
     pub fn values(&self, parameters: &[Parameter]) -> Result<Vec<Tensor>> {
-        let names = self.manifest.shards.iter().filter(|shard| shard.kind == Kind::Weights).flat_map(|s| &s.tensors);
+        let names =
+            self.manifest.shards.iter().filter(|shard| shard.kind == ShardKind::Weights).flat_map(|s| &s.tensors);
         if let Some(name) = names.into_iter().find(|name| parameters.iter().all(|p| p.name != **name)) {
             return Err(Error::checkpoint(&self.path, format!("the config's model has no parameter {name}")));
         }
         let layout = Layout::new(parameters);
-        layout.views(&self.flat(Kind::Weights, &layout)?)
+        layout.views(&self.flat(&ShardKind::Weights, &layout)?)
     }
 
     /// The weights at an earlier version.
@@ -176,22 +177,25 @@ impl Checkpoint {
     pub fn older(&self, layout: &Layout, version: usize) -> Result<Tensor> {
         let mut named = layout.clone();
         named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, version));
-        self.flat(Kind::Older, &named)
+        self.flat(&ShardKind::Older, &named)
     }
 
     /// A flat buffer of saved values of one kind.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if one is missing or has another shape.
-    pub fn flat(&self, kind: Kind, layout: &Layout) -> Result<Tensor> {
+    pub fn flat(&self, kind: &ShardKind, layout: &Layout) -> Result<Tensor> {
         let mut flat = zeros(layout.len, Device::Cpu)?;
         let values = slice_mut(&mut flat);
-        let places = index(&self.manifest.shards);
+        let places = index(&self.manifest.shards, kind);
         let mut open: Option<(&str, Tensors)> = None;
         for entry in &layout.entries {
             let parameter = &entry.parameter;
-            let shard = places.get(&(kind, parameter.name.as_str())).ok_or_else(|| {
-                let of = if kind == Kind::Weights { "parameter" } else { "optimizer state of" };
+            let shard = places.get(parameter.name.as_str()).ok_or_else(|| {
+                let of = match kind {
+                    ShardKind::State(name) => format!("optimizer state `{name}` of"),
+                    _ => "parameter".to_owned(),
+                };
                 Error::checkpoint(&self.path, format!("no {of} {}", parameter.name))
             })?;
             let path = self.path.join(&shard.file);
@@ -215,7 +219,7 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] if rows are missing.
     pub fn memory(&self, layer: &str, rows: Range<usize>) -> Result<Option<Tensor>> {
         let mut pieces = Vec::new();
-        for shard in self.manifest.shards.iter().filter(|shard| shard.kind == Kind::Memory) {
+        for shard in self.manifest.shards.iter().filter(|shard| shard.kind == ShardKind::Memory) {
             let starts = shard.tensors.iter().filter_map(|name| name.strip_prefix(layer)?.strip_prefix('/'));
             let path = self.path.join(&shard.file);
             for start in starts.filter_map(|start| start.parse::<usize>().ok()) {

@@ -8,18 +8,39 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::file::Content;
-use super::{Kind, Shard, Written, folder, older, room};
+use super::{Shard, ShardKind, Written, folder, older, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
 use crate::params::{Entry, Layout, here, slice};
+
+/// A flat buffer that all replicas of a stage hold alike, so that one of them saves it: they share the buffers out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SavedBuffer {
+    Weights,
+    /// The n-th buffer of the optimizer's state.
+    State(usize),
+    /// Weights of earlier versions.
+    Older,
+}
+
+impl SavedBuffer {
+    /// The replica of so many that saves it.
+    pub fn writer(self, replicas: usize) -> usize {
+        match self {
+            SavedBuffer::Weights => 0,
+            SavedBuffer::State(number) => (1 + number) % replicas,
+            SavedBuffer::Older => replicas - 1,
+        }
+    }
+}
 
 /// A copy of what a place has to save.
 pub struct Snapshot {
     pub place: Place,
     pub step: usize,
     replicas: usize,
-    contents: BTreeMap<Kind, Content>,
+    contents: BTreeMap<ShardKind, Content>,
     /// A fault on purpose.
     disk_is_full: bool,
 }
@@ -30,17 +51,12 @@ impl Snapshot {
         Snapshot { place, step, replicas, contents: BTreeMap::new(), disk_is_full: false }
     }
 
-    /// Whether a place of `replicas` writes the files of a kind.
-    pub fn shared(kind: Kind, place: Place, replicas: usize) -> bool {
-        kind == Kind::Memory || kind as usize % replicas == place.replica
-    }
-
-    fn writes(&self, kind: Kind) -> bool {
-        Snapshot::shared(kind, self.place, self.replicas)
+    fn writes(&self, buffer: SavedBuffer) -> bool {
+        buffer.writer(self.replicas) == self.place.replica
     }
 
     /// Copies a flat buffer with its layout.
-    fn copy(&mut self, kind: Kind, layout: &Layout, flat: &Tensor) -> Result<()> {
+    fn copy(&mut self, kind: ShardKind, layout: &Layout, flat: &Tensor) -> Result<()> {
         let flat = here(flat)?;
         let flat = slice(&flat);
         self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
@@ -55,13 +71,13 @@ impl Snapshot {
     /// # Errors
     /// What libtorch reports.
     pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) -> Result<()> {
-        if self.writes(Kind::Weights) {
+        if self.writes(SavedBuffer::Weights) {
             self.add_weights(layout, weights)?;
         }
-        for (name, values) in optimizer.state() {
-            let kind = Kind::of_moment(name);
-            if self.writes(kind) {
-                self.copy(kind, layout, values)?;
+
+        for (number, buffer) in optimizer.state().iter().enumerate() {
+            if self.writes(SavedBuffer::State(number)) {
+                self.copy(ShardKind::State(buffer.name.into()), &buffer.layout, &buffer.values)?;
             }
         }
         Ok(())
@@ -72,7 +88,7 @@ impl Snapshot {
     /// # Errors
     /// What libtorch reports.
     pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) -> Result<()> {
-        self.copy(Kind::Weights, layout, weights)
+        self.copy(ShardKind::Weights, layout, weights)
     }
 
     /// Copies weights of earlier versions, each with its number.
@@ -84,11 +100,11 @@ impl Snapshot {
         layout: &Layout,
         versions: impl Iterator<Item = (usize, &'a Tensor)>,
     ) -> Result<()> {
-        if self.writes(Kind::Older) {
+        if self.writes(SavedBuffer::Older) {
             for (number, weights) in versions {
                 let mut named = layout.clone();
                 named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
-                self.copy(Kind::Older, &named, &weights.f_to_kind(tch::Kind::Float)?)?;
+                self.copy(ShardKind::Older, &named, &weights.f_to_kind(tch::Kind::Float)?)?;
             }
         }
         Ok(())
@@ -103,7 +119,7 @@ impl Snapshot {
             let (shape, flat) =
                 (states.size(), here(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
-            self.contents.entry(Kind::Memory).or_default().add(std::iter::once(tensor));
+            self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor));
         }
         Ok(())
     }
@@ -132,23 +148,29 @@ impl Snapshot {
             return Err(Error::checkpoint(&folder, problem));
         }
         let shards =
-            self.contents.iter().map(|(kind, content)| self.shard(&folder, *kind, content)).collect::<Result<_>>()?;
+            self.contents.iter().map(|(kind, content)| self.shard(&folder, kind, content)).collect::<Result<_>>()?;
         Ok(Written { shards, copy_s: copied.as_secs_f64(), write_s: begun.elapsed().as_secs_f64() })
     }
 
-    fn shard(&self, folder: &Path, kind: Kind, content: &Content) -> Result<Shard> {
+    fn shard(&self, folder: &Path, kind: &ShardKind, content: &Content) -> Result<Shard> {
         let Place { stage, replica } = self.place;
         let file = match kind {
-            Kind::Weights => format!("stage-{stage}.safetensors"),
-            Kind::First => format!("stage-{stage}.first.safetensors"),
-            Kind::Second => format!("stage-{stage}.second.safetensors"),
-            Kind::Older => format!("stage-{stage}.older.safetensors"),
-            Kind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
+            ShardKind::Weights => format!("stage-{stage}.safetensors"),
+            ShardKind::State(name) => format!("stage-{stage}.{name}.safetensors"),
+            ShardKind::Older => format!("stage-{stage}.older.safetensors"),
+            ShardKind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
         };
         let path = folder.join(&file);
         let written = content.write(&path);
         let (bytes, digest) =
             written.map_err(|error| Error::checkpoint(&path, format!("cannot be written ({error})")))?;
-        Ok(Shard { file, kind, stage, bytes, digest, tensors: content.names().map(str::to_owned).collect() })
+        Ok(Shard {
+            file,
+            kind: kind.clone(),
+            stage,
+            bytes,
+            digest,
+            tensors: content.names().map(str::to_owned).collect(),
+        })
     }
 }

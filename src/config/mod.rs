@@ -6,16 +6,15 @@ use serde::{Deserialize, Serialize};
 
 mod data;
 mod model;
-mod optimizer;
 mod parse;
 
 pub use data::{DataConfig, HeldOut, Order, Tokenizer};
 pub use model::{Arch, ModelConfig, Norm, TieGradient};
-pub use optimizer::{ClipScope, OptimizerConfig, OptimizerKind, RateKind};
 
 use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::grid::{self, Grid, Placement};
+use crate::optim::OptimizerConfig;
 use crate::precision::Precision;
 use crate::schedule::Kind;
 use crate::wire::Wire;

@@ -6,14 +6,14 @@ use std::ops::Range;
 use tch::Device;
 
 use super::limits::limits;
-use crate::checkpoint::{Kind, Snapshot};
+use crate::checkpoint::SavedBuffer;
 use crate::config::{Order, Recompute};
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::number::LATE;
-use crate::optim::Optimizer;
+use crate::optim::{state_values, workspace};
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::Tie;
@@ -56,13 +56,14 @@ impl Prediction {
         let value = setup.config.precision.bytes() as u64;
         let ends = held.iter().flat_map(|place| setup.table_ends(place.stage)).count() as u64;
         if ends > 0 {
-            let table = Layout::new(&model::table(&setup.dimensions)).len as u64 * VALUE;
+            let layout = Layout::new(&model::table(&setup.dimensions));
+            let table = layout.len as u64 * VALUE;
             // Parts wait on stage 0's device; the other copy only gets sums.
             let parts = if setup.grid.device_of(rank) == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
             let held = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
             sum.weights += held * table / VALUE * value + master(setup, table);
             sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
-            sum.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * table;
+            sum.add_optimizer(setup, &layout);
         }
         if setup.device.is_cuda() {
             sum.optimizer += decays(setup, &held);
@@ -80,7 +81,8 @@ impl Prediction {
 
     fn add_place(&mut self, setup: &Setup, place: Place) {
         let stack = setup.stack(place.stage);
-        let flat = Layout::new(&stack.own()).len as u64 * VALUE;
+        let layout = Layout::new(&stack.own());
+        let flat = layout.len as u64 * VALUE;
         let schedule = &setup.schedule;
         let tokens = (setup.rows * setup.config.data.sequence) as u64;
         let value = setup.config.precision.bytes() as u64;
@@ -106,7 +108,6 @@ impl Prediction {
         let memories = (setup.config.microbatches as u64 + held) * remembered;
         self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat);
         self.gradient += flat + narrow(setup, flat);
-        self.optimizer += Optimizer::state_buffers(setup.config.optimizer.kind) as u64 * flat;
         self.activations += match setup.config.recompute {
             Recompute::Whole(false) => held * saved,
             Recompute::Whole(true) => held * hidden + saved,
@@ -116,6 +117,14 @@ impl Prediction {
         self.activations += memories;
         // The two stages of a device take turns.
         self.transient = self.transient.max(transient);
+        self.add_optimizer(setup, &layout);
+    }
+
+    /// The optimizer's state of a set of weights, and what its updates need for a moment.
+    fn add_optimizer(&mut self, setup: &Setup, layout: &Layout) {
+        let config = &setup.config.optimizer;
+        self.optimizer += state_values(config, layout).iter().sum::<usize>() as u64 * VALUE;
+        self.transient = self.transient.max(workspace(config, layout) as u64 * VALUE);
     }
 
     /// What a GPU needs to hold of it: copies that are being written lie in the memory of the host.
@@ -147,16 +156,20 @@ fn decays(setup: &Setup, held: &[Place]) -> u64 {
 
 /// What a place copies to save it: replicas share weights and moments out.
 fn copied(setup: &Setup, place: Place) -> u64 {
-    let own = setup.layout(place.stage).len;
-    let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
-    let kinds = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
-    let here = (0..kinds).filter(|kind| kind % setup.grid.replicas == place.replica).count();
-    (here * (own + table)) as u64 * VALUE
+    let writes = |buffer: SavedBuffer| buffer.writer(setup.grid.replicas) == place.replica;
+    let of = |layout: &Layout| {
+        let weights = if writes(SavedBuffer::Weights) { layout.len } else { 0 };
+        let state = state_values(&setup.config.optimizer, layout).into_iter().enumerate();
+        weights + state.filter(|(number, _)| writes(SavedBuffer::State(*number))).map(|(_, len)| len).sum::<usize>()
+    };
+    let table = if place.stage == 0 { of(&Layout::new(&model::table(&setup.dimensions))) } else { 0 };
+    (of(&setup.layout(place.stage)) + table) as u64 * VALUE
 }
 
 /// What a place copies besides if it is stopped between two sync points.
 fn copied_older(setup: &Setup, place: Place) -> u64 {
-    if !Snapshot::shared(Kind::Older, place, setup.grid.replicas) || setup.schedule.tie == Tie::Fresh {
+    let writes = SavedBuffer::Older.writer(setup.grid.replicas) == place.replica;
+    if !writes || setup.schedule.tie == Tie::Fresh {
         return 0;
     }
     let (schedule, own) = (&setup.schedule, setup.layout(place.stage).len);

@@ -8,7 +8,9 @@ use std::time::Duration;
 use crate::checkpoint::{self, Manifest, Shard, Written};
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::optim::Optimizer;
+use crate::model;
+use crate::optim::state_values;
+use crate::params::Layout;
 use crate::setup::Setup;
 
 /// The places that have written their parts of a state, and the files.
@@ -71,7 +73,7 @@ impl States {
         }
         let Some(Saving { mut files, copy_s, write_s, .. }) = self.saving.remove(&step) else { return Ok(None) };
         self.longest = self.longest.max(Duration::from_secs_f64(copy_s + write_s));
-        files.sort_by(|a, b| (a.kind, a.stage, &a.file).cmp(&(b.kind, b.stage, &b.file)));
+        files.sort_by(|a, b| (&a.kind, a.stage, &a.file).cmp(&(&b.kind, b.stage, &b.file)));
         let mib = files.iter().map(|file| file.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
         let pipeline = self.setup.pipeline(self.setup.schedule.since(step));
         let manifest = Manifest::new(&self.setup.config, self.setup.parameters(), step, pipeline, files);
@@ -89,8 +91,9 @@ impl States {
 /// # Errors
 /// [`Error::Config`] about `--out`.
 pub fn check_room(setup: &Setup, out: &Path) -> Result<()> {
-    let buffers = 1 + Optimizer::state_buffers(setup.config.optimizer.kind);
-    let needed = 2 * (setup.parameters() * buffers * size_of::<f32>()) as u64;
+    let layout = Layout::new(&model::parameters(&setup.dimensions));
+    let state: usize = state_values(&setup.config.optimizer, &layout).iter().sum();
+    let needed = 2 * ((setup.parameters() + state) * size_of::<f32>()) as u64;
     match checkpoint::room(out) {
         Some(left) if left < needed => {
             let mib = |bytes: u64| bytes.div_ceil(1 << 20);

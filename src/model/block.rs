@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std, named};
 use crate::error::Result;
 
 pub(super) struct Block {
@@ -55,7 +55,7 @@ impl Layer for Block {
         let (d, f) = (self.d.d_model, self.d.d_ff);
         let normal = Init::Normal(matrix_std(d));
         let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
-        let shapes: [(&str, &[i64], Init); 12] = [
+        let shapes: &[(&str, &[i64], Init)] = &[
             ("norm1.weight", &[d], Init::Ones),
             ("norm1.bias", &[d], Init::Zeros),
             ("attention.qkv.weight", &[3 * d, d], normal),
@@ -69,8 +69,7 @@ impl Layer for Block {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
-        let name = |short: &str| format!("layers.{}.{short}", self.layer);
-        shapes.into_iter().map(|(short, shape, init)| Parameter::new(name(short), shape, init)).collect()
+        named(&self.name(), shapes)
     }
 
     /// `x`: [B, T, D] -> [B, T, D].

@@ -4,7 +4,7 @@
 //! Cluster i holds the tokens `start .. start + n` (the most frequent have the lowest numbers) in rows that are
 //! `width / div_val^i` wide, with a projection to D where that differs from D.
 
-use super::{Dimensions, Init, Parameter, TABLE_STD};
+use super::{Dimensions, Init, Parameter, Role, TABLE_STD};
 
 /// A part of the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,17 +33,22 @@ pub(super) fn numbered(name: &str, i: usize, count: usize) -> String {
 
 /// The tables of all clusters with their projections, cluster by cluster: `rows` [n_i, w_i], and `projection` [D, w_i]
 /// where w_i is not D.
-pub(super) fn tables(d: &Dimensions, clusters: &[Cluster], rows: &str, projection: &str) -> Vec<Parameter> {
+pub(super) fn tables(
+    d: &Dimensions,
+    clusters: &[Cluster],
+    [rows, projection]: [&str; 2],
+    role: Role,
+) -> Vec<Parameter> {
     let count = clusters.len();
     let mut parameters = Vec::new();
     for (i, cluster) in clusters.iter().enumerate() {
         let shape = [cluster.tokens, cluster.width];
-        parameters.push(Parameter::new(numbered(rows, i, count), &shape, Init::Normal(TABLE_STD)));
+        parameters.push(Parameter::new(numbered(rows, i, count), &shape, Init::Normal(TABLE_STD), role));
         if cluster.width != d.d_model {
             // Rows come out as large as those of a table that is D wide.
             let std = 1.0 / (cluster.width as f64).sqrt();
             let shape = [d.d_model, cluster.width];
-            parameters.push(Parameter::new(numbered(projection, i, count), &shape, Init::Normal(std)));
+            parameters.push(Parameter::new(numbered(projection, i, count), &shape, Init::Normal(std), role));
         }
     }
     parameters

@@ -4,7 +4,7 @@
 use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, TABLE_STD};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, Role, TABLE_STD};
 use crate::config::Arch;
 use crate::error::Result;
 
@@ -59,11 +59,12 @@ impl Layer for Embedding {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let mut parameters = tables(&self.d, &self.clusters, "embedding.tokens", "embedding.projection");
+        let mut parameters = tables(&self.d, &self.clusters, ["embedding.tokens", "embedding.projection"], Role::Table);
         parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
         if self.d.arch == Arch::Transformer {
             let shape = [self.d.sequence, self.d.d_model];
-            parameters.push(Parameter::new("embedding.positions".into(), &shape, Init::Normal(TABLE_STD)));
+            let init = Init::Normal(TABLE_STD);
+            parameters.push(Parameter::new("embedding.positions".into(), &shape, init, Role::Table));
         }
         parameters
     }

@@ -14,7 +14,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Parameter, TABLE_STD, layer_norm, table};
+use super::{Dimensions, Dropout, Init, Parameter, Role, TABLE_STD, layer_norm, table};
 use crate::config::Arch;
 use crate::error::Result;
 
@@ -51,24 +51,25 @@ impl Head {
         let d = &self.d;
         let mut parameters = Vec::new();
         if d.pre_norm {
-            parameters.push(Parameter::new("head.norm.weight".into(), &[d.d_model], Init::Ones));
-            parameters.push(Parameter::new("head.norm.bias".into(), &[d.d_model], Init::Zeros));
+            parameters.push(Parameter::vector("head.norm.weight".into(), d.d_model, Init::Ones));
+            parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
         }
         match d.tied {
             true => parameters.extend(table(d)),
-            false => parameters.extend(tables(d, &self.clusters, "head.weight", "head.projection")),
+            false => parameters.extend(tables(d, &self.clusters, ["head.weight", "head.projection"], Role::Head)),
         }
         let count = self.clusters.len();
         if self.has_bias() {
             for (i, cluster) in self.clusters.iter().enumerate() {
-                parameters.push(Parameter::new(numbered("head.bias", i, count), &[cluster.tokens], Init::Zeros));
+                parameters.push(Parameter::vector(numbered("head.bias", i, count), cluster.tokens, Init::Zeros));
             }
         }
         if count > 1 {
             let entries = count as i64 - 1;
             let shape = [entries, self.clusters[0].width];
-            parameters.push(Parameter::new("head.clusters.weight".into(), &shape, Init::Normal(TABLE_STD)));
-            parameters.push(Parameter::new("head.clusters.bias".into(), &[entries], Init::Zeros));
+            let rows = Parameter::new("head.clusters.weight".into(), &shape, Init::Normal(TABLE_STD), Role::Head);
+            parameters.push(rows);
+            parameters.push(Parameter::vector("head.clusters.bias".into(), entries, Init::Zeros));
         }
         parameters
     }

@@ -54,8 +54,8 @@ pub use costs::{LayerCosts, costs};
 pub use dimensions::Dimensions;
 pub use dropout::Dropout;
 pub use memory::{Memory, Remembered};
-pub use parameter::{Init, Parameter, initial};
-use parameter::{TABLE_STD, matrix_std};
+pub use parameter::{Init, Parameter, Role, initial};
+use parameter::{TABLE_STD, matrix_std, named};
 
 use crate::config::Arch;
 use crate::error::Result;

@@ -11,30 +11,60 @@ pub enum Init {
     Normal(f64),
 }
 
-/// A parameter: its global name, shape and first values.
+/// What a parameter is in the model: optimizers and weight decay go by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Rows that are looked up: of tokens, of positions, and what makes them as wide as the model.
+    Table,
+    /// What makes logits, where that is no tied table.
+    Head,
+    /// A matrix of the layers between them.
+    Matrix,
+    /// A bias, or the weights of a normalisation.
+    Vector,
+}
+
+impl Role {
+    /// Whether weight decay applies: to matrices of any kind.
+    pub fn decays(self) -> bool {
+        self != Role::Vector
+    }
+}
+
+/// A parameter: its global name, shape, first values and role.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parameter {
     pub name: String,
     pub shape: Vec<i64>,
     pub init: Init,
+    pub role: Role,
     /// Whether it belongs to the table that embedding and head share.
     pub tied: bool,
 }
 
 impl Parameter {
-    pub(super) fn new(name: String, shape: &[i64], init: Init) -> Parameter {
-        Parameter { name, shape: shape.to_vec(), init, tied: false }
+    pub(super) fn new(name: String, shape: &[i64], init: Init, role: Role) -> Parameter {
+        Parameter { name, shape: shape.to_vec(), init, role, tied: false }
+    }
+
+    /// A bias, or the weights of a normalisation.
+    pub(super) fn vector(name: String, length: i64, init: Init) -> Parameter {
+        Parameter::new(name, &[length], init, Role::Vector)
     }
 
     /// Elements.
     pub fn count(&self) -> usize {
         self.shape.iter().product::<i64>() as usize
     }
+}
 
-    /// Whether weight decay applies: to matrices only.
-    pub fn decays(&self) -> bool {
-        self.shape.len() >= 2
-    }
+/// Parameters of a layer by their short names: matrices, and vectors where the shape has one dimension.
+pub(super) fn named(layer: &str, shapes: &[(&str, &[i64], Init)]) -> Vec<Parameter> {
+    let parameter = |(short, shape, init): &(&str, &[i64], Init)| {
+        let role = if shape.len() == 1 { Role::Vector } else { Role::Matrix };
+        Parameter::new(format!("{layer}.{short}"), shape, *init, role)
+    };
+    shapes.iter().map(parameter).collect()
 }
 
 /// Standard deviation of the first values of tables and of the head, as in GPT-2 (Radford et al. 2019).

@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex};
 use tch::Tensor;
 
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std, named};
 use crate::error::Result;
 
 /// Sites of dropout in a layer.
@@ -172,7 +172,7 @@ impl Layer for XlBlock {
         let (d, f) = (self.d.d_model, self.d.d_ff);
         let normal = Init::Normal(matrix_std(d));
         let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
-        let shapes: [(&str, &[i64], Init); 14] = [
+        let shapes: &[(&str, &[i64], Init)] = &[
             ("norm1.weight", &[d], Init::Ones),
             ("norm1.bias", &[d], Init::Zeros),
             ("attention.query.weight", &[d, d], normal),
@@ -188,8 +188,7 @@ impl Layer for XlBlock {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
-        let name = |short: &str| format!("layers.{}.{short}", self.layer);
-        shapes.into_iter().map(|(short, shape, init)| Parameter::new(name(short), shape, init)).collect()
+        named(&self.name(), shapes)
     }
 
     /// `x`: [B, T, D] -> [B, T, D]; remembers the last M rows of what it has been given.

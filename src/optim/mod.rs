@@ -1,10 +1,22 @@
-//! Optimizers over flat buffers: one pass that reads the newest weights, writes the next version and clears the
-//! gradient; on the processor (`host`) or on a GPU (`kernel`, compiled when it is first needed).
+//! Optimizers over flat buffers. Each update reads the newest weights, writes the next ones and clears the gradient.
+//!
+//! ```text
+//! config       the section [optimizer], and its check
+//! rule         what every rule says of itself: its state, its step; the list of them
+//! adamw, sgd   one file a rule: formula, constants, check of its keys, tests by hand
+//! elementwise  the pass over chunks of the buffers on the processor, for rules that take every value by itself
+//! kernel       the same pass on a GPU: update.cu, compiled when it is first needed
+//! clip, rate   norms and clipping; the learning rate of a step
+//! ```
 
+mod config;
 mod clip;
 mod rate;
-mod host;
+mod rule;
+mod elementwise;
 mod kernel;
+mod adamw;
+mod sgd;
 
 use std::ops::Range;
 
@@ -12,38 +24,42 @@ use rayon::ThreadPool;
 use tch::{Device, Tensor};
 
 pub use clip::{clip_factor, norm};
-use host::{Slices, Step};
+pub use config::{ClipScope, OptimizerConfig, OptimizerKind, RateKind, check};
 use kernel::Kernel;
 pub use rate::learning_rate;
+pub use rule::{Rule, Step, rule};
 
-use crate::config::{OptimizerConfig, OptimizerKind};
 use crate::error::{Error, Result};
 use crate::number::Number;
-use crate::params::{Flats, Layout, slice, slice_mut, zeros};
+use crate::params::{Layout, UpdateBuffers, publish, slice, slice_mut, zeros};
 
 /// What one update goes by.
-pub struct Terms<'a> {
+pub struct UpdateScalars<'a> {
     pub lr: f64,
     /// Turns the sum over microbatches and replicas into the mean.
     pub mean: f64,
-    /// Euclidean norm of the sum. If it is not finite the update is left out: the next version is the old one, the moments
-    /// stay.
+    /// Euclidean norm of the sum. If it is not finite the update is left out: the next version is the old one, the state
+    /// stays.
     pub norm: &'a Number,
 }
 
-/// The state of the optimizer of one stage.
-///
-/// AdamW (Loshchilov and Hutter 2019), n counting updates from 1, g the scaled gradient:
-/// `m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w = w (1 - lr wd) - lr / (1-b1^n) * m / (sqrt(v / (1-b2^n)) + eps)`.
-///
-/// SGD with momentum: `m = mu m + g; w = w (1 - lr wd) - lr m`. Weight decay applies to matrices only.
+/// A flat buffer of state that a rule keeps.
+pub struct StateBuffer {
+    /// In saved states and in errors.
+    pub name: &'static str,
+    /// The parameters that it has values for.
+    pub layout: Layout,
+    pub values: Tensor,
+}
+
+/// A rule with its state, for one set of weights.
 pub struct Optimizer {
     config: OptimizerConfig,
+    rule: Box<dyn Rule>,
+    layout: Layout,
     /// Sorted, without gaps: which part of the buffer decays.
     decay: Vec<(Range<usize>, bool)>,
-    first: Tensor,
-    /// Empty for SGD.
-    second: Tensor,
+    state: Vec<StateBuffer>,
     updates: i32,
     pool: Option<ThreadPool>,
     /// On a GPU.
@@ -51,118 +67,169 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// The optimizer of a stage with the given layout; on the processor more than one thread makes it parallel.
+    /// The optimizer of a set of weights with the given layout; on the processor more than one thread makes it parallel.
     ///
     /// # Errors
     /// If the threads cannot be started, or the pass cannot be compiled for the GPU.
     pub fn new(config: &OptimizerConfig, layout: &Layout, threads: usize, device: Device) -> Result<Optimizer> {
-        let mut decay = Vec::new();
-        for (i, entry) in layout.entries.iter().enumerate() {
-            let end = layout.entries.get(i + 1).map_or(layout.len, |next| next.offset);
-            decay.push((entry.offset..end, entry.parameter.decays()));
-        }
-        let pool = match threads {
-            0 | 1 => None,
-            n => Some(
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(n)
-                    .build()
-                    .map_err(|error| Error::config("threads", n, format!("cannot be started ({error})")))?,
-            ),
-        };
-        let second = if config.kind == OptimizerKind::Adamw { layout.len } else { 0 };
+        Optimizer::with(rule(config), config, layout, threads, device)
+    }
+
+    fn with(
+        rule: Box<dyn Rule>,
+        config: &OptimizerConfig,
+        layout: &Layout,
+        threads: usize,
+        device: Device,
+    ) -> Result<Optimizer> {
+        let decay = decaying(layout);
+
         let kernel = match device {
-            Device::Cuda(index) => Some(Kernel::new(index, &decay)?),
+            Device::Cuda(index) => Some(Kernel::new(index, rule.kernel(), &decay)?),
             _ => None,
         };
+
+        let mut state = Vec::new();
+        for (name, layout) in rule.state(layout) {
+            let values = zeros(layout.len, device)?;
+            state.push(StateBuffer { name, layout, values });
+        }
+
         Ok(Optimizer {
             config: config.clone(),
+            rule,
+            layout: layout.clone(),
             decay,
-            first: zeros(layout.len, device)?,
-            second: zeros(second, device)?,
+            state,
             updates: 0,
-            pool,
+            pool: pool(threads)?,
             kernel,
         })
     }
 
-    /// Flat buffers of state that an optimizer of this kind keeps.
-    pub fn state_buffers(kind: OptimizerKind) -> usize {
-        match kind {
-            OptimizerKind::Adamw => 2,
-            OptimizerKind::Sgd => 1,
-        }
+    /// The state, one flat buffer a name.
+    pub fn state(&self) -> &[StateBuffer] {
+        &self.state
     }
 
-    /// The moments: names, and flat buffers with the layout of the weights.
-    pub fn state(&self) -> Vec<(&'static str, &Tensor)> {
-        let all = [("first", &self.first), ("second", &self.second)];
-        all.into_iter().filter(|(_, values)| values.numel() > 0).collect()
-    }
-
-    /// The state after `updates` updates, each moment by its name.
+    /// The state after `updates` updates: `saved` gives the values of each buffer by its name.
     ///
     /// # Errors
-    /// Those of `moment`.
-    pub fn restore(&mut self, updates: usize, moment: impl Fn(&'static str) -> Result<Tensor>) -> Result<()> {
-        for (name, values) in [("first", &mut self.first), ("second", &mut self.second)] {
-            if values.numel() > 0 {
-                values.f_copy_(&moment(name)?)?;
-            }
+    /// Those of `saved`.
+    pub fn restore(&mut self, updates: usize, saved: impl Fn(&str, &Layout) -> Result<Tensor>) -> Result<()> {
+        for buffer in &mut self.state {
+            buffer.values.f_copy_(&saved(buffer.name, &buffer.layout)?)?;
         }
+
         self.updates = i32::try_from(updates).unwrap_or(i32::MAX);
         Ok(())
     }
 
-    /// Writes the next version, rounded too where versions are not f32, and clears the gradient.
+    /// Writes the next weights, publishes them where versions are not f32, and clears the gradient.
     ///
     /// # Errors
     /// What libtorch or the driver reports.
-    pub fn update(&mut self, flats: Flats, terms: &Terms) -> Result<()> {
+    pub fn update(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
         self.updates += 1;
-        match &self.kernel {
-            Some(kernel) => kernel.update(flats, &self.config, self.updates, terms, [&self.first, &self.second]),
-            None => self.update_here(flats, terms),
-        }
-    }
 
-    fn update_here(&mut self, flats: Flats, terms: &Terms) -> Result<()> {
-        let Flats { old, new, rounded, gradient } = flats;
-        let norm = terms.norm.now()? * terms.mean;
+        if let Some(kernel) = &self.kernel {
+            let constants = self.rule.constants(&self.step(scalars, 1.0));
+            return kernel.update(buffers, &self.config, scalars, &constants, &self.state);
+        }
+
+        let UpdateBuffers { old, new, published, gradient } = buffers;
+        let norm = scalars.norm.now()? * scalars.mean;
+
         if norm.is_finite() {
-            let scale = terms.mean * clip_factor(norm, self.config.clip);
-            let step = Step::new(&self.config, self.updates, terms.lr, scale);
-            let slices = Slices {
-                old: old.map(slice),
-                new: slice_mut(new),
-                gradient: slice_mut(gradient),
-                first: slice_mut(&mut self.first),
-                second: slice_mut(&mut self.second),
-            };
-            host::update(slices, &step, &self.decay, self.pool.as_ref());
+            let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.clip));
+            let buffers = UpdateBuffers { old, new, published: None, gradient };
+            let weights = rule::Weights { layout: &self.layout, decay: &self.decay, pool: self.pool.as_ref() };
+            self.rule.step(buffers, &mut self.state, &step, &weights)?;
         } else {
             if let Some(old) = old {
                 slice_mut(new).copy_from_slice(slice(old));
             }
             slice_mut(gradient).fill(0.0);
         }
-        Ok(rounded.map_or(Ok(()), |rounded| rounded.f_copy_(new))?)
+
+        published.map_or(Ok(()), |version| publish(new, version))
+    }
+
+    /// The numbers of the update that is being made.
+    fn step(&self, scalars: &UpdateScalars, scale: f64) -> Step {
+        let keep = 1.0 - scalars.lr * self.config.weight_decay;
+        Step { n: self.updates, lr: scalars.lr, scale, keep }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{Init, Parameter};
+/// Values of state that a rule keeps of a set of weights, for each of its buffers.
+pub fn state_values(config: &OptimizerConfig, layout: &Layout) -> Vec<usize> {
+    rule(config).state(layout).iter().map(|(_, layout)| layout.len).collect()
+}
 
-    fn layout() -> Layout {
-        let parameter = |name: &str, shape: &[i64]| Parameter {
+/// Values that an update of a set of weights needs for a moment, besides its buffers.
+pub fn workspace(config: &OptimizerConfig, layout: &Layout) -> usize {
+    rule(config).workspace(layout)
+}
+
+/// Which parts of a flat buffer decay, sorted and without gaps.
+fn decaying(layout: &Layout) -> Vec<(Range<usize>, bool)> {
+    let part = |(i, entry): (usize, &crate::params::Entry)| {
+        (entry.offset..layout.offset(i + 1), entry.parameter.role.decays())
+    };
+    layout.entries.iter().enumerate().map(part).collect()
+}
+
+fn pool(threads: usize) -> Result<Option<ThreadPool>> {
+    if threads < 2 {
+        return Ok(None);
+    }
+
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.map(Some).map_err(|error| Error::config("threads", threads, format!("cannot be started ({error})")))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::model::{Init, Parameter, Role};
+
+    /// A matrix that decays, longer than a chunk of the pass; a vector that does not; and a small matrix.
+    pub(crate) fn layout() -> Layout {
+        let parameter = |name: &str, shape: &[i64], role| Parameter {
             name: name.into(),
             shape: shape.into(),
             init: Init::Ones,
+            role,
             tied: false,
         };
-        Layout::new(&[parameter("matrix", &[160, 128]), parameter("vector", &[9]), parameter("other", &[4, 4])])
+        Layout::new(&[
+            parameter("matrix", &[160, 128], Role::Matrix),
+            parameter("vector", &[9], Role::Vector),
+            parameter("other", &[4, 4], Role::Matrix),
+        ])
+    }
+
+    pub(crate) fn wave(len: usize, pace: f32, from: f32) -> Tensor {
+        Tensor::from_slice(&(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>())
+    }
+
+    /// One update of weights that are all `w0`, whose gradient is `g` everywhere after the mean of two: the first weight of
+    /// the matrix, and of the vector.
+    pub(crate) fn updated(config: &OptimizerConfig, w0: f64, g: f64, lr: f64, updates: usize) -> (f64, f64) {
+        let layout = layout();
+        let mut optimizer = Optimizer::new(config, &layout, 1, Device::Cpu).unwrap();
+        let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
+
+        for _ in 0..updates {
+            let mut gradient = Tensor::from_slice(&vec![2.0 * g as f32; layout.len]);
+            let scalars = UpdateScalars { lr, mean: 0.5, norm: &Number::Known(1.0) };
+            let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+            optimizer.update(buffers, &scalars).unwrap();
+        }
+
+        let weights = slice(&weights);
+        (f64::from(weights[0]), f64::from(weights[160 * 128]))
     }
 
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
@@ -177,49 +244,83 @@ mod tests {
             if !in_place {
                 let _ = weights.fill_(f64::NAN);
             }
-            let terms = Terms { lr: 0.01, mean: 0.5, norm: &Number::Known(1.0) };
-            let flats = Flats { old, new: &mut weights, rounded: None, gradient: &mut gradient };
-            optimizer.update(flats, &terms).unwrap();
+            let scalars = UpdateScalars { lr: 0.01, mean: 0.5, norm: &Number::Known(1.0) };
+            let buffers = UpdateBuffers { old, new: &mut weights, published: None, gradient: &mut gradient };
+            optimizer.update(buffers, &scalars).unwrap();
             assert!(slice(&gradient).iter().all(|g| *g == 0.0));
         }
         slice(&weights).to_vec()
     }
 
-    fn wave(len: usize, pace: f32, from: f32) -> Tensor {
-        Tensor::from_slice(&(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>())
-    }
-
     #[test]
     fn threads_and_buffers_do_not_change_a_bit() {
-        for kind in [OptimizerKind::Adamw, OptimizerKind::Sgd] {
+        for kind in OptimizerKind::ALL {
             let expected = run(kind, 1, true);
             assert_eq!(run(kind, 3, true), expected);
             assert_eq!(run(kind, 1, false), expected);
         }
     }
 
-    /// One AdamW and one SGD update by hand, in f64.
-    #[test]
-    fn first_updates_by_hand() {
-        let (w0, g, lr, wd) = (0.8, 0.5 * 0.25, 0.01, 0.1);
-        for (kind, expected) in [
-            // After one update m / (1-b1) = g and sqrt(v / (1-b2)) = |g|.
-            (OptimizerKind::Adamw, w0 * (1.0 - lr * wd) - lr * g / (g + 1e-8)),
-            (OptimizerKind::Sgd, w0 * (1.0 - lr * wd) - lr * g),
-        ] {
-            let layout = layout();
-            let config = OptimizerConfig { kind, weight_decay: wd, clip: None, ..OptimizerConfig::default() };
-            let mut optimizer = Optimizer::new(&config, &layout, 1, Device::Cpu).unwrap();
-            let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
-            let mut gradient = Tensor::from_slice(&vec![0.25f32; layout.len]);
-            let terms = Terms { lr, mean: 0.5, norm: &Number::Known(1.0) };
-            let flats = Flats { old: None, new: &mut weights, rounded: None, gradient: &mut gradient };
-            optimizer.update(flats, &terms).unwrap();
-            let weights = slice(&weights);
-            assert!((f64::from(weights[0]) - expected).abs() < 1e-7, "{} {expected}", weights[0]);
-            // The vector does not decay.
-            let vector = f64::from(weights[160 * 128]);
-            assert!((vector - expected - w0 * lr * wd).abs() < 1e-7, "{vector}");
+    /// A rule that takes whole matrices: steps along the sign of each row's sum, and counts in a state of its own shape.
+    struct RowSigns;
+
+    impl Rule for RowSigns {
+        fn state(&self, layout: &Layout) -> Vec<(&'static str, Layout)> {
+            let rows = layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix).map(|entry| {
+                let shape = vec![entry.parameter.shape[0]];
+                Parameter { shape, ..entry.parameter.clone() }
+            });
+            vec![("rows", Layout::new(&rows.collect::<Vec<_>>()))]
         }
+
+        fn step(
+            &self,
+            buffers: UpdateBuffers,
+            state: &mut [StateBuffer],
+            step: &Step,
+            weights: &rule::Weights,
+        ) -> Result<()> {
+            let UpdateBuffers { new, gradient, .. } = buffers;
+            let signs = state[0].layout.views(&state[0].values)?;
+            let matrices = weights.layout.entries.iter().zip(weights.layout.views(new)?);
+            let matrices = matrices.zip(weights.layout.views(gradient)?);
+            let matrices = matrices.filter(|((entry, _), _)| entry.parameter.role == Role::Matrix);
+            for (((_, mut w), g), mut sign) in matrices.zip(signs) {
+                sign.f_copy_(&g.f_sum_dim_intlist([1i64].as_slice(), false, None)?.f_sign()?)?;
+                let _ = w.f_sub_(&sign.f_mul_scalar(step.lr)?.f_unsqueeze(1)?)?;
+            }
+            let _ = gradient.f_zero_()?;
+            Ok(())
+        }
+
+        fn kernel(&self) -> &'static str {
+            "none"
+        }
+
+        fn constants(&self, _: &Step) -> Vec<f32> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_rule_may_work_on_whole_matrices_and_keep_a_state_of_its_own_shape() {
+        let layout = layout();
+        let rule = Box::new(RowSigns);
+        let mut optimizer = Optimizer::with(rule, &OptimizerConfig::default(), &layout, 1, Device::Cpu).unwrap();
+        let shapes = optimizer.state()[0].layout.entries.iter().map(|entry| entry.parameter.shape.clone());
+        assert_eq!(shapes.collect::<Vec<_>>(), [vec![160], vec![4]]);
+
+        let (mut weights, mut gradient) = (wave(layout.len, 0.0, 0.0), wave(layout.len, 0.0, 0.0));
+        let mut rows = layout.views(&gradient).unwrap();
+        let _ = rows[2].narrow(0, 1, 1).fill_(-3.0);
+        let _ = rows[1].fill_(5.0);
+        let scalars = UpdateScalars { lr: 0.5, mean: 1.0, norm: &Number::Known(1.0) };
+        let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+        optimizer.update(buffers, &scalars).unwrap();
+        let moved: Vec<f32> =
+            layout.views(&weights).unwrap()[2].sum_dim_intlist([1i64].as_slice(), false, None).try_into().unwrap();
+        assert_eq!(moved, [0.0, 2.0, 0.0, 0.0]);
+        assert_eq!(slice(&weights)[160 * 128..160 * 128 + 9], [0.0; 9], "a vector is none of its business");
+        assert_eq!(slice(&optimizer.state()[0].values)[128 + 128 + 1], -1.0);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use crate::config::{OptimizerConfig, RateKind};
+use super::config::{OptimizerConfig, RateKind};
 
 /// The rate of step `t` (from 0) of a run of `steps` steps.
 pub fn learning_rate(config: &OptimizerConfig, t: usize, steps: usize) -> f64 {

@@ -1,13 +1,13 @@
-// One update of a flat buffer in one pass over it: reads gradient, moments and newest weights, writes the next version and
-// the moments, and clears the gradient. The same operations in the same order as optim/host.rs, so that both give the same
-// bits for the same scale; compiled without contraction into multiply-add.
+// One update of a flat buffer in one pass over it: reads gradient, state and newest weights, writes the next weights and
+// the state, publishes the version that steps use, and clears the gradient. The same operations in the same order as the
+// rule's pass on the processor, so that both give the same bits for the same scale; compiled without contraction into
+// multiply-add.
+//
+// A rule is a struct of its constants with `apply`, which changes one weight and its state; and an entry `update_NAME`.
 
-#define SGD 1
-
-// The constants of one update. `mean` makes the mean of the sum of gradients; `clip` is 0 where nothing is clipped.
-struct Rule {
-    float mean, clip, keep, beta1, beta2, step, root, eps;
-    int kind;
+// The constants of every update. `mean` makes the mean of the sum of gradients; `clip` is 0 where nothing is clipped.
+struct Common {
+    float mean, clip, keep;
 };
 
 // The nearest bf16, ties to even; what is not a number stays so.
@@ -17,38 +17,60 @@ static __device__ unsigned short bf16(float value) {
     return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// `old` may be `updated`. `rounded` is null where versions are f32, `second` for SGD. `norm` is that of the sum.
-extern "C" __global__ void update(float *updated, const float *old, unsigned short *rounded, float *gradient, float *first,
-                                  float *second, const unsigned char *decays, const float *norm, unsigned long long count,
-                                  Rule rule) {
-    const float length = *norm * rule.mean;
+// What every entry takes. `old` may be `updated`. `published` is null where versions are f32; a buffer of state that the
+// rule does not have is null. `norm` is that of the sum.
+#define BUFFERS                                                                                                          \
+    float *updated, const float *old, unsigned short *published, float *gradient, float *first, float *second,           \
+        const unsigned char *decays, const float *norm, unsigned long long count, Common common
+
+template <class Rule>
+static __device__ void pass(BUFFERS, Rule rule) {
+    const float length = *norm * common.mean;
     // Neither inf nor NaN.
     const bool finite = (__float_as_uint(length) & 0x7f800000u) != 0x7f800000u;
-    float scale = rule.mean;
-    if (rule.clip > 0.0f) {
-        const float factor = rule.clip / (length + 1e-6f);
+    float scale = common.mean;
+    if (common.clip > 0.0f) {
+        const float factor = common.clip / (length + 1e-6f);
         if (factor < 1.0f) scale *= factor;
     }
+
     const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
     for (unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
         float weight = old[i];
         if (finite) {
-            if (decays[i]) weight *= rule.keep;
-            const float g = gradient[i] * scale;
-            if (rule.kind == SGD) {
-                const float m = rule.beta1 * first[i] + g;
-                first[i] = m;
-                weight -= rule.step * m;
-            } else {
-                const float m = rule.beta1 * first[i] + (1.0f - rule.beta1) * g;
-                const float v = rule.beta2 * second[i] + (1.0f - rule.beta2) * g * g;
-                first[i] = m;
-                second[i] = v;
-                weight -= rule.step * m / (sqrtf(v) / rule.root + rule.eps);
-            }
+            if (decays[i]) weight *= common.keep;
+            weight = rule.apply(weight, gradient[i] * scale, first, second, i);
         }
         updated[i] = weight;
-        if (rounded) rounded[i] = bf16(weight);
+        if (published) published[i] = bf16(weight);
         gradient[i] = 0.0f;
     }
 }
+
+struct Adamw {
+    float beta1, beta2, step, root, eps;
+
+    __device__ float apply(float weight, float g, float *first, float *second, unsigned long long i) const {
+        const float m = beta1 * first[i] + (1.0f - beta1) * g;
+        const float v = beta2 * second[i] + (1.0f - beta2) * g * g;
+        first[i] = m;
+        second[i] = v;
+        return weight - step * m / (sqrtf(v) / root + eps);
+    }
+};
+
+struct Sgd {
+    float momentum, lr;
+
+    __device__ float apply(float weight, float g, float *first, float *, unsigned long long i) const {
+        const float m = momentum * first[i] + g;
+        first[i] = m;
+        return weight - lr * m;
+    }
+};
+
+#define ARGUMENTS updated, old, published, gradient, first, second, decays, norm, count, common
+
+extern "C" __global__ void update_adamw(BUFFERS, Adamw rule) { pass(ARGUMENTS, rule); }
+
+extern "C" __global__ void update_sgd(BUFFERS, Sgd rule) { pass(ARGUMENTS, rule); }

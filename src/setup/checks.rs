@@ -1,8 +1,9 @@
 //! Whether every setting can be used by itself, and with those that it belongs to.
 
-use crate::config::{Arch, Config, HeldOut, ModelConfig, Norm, OnNonfinite, OptimizerConfig, Order, Tokenizer};
+use crate::config::{Arch, Config, HeldOut, ModelConfig, Norm, OnNonfinite, Order, Tokenizer};
 use crate::error::{Error, Result};
 use crate::grid::Placement;
+use crate::optim;
 use crate::schedule::Tie;
 
 /// Sizes of a bucket of gradients.
@@ -15,7 +16,7 @@ const BUCKET_KIB: std::ops::RangeInclusive<usize> = 1..=1 << 20;
 pub fn check_settings(config: &Config) -> Result<()> {
     check_numbers(config)?;
     check_model(config)?;
-    check_optimizer(&config.optimizer)?;
+    optim::check(&config.optimizer)?;
     check_data(config)
 }
 
@@ -174,20 +175,6 @@ fn check_arch(config: &Config) -> Result<()> {
         return Err(Error::config("model.same_length", "true with mem_len = 0", "every query looks at mem_len keys"));
     }
     Ok(())
-}
-
-fn check_optimizer(o: &OptimizerConfig) -> Result<()> {
-    within("optimizer.lr", o.lr, o.lr > 0.0, "must be above 0")?;
-    within("optimizer.min_lr", o.min_lr, o.min_lr >= 0.0 && o.min_lr <= o.lr, "must lie between 0 and optimizer.lr")?;
-    for beta in o.betas {
-        within("optimizer.betas", beta, (0.0..1.0).contains(&beta), "must be at least 0 and below 1")?;
-    }
-    within("optimizer.eps", o.eps, o.eps > 0.0, "must be above 0")?;
-    let momentum = (0.0..1.0).contains(&o.momentum);
-    within("optimizer.momentum", o.momentum, momentum, "must be at least 0 and below 1")?;
-    within("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "must be 0 or more")?;
-    let clip = o.clip.unwrap_or(1.0);
-    within("optimizer.clip", clip, clip > 0.0, "must be above 0; leave it out for no clipping")
 }
 
 fn check_data(config: &Config) -> Result<()> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
-use crate::checkpoint::{Checkpoint, Kind, Pipeline};
+use crate::checkpoint::{Checkpoint, Pipeline, ShardKind};
 use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
 use crate::data::{Corpus, Shape, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay, version};
@@ -139,7 +139,7 @@ impl Setup {
     /// Saved ones that cannot be read.
     pub fn first_weights(&self, layout: &Layout) -> Result<Tensor> {
         let flat = match &self.resumed {
-            Some(saved) => saved.flat(Kind::Weights, layout)?,
+            Some(saved) => saved.flat(&ShardKind::Weights, layout)?,
             None => layout.initial(self.config.seed)?,
         };
         Ok(flat.f_to_device(self.device)?)
@@ -166,7 +166,8 @@ impl Setup {
     pub fn optimizer(&self, layout: &Layout) -> Result<Optimizer> {
         let mut optimizer = Optimizer::new(&self.config.optimizer, layout, self.config.threads, self.device)?;
         if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
-            optimizer.restore(saved.step(), |name| saved.flat(Kind::of_moment(name), layout))?;
+            let of = |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
+            optimizer.restore(saved.step(), of)?;
         }
         Ok(optimizer)
     }

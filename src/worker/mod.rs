@@ -25,7 +25,7 @@ use crate::metrics::memory::{self, Gauge};
 use crate::metrics::{Mode, Report};
 use crate::model::{Dimensions, Memory, Stack};
 use crate::number::Number;
-use crate::optim::{Terms, learning_rate, norm};
+use crate::optim::{UpdateScalars, learning_rate, norm};
 use crate::panel::{Panel, Word};
 use crate::params::{Layout, Versions, bytes, here};
 use crate::pulse::Doing;
@@ -344,8 +344,8 @@ impl Worker {
             return Err(post.bad_gradient(action.step)?);
         }
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let (optimizer, terms) = (&mut post.optimizer, Terms { lr, mean, norm: &norm });
-        post.stage.versions.advance(|flats| optimizer.update(flats, &terms))?;
+        let (optimizer, scalars) = (&mut post.optimizer, UpdateScalars { lr, mean, norm: &norm });
+        post.stage.versions.advance(|buffers| optimizer.update(buffers, &scalars))?;
         if self.injected(Fault::AlterWeights, action) {
             self.post(action).stage.versions.alter(flip)?;
         }

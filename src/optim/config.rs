@@ -1,6 +1,9 @@
-//! The keys of `[optimizer]`.
+//! The section `[optimizer]`, and its check. Keys of one rule only are checked beside that rule.
 
 use serde::{Deserialize, Serialize};
+
+use super::{adamw, sgd};
+use crate::error::{Error, Result};
 
 /// The optimizers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -10,12 +13,19 @@ pub enum OptimizerKind {
     Sgd,
 }
 
+impl OptimizerKind {
+    /// All of them.
+    pub const ALL: [OptimizerKind; 2] = [OptimizerKind::Adamw, OptimizerKind::Sgd];
+}
+
 /// What a norm is taken over when gradients are clipped.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClipScope {
     /// Each stage by its own norm, after the replica all-reduce.
     Stage,
+    /// All stages by one norm: refused, since stages have no common instant.
+    Global,
 }
 
 /// Learning rate over steps.
@@ -72,4 +82,29 @@ impl Default for OptimizerConfig {
             min_lr: 0.0,
         }
     }
+}
+
+/// Whether every key can be used.
+///
+/// # Errors
+/// [`Error::Config`] for the first that cannot.
+pub fn check(o: &OptimizerConfig) -> Result<()> {
+    within("optimizer.lr", o.lr, o.lr > 0.0, "must be above 0")?;
+    within("optimizer.min_lr", o.min_lr, o.min_lr >= 0.0 && o.min_lr <= o.lr, "must lie between 0 and optimizer.lr")?;
+    adamw::check(o)?;
+    sgd::check(o)?;
+    within("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "must be 0 or more")?;
+
+    let clip = o.clip.unwrap_or(1.0);
+    within("optimizer.clip", clip, clip > 0.0, "must be above 0; leave it out for no clipping")?;
+    if o.clip_scope == ClipScope::Global {
+        let remedy = "stages have no common instant for one norm; leave it out, or take \"stage\"";
+        return Err(Error::config("optimizer.clip_scope", "`global`", remedy));
+    }
+    Ok(())
+}
+
+/// Whether a number is `good`, and a number at all.
+pub(super) fn within(setting: &str, value: f64, good: bool, remedy: &str) -> Result<()> {
+    if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
 }

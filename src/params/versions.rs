@@ -1,4 +1,4 @@
-//! The weights of a stage: one flat buffer per version, one flat buffer of gradients; parameters are views.
+//! The weights of a stage: one flat buffer per version, one flat buffer of gradients.
 //!
 //! ```text
 //! version n lives in buffer n mod (D + 1)
@@ -14,156 +14,16 @@
 //! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
 //!
-//! Where the versions are bf16, updates change an f32 master and round it into the next buffer; and a backward adds into a
-//! bf16 gradient, which is then added to the f32 one (`collect`).
-//!
-//! Every parameter starts at a multiple of 256 bytes of its buffer, as libtorch's own tensors do at least of 64 (on a GPU of
-//! 512, of which products look at 256): matrix products may take another path (and so round in another way) for other
-//! alignments, and the oracle must see the same numbers.
+//! Where the versions are not what updates change, as bf16 ones, there is an f32 master that updates change, of which
+//! [`publish`] makes the next version; and a backward adds into a bf16 gradient, which is then added to the f32 one
+//! (`collect`).
 
 use std::ops::Range;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::{Layout, publish, zeros};
 use crate::error::Result;
-use crate::model::{Parameter, initial};
-
-/// 256 bytes of bf16.
-const ALIGN: usize = 128;
-
-/// Where one parameter stands in the flat buffers.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Entry {
-    pub parameter: Parameter,
-    pub offset: usize,
-}
-
-/// The order of the parameters in the flat buffers of a stage.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Layout {
-    pub entries: Vec<Entry>,
-    /// Length of a flat buffer, padding included (always 0).
-    pub len: usize,
-}
-
-impl Layout {
-    /// Parameters one after the other, each aligned.
-    pub fn new(parameters: &[Parameter]) -> Layout {
-        let mut len: usize = 0;
-        let entries = parameters
-            .iter()
-            .map(|parameter| {
-                let offset = len;
-                len = (offset + parameter.count()).next_multiple_of(ALIGN);
-                Entry { parameter: parameter.clone(), offset }
-            })
-            .collect();
-        Layout { entries, len }
-    }
-
-    /// Where a parameter begins; behind the last one the end of the buffer.
-    pub fn offset(&self, parameter: usize) -> usize {
-        self.entries.get(parameter).map_or(self.len, |entry| entry.offset)
-    }
-
-    /// Values of all parameters, padding not counted.
-    pub fn count(&self) -> usize {
-        self.entries.iter().map(|entry| entry.parameter.count()).sum()
-    }
-
-    /// Views of a flat buffer, one a parameter.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn views(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
-        let view = |entry: &Entry| -> Result<Tensor> {
-            let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
-            Ok(flat.f_narrow(0, offset, count)?.f_view(&entry.parameter.shape[..])?)
-        };
-        self.entries.iter().map(view).collect()
-    }
-
-    /// A flat buffer of the initial weights.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn initial(&self, seed: u64) -> Result<Tensor> {
-        let mut flat = zeros(self.len, Device::Cpu)?;
-        let values = slice_mut(&mut flat);
-        for Entry { parameter, offset } in &self.entries {
-            values[*offset..offset + parameter.count()].copy_from_slice(&initial(parameter, seed));
-        }
-        Ok(flat)
-    }
-}
-
-/// A flat f32 buffer of zeros.
-///
-/// # Errors
-/// What libtorch reports.
-pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
-    Ok(Tensor::f_zeros([len as i64], (Kind::Float, device))?)
-}
-
-/// A buffer's values where the processor can read them.
-///
-/// # Errors
-/// What libtorch reports.
-pub fn here(flat: &Tensor) -> Result<Tensor> {
-    Ok(flat.f_to_device(Device::Cpu)?)
-}
-
-/// The values of a flat buffer.
-///
-/// # Panics
-/// Unless `flat` is one-dimensional, contiguous, f32 and on the CPU.
-pub fn slice(flat: &Tensor) -> &[f32] {
-    check_flat(flat);
-    if flat.numel() == 0 {
-        return &[]; // libtorch has no address for it.
-    }
-    // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
-    // handles of the storage exist: parameters are views, used inside calls of the thread that owns the stage, which
-    // holds this borrow; and buckets of the gradient that are being reduced, by other processes too, which are complete when
-    // they are handed over, overlap nothing that a backward still writes, and are waited for before anybody looks at the whole buffer.
-    unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
-}
-
-/// The bytes of a flat buffer's values.
-///
-/// # Panics
-/// As [`slice()`].
-pub fn bytes(flat: &Tensor) -> &[u8] {
-    as_bytes(slice(flat))
-}
-
-/// The bytes of values.
-pub fn as_bytes(values: &[f32]) -> &[u8] {
-    // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as long.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
-}
-
-/// The values of a flat buffer, to be changed.
-///
-/// # Panics
-/// As [`slice()`].
-pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
-    check_flat(flat);
-    if flat.numel() == 0 {
-        return &mut [];
-    }
-    // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
-    // passes by libtorch's version counter, on purpose: no graph that is still to be run backward points at this
-    // buffer (the schedule's `check` proves it for every action list).
-    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast::<f32>(), flat.numel()) }
-}
-
-fn check_flat(flat: &Tensor) {
-    assert!(
-        flat.dim() == 1 && flat.is_contiguous() && flat.kind() == Kind::Float && flat.device() == Device::Cpu,
-        "a flat buffer is one contiguous row of f32 on the CPU"
-    );
-}
 
 /// The versions of a set of weights that are held, and their gradient.
 pub struct Versions {
@@ -178,13 +38,13 @@ pub struct Versions {
 }
 
 /// What an update works on: flat buffers of one length.
-pub struct Flats<'a> {
+pub struct UpdateBuffers<'a> {
     /// The newest weights, f32; none if `new` holds them.
     pub old: Option<&'a Tensor>,
-    /// The next version.
+    /// The next weights, f32.
     pub new: &'a mut Tensor,
-    /// The next version as steps use it, where that is not f32.
-    pub rounded: Option<&'a mut Tensor>,
+    /// The next version as steps use it, where that is not `new` itself: to be published.
+    pub published: Option<&'a mut Tensor>,
     /// The sum over microbatches and replicas; cleared by the update.
     pub gradient: &'a mut Tensor,
 }
@@ -215,9 +75,15 @@ impl Versions {
     /// What libtorch reports.
     pub fn with(layout: Layout, initial: Tensor, held: usize, gradients: Vec<Tensor>, kind: Kind) -> Result<Versions> {
         let narrow = kind != Kind::Float;
-        let mut buffers = vec![initial.f_to_kind(kind)?];
+        let mut buffers = Vec::with_capacity(held);
+        if !narrow {
+            buffers.push(initial.shallow_clone());
+        }
         while buffers.len() < held {
-            buffers.push(buffers[0].f_zeros_like()?);
+            buffers.push(Tensor::f_zeros(initial.size(), (kind, initial.device()))?);
+        }
+        if narrow {
+            publish(&initial, &mut buffers[0])?;
         }
         let side = |gradient: Tensor| -> Result<Side> {
             let narrow = narrow.then(|| gradient.f_to_kind(kind)).transpose()?;
@@ -289,7 +155,7 @@ impl Versions {
         let held = self.buffers.len();
         let newest = &mut self.buffers[self.newest % held];
         change(&mut self.master.as_ref().unwrap_or(newest).f_narrow(0, 0, 1)?)?;
-        Ok(self.master.as_ref().map_or(Ok(()), |master| newest.f_copy_(master))?)
+        self.master.as_ref().map_or(Ok(()), |master| publish(master, newest))
     }
 
     /// Adds what a backward has left of a part of a side's gradient to the step's sum; where both are one buffer, that is
@@ -316,20 +182,25 @@ impl Versions {
     ///
     /// # Errors
     /// Those of `update`.
-    pub fn advance(&mut self, update: impl FnOnce(Flats) -> Result<()>) -> Result<()> {
+    pub fn advance(&mut self, update: impl FnOnce(UpdateBuffers) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
         let (old, next) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
         let gradient = &mut self.sides[0].gradient;
         if let Some(master) = &mut self.master {
-            return update(Flats { old: None, new: master, rounded: Some(&mut self.buffers[next]), gradient });
+            return update(UpdateBuffers {
+                old: None,
+                new: master,
+                published: Some(&mut self.buffers[next]),
+                gradient,
+            });
         }
         if held == 1 {
-            return update(Flats { old: None, new: &mut self.buffers[0], rounded: None, gradient });
+            return update(UpdateBuffers { old: None, new: &mut self.buffers[0], published: None, gradient });
         }
         let (low, high) = self.buffers.split_at_mut(old.max(next));
         let (old, new) = if old < next { (&low[old], &mut high[0]) } else { (&high[0], &mut low[next]) };
-        update(Flats { old: Some(old), new, rounded: None, gradient })
+        update(UpdateBuffers { old: Some(old), new, published: None, gradient })
     }
 }
 
@@ -345,29 +216,21 @@ fn leaf(view: &Tensor, gradient: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
-    use crate::model::Init;
+    use crate::model::{Init, Parameter, Role};
+    use crate::params::slice;
 
     fn layout() -> Layout {
         let parameter = |name: &str, shape: &[i64]| Parameter {
             name: name.into(),
             shape: shape.into(),
             init: Init::Normal(1.0),
+            role: Role::Matrix,
             tied: false,
         };
         Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
-    }
-
-    #[test]
-    fn parameters_are_aligned_views() {
-        let layout = layout();
-        assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 128, 256]);
-        assert_eq!((layout.len, layout.count()), (384, 26));
-        let flat = layout.initial(1).unwrap();
-        for view in layout.views(&flat).unwrap() {
-            assert_eq!(view.data_ptr().addr() % 64, 0);
-        }
-        assert_eq!(slice(&flat)[15], 0.0);
     }
 
     #[test]
@@ -377,7 +240,7 @@ mod tests {
         let address = versions.gradient(0).data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
         square(versions.parameters(0, 0)).backward();
-        let ten = |Flats { old, new, .. }: Flats| {
+        let ten = |UpdateBuffers { old, new, .. }: UpdateBuffers| {
             new.copy_(old.unwrap());
             let _ = new.narrow(0, 0, 1).fill_(10.0);
             Ok(())
@@ -405,9 +268,9 @@ mod tests {
 
     /// Changes the next version, which begins as it lies, and rounds it.
     fn advance(versions: &mut Versions, change: impl Fn(&mut Tensor) -> Tensor) {
-        let update = |Flats { new, rounded, .. }: Flats| {
+        let update = |UpdateBuffers { new, published, .. }: UpdateBuffers| {
             let _ = change(new);
-            rounded.into_iter().for_each(|rounded| rounded.copy_(new));
+            published.into_iter().for_each(|published| published.copy_(new));
             Ok(())
         };
         versions.advance(update).unwrap();
@@ -433,7 +296,7 @@ mod tests {
             let first = slice(&layout.initial(1).unwrap()).to_vec();
             assert_eq!(slice(versions.flat()), first);
             let leaf = versions.parameters(start, 0)[0].data_ptr();
-            let two = |Flats { old, new, .. }: Flats| {
+            let two = |UpdateBuffers { old, new, .. }: UpdateBuffers| {
                 assert_eq!(slice(old.unwrap()), first);
                 let _ = new.fill_(2.0);
                 Ok(())
@@ -455,7 +318,7 @@ mod tests {
 
     /// An update too small for bf16 is kept by the master; gradients of bf16 backwards are added up in f32.
     #[test]
-    fn bf16_versions_are_rounded_from_an_f32_master() {
+    fn bf16_versions_are_published_from_an_f32_master() {
         let layout = layout();
         let mut versions =
             Versions::new(layout.clone(), zeros(layout.len, Device::Cpu).unwrap(), 2, 1, Kind::BFloat16).unwrap();

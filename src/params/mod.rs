@@ -1,0 +1,182 @@
+//! Weights in flat buffers: the layout of a set of parameters, whose values are views of one buffer.
+//!
+//! Every parameter starts at a multiple of 256 bytes of its buffer, as libtorch's own tensors do at least of 64 (on a GPU of
+//! 512, of which products look at 256): matrix products may take another path (and so round in another way) for other
+//! alignments, and the oracle must see the same numbers.
+
+mod publish;
+mod versions;
+
+use tch::{Device, Kind, Tensor};
+
+pub use publish::publish;
+pub use versions::{UpdateBuffers, Versions};
+
+use crate::error::Result;
+use crate::model::{Parameter, initial};
+
+/// 256 bytes of bf16.
+const ALIGN: usize = 128;
+
+/// Where one parameter stands in the flat buffers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    pub parameter: Parameter,
+    pub offset: usize,
+}
+
+/// The order of the parameters in the flat buffers of a stage.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout {
+    pub entries: Vec<Entry>,
+    /// Length of a flat buffer, padding included (always 0).
+    pub len: usize,
+}
+
+impl Layout {
+    /// Parameters one after the other, each aligned.
+    pub fn new(parameters: &[Parameter]) -> Layout {
+        let mut len: usize = 0;
+        let entries = parameters
+            .iter()
+            .map(|parameter| {
+                let offset = len;
+                len = (offset + parameter.count()).next_multiple_of(ALIGN);
+                Entry { parameter: parameter.clone(), offset }
+            })
+            .collect();
+        Layout { entries, len }
+    }
+
+    /// Where a parameter begins; behind the last one the end of the buffer.
+    pub fn offset(&self, parameter: usize) -> usize {
+        self.entries.get(parameter).map_or(self.len, |entry| entry.offset)
+    }
+
+    /// Values of all parameters, padding not counted.
+    pub fn count(&self) -> usize {
+        self.entries.iter().map(|entry| entry.parameter.count()).sum()
+    }
+
+    /// Views of a flat buffer, one a parameter.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn views(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
+        let view = |entry: &Entry| -> Result<Tensor> {
+            let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
+            Ok(flat.f_narrow(0, offset, count)?.f_view(&entry.parameter.shape[..])?)
+        };
+        self.entries.iter().map(view).collect()
+    }
+
+    /// A flat buffer of the initial weights.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn initial(&self, seed: u64) -> Result<Tensor> {
+        let mut flat = zeros(self.len, Device::Cpu)?;
+        let values = slice_mut(&mut flat);
+        for Entry { parameter, offset } in &self.entries {
+            values[*offset..offset + parameter.count()].copy_from_slice(&initial(parameter, seed));
+        }
+        Ok(flat)
+    }
+}
+
+/// A flat f32 buffer of zeros.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
+    Ok(Tensor::f_zeros([len as i64], (Kind::Float, device))?)
+}
+
+/// A buffer's values where the processor can read them.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn here(flat: &Tensor) -> Result<Tensor> {
+    Ok(flat.f_to_device(Device::Cpu)?)
+}
+
+/// The values of a flat buffer.
+///
+/// # Panics
+/// Unless `flat` is one-dimensional, contiguous, f32 and on the CPU.
+pub fn slice(flat: &Tensor) -> &[f32] {
+    check_flat(flat);
+    if flat.numel() == 0 {
+        return &[]; // libtorch has no address for it.
+    }
+    // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
+    // handles of the storage exist: parameters are views, used inside calls of the thread that owns the stage, which
+    // holds this borrow; and buckets of the gradient that are being reduced, by other processes too, which are complete when
+    // they are handed over, overlap nothing that a backward still writes, and are waited for before anybody looks at the whole buffer.
+    unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
+}
+
+/// The bytes of a flat buffer's values.
+///
+/// # Panics
+/// As [`slice()`].
+pub fn bytes(flat: &Tensor) -> &[u8] {
+    as_bytes(slice(flat))
+}
+
+/// The bytes of values.
+pub fn as_bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as long.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
+/// The values of a flat buffer, to be changed.
+///
+/// # Panics
+/// As [`slice()`].
+pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
+    check_flat(flat);
+    if flat.numel() == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
+    // passes by libtorch's version counter, on purpose: no graph that is still to be run backward points at this
+    // buffer (the schedule's `check` proves it for every action list).
+    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast::<f32>(), flat.numel()) }
+}
+
+fn check_flat(flat: &Tensor) {
+    assert!(
+        flat.dim() == 1 && flat.is_contiguous() && flat.kind() == Kind::Float && flat.device() == Device::Cpu,
+        "a flat buffer is one contiguous row of f32 on the CPU"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Init, Role};
+
+    fn layout() -> Layout {
+        let parameter = |name: &str, shape: &[i64]| Parameter {
+            name: name.into(),
+            shape: shape.into(),
+            init: Init::Normal(1.0),
+            role: Role::Matrix,
+            tied: false,
+        };
+        Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
+    }
+
+    #[test]
+    fn parameters_are_aligned_views() {
+        let layout = layout();
+        assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 128, 256]);
+        assert_eq!((layout.len, layout.count()), (384, 26));
+        let flat = layout.initial(1).unwrap();
+        for view in layout.views(&flat).unwrap() {
+            assert_eq!(view.data_ptr().addr() % 64, 0);
+        }
+        assert_eq!(slice(&flat)[15], 0.0);
+    }
+}
