@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::Tokenizer;
+use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Result;
 use crate::grid::{Grid, Placement};

@@ -87,7 +87,7 @@ impl Emulator {
             (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own(), delays[k])).collect::<Result<_>>()?;
         let table = weights(&model::table(&setup.dimensions), setup.schedule.table_delay())?;
         let model: Vec<Stack> = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
-        let batches = Batches::new(Arc::clone(&setup.corpus), config);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
         let (inputs, mut memories) = (BTreeMap::new(), BTreeMap::new());
         for (stage, replica) in (0..model.len()).flat_map(|k| (0..setup.grid.replicas).map(move |r| (k, r))) {
             for (microbatch, memory) in setup.memories(&model[stage], replica)? {

@@ -89,6 +89,22 @@ impl Error {
         Error::Config { setting: setting.into(), found: found.to_string(), remedy: remedy.into() }
     }
 
+    /// Refuses a setting below 1.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn unless_at_least_one(setting: &str, value: usize) -> Result<()> {
+        if value >= 1 { Ok(()) } else { Err(Error::config(setting, value, "must be at least 1")) }
+    }
+
+    /// Refuses a setting that is not `good`, or no number.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn unless(good: bool, setting: &str, value: f64, remedy: &str) -> Result<()> {
+        if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
+    }
+
     /// A file of input, what is wrong with it, and what to do.
     pub fn data(path: impl ToString, problem: impl ToString, remedy: impl Into<String>) -> Error {
         Error::Data { path: path.to_string(), problem: problem.to_string(), remedy: remedy.into() }

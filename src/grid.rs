@@ -26,6 +26,21 @@ pub enum Placement {
     Ring,
 }
 
+impl Placement {
+    /// Whether K stages can be placed so.
+    ///
+    /// # Errors
+    /// What to do if not.
+    pub fn check(self, stages: usize) -> Result<(), String> {
+        match self {
+            Placement::Ring if stages < 3 => {
+                Err(format!("needs at least 3 stages, there are {stages}; take more or `line`"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Which places lie next to each other, as ranks and so on nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]

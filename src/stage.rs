@@ -225,16 +225,16 @@ impl Stage {
         let mut memory = saved.memory.shallow_clone();
         let runs = self.runs(slot);
         let graphs = match self.settings.recompute {
-            Recompute::Whole(false) => self.run(&saved, runs, &mut memory, table)?,
-            Recompute::Whole(true) => tch::no_grad(|| self.run(&saved, runs, &mut memory, table))?,
-            Recompute::Word(_) => tch::no_grad(|| self.run(&saved, &self.blocks, &mut memory, table))?,
+            Recompute::Nothing => self.run(&saved, runs, &mut memory, table)?,
+            Recompute::Stage => tch::no_grad(|| self.run(&saved, runs, &mut memory, table))?,
+            Recompute::Layers => tch::no_grad(|| self.run(&saved, &self.blocks, &mut memory, table))?,
         };
         self.memories.insert(slot.microbatch, memory);
         let result = self.checked(&saved, &graphs, table)?;
         match self.settings.recompute {
-            Recompute::Whole(false) => saved.graphs = graphs,
-            Recompute::Whole(true) => {}
-            Recompute::Word(_) => saved.inputs = graphs.into_iter().map(|graph| graph.input).collect(),
+            Recompute::Nothing => saved.graphs = graphs,
+            Recompute::Stage => {}
+            Recompute::Layers => saved.inputs = graphs.into_iter().map(|graph| graph.input).collect(),
         }
         self.saved.push_back(saved);
         Ok(result)
@@ -259,9 +259,9 @@ impl Stage {
             return self.emulated_backward(&saved, sleep, ready);
         }
         let mut graphs = match self.settings.recompute {
-            Recompute::Whole(false) => std::mem::take(&mut saved.graphs),
-            Recompute::Whole(true) => self.run(&saved, self.runs(slot), &mut saved.memory.shallow_clone(), table)?,
-            Recompute::Word(_) => Vec::new(),
+            Recompute::Nothing => std::mem::take(&mut saved.graphs),
+            Recompute::Stage => self.run(&saved, self.runs(slot), &mut saved.memory.shallow_clone(), table)?,
+            Recompute::Layers => Vec::new(),
         };
         let layout = self.versions.layout();
         let bounds: Vec<usize> = self.runs(slot).iter().map(|run| layout.offset(run.first)).collect();

@@ -36,8 +36,8 @@ use xxhash_rust::xxh3::Xxh3;
 pub use saved::Checkpoint;
 pub use snapshot::{SavedBuffer, Snapshot};
 
-use crate::config::{CheckpointConfig, Config, Tokenizer};
-use crate::data::Vocabulary;
+use crate::config::{CheckpointConfig, Config};
+use crate::data::{Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
 
 const MANIFEST: &str = "manifest.json";

@@ -10,8 +10,8 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::{Device, Tensor};
 
 use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, digest, entries, index, older};
-use crate::config::{Config, Tokenizer};
-use crate::data::{Listed, Vocabulary};
+use crate::config::Config;
+use crate::data::{Listed, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
 use crate::model::Parameter;
 use crate::params::{Layout, slice_mut, zeros};

@@ -6,13 +6,12 @@ use tch::Tensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
-use crate::config::{Arch, Config, ModelConfig, Order, Tokenizer};
-use crate::data::{Corpus, Shape, Tokens, held_out};
+use crate::config::Config;
+use crate::data::{Corpus, Order, Tokenizer, Tokens, held_out};
 use crate::device::{self, Choice, Local};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
-use crate::model::{Dimensions, Memory, Stack};
-use crate::setup::{check_cutoffs, check_settings};
+use crate::model::{Dimensions, Memory, ModelConfig, Positions, Stack};
 
 /// Rows of one forward.
 const ROWS: usize = 16;
@@ -24,7 +23,7 @@ const ROWS: usize = 16;
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = config(&checkpoint.manifest.config, &args.set)?;
-    check_settings(&config)?;
+    config.check()?;
     let device = device::choose(config.device, Local::ALONE, false)?.device();
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
@@ -77,7 +76,7 @@ fn config(saved: &Config, sets: &[String]) -> Result<Config> {
 
 /// The losses of all tokens, added up, and how many there are: windows one by one, or streams with their memory.
 fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -> Result<(f64, usize)> {
-    let (order, shape) = (config.order(), Shape::eval(config));
+    let (order, shape) = (config.order(), config.reading().eval);
     let limit = config.eval.as_ref().and_then(|eval| eval.tokens);
     let parts: Vec<(Range<usize>, usize)> = match order {
         Order::Shuffled => {
@@ -115,12 +114,13 @@ fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -
 /// [`Error::Checkpoint`] if they do not fit the config.
 pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, Vec<Tensor>)> {
     let saved = &checkpoint.manifest.config;
-    if config.model.arch == Arch::Transformer && config.data.sequence > saved.data.sequence {
+    let learned = config.model.architecture().positions == Positions::Learned;
+    if learned && config.data.sequence > saved.data.sequence {
         let remedy = format!("the model has positions for {} tokens only", saved.data.sequence);
         return Err(Error::config("data.sequence", config.data.sequence, remedy));
     }
     let vocabulary = checkpoint.vocabulary.len();
-    check_cutoffs(&config.model, vocabulary)?;
+    config.model.check_cutoffs(vocabulary)?;
     let dimensions = Dimensions::new(&config.model, vocabulary, saved.data.sequence);
     let model = Stack::new(&dimensions, 0..dimensions.layers);
     let kind = config.precision.kind();

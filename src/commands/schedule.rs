@@ -4,7 +4,6 @@ use crate::cli::ScheduleArgs;
 use crate::delay::SyncPoints;
 use crate::error::{Error, Result};
 use crate::schedule::{Costs, Schedule, draw, summary};
-use crate::setup::check_placement;
 
 /// Prints the summary and the drawing.
 ///
@@ -18,7 +17,7 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         }
     }
     let ends = SyncPoints::ends(args.steps);
-    check_placement(args.placement, args.grid.stages).map_err(|found| Error::config("--placement", "ring", found))?;
+    args.placement.check(args.grid.stages).map_err(|found| Error::config("--placement", "ring", found))?;
     let mut schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
     (schedule.placement, schedule.tie) = (args.placement, args.tie);
     let fault = |fault: crate::schedule::Fault| Error::Internal(format!("schedule: {fault}"));

@@ -1,19 +1,28 @@
-//! What is asked for: the keys of a config file. `setup` checks them once into values that nobody checks again.
+//! What is asked for: the keys of a config file, and whether they can be used. `setup` makes values of them that nobody
+//! checks again. The sections `[model]`, `[data]` and `[optimizer]` stand with those that use them, the others here.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-mod data;
-mod model;
+mod check;
+mod checkpoint;
+mod eval;
+mod grid;
 mod parse;
+mod recompute;
 
-pub use data::{DataConfig, HeldOut, Order, Tokenizer};
-pub use model::{Arch, ModelConfig, Norm, TieGradient};
+pub use checkpoint::CheckpointConfig;
+pub use eval::EvalConfig;
+pub use grid::{GridConfig, LayersPerStage};
+pub use recompute::Recompute;
+
+use crate::data::{DataConfig, Order, Reading, Shape};
 
 use crate::device::Choice;
 use crate::error::{Error, Result};
-use crate::grid::{self, Grid, Placement};
+use crate::grid::Grid;
+use crate::model::ModelConfig;
 use crate::optim::OptimizerConfig;
 use crate::precision::Precision;
 use crate::schedule::Kind;
@@ -84,7 +93,7 @@ impl Default for Config {
             microbatches: 4,
             schedule: Kind::Decoupled,
             slack: 1,
-            recompute: Recompute::Whole(false),
+            recompute: Recompute::Nothing,
             sync_steps: 0,
             sync_at: Vec::new(),
             threads: 1,
@@ -115,116 +124,22 @@ pub enum OnNonfinite {
     Skip,
 }
 
-/// The grid and what stands on it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GridConfig {
-    pub stages: usize,
-    pub replicas: usize,
-    /// `line`, or `ring`: the last stage on the first one's device.
-    pub placement: Placement,
-    /// `replica-major`: the stages of a replica are neighbouring ranks; or `stage-major`: the replicas of a stage.
-    pub order: grid::Order,
-    pub layers_per_stage: LayersPerStage,
-    /// Delays `D_k`, one a stage, where the least ones are not wanted.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub delays: Option<Vec<usize>>,
-}
-
-impl Default for GridConfig {
-    fn default() -> GridConfig {
-        GridConfig {
-            stages: 1,
-            replicas: 1,
-            placement: Placement::Line,
-            order: grid::Order::default(),
-            layers_per_stage: LayersPerStage::Word(Balanced::Balanced),
-            delays: None,
-        }
-    }
-}
-
-/// Whether a forward is run again in the backward: of a whole stage, or layer by layer.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "`true`, `false` or `\"blocks\"`")]
-pub enum Recompute {
-    Whole(bool),
-    Word(Blocks),
-}
-
-impl Recompute {
-    /// Layer by layer.
-    pub const BLOCKS: Recompute = Recompute::Word(Blocks::Blocks);
-}
-
-/// The word `blocks`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Blocks {
-    Blocks,
-}
-
-/// `"balanced"`, or how many layers every stage has.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "`\"balanced\"` or a list of layer counts such as [2, 3, 3]")]
-pub enum LayersPerStage {
-    Word(Balanced),
-    Counts(Vec<usize>),
-}
-
-/// The word `balanced`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Balanced {
-    Balanced,
-}
-
-/// Evaluation on the held-out text while training; each one is a sync point.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EvalConfig {
-    /// Steps between two evaluations; one more stands at the end of the run.
-    #[serde(default = "default_every")]
-    pub every: usize,
-    /// Tokens of the held-out text to read; none: all of them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tokens: Option<usize>,
-    /// Tokens a sequence; none: those of training.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sequence: Option<usize>,
-    /// Tokens that a Transformer-XL remembers; none: those of training.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mem_len: Option<usize>,
-    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub batch: Option<usize>,
-}
-
-/// When the whole state of the run is saved, and what is kept; each save is a sync point. The end of a run is saved always.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CheckpointConfig {
-    /// Steps between two saves; none: only the end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub every: Option<usize>,
-    /// How many of the newest are kept.
-    pub keep_last: usize,
-    /// Those at multiples of so many steps are kept for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub keep_every: Option<usize>,
-}
-
-impl Default for CheckpointConfig {
-    fn default() -> CheckpointConfig {
-        CheckpointConfig { every: None, keep_last: 2, keep_every: None }
-    }
-}
-
-fn default_every() -> usize {
-    100
-}
-
 impl Config {
+    /// Whether every setting can be used, as far as that is known without the corpus.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first that cannot.
+    pub fn check(&self) -> Result<()> {
+        check::check(self)
+    }
+
+    /// How the corpus is read.
+    pub fn reading(&self) -> Reading {
+        let train = Shape { rows: self.batch, sequence: self.data.sequence };
+        let eval = Shape { rows: self.eval_batch(), sequence: self.eval_sequence() };
+        Reading { seed: self.seed, order: self.order(), train, eval }
+    }
+
     /// In which order rows read the text.
     pub fn order(&self) -> Order {
         let by_memory = if self.model.mem_len > 0 { Order::Streams } else { Order::Shuffled };

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
-use super::{Corpus, Tokens};
-use crate::config::{Config, Order};
+use super::{Corpus, Order, Tokens};
 use crate::device::sent;
 use crate::error::Result;
 use crate::random;
@@ -40,10 +39,18 @@ impl Batch {
 #[derive(Debug, Clone)]
 pub struct Batches {
     corpus: Arc<Corpus>,
-    seed: u64,
-    order: Order,
-    train: Shape,
-    eval: Shape,
+    reading: Reading,
+}
+
+/// How a run reads its corpus.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    pub seed: u64,
+    pub order: Order,
+    /// Of a training step of all replicas.
+    pub train: Shape,
+    /// Of an evaluation of all replicas; only streams have their number of rows in it.
+    pub eval: Shape,
 }
 
 /// Rows of a batch, and tokens of each.
@@ -54,16 +61,6 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The shape of a training step of all replicas.
-    pub fn train(config: &Config) -> Shape {
-        Shape { rows: config.batch, sequence: config.data.sequence }
-    }
-
-    /// The shape of an evaluation of all replicas; only streams have their number of rows in it.
-    pub fn eval(config: &Config) -> Shape {
-        Shape { rows: config.eval_batch(), sequence: config.eval_sequence() }
-    }
-
     /// Steps until the streams of `text` end.
     pub fn segments(self, text: &Tokens) -> usize {
         text.len().saturating_sub(1) / self.rows / self.sequence
@@ -91,47 +88,46 @@ impl Shape {
 }
 
 impl Batches {
-    /// The batches of a config over its corpus.
-    pub fn new(corpus: Arc<Corpus>, config: &Config) -> Batches {
-        let (train, eval) = (Shape::train(config), Shape::eval(config));
-        Batches { corpus, seed: config.seed, order: config.order(), train, eval }
+    /// The batches of a run over its corpus.
+    pub fn new(corpus: Arc<Corpus>, reading: Reading) -> Batches {
+        Batches { corpus, reading }
     }
 
     /// The given rows of the global batch of `step`.
     pub fn train(&self, step: usize, rows: Range<usize>) -> Batch {
-        read(&self.corpus.train, self.train.sequence, self.starts(step, rows).into_iter())
+        read(&self.corpus.train, self.reading.train.sequence, self.starts(step, rows).into_iter())
     }
 
     /// Where the given rows of the global batch of `step` begin in the text, in tokens.
     pub fn starts(&self, step: usize, rows: Range<usize>) -> Vec<usize> {
         let text = &self.corpus.train;
-        let start = |row| match self.order {
-            Order::Shuffled => self.window(step * self.train.rows + row),
-            Order::Streams => self.train.start(text, row, step % self.train.segments(text)),
+        let start = |row| match self.reading.order {
+            Order::Shuffled => self.window(step * self.reading.train.rows + row),
+            Order::Streams => self.reading.train.start(text, row, step % self.reading.train.segments(text)),
         };
         rows.map(start).collect()
     }
 
     /// Whether the rows of `step` have nothing to do with those of the step before.
     pub fn restarts(&self, step: usize) -> bool {
-        match self.order {
+        match self.reading.order {
             Order::Shuffled => true,
-            Order::Streams => step.is_multiple_of(self.train.segments(&self.corpus.train)),
+            Order::Streams => step.is_multiple_of(self.reading.train.segments(&self.corpus.train)),
         }
     }
 
     /// Rows of the held-out text: the given windows, or the given streams at segment `number`.
     pub fn held_out(&self, rows: Range<usize>, number: usize) -> Batch {
-        held_out(&self.corpus.held_out, self.order, self.eval, rows, number)
+        held_out(&self.corpus.held_out, self.reading.order, self.reading.eval, rows, number)
     }
 
     /// Where the `number`-th window of the run starts.
     fn window(&self, number: usize) -> usize {
-        let (sequence, fit) = (self.train.sequence, self.train.windows(&self.corpus.train));
+        let (sequence, fit) = (self.reading.train.sequence, self.reading.train.windows(&self.corpus.train));
         // One window is given up for the phase, if there is one to spare.
         let (count, phases) = if fit > 1 { (fit - 1, sequence) } else { (1, 1) };
         let (epoch, position) = (number / count, number % count);
-        let (key, phase) = random::order(self.seed, epoch as u64, phases);
+        let (key, phase) = random::order(self.reading.seed, epoch as u64, phases);
         random::permute(count as u64, key, position as u64) as usize * sequence + phase
     }
 }
@@ -169,9 +165,9 @@ mod tests {
         let train = Tokens::of_bytes(bytes);
         let vocabulary = super::super::Vocabulary::bytes();
         let corpus = Corpus { held_out: train.clone(), train, vocabulary, floor: None };
-        let mut config = Config { seed: 7, batch, ..Config::default() };
-        config.data.sequence = sequence;
-        Batches::new(Arc::new(corpus), &config)
+        let shape = Shape { rows: batch, sequence };
+        let reading = Reading { seed: 7, order: Order::Shuffled, train: shape, eval: shape };
+        Batches::new(Arc::new(corpus), reading)
     }
 
     #[test]
@@ -207,13 +203,13 @@ mod tests {
     fn a_text_of_one_window_can_be_read() {
         let batches = batches(17, 16, 2);
         assert_eq!(batches.train(9, 0..2).tokens.size(), [2, 16]);
-        assert_eq!(batches.eval.windows(&batches.corpus.held_out), 1);
+        assert_eq!(batches.reading.eval.windows(&batches.corpus.held_out), 1);
     }
 
     #[test]
     fn streams_go_on_where_they_were() {
         let mut batches = batches(1 + 3 * 70, 16, 3);
-        batches.order = Order::Streams;
+        batches.reading.order = Order::Streams;
         // Parts of 70 tokens hold 4 segments of 16.
         for step in 0..9 {
             let (now, next) = (batches.train(step, 0..3), batches.train(step + 1, 0..3));

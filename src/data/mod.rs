@@ -1,6 +1,7 @@
 //! The text that is trained on and the text that is held out, as tokens.
 
 mod batches;
+mod config;
 pub mod prepared;
 mod synthetic;
 mod tokens;
@@ -9,11 +10,11 @@ mod vocabulary;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-pub use batches::{Batch, Batches, Shape, held_out};
+pub use batches::{Batch, Batches, Reading, Shape, held_out};
+pub use config::{DataConfig, HeldOut, Order, Tokenizer};
 pub use tokens::Tokens;
 pub use vocabulary::{Listed, Vocabulary, utf8};
 
-use crate::config::{DataConfig, HeldOut, Tokenizer};
 use crate::error::{Error, Result};
 use prepared::{Prepared, is_prepared};
 

@@ -12,8 +12,8 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::Tokenizer;
 use super::tokens::Width;
-use crate::config::Tokenizer;
 use crate::error::{Error, Result};
 
 /// The end of a line.

@@ -7,7 +7,8 @@ use tch::Device;
 
 use super::limits::limits;
 use crate::checkpoint::SavedBuffer;
-use crate::config::{Order, Recompute};
+use crate::config::Recompute;
+use crate::data::Order;
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::Place;
@@ -96,8 +97,8 @@ impl Prediction {
         let ahead = if setup.device.is_cuda() { LATE as u64 * setup.config.microbatches as u64 } else { 1 };
         let messages = (1 + ahead) * neighbours.iter().flatten().count() as u64 * hidden;
         let per_token = match setup.config.recompute {
-            Recompute::Word(_) => stack.block_per_token(),
-            Recompute::Whole(_) => stack.transient_per_token(),
+            Recompute::Layers => stack.block_per_token(),
+            Recompute::Nothing | Recompute::Stage => stack.transient_per_token(),
         };
         let transient = (tokens * per_token as u64 + stack.transient() as u64) * value;
         let transient = transient + 2 * wide + messages;
@@ -109,10 +110,10 @@ impl Prediction {
         self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat);
         self.gradient += flat + narrow(setup, flat);
         self.activations += match setup.config.recompute {
-            Recompute::Whole(false) => held * saved,
-            Recompute::Whole(true) => held * hidden + saved,
+            Recompute::Nothing => held * saved,
+            Recompute::Stage => held * hidden + saved,
             // The inputs of the layers; of those only one at a time is run again.
-            Recompute::Word(_) => held * hidden * stack.layers() as u64,
+            Recompute::Layers => held * hidden * stack.layers() as u64,
         };
         self.activations += memories;
         // The two stages of a device take turns.

@@ -22,7 +22,7 @@ pub use recorder::Recorder;
 pub use summary::Summary;
 
 use crate::checkpoint::Written;
-use crate::config::Tokenizer;
+use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Error;
 use crate::grid::Place;

@@ -17,7 +17,7 @@ use super::stragglers::Stragglers;
 use super::summary::{Summary, print_memory};
 use super::watchdog::Watchdog;
 use super::{Mode, Report, quality};
-use crate::config::Tokenizer;
+use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
 use crate::optim::learning_rate;

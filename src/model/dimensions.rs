@@ -1,11 +1,10 @@
 //! The sizes that every layer is made from.
 
-use super::clusters;
-use crate::config::{Arch, ModelConfig, Norm};
+use super::{Architecture, ModelConfig, Norm, clusters};
 use crate::schedule::Tie;
 
 /// The sizes that every layer is made from.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Dimensions {
     pub layers: usize,
     pub d_model: i64,
@@ -24,7 +23,7 @@ pub struct Dimensions {
     pub head_width: i64,
     /// Whether the head's matrix is the embedding's table.
     pub tied: bool,
-    pub arch: Arch,
+    pub architecture: &'static Architecture,
     /// M, the tokens that a layer remembers of earlier segments while training.
     pub mem_len: i64,
     /// Distances beyond this one count as this one.
@@ -54,7 +53,7 @@ impl Dimensions {
             embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
             head_width: model.head_width.unwrap_or(model.d_model) as i64,
             tied: model.tie != Tie::Untied,
-            arch: model.arch,
+            architecture: model.architecture(),
             mem_len: model.mem_len as i64,
             clamp_len: model.clamp_len.map(|clamp| clamp as i64),
             same_length: model.same_length,

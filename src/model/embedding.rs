@@ -4,8 +4,7 @@
 use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, Role, TABLE_STD};
-use crate::config::Arch;
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role, TABLE_STD};
 use crate::error::Result;
 
 /// Layer 0 of the dropout keys.
@@ -61,7 +60,7 @@ impl Layer for Embedding {
     fn parameters(&self) -> Vec<Parameter> {
         let mut parameters = tables(&self.d, &self.clusters, ["embedding.tokens", "embedding.projection"], Role::Table);
         parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
-        if self.d.arch == Arch::Transformer {
+        if self.d.architecture.positions == Positions::Learned {
             let shape = [self.d.sequence, self.d.d_model];
             let init = Init::Normal(TABLE_STD);
             parameters.push(Parameter::new("embedding.positions".into(), &shape, init, Role::Table));
@@ -73,7 +72,7 @@ impl Layer for Embedding {
     fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
         let mut weights = weights.iter();
         let mut hidden = self.lookup(&mut weights, x)?;
-        if self.d.tied || self.d.arch == Arch::TransformerXl {
+        if self.d.tied || self.d.architecture.scales_embedding {
             // A table whose rows are small enough for the head would be lost among the other inputs (Vaswani et al.
             // 2017, section 3.4).
             hidden = hidden.f_mul_scalar((self.d.d_model as f64).sqrt())?;
@@ -107,9 +106,8 @@ impl Layer for Embedding {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Memory;
+    use super::super::{Arch, Memory, ModelConfig};
     use super::*;
-    use crate::config::ModelConfig;
     use crate::schedule::Tie;
 
     /// Clusters as wide as the model are one table, cut in pieces; narrow ones are their rows, projected.

@@ -15,7 +15,6 @@ use tch::{Kind, Reduction, Tensor};
 use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Parameter, Role, TABLE_STD, layer_norm, table};
-use crate::config::Arch;
 use crate::error::Result;
 
 pub(super) struct Head {
@@ -43,10 +42,6 @@ impl Head {
         Head { d: d.clone(), clusters: clusters(d, d.head_width) }
     }
 
-    fn has_bias(&self) -> bool {
-        self.d.arch == Arch::TransformerXl
-    }
-
     pub(super) fn parameters(&self) -> Vec<Parameter> {
         let d = &self.d;
         let mut parameters = Vec::new();
@@ -59,7 +54,7 @@ impl Head {
             false => parameters.extend(tables(d, &self.clusters, ["head.weight", "head.projection"], Role::Head)),
         }
         let count = self.clusters.len();
-        if self.has_bias() {
+        if self.d.architecture.head_bias {
             for (i, cluster) in self.clusters.iter().enumerate() {
                 parameters.push(Parameter::vector(numbered("head.bias", i, count), cluster.tokens, Init::Zeros));
             }
@@ -84,7 +79,7 @@ impl Head {
             let projection = (cluster.width != self.d.d_model).then(&mut next);
             clusters.push(Part { rows, projection, bias: None });
         }
-        if self.has_bias() {
+        if self.d.architecture.head_bias {
             clusters.iter_mut().for_each(|part| part.bias = Some(next()));
         }
         let entries = (clusters.len() > 1).then(|| (next(), next()));
@@ -98,7 +93,7 @@ impl Head {
             None => x.shallow_clone(),
         };
         let x = match dropout {
-            Some(dropout) if self.d.arch == Arch::TransformerXl => dropout.apply(x, self.d.layers + 1, 0)?,
+            Some(dropout) if self.d.architecture.head_dropout => dropout.apply(x, self.d.layers + 1, 0)?,
             _ => x,
         };
         Ok(x.f_reshape([-1, self.d.d_model])?)
@@ -216,8 +211,8 @@ fn wide(logits: Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Arch, ModelConfig};
     use super::*;
-    use crate::config::ModelConfig;
     use crate::schedule::Tie;
 
     /// The probabilities of a softmax in clusters add up to 1, and its loss is made of them.

@@ -34,22 +34,25 @@
 //! ```
 
 mod parameter;
+mod config;
+mod architecture;
 mod clusters;
 mod dimensions;
 mod dropout;
 mod memory;
 mod linear;
-mod block;
 mod embedding;
 mod head;
+mod gpt;
 mod xl;
 mod costs;
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use tch::Tensor;
 
+pub use architecture::{Architecture, Positions};
+pub use config::{Arch, ModelConfig, Norm, TieGradient};
 pub use costs::{LayerCosts, costs};
 pub use dimensions::Dimensions;
 pub use dropout::Dropout;
@@ -57,7 +60,6 @@ pub use memory::{Memory, Remembered};
 pub use parameter::{Init, Parameter, Role, initial};
 use parameter::{TABLE_STD, matrix_std, named};
 
-use crate::config::Arch;
 use crate::error::Result;
 
 /// One layer of the model; its parameters are handed to it, in the order of `parameters`.
@@ -113,12 +115,8 @@ impl Stack {
         if run.start == 0 {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }
-        let constants = Arc::default();
-        for layer in run {
-            stack.push(match dimensions.arch {
-                Arch::Transformer => Box::new(block::Block::new(dimensions, layer)),
-                Arch::TransformerXl => Box::new(xl::XlBlock::new(dimensions, layer, Arc::clone(&constants))),
-            });
+        for block in (dimensions.architecture.blocks)(dimensions, run) {
+            stack.push(block);
         }
         if last {
             let head = head::Head::new(dimensions);
@@ -173,11 +171,6 @@ impl Stack {
     /// D.
     pub fn d_model(&self) -> usize {
         self.d_model
-    }
-
-    /// Whether the stack ends in the loss.
-    pub fn has_head(&self) -> bool {
-        self.head.is_some()
     }
 
     /// Runs the layers on `x`: tokens [B, T] or hidden states [B, T, D] -> hidden states. `memory` is what the layers
@@ -378,7 +371,6 @@ fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ModelConfig;
     use crate::schedule::Tie;
 
     fn dimensions() -> Dimensions {

@@ -1,4 +1,4 @@
-//! One Transformer-XL layer (Dai et al. 2019): attention over the segment and what the layer remembers of the segments
+//! Transformer-XL (Dai et al. 2019), layer by layer: attention over the segment and what the layer remembers of the segments
 //! before, with relative positions, then a position-wise ReLU network.
 //!
 //! With M remembered tokens and L = M + T, query i of the segment and key j of memory and segment stand
@@ -22,12 +22,17 @@
 //! so the shifted scores are P from element T-1 on, read in rows of L: no copy.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
+use super::architecture::Blocks;
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std, named};
+use super::{
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, layer_norm, matrix_std,
+    named,
+};
 use crate::error::Result;
 
 /// Sites of dropout in a layer.
@@ -39,16 +44,44 @@ const INNER: usize = 3;
 /// Of the positions, in the place of the embedding: the same mask in every layer, as in the paper's code.
 const POSITIONS: (usize, usize) = (0, 1);
 
+/// The family.
+pub(super) const ARCHITECTURE: Architecture = Architecture {
+    name: "transformer-xl",
+    positions: Positions::Relative,
+    norms: &[Norm::Post, Norm::Pre],
+    scales_embedding: true,
+    head_bias: true,
+    head_dropout: true,
+    has_memory: true,
+    has_attention_dropout: true,
+    block_cost,
+    blocks,
+};
+
+/// `4 D^2 + 2 D F` for the matrices, keys and values of the memory too, `2 D^2 M / T`, and three products over the whole
+/// context, `3 (M + T) D`.
+fn block_cost(d: &Dimensions) -> f64 {
+    let (dm, f, t, m) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64, d.mem_len as f64);
+    let attention = 2.0 * dm * dm * m / t + 3.0 * (m + t) * dm;
+    4.0 * dm * dm + 2.0 * dm * f + attention
+}
+
+fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
+    let constants: Arc<Constants> = Arc::default();
+    let block = |layer| XlBlock { d: d.clone(), layer, constants: Arc::clone(&constants) };
+    run.map(|layer| Box::new(block(layer)) as Box<dyn Layer>).collect()
+}
+
 /// The constants of a model's attention, shared by its layers.
 #[derive(Default)]
-pub(super) struct Constants {
+struct Constants {
     made: Mutex<BTreeMap<Key, (Tensor, Tensor)>>,
 }
 
 /// Tokens remembered, T, M, and the number of the kind.
 type Key = (i64, i64, i64, i32);
 
-pub(super) struct XlBlock {
+struct XlBlock {
     d: Dimensions,
     /// Number of the layer in the whole model, from 0.
     layer: usize,
@@ -56,10 +89,6 @@ pub(super) struct XlBlock {
 }
 
 impl XlBlock {
-    pub(super) fn new(dimensions: &Dimensions, layer: usize, constants: Arc<Constants>) -> XlBlock {
-        XlBlock { d: dimensions.clone(), layer, constants }
-    }
-
     /// R [L+1, D], the sinusoids of the distances L-1 ... 0 and a row of zeros, and what is added to the scores
     /// [T, L]: 0, or -inf where a query does not look.
     fn constants(&self, m: i64, t: i64, limit: i64, like: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -240,9 +269,8 @@ impl Layer for XlBlock {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Memory, Stack, initial};
+    use super::super::{Arch, Memory, ModelConfig, Stack, initial};
     use super::*;
-    use crate::config::{Arch, ModelConfig};
     use crate::schedule::Tie;
     use tch::Kind;
 

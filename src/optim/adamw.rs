@@ -10,10 +10,10 @@
 use multiversion::multiversion;
 
 use super::StateBuffer;
-use super::config::{OptimizerConfig, within};
+use super::config::OptimizerConfig;
 use super::elementwise::{self, Chunk, Common};
 use super::rule::{Rule, Step, Weights};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
 /// The rule.
@@ -25,9 +25,9 @@ pub struct Adamw {
 /// Whether its keys can be used.
 pub fn check(config: &OptimizerConfig) -> Result<()> {
     for beta in config.betas {
-        within("optimizer.betas", beta, (0.0..1.0).contains(&beta), "must be at least 0 and below 1")?;
+        Error::unless((0.0..1.0).contains(&beta), "optimizer.betas", beta, "must be at least 0 and below 1")?;
     }
-    within("optimizer.eps", config.eps, config.eps > 0.0, "must be above 0")
+    Error::unless(config.eps > 0.0, "optimizer.eps", config.eps, "must be above 0")
 }
 
 impl Adamw {

@@ -89,22 +89,22 @@ impl Default for OptimizerConfig {
 /// # Errors
 /// [`Error::Config`] for the first that cannot.
 pub fn check(o: &OptimizerConfig) -> Result<()> {
-    within("optimizer.lr", o.lr, o.lr > 0.0, "must be above 0")?;
-    within("optimizer.min_lr", o.min_lr, o.min_lr >= 0.0 && o.min_lr <= o.lr, "must lie between 0 and optimizer.lr")?;
+    Error::unless(o.lr > 0.0, "optimizer.lr", o.lr, "must be above 0")?;
+    Error::unless(
+        o.min_lr >= 0.0 && o.min_lr <= o.lr,
+        "optimizer.min_lr",
+        o.min_lr,
+        "must lie between 0 and optimizer.lr",
+    )?;
     adamw::check(o)?;
     sgd::check(o)?;
-    within("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0.0, "must be 0 or more")?;
+    Error::unless(o.weight_decay >= 0.0, "optimizer.weight_decay", o.weight_decay, "must be 0 or more")?;
 
     let clip = o.clip.unwrap_or(1.0);
-    within("optimizer.clip", clip, clip > 0.0, "must be above 0; leave it out for no clipping")?;
+    Error::unless(clip > 0.0, "optimizer.clip", clip, "must be above 0; leave it out for no clipping")?;
     if o.clip_scope == ClipScope::Global {
         let remedy = "stages have no common instant for one norm; leave it out, or take \"stage\"";
         return Err(Error::config("optimizer.clip_scope", "`global`", remedy));
     }
     Ok(())
-}
-
-/// Whether a number is `good`, and a number at all.
-pub(super) fn within(setting: &str, value: f64, good: bool, remedy: &str) -> Result<()> {
-    if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
 }

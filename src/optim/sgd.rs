@@ -5,10 +5,10 @@
 use multiversion::multiversion;
 
 use super::StateBuffer;
-use super::config::{OptimizerConfig, within};
+use super::config::OptimizerConfig;
 use super::elementwise::{self, Chunk, Common};
 use super::rule::{Rule, Step, Weights};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
 /// The rule.
@@ -19,7 +19,7 @@ pub struct Sgd {
 /// Whether its key can be used.
 pub fn check(config: &OptimizerConfig) -> Result<()> {
     let good = (0.0..1.0).contains(&config.momentum);
-    within("optimizer.momentum", config.momentum, good, "must be at least 0 and below 1")
+    Error::unless(good, "optimizer.momentum", config.momentum, "must be at least 0 and below 1")
 }
 
 impl Sgd {

@@ -13,9 +13,8 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::config::{DataConfig, Tokenizer};
 use crate::data::prepared::{self, Header, Prepared, Source};
-use crate::data::{Vocabulary, cut_text, made, utf8};
+use crate::data::{DataConfig, Tokenizer, Vocabulary, cut_text, made, utf8};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 

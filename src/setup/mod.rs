@@ -1,7 +1,5 @@
 //! What is true: a config checked once, with everything that follows from it. Nobody checks again.
 
-mod checks;
-
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,12 +7,12 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 
 use crate::checkpoint::{Checkpoint, Pipeline, ShardKind};
-use crate::config::{Config, EvalConfig, LayersPerStage, Order, TieGradient};
-use crate::data::{Corpus, Shape, Tokens};
+use crate::config::{Config, EvalConfig, LayersPerStage};
+use crate::data::{Corpus, Order, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay, version};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
-use crate::model::{self, Dimensions, Memory, Stack};
+use crate::model::{self, Dimensions, Memory, Stack, TieGradient};
 use crate::number::LATE;
 use crate::optim::Optimizer;
 use crate::params::Layout;
@@ -23,7 +21,6 @@ use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule, check};
 use crate::table::End;
 use crate::wire::Wire;
-pub use checks::{check_cutoffs, check_placement, check_settings};
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
 const CHECKED_STEPS: usize = 64;
@@ -56,14 +53,14 @@ impl Setup {
     /// # Errors
     /// [`Error::Config`] and [`Error::Data`], naming setting, value and remedy.
     pub fn new(config: Config) -> Result<Setup> {
-        check_settings(&config)?;
+        config.check()?;
         let grid = config.grid();
         let rows = rows(&config)?;
         let mut schedule = schedule(&config)?;
         check_counts(&config)?;
         let corpus = Arc::new(Corpus::open(&config.data, config.seed, held_sequence(&config), None)?);
         let vocabulary = corpus.vocabulary.len();
-        check_cutoffs(&config.model, vocabulary)?;
+        config.model.check_cutoffs(vocabulary)?;
         let shares = corpus.train.shares(&config.model.cutoffs);
         let dimensions = Dimensions { shares, ..Dimensions::new(&config.model, vocabulary, config.data.sequence) };
         let partition = layers(&config, &dimensions)?;
@@ -294,7 +291,7 @@ fn check_counts(config: &Config) -> Result<()> {
 
 /// The share of a replica in an evaluation (windows or streams), and its microbatches.
 fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
-    let (shape, replicas) = (Shape::eval(config), config.grid.replicas);
+    let (shape, replicas) = (config.reading().eval, config.grid.replicas);
     let (share, microbatches, wanted) = match config.order() {
         Order::Shuffled => {
             let wanted = shape.wanted_windows(held_out, eval.tokens);
@@ -322,7 +319,7 @@ fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize
 
 /// Whether the training text is long enough for its streams.
 fn check_streams(config: &Config, corpus: &Corpus) -> Result<()> {
-    if config.order() == Order::Shuffled || Shape::train(config).segments(&corpus.train) > 0 {
+    if config.order() == Order::Shuffled || config.reading().train.segments(&corpus.train) > 0 {
         return Ok(());
     }
     let needed = config.batch * config.data.sequence + 1;

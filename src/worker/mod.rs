@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::{Beside, Content, Ports, Reduction, Reporter};
-use crate::config::{ModelConfig, OnNonfinite};
+use crate::config::OnNonfinite;
 use crate::data::Batches;
 use crate::delay::version;
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ use crate::inject::Fault;
 use crate::metrics::clock::{Clock, Share};
 use crate::metrics::memory::{self, Gauge};
 use crate::metrics::{Mode, Report};
-use crate::model::{Dimensions, Memory, Stack};
+use crate::model::{Dimensions, Memory, ModelConfig, Stack};
 use crate::number::Number;
 use crate::optim::{UpdateScalars, learning_rate, norm};
 use crate::panel::{Panel, Word};
@@ -95,7 +95,7 @@ impl Worker {
         if setup.late && mode.emulation.is_none() {
             rehearse(&setup, &mut posts, &mut table)?;
         }
-        let batches = Batches::new(Arc::clone(&setup.corpus), config);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
         let (reports, panel) = (ports.reports, ports.panel);
         let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
         let clock = Clock::new(&setup.schedule, &stages);

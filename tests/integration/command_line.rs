@@ -335,7 +335,7 @@ fn documented_configs_are_valid() {
 /// texts that have the real vocabularies.
 #[test]
 fn recipes_fit_three_four_and_five_stages() {
-    use ouroboros::config::Tokenizer;
+    use ouroboros::data::Tokenizer;
     use ouroboros::data::prepared::{Source, write};
     use ouroboros::data::{Listed, Vocabulary};
 

@@ -57,7 +57,7 @@ fn a_tied_model_on_one_device_is_plain_training() {
         let setup = tiny(&[&sets[..], &[tie]].concat());
         let config = &setup.config;
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
-        let batches = Batches::new(Arc::clone(&setup.corpus), config);
+        let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
         let parameters = ouroboros::model::parameters(&setup.dimensions);
         let leaf =
             |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true);
@@ -93,7 +93,7 @@ fn a_tied_model_on_one_device_is_plain_training() {
 fn plain_loop(steps: usize) -> Vec<f64> {
     let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12", "model.tie=none"]);
     let config = &setup.config;
-    let batches = Batches::new(Arc::clone(&setup.corpus), config);
+    let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
     let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
     let mut weights: Vec<Tensor> = model
         .parameters()

@@ -1,7 +1,6 @@
 //! Against an independent implementation: golden values of tests/reference/, made in float64 by the definition.
 
-use ouroboros::config::{Arch, ModelConfig, Norm};
-use ouroboros::model::{Dimensions, Memory, Stack};
+use ouroboros::model::{Arch, Dimensions, Memory, ModelConfig, Norm, Stack};
 use ouroboros::schedule::Tie;
 use serde::Deserialize;
 use std::collections::BTreeMap;

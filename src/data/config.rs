@@ -1,8 +1,10 @@
-//! The keys of `[data]`.
+//! The section `[data]`, and its check.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
 
 /// The text to train on. With none of `path`, `paths`, `synthetic`: 4,000,000 synthetic bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +40,37 @@ pub enum Order {
     Shuffled,
     /// Every row of the batch goes through a part of the text of its own, from one step to the next.
     Streams,
+}
+
+impl DataConfig {
+    /// Whether every key can be used, by itself and with the others of the section.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first that cannot.
+    pub fn check(&self) -> Result<()> {
+        Error::unless_at_least_one("data.sequence", self.sequence)?;
+        Error::unless_at_least_one("data.min_count", self.min_count)?;
+        if self.tokenizer != Tokenizer::Words {
+            let remedy = "only data.tokenizer = \"words\" has it; leave it out";
+            if self.min_count > 1 {
+                return Err(Error::config("data.min_count", self.min_count, remedy));
+            }
+            if let Some(path) = &self.vocabulary {
+                return Err(Error::config("data.vocabulary", path.display(), remedy));
+            }
+        }
+
+        let named = [self.path.is_some(), self.paths.is_some(), self.synthetic.is_some()];
+        if named.into_iter().filter(|given| *given).count() > 1 {
+            return Err(Error::config("data", "more than one of path, paths, synthetic", "keep one of them"));
+        }
+        match self.held_out {
+            HeldOut::Fraction(f) => {
+                Error::unless(f > 0.0 && f < 1.0, "data.held_out", f, "a fraction lies between 0 and 1")
+            }
+            HeldOut::File(_) => Ok(()),
+        }
+    }
 }
 
 impl Default for DataConfig {

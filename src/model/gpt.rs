@@ -1,22 +1,49 @@
-//! One pre-LN Transformer layer, as in GPT-2 (Radford et al. 2019): `x += attention(norm(x)); x += mlp(norm(x))`.
+//! A decoder as GPT-2 (Radford et al. 2019): learned positions, pre-LN layers `x += attention(norm(x)); x += mlp(norm(x))`
+//! with causal attention and GELU.
+
+use std::ops::Range;
 
 use tch::Tensor;
 
+use super::architecture::Blocks;
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Remembered, layer_norm, matrix_std, named};
+use super::{
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, layer_norm, matrix_std,
+    named,
+};
 use crate::error::Result;
 
-pub(super) struct Block {
+/// The family.
+pub(super) const ARCHITECTURE: Architecture = Architecture {
+    name: "transformer",
+    positions: Positions::Learned,
+    norms: &[Norm::Pre],
+    scales_embedding: false,
+    head_bias: false,
+    head_dropout: false,
+    has_memory: false,
+    has_attention_dropout: false,
+    block_cost,
+    blocks,
+};
+
+/// `4 D^2 + 2 D F` for the matrices, `T D` for causal attention.
+fn block_cost(d: &Dimensions) -> f64 {
+    let (dm, f, t) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64);
+    4.0 * dm * dm + 2.0 * dm * f + t * dm
+}
+
+fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
+    run.map(|layer| Box::new(Block { d: d.clone(), layer }) as Box<dyn Layer>).collect()
+}
+
+struct Block {
     d: Dimensions,
     /// Number of the layer in the whole model, from 0.
     layer: usize,
 }
 
 impl Block {
-    pub(super) fn new(dimensions: &Dimensions, layer: usize) -> Block {
-        Block { d: dimensions.clone(), layer }
-    }
-
     /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(D/H)) v` a head.
     fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };

@@ -1,0 +1,43 @@
+//! The section `[eval]`, and its check.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Evaluation on the held-out text while training; each one is a sync point.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalConfig {
+    /// Steps between two evaluations; one more stands at the end of the run.
+    #[serde(default = "default_every")]
+    pub every: usize,
+    /// Tokens of the held-out text to read; none: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
+    /// Tokens a sequence; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<usize>,
+    /// Tokens that a Transformer-XL remembers; none: those of training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_len: Option<usize>,
+    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
+}
+
+impl EvalConfig {
+    /// Whether every key can be used by itself.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first that cannot.
+    pub fn check(&self) -> Result<()> {
+        Error::unless_at_least_one("eval.every", self.every)?;
+        Error::unless_at_least_one("eval.tokens", self.tokens.unwrap_or(1))?;
+        Error::unless_at_least_one("eval.sequence", self.sequence.unwrap_or(1))?;
+        Error::unless_at_least_one("eval.batch", self.batch.unwrap_or(1))
+    }
+}
+
+fn default_every() -> usize {
+    100
+}

@@ -1,0 +1,199 @@
+//! The section `[model]`, and its check.
+
+use serde::{Deserialize, Serialize};
+
+use super::architecture::Architecture;
+use crate::error::{Error, Result};
+use crate::schedule::Tie;
+
+/// The architectures; what each is stands in its [`Architecture`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Arch {
+    /// Pre-LN decoder with learned positions, GELU and causal attention.
+    Transformer,
+    /// Segment recurrence, relative positions, ReLU; post-LN unless asked otherwise.
+    #[serde(rename = "transformer-xl")]
+    TransformerXl,
+}
+
+/// Where a layer normalises.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norm {
+    /// Before each branch, and once more before the head.
+    Pre,
+    /// After each residual sum.
+    Post,
+}
+
+/// The model's sizes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    pub arch: Arch,
+    pub layers: usize,
+    pub d_model: usize,
+    pub heads: usize,
+    pub d_ff: usize,
+    /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
+    /// position-wise network and before the head.
+    pub dropout: f64,
+    /// Tokens after which a new cluster of the vocabulary begins, for adaptive input and softmax; none: one cluster.
+    pub cutoffs: Vec<usize>,
+    /// Every cluster's rows are narrower than those of the one before by this factor.
+    pub div_val: usize,
+    /// Width of the embedding's and of the head's rows; none: `d_model`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_width: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_width: Option<usize>,
+    /// Whether embedding and head share one table, and how it is updated under delay.
+    pub tie: Tie,
+    /// What a tied table's gradient is made of its two parts.
+    pub tie_gradient: TieGradient,
+    /// Tokens that every layer of a Transformer-XL remembers of earlier segments.
+    pub mem_len: usize,
+    /// Transformer-XL: distances beyond this one count as this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clamp_len: Option<usize>,
+    /// Transformer-XL: every query looks at `mem_len` keys.
+    pub same_length: bool,
+    /// By default post for a Transformer-XL; a Transformer is pre.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm: Option<Norm>,
+    /// Of the attention's probabilities (Transformer-XL).
+    pub attention_dropout: f64,
+}
+
+impl ModelConfig {
+    /// What its family is.
+    pub fn architecture(&self) -> &'static Architecture {
+        self.arch.architecture()
+    }
+
+    /// Where the layers normalise.
+    pub fn norm(&self) -> Norm {
+        self.norm.unwrap_or(self.architecture().norms[0])
+    }
+
+    /// Whether every key can be used, by itself and with the others of the section.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first that cannot.
+    pub fn check(&self) -> Result<()> {
+        Error::unless_at_least_one("model.layers", self.layers)?;
+        Error::unless_at_least_one("model.d_model", self.d_model)?;
+        Error::unless_at_least_one("model.heads", self.heads)?;
+        Error::unless_at_least_one("model.d_ff", self.d_ff)?;
+        if !self.d_model.is_multiple_of(self.heads) {
+            let remedy = format!("must be a multiple of model.heads = {}", self.heads);
+            return Err(Error::config("model.d_model", self.d_model, remedy));
+        }
+
+        for (setting, rate) in [("model.dropout", self.dropout), ("model.attention_dropout", self.attention_dropout)] {
+            Error::unless((0.0..1.0).contains(&rate), setting, rate, "must be at least 0 and below 1")?;
+        }
+        self.check_widths()?;
+        self.check_architecture()
+    }
+
+    /// Widths of embedding and head, and what a tie needs of them.
+    fn check_widths(&self) -> Result<()> {
+        Error::unless_at_least_one("model.div_val", self.div_val)?;
+        let widths = [("model.embedding_width", self.embedding_width), ("model.head_width", self.head_width)];
+        for (setting, width) in widths {
+            Error::unless_at_least_one(setting, width.unwrap_or(1))?;
+        }
+        if self.div_val > 1 && self.cutoffs.is_empty() {
+            return Err(Error::config("model.div_val", self.div_val, "means something with model.cutoffs only"));
+        }
+
+        let embedding = self.embedding_width.unwrap_or(self.d_model);
+        let head = self.head_width.unwrap_or(self.d_model);
+        let (narrowest, clusters) = (embedding.min(head), self.cutoffs.len() as u32);
+        if self.div_val.checked_pow(clusters).is_none_or(|scale| scale > narrowest) {
+            let remedy = format!("{clusters} further clusters leave less than one value of a width of {narrowest}");
+            return Err(Error::config("model.div_val", self.div_val, remedy));
+        }
+        if self.tie != Tie::Untied && embedding != head {
+            let found = format!("{embedding}, and a head_width of {head}");
+            let remedy = "a tied table has one width: make them equal, or set model.tie = \"none\"";
+            return Err(Error::config("model.embedding_width", found, remedy));
+        }
+        Ok(())
+    }
+
+    /// Keys that only some architectures have.
+    fn check_architecture(&self) -> Result<()> {
+        let architecture = self.architecture();
+        let given = |given: bool, value: String| given.then_some(value);
+        let memory = [
+            ("model.mem_len", given(self.mem_len > 0, self.mem_len.to_string())),
+            ("model.clamp_len", self.clamp_len.map(|clamp| clamp.to_string())),
+            ("model.same_length", given(self.same_length, "true".into())),
+        ];
+        for (setting, found) in memory.into_iter().filter(|_| !architecture.has_memory) {
+            found.map_or(Ok(()), |found| Err(Architecture::refuse(setting, found, |other| other.has_memory)))?;
+        }
+
+        if !architecture.norms.contains(&self.norm()) {
+            let word = if self.norm() == Norm::Post { "post" } else { "pre" };
+            return Err(Architecture::refuse("model.norm", word, |other| other.norms.contains(&self.norm())));
+        }
+        if self.attention_dropout > 0.0 && !architecture.has_attention_dropout {
+            let rate = self.attention_dropout;
+            return Err(Architecture::refuse("model.attention_dropout", rate, |other| other.has_attention_dropout));
+        }
+        Ok(())
+    }
+
+    /// Whether the clusters of the vocabulary fit it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `model.cutoffs`.
+    pub fn check_cutoffs(&self, vocabulary: usize) -> Result<()> {
+        let cutoffs = &self.cutoffs;
+        let rising = cutoffs.windows(2).all(|pair| pair[0] < pair[1]);
+        if rising && cutoffs.first() != Some(&0) && cutoffs.last().is_none_or(|last| *last < vocabulary) {
+            return Ok(());
+        }
+
+        let remedy = format!("rising numbers above 0 and below the size of the vocabulary, {vocabulary}");
+        Err(Error::config("model.cutoffs", format!("{cutoffs:?}"), remedy))
+    }
+}
+
+/// How the two parts of a tied table's gradient are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TieGradient {
+    /// The true gradient.
+    Sum,
+    /// Half of it, as in the paper.
+    Mean,
+}
+
+impl Default for ModelConfig {
+    fn default() -> ModelConfig {
+        ModelConfig {
+            arch: Arch::Transformer,
+            layers: 4,
+            d_model: 128,
+            heads: 4,
+            d_ff: 512,
+            dropout: 0.0,
+            cutoffs: Vec::new(),
+            div_val: 1,
+            embedding_width: None,
+            head_width: None,
+            tie: Tie::Aligned,
+            tie_gradient: TieGradient::Sum,
+            mem_len: 0,
+            clamp_len: None,
+            same_length: false,
+            norm: None,
+            attention_dropout: 0.0,
+        }
+    }
+}
