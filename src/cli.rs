@@ -4,16 +4,16 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::control::Limits;
+use crate::control::Mode;
 use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Result;
 use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
-use crate::metrics::Mode;
 use crate::prepare::Request;
 use crate::schedule::{Kind, Tie};
-use crate::stop::Limits;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
 #[derive(Debug, Parser)]

@@ -18,16 +18,14 @@ use std::time::Instant;
 use tch::{Kind, Tensor};
 
 use crate::checkpoint::Snapshot;
-use crate::comm::Reporter;
 use crate::config::OnNonfinite;
+use crate::control::{Gate, GateDecision, Report, Reporter};
 use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::metrics::Report;
 use crate::model::{self, Dropout, Memory, Stack};
 use crate::optim::{Optimizer, UpdateScalars, learning_rate, norm};
-use crate::panel::{Panel, Word};
 use crate::params::{Layout, UpdateBuffers, zeros};
 use crate::schedule::Tie;
 use crate::setup::Setup;
@@ -61,7 +59,7 @@ pub struct Emulator {
     memories: BTreeMap<(usize, usize), Vec<Memory>>,
     batches: Batches,
     reports: Reporter,
-    panel: Arc<Panel>,
+    gate: Arc<Gate>,
     /// The run ends before this step.
     stop: Option<usize>,
     out: PathBuf,
@@ -72,7 +70,7 @@ impl Emulator {
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, reports: Reporter, panel: Arc<Panel>, out: PathBuf) -> Result<Emulator> {
+    pub fn new(setup: Arc<Setup>, reports: Reporter, gate: Arc<Gate>, out: PathBuf) -> Result<Emulator> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
         let weights = |parameters: &[model::Parameter], delay: usize| -> Result<Weights> {
@@ -94,7 +92,7 @@ impl Emulator {
                 memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
             }
         }
-        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, panel, stop: None, out, setup })
+        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, gate, stop: None, out, setup })
     }
 
     /// The whole run.
@@ -110,7 +108,7 @@ impl Emulator {
             }
             // What a step does may depend on whether the run ends after it.
             let more = t + 1 < setup.config.steps;
-            if more && t + 1 >= self.panel.limit() && self.panel.wait(t + 1)? == Word::Stop {
+            if more && t + 1 >= self.gate.limit() && self.gate.wait(t + 1)? == GateDecision::Stop {
                 self.stop = Some(t + 1);
             }
             if t > setup.start() && setup.schedule.sync.contains(t) {
@@ -343,7 +341,7 @@ impl Emulator {
             None => (&mut self.table, self.setup.schedule.delays[0], self.setup.tie_factor()),
         };
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
-        let number = norm(sum, self.setup.late)?;
+        let number = norm(sum, self.setup.readback)?;
         let norm = number.now()? * mean;
         if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let place = Place { stage: stage.unwrap_or(0), replica: 0 };

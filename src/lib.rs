@@ -2,32 +2,42 @@
 //! replicas. Each stage applies gradients that are a known number of updates old, so no stage waits for the whole
 //! pipeline.
 //!
-//! The way of a batch, in the order of the modules below; a file uses only what stands above it:
+//! A step, as the worker of a device makes it:
 //!
 //! ```text
-//! config     what is asked            -> setup   what is true
-//! grid       K x R places             -> partition   layers of each stage
-//! topology   the nodes below them     -> selftest    whether their links do what is said of them
-//! delay      versions, sync points    -> schedule    what each stage does, in which order
-//! precision  of weights and activations  wire        of what travels
-//! device     processor or GPU            number      what it computes for the host, known or read later
+//! while let Some(action) = next_action()      the schedule's list, as far as the gate lets it
+//!     Load                    data::Batches
+//!     Forward, Backward       stage::Stage       at the step's version of the weights (params::Versions)
+//!     Send*, Recv*            comm::Link         activations down, gradients up
+//!     Reduce                  comm::ReplicaGroup sum over the replicas
+//!     Update                  optim::Optimizer   the next version
+//!     Part ... UpdateTable    table::Table       the tied embedding, at both ends of the pipeline
+//!     Save                    checkpoint::Snapshot   the state, copied and written beside the training
+//! ```
 //!
-//! worker:    for action in schedule.device_actions(device):
-//!                Load                    data::Batches
-//!                Forward, Backward       stage::Stage       at the step's version of the weights (params::Versions)
-//!                Send*, Recv*            comm::Link         activations down, gradients up
-//!                Reduce                  comm::ReplicaGroup sum over the replicas
-//!                Update                  optim::Optimizer   the next version
-//!                Part ... UpdateTable    table::Table       the tied embedding, at both ends of the pipeline
-//!                Save                    checkpoint::Snapshot   the state, copied and written beside the training
+//! The modules, in the order in which they are declared; a file uses only what stands above it:
 //!
-//! metrics    what the places report      checkpoint   what is saved, and how a run goes on from it
-//! pulse      what a rank is doing, for the watchdog of metrics
-//! panel      how far a place may go, and where it is told to stop (stop, signals: by whom)
-//! failure    panics become errors, and of several the first that is a cause is shown; of a rank that cannot speak any
-//!            more its neighbours tell (comm::mpi)
-//! emulator   the same arithmetic in one process: the definition of correct
+//! ```text
+//! allocator  the heap                        grid        K x R places
+//! error      what goes wrong, in words       runtime     libtorch's version, the log
+//! device     processor or GPU                topology    the nodes below the grid
+//! failure    panics become errors            partition   layers of each stage
+//! delay      versions, sync points           schedule    what each stage does, in which order
+//! precision  of weights and activations      wire        of what travels
+//! random     pure functions of the seed      data        [data], corpus, batches
+//! model      [model], layers, families       number      scalars of a device, read now or later
+//! params     flat buffers and versions       optim       [optimizer], one file a rule
+//! table      the tied embedding              config      what is asked: the other sections, and their checks
+//! emulation  stages that sleep               checkpoint  saved states
+//! setup      what is true                    stage       forward and backward of a microbatch
+//! inject     faults on purpose               clock       where a device's time goes
+//! control    reports, controls, gate, heartbeat, stop    comm        links and groups: threads, MPI, NCCL
+//! memory     predicted, measured, limited    metrics     sinks, summary, the table of a benchmark
+//! coordinator  rank 0: steps, commits, stop, watchdog    selftest    whether links do what is said of them
+//! prepare    corpora                         worker      one device at work
+//! emulator   the oracle: the same arithmetic in one process, the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
+//! cli        what can be typed               commands    the short ones
 //! ```
 //!
 //! Whoever reads [`delay`], [`schedule`] and [`worker`] has read the algorithm.
@@ -60,12 +70,12 @@ pub mod checkpoint;
 pub mod setup;
 pub mod stage;
 pub mod inject;
-pub mod pulse;
-pub mod panel;
-pub mod stop;
-pub mod metrics;
+pub mod clock;
+pub mod control;
 pub mod comm;
-pub mod signals;
+pub mod memory;
+pub mod metrics;
+pub mod coordinator;
 pub mod selftest;
 pub mod prepare;
 pub mod worker;

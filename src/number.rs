@@ -5,8 +5,17 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Steps that a number may be late.
-pub const LATE: usize = 2;
+/// Steps that a number may be read late.
+pub const READBACK_STEPS: usize = 2;
+
+/// When the host reads what a device has computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readback {
+    /// At once, waiting for it.
+    Now,
+    /// Up to [`READBACK_STEPS`] steps later, so that nobody waits.
+    Deferred,
+}
 
 /// One number.
 #[derive(Debug)]
@@ -21,10 +30,10 @@ impl Number {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn of(tensor: &Tensor, late: bool) -> Result<Number> {
-        match late {
-            true => Ok(Number::Pending(tensor.f_detach()?.f_to_kind(Kind::Double)?)),
-            false => Ok(Number::Known(tensor.f_double_value(&[])?)),
+    pub fn of(tensor: &Tensor, readback: Readback) -> Result<Number> {
+        match readback {
+            Readback::Deferred => Ok(Number::Pending(tensor.f_detach()?.f_to_kind(Kind::Double)?)),
+            Readback::Now => Ok(Number::Known(tensor.f_double_value(&[])?)),
         }
     }
 
@@ -72,9 +81,9 @@ mod tests {
     #[test]
     fn a_number_is_the_same_now_and_later() {
         let tensor = Tensor::from(0.1f32);
-        for late in [false, true] {
-            let sum = Number::Known(1.5).plus(Number::of(&tensor, late).unwrap()).unwrap();
-            let sum = sum.plus(Number::of(&tensor, late).unwrap()).unwrap();
+        for readback in [Readback::Now, Readback::Deferred] {
+            let sum = Number::Known(1.5).plus(Number::of(&tensor, readback).unwrap()).unwrap();
+            let sum = sum.plus(Number::of(&tensor, readback).unwrap()).unwrap();
             assert_eq!(sum.times(0.25).unwrap().now().unwrap(), (1.5 + 2.0 * f64::from(0.1f32)) * 0.25);
         }
     }

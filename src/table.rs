@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
-use crate::number::Number;
+use crate::number::{Number, Readback};
 use crate::optim::{Optimizer, UpdateScalars, norm};
 use crate::params::{Layout, UpdateBuffers, Versions, bytes, here};
 
@@ -77,7 +77,7 @@ impl Table {
     /// What libtorch reports.
     pub fn close(&mut self, end: End) -> Result<Tensor> {
         let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
-        let gradient = self.versions.gradient(side);
+        let mut gradient = self.versions.gradient(side).shallow_clone();
         let part = gradient.f_detach_copy()?;
         let _ = gradient.f_zero_()?;
         Ok(part)
@@ -140,13 +140,13 @@ impl Table {
     }
 
     /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
-    /// is `mean` times the sum, before clipping, to be read `late` or known. If that is not finite the update is left out.
+    /// is `mean` times the sum, before clipping. If that is not finite the update is left out.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is none.
-    pub fn update(&mut self, lr: f64, mean: f64, late: bool) -> Result<Number> {
+    pub fn update(&mut self, lr: f64, mean: f64, readback: Readback) -> Result<Number> {
         let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
-        let norm = norm(&gradient, late)?;
+        let norm = norm(&gradient, readback)?;
         let (optimizer, scalars) = (&mut self.optimizer, UpdateScalars { lr, mean, norm: &norm });
         self.versions.advance(|own| {
             let buffers = UpdateBuffers { gradient: &mut gradient, ..own };

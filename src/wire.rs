@@ -7,15 +7,6 @@
 
 use tch::{Kind, TchError, Tensor};
 
-/// Values of a gradient that an all-reduce over ranks works on at once, 2 MiB of f32, and how many such parts are under way:
-/// what comes from the other replicas is kept beside the gradient, and must not be a second one. Several, because a part
-/// crosses the link twice, and on a busy link each crossing begins with a wait.
-pub const PART: usize = 1 << 19;
-pub const PARTS_UNDER_WAY: usize = 4;
-
-/// How the memory of gradients is called that replicas of one host share.
-pub const SHARED_NAME: &str = "ouroboros-gradient-";
-
 /// The type of the values on the wire; everything else stays f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -72,7 +72,7 @@ impl Checkpoint {
     }
 
     fn read(path: &Path) -> Result<Checkpoint> {
-        let checkpoint = Checkpoint::told(path)?;
+        let checkpoint = Checkpoint::open_verified(path)?;
         checkpoint.manifest.shards.iter().try_for_each(|shard| checkpoint.verify(shard))?;
         Ok(checkpoint)
     }
@@ -81,7 +81,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it cannot be read.
-    pub fn told(path: &Path) -> Result<Checkpoint> {
+    pub fn open_verified(path: &Path) -> Result<Checkpoint> {
         let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
         let text = fs::read_to_string(path.join(MANIFEST)).map_err(|error| wrong(&error))?;
         // The number of the format first: the rest may be another in another format.

@@ -8,11 +8,10 @@ use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
-use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checked};
+use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, checked};
+use crate::control::{Control, Controls, Gate, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
-use crate::metrics::Report;
-use crate::panel::{Control, Controls, Panel};
 use crate::wire::Wire;
 
 type Message = (Header, Tensor);
@@ -53,16 +52,16 @@ pub fn connect(
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, panel: Arc::new(Panel::new(limit, "this process", None)), beside: None }
+        Ports { places, reports: reporter, gate: Arc::new(Gate::new(limit, "this process", None)), beside: None }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
-    let panels: Vec<Arc<Panel>> = ports.iter().map(|ports| Arc::clone(&ports.panel)).collect();
+    let panels: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
     let reports = reports.clone();
     let tell = move |control| {
-        for (rank, panel) in panels.iter().enumerate() {
-            panel.tell(control);
+        for (rank, gate) in panels.iter().enumerate() {
+            gate.apply(control);
             if control == Control::Ask {
-                let _ = reports.send(Report::Pulse { rank, beat: panel.pulse.beat() }); // The recorder itself asks.
+                let _ = reports.send(Report::Heartbeat { rank, beat: gate.heartbeat.beat() }); // The coordinator itself asks.
             }
         }
     };

@@ -13,10 +13,9 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
+use crate::control::{Gate, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::metrics::Report;
-use crate::panel::Panel;
 use crate::schedule::Pass;
 use crate::wire::Wire;
 
@@ -185,27 +184,9 @@ pub struct Ports {
     /// One for each place that the rank holds.
     pub places: Vec<Ends>,
     pub reports: Reporter,
-    pub panel: Arc<Panel>,
+    pub gate: Arc<Gate>,
     /// Where values travel by themselves.
     pub beside: Option<Arc<dyn Beside>>,
-}
-
-/// Takes the reports of a place to the recorder on rank 0.
-#[derive(Clone)]
-pub struct Reporter(Arc<dyn Fn(Report) -> Result<()> + Send + Sync>);
-
-impl Reporter {
-    pub fn new(send: impl Fn(Report) -> Result<()> + Send + Sync + 'static) -> Reporter {
-        Reporter(Arc::new(send))
-    }
-
-    /// Sends without waiting.
-    ///
-    /// # Errors
-    /// If the recorder is gone.
-    pub fn send(&self, report: Report) -> Result<()> {
-        (self.0)(report)
-    }
 }
 
 /// Compares the header that came with the one that the schedule calls for.

@@ -7,7 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
 use crate::error::{Error, Result};
 use crate::grid::Placement;
-use crate::metrics::limits;
+use crate::memory;
 use crate::setup::Setup;
 use crate::topology::Topology;
 
@@ -40,7 +40,7 @@ pub(super) fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
     let saved = match found? {
         Some(saved) => Some(saved),
         None if all[0].is_empty() => None,
-        None => Some(Checkpoint::told(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
+        None => Some(Checkpoint::open_verified(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
     };
     match saved {
         Some(saved) => setup.resume(saved),
@@ -63,7 +63,7 @@ pub(super) fn hosts(world: &World) -> Result<Vec<String>> {
 /// Refuses a machine whose limits the ranks on it would break.
 pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
-    let group = limits::control_group().unwrap_or_default();
+    let group = memory::control_group().unwrap_or_default();
     let all = world.all_gather(format!("{host}\n{group}").into_bytes())?;
     let of_rank = |(other, bytes): (usize, &Vec<u8>)| {
         let text = String::from_utf8_lossy(bytes);

@@ -7,14 +7,15 @@ use tch::Device;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{CheckpointConfig, Config};
+use crate::control::Mode;
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::inject::{Fault, Injection};
-use crate::metrics::{Mode, clock, memory};
 use crate::runtime;
 use crate::setup::Setup;
 use crate::topology::Topology;
+use crate::{clock, memory};
 
 /// Steps of a measurement, besides those that fill and drain the pipeline.
 const MEASURED_STEPS: usize = 16;

@@ -7,16 +7,18 @@ use std::sync::mpsc::{Sender, channel};
 use super::devices::chosen;
 use super::job::Job;
 use super::{announce, watch};
-use crate::comm::{Reporter, local};
+use crate::comm::local;
+use crate::control::SignalWatch;
+use crate::control::{Controls, Gate};
+use crate::control::{Mode, Report, Reporter};
+use crate::coordinator::{Coordinator, Ranks};
 use crate::device::Local;
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
-use crate::metrics::{Mode, Recorder, Report, Summary};
-use crate::panel::{Controls, Panel};
+use crate::metrics::Summary;
 use crate::runtime;
 use crate::setup::Setup;
-use crate::signals::SignalWatch;
 use crate::worker::Worker;
 
 /// The grid as threads of this process.
@@ -24,14 +26,14 @@ use crate::worker::Worker;
 /// # Errors
 /// The first error of any place, with the place.
 pub(super) fn threads(job: &Job) -> Placed<Summary> {
-    let (setup, out, recorder) =
+    let (setup, out, coordinator) =
         prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size(), &[])).map_err(|error| (None, error))?;
     announce(&setup, "threads of one process", job.mode(&setup).inject);
-    run_local(&setup, &out, recorder, job.mode(&setup))
+    run_local(&setup, &out, coordinator, job.mode(&setup))
 }
 
-/// Folder, log and recorder of a run in one process.
-fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Recorder)> {
+/// Folder, log and coordinator of a run in one process.
+fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Coordinator)> {
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
     let setup = setup.on(chosen.device());
@@ -41,16 +43,16 @@ fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup
         None => setup,
     };
     let (out, setup) = (job.out(&setup), Arc::new(setup));
-    let recorder = Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
+    let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;
-    Ok((setup, out, recorder))
+    Ok((setup, out, coordinator))
 }
 
 /// Trains `setup` on threads of this process; what `train --transport local` and the tests run.
 ///
 /// # Errors
 /// The first error of any place, with the place.
-pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode) -> Placed<Summary> {
+pub fn run_local(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: Mode) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
     let (schedule, watch) = (&setup.schedule, watch(out, &mode));
@@ -69,19 +71,20 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
                 }
             });
         }
-        let summary = recorder.run(&received, &controls, watch, grid.size(), grid.size() > 1);
+        let ranks = if grid.size() > 1 { Ranks::Threads } else { Ranks::Processes };
+        let summary = coordinator.run(&received, &controls, watch, grid.size(), ranks);
         if let Err((origin, error @ Error::Hang { .. })) = &summary {
             // The thread that stands still can be neither ended nor waited for.
             show(origin.as_deref(), error);
             std::process::exit(i32::from(error.exit_code()));
         }
-        // Whoever still wants to report, or to be told something, finds the recorder gone.
+        // Whoever still wants to report, or to be told something, finds the coordinator gone.
         drop((received, controls));
         summary
     });
     match (first.take(), summary) {
         (None, summary) => summary,
-        // The recorder's own error, which took the reports away from the places.
+        // The coordinator's own error, which took the reports away from the places.
         (Some((_, Error::Lost { .. })), Err(error)) => Err(error),
         (Some((rank, error)), _) => Err((Some(grid.name(rank)), error)),
     }
@@ -92,25 +95,25 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: Mode)
 /// # Errors
 /// What it finds.
 pub(super) fn oracle(job: &Job) -> Placed<Summary> {
-    let (setup, out, recorder) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
+    let (setup, out, coordinator) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
     announce(&setup, "emulated in one process", None);
-    run_emulated(&setup, &out, recorder, &job.mode)
+    run_emulated(&setup, &out, coordinator, &job.mode)
 }
 
 /// Trains `setup` with the oracle.
 ///
 /// # Errors
 /// What the oracle finds.
-pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &Mode) -> Placed<Summary> {
+pub fn run_emulated(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: &Mode) -> Placed<Summary> {
     let (reports, received) = channel();
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports)).map_err(|error| (None, error))?;
     let failed = reporter(&reports);
-    let panel = Arc::new(Panel::new(setup.schedule.sync.start + setup.lead(), "this process", None));
-    let told = Arc::clone(&panel);
-    let controls = Controls::new(move |control| told.tell(control));
+    let gate = Arc::new(Gate::new(setup.schedule.sync.start + setup.lead(), "this process", None));
+    let told = Arc::clone(&gate);
+    let controls = Controls::new(move |control| told.apply(control));
     let (outcome, summary) = std::thread::scope(|scope| {
-        let work = || Emulator::new(Arc::clone(setup), oracles, panel, out.to_owned())?.run();
+        let work = || Emulator::new(Arc::clone(setup), oracles, gate, out.to_owned())?.run();
         let oracle = scope.spawn(|| {
             let outcome = caught(work);
             if let Err(error) = &outcome {
@@ -118,7 +121,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
             }
             outcome
         });
-        let summary = recorder.without_watchdog().run(&received, &controls, watch(out, mode), 1, false);
+        let summary = coordinator.without_watchdog().run(&received, &controls, watch(out, mode), 1, Ranks::Processes);
         drop((received, controls));
         (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
     });
@@ -127,7 +130,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, recorder: Recorder, mode: &M
 
 fn reporter(reports: &Sender<Report>) -> Reporter {
     let reports = reports.clone();
-    Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the recorder is gone".into())))
+    Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the coordinator is gone".into())))
 }
 
 fn watch_signals(mode: &Mode, reports: Reporter) -> Result<Option<SignalWatch>> {

@@ -15,13 +15,13 @@ pub use job::{Job, Transport};
 pub use local::{run_emulated, run_local};
 
 use crate::comm::mpi;
+use crate::control;
+use crate::control::Mode;
+use crate::control::{STOPPED, Watch};
 use crate::error::Error;
 use crate::failure::{caught, show};
 use crate::inject::Injection;
-use crate::metrics::Mode;
 use crate::setup::Setup;
-use crate::signals;
-use crate::stop::{STOPPED, Watch};
 
 /// Runs a job on whatever carries it; the exit code. Errors have been printed.
 pub fn train(job: &Job) -> u8 {
@@ -33,7 +33,7 @@ pub fn train(job: &Job) -> u8 {
 
 fn run_job(job: &Job) -> u8 {
     if job.mode.signals {
-        signals::expect_early();
+        control::expect_early();
     }
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {

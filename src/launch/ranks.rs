@@ -15,15 +15,16 @@ use super::{announce, watch};
 use crate::comm::Ports;
 use crate::comm::mpi::World;
 use crate::comm::{nccl, staged};
+use crate::control::Report;
+use crate::control::STOPPED;
+use crate::control::SignalWatch;
+use crate::coordinator::{Coordinator, Ranks};
 use crate::error::{Error, Placed, Result};
 use crate::failure::{caught, panic_text, show};
 use crate::grid::Place;
-use crate::metrics::{Recorder, Report};
 use crate::runtime;
 use crate::selftest::{self, Measured};
 use crate::setup::Setup;
-use crate::signals::SignalWatch;
-use crate::stop::STOPPED;
 use crate::topology::Topology;
 use crate::worker::Worker;
 
@@ -65,8 +66,8 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     together(world, || on_their_nodes(topology.as_ref(), world))?;
     together(world, || enough_memory(job, world, &setup))?;
     let out = job.out(&setup);
-    let recorder = together(world, || match rank {
-        0 => Ok(Some(Recorder::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
+    let coordinator = together(world, || match rank {
+        0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
         _ => Ok(None),
     })?;
     together(world, || runtime::log_to(&out, rank))?;
@@ -82,7 +83,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     );
     let run = || -> Placed<bool> {
         let (ports, reports) = connected(job, world, &setup, carried, topology.as_ref())?;
-        run_rank(job, world, &setup, &out, ports, recorder.zip(reports))
+        run_rank(job, world, &setup, &out, ports, coordinator.zip(reports))
     };
     match run() {
         Ok(stopped) => Ok(if stopped { STOPPED } else { 0 }),
@@ -169,7 +170,7 @@ fn run_rank(
     setup: &Arc<Setup>,
     out: &Path,
     ports: Ports,
-    recorder: Option<(Recorder, Receiver<Report>)>,
+    coordinator: Option<(Coordinator, Receiver<Report>)>,
 ) -> Placed<bool> {
     let (rank, origin) = (world.identity.rank, origin(world, setup));
     let _signals = watch_signals(job, world, setup).map_err(|error| (None, error))?;
@@ -188,11 +189,12 @@ fn run_rank(
     };
     let worker = std::thread::Builder::new().name("worker".into()).spawn(work);
     let worker = worker.map_err(|error| (None, Error::Internal(format!("no thread for the worker ({error})"))))?;
-    if let Some((recorder, reports)) = recorder {
+    if let Some((coordinator, reports)) = coordinator {
         let size = setup.grid.size();
         // A panic while recording must reach the end of this function, or the other ranks would wait for ever.
         let controls = world.controls();
-        caught(|| Ok(recorder.run(&reports, &controls, watch, size, false))).unwrap_or_else(|e| Err((None, e)))?;
+        caught(|| Ok(coordinator.run(&reports, &controls, watch, size, Ranks::Processes)))
+            .unwrap_or_else(|e| Err((None, e)))?;
     }
     worker.join().unwrap_or_else(|panic| Err((None, Error::Internal(panic_text(panic.as_ref())))))
 }

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::clock::{Share, StageTimes, Times};
-use super::memory::Prediction;
 use super::thousands;
+use crate::clock::{Share, StageTimes, Times};
 use crate::emulation::Emulation;
 use crate::error::{Error, Result};
+use crate::memory::Prediction;
 use crate::params::Layout;
 use crate::schedule::{StageCosts, step_time};
 use crate::setup::Setup;
@@ -220,7 +220,7 @@ impl Stage {
 fn buckets(setup: &Setup, stage: usize) -> Vec<usize> {
     let stack = setup.stack(stage);
     let layout = Layout::new(&stack.own());
-    let bucket = Settings::new(&setup.config, setup.late).bucket.unwrap_or(usize::MAX);
+    let bucket = Settings::new(&setup.config, setup.readback).bucket.unwrap_or(usize::MAX);
     let starts: Vec<usize> = stack.runs(bucket).iter().rev().map(|run| layout.offset(run.first)).collect();
     let ends = std::iter::once(layout.len).chain(starts.iter().copied());
     ends.zip(&starts).map(|(end, start)| end - start).collect()

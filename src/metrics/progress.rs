@@ -5,61 +5,65 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::{EvalLine, Sink, StepLine, quality};
+use crate::data::Tokenizer;
+use crate::error::Result;
+
 /// Lines of a whole run where there is no terminal.
 const LINES: usize = 20;
 
-/// What a line of progress shows.
-#[derive(Debug, Clone, Copy)]
-pub struct State {
-    /// Updates made.
-    pub step: usize,
-    pub loss: f64,
-    pub tokens_per_s: f64,
-}
-
+/// The terminal.
 pub struct Progress {
     steps: usize,
     /// The step that the run began with.
     start: usize,
+    tokenizer: Tokenizer,
     bar: Option<ProgressBar>,
     started: Instant,
 }
 
 impl Progress {
-    pub fn new(steps: usize, start: usize) -> Progress {
+    /// Of a run of `steps` steps that begins with step `start`.
+    pub fn new(steps: usize, start: usize, tokenizer: Tokenizer) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(steps as u64);
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.with_position(start as u64)
         });
-        Progress { steps, start, bar, started: Instant::now() }
+        Progress { steps, start, tokenizer, bar, started: Instant::now() }
     }
+}
 
-    /// A step is over.
-    pub fn step(&self, state: State) {
-        let State { step, loss, tokens_per_s } = state;
+impl Sink for Progress {
+    fn step(&mut self, line: &StepLine) -> Result<()> {
+        let StepLine { step, loss, tokens_per_s, .. } = *line;
+        let rate = thousands(tokens_per_s as u64);
+
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("loss {loss:.4}  {} tokens/s", thousands(tokens_per_s as u64)));
+            bar.set_message(format!("loss {loss:.4}  {rate} tokens/s"));
             bar.set_position(step as u64);
-            return;
-        }
-        if step == self.start + 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
+        } else if step == self.start + 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
             let left = self.started.elapsed().div_f64((step - self.start) as f64).mul_f64((self.steps - step) as f64);
-            let rate = thousands(tokens_per_s as u64);
             println!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
         }
+        Ok(())
     }
 
-    /// A line that stays.
-    pub fn line(&self, text: &str) {
+    fn eval(&mut self, line: &EvalLine) -> Result<()> {
+        let EvalLine { step, eval_loss, .. } = *line;
+        self.note(&format!("step {step:>6}  eval loss {eval_loss:.4}  {}", quality(eval_loss, self.tokenizer)));
+        Ok(())
+    }
+
+    fn note(&mut self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
             None => println!("{text}"),
         }
     }
 
-    pub fn finish(&self) {
+    fn finish(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish();
         }

@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::memory::Prediction;
-use super::progress::thousands;
-use super::quality;
+use super::{quality, thousands};
+use crate::memory::Prediction;
 use crate::setup::Setup;
 
 /// How a run ended.

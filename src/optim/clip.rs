@@ -4,7 +4,7 @@ use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::number::Number;
+use crate::number::{Number, Readback};
 use crate::params::slice;
 
 /// Values whose squares are added up before they join the total: the order of the sum does not depend on threads.
@@ -12,14 +12,14 @@ const CHUNK: usize = 4096;
 /// Independent partial sums, so that the additions do not wait for each other.
 const LANES: usize = 8;
 
-/// Euclidean norm of a flat buffer: on the processor summed in f64, and known at once unless it is to be read `late`.
+/// Euclidean norm of a flat buffer: on the processor summed in f64.
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn norm(flat: &Tensor, late: bool) -> Result<Number> {
-    match (flat.device(), late) {
-        (Device::Cpu, false) => Ok(Number::Known(norm_of(slice(flat)))),
-        (Device::Cpu, true) => Ok(Number::Pending(Tensor::from(norm_of(slice(flat))))),
+pub fn norm(flat: &Tensor, readback: Readback) -> Result<Number> {
+    match (flat.device(), readback) {
+        (Device::Cpu, Readback::Now) => Ok(Number::Known(norm_of(slice(flat)))),
+        (Device::Cpu, Readback::Deferred) => Ok(Number::Pending(Tensor::from(norm_of(slice(flat))))),
         // What is computed with it on the way to the report is f64, as on the processor.
         _ => Ok(Number::Pending(flat.f_norm_scalaropt_dtype(2, Kind::Float)?.f_to_kind(Kind::Double)?)),
     }

@@ -173,8 +173,8 @@ impl Versions {
     }
 
     /// The flat f32 gradient of a side. The handle shares its memory with the parameters' gradients.
-    pub fn gradient(&mut self, side: usize) -> &mut Tensor {
-        &mut self.sides[side].gradient
+    pub fn gradient(&self, side: usize) -> &Tensor {
+        &self.sides[side].gradient
     }
 
     /// Makes the next version: `update` is given the newest weights if they are to be kept (D > 0), the buffer of the next
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn two_sides_share_the_weights_and_not_the_gradient() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2, Kind::Float).unwrap();
+        let versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2, Kind::Float).unwrap();
         assert_eq!(versions.parameters(0, 0)[1].data_ptr(), versions.parameters(0, 1)[1].data_ptr());
         versions.parameters(0, 1)[1].sum(Kind::Float).backward();
         assert_eq!(slice(versions.gradient(0)), [0.0; 384]);

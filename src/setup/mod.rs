@@ -13,7 +13,7 @@ use crate::delay::{SyncPoints, lag, least_delay, version};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place, Placement};
 use crate::model::{self, Dimensions, Memory, Stack, TieGradient};
-use crate::number::LATE;
+use crate::number::{READBACK_STEPS, Readback};
 use crate::optim::Optimizer;
 use crate::params::Layout;
 use crate::partition;
@@ -43,8 +43,8 @@ pub struct Setup {
     pub resumed: Option<Arc<Checkpoint>>,
     /// What this process computes on.
     pub device: Device,
-    /// Losses and norms are read when they are known: always on a GPU; elsewhere for tests.
-    pub late: bool,
+    /// When losses and norms are read: later on a GPU; elsewhere so for tests only.
+    pub readback: Readback,
 }
 
 impl Setup {
@@ -85,13 +85,14 @@ impl Setup {
             eval_share,
             resumed: None,
             device: Device::Cpu,
-            late: false,
+            readback: Readback::Now,
         })
     }
 
     /// The same run on another device.
     pub fn on(self, device: Device) -> Setup {
-        Setup { device, late: device.is_cuda(), ..self }
+        let readback = if device.is_cuda() { Readback::Deferred } else { Readback::Now };
+        Setup { device, readback, ..self }
     }
 
     /// The same run from a saved state on.
@@ -122,7 +123,10 @@ impl Setup {
     /// How far a limit must be ahead of the complete steps for nobody to wait for it: what the schedule needs, and what is told
     /// late.
     pub fn lead(&self) -> usize {
-        self.schedule.lead() + if self.late { LATE } else { 0 }
+        match self.readback {
+            Readback::Now => self.schedule.lead(),
+            Readback::Deferred => self.schedule.lead() + READBACK_STEPS,
+        }
     }
 
     /// The step that the run begins with.

@@ -4,51 +4,63 @@ use std::time::Duration;
 
 use tch::{Kind, Tensor};
 
-use super::Worker;
+use super::place::PlaceState;
+use super::probes::Probe;
 use crate::comm::Header;
 use crate::error::Result;
 use crate::grid::Place;
-use crate::inject::{Fault, SLOW_MS, crash};
+use crate::inject::{Fault, Injection, SLOW_MS, crash};
 use crate::schedule::Action;
 
-impl Worker {
-    pub(super) fn injected(&self, fault: Fault, action: &Action) -> bool {
-        let place = Place { stage: action.stage, ..self.posts[0].place };
-        self.mode.inject.is_some_and(|injection| injection.hits(fault, place, action))
+/// The fault that is asked for, if one is, as the places of a replica meet it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Faults {
+    pub(super) injection: Option<Injection>,
+    pub(super) replica: usize,
+}
+
+impl Faults {
+    /// Whether a fault comes with an action.
+    pub(super) fn hit(&self, fault: Fault, action: &Action) -> bool {
+        let place = Place { stage: action.stage, replica: self.replica };
+        self.injection.is_some_and(|injection| injection.hits(fault, place, action))
     }
 
-    pub(super) fn run_injection(&mut self, action: &Action) -> Result<()> {
-        if self.mode.inject.is_none() {
+    /// A header as it is sent: that of another step, if it is to be corrupt.
+    pub(super) fn disguised(&self, header: Header, action: &Action) -> Header {
+        let wrong = self.hit(Fault::CorruptMessage, action);
+        Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
+    }
+}
+
+impl Probe for Faults {
+    fn begin(&mut self, action: &Action, place: &mut PlaceState) -> Result<()> {
+        if self.injection.is_none() {
             return Ok(());
         }
-        if self.injected(Fault::Panic, action) {
+
+        if self.hit(Fault::Panic, action) {
             panic!("injected panic at {action}");
         }
-        if self.injected(Fault::Crash, action) {
+        if self.hit(Fault::Crash, action) {
             crash();
         }
-        if self.injected(Fault::Exit, action) {
+        if self.hit(Fault::Exit, action) {
             std::process::exit(1);
         }
-        while self.injected(Fault::Hang, action) {
+        while self.hit(Fault::Hang, action) {
             std::thread::sleep(Duration::from_secs(1));
         }
-        if self.injected(Fault::Slow, action) {
+        if self.hit(Fault::Slow, action) {
             std::thread::sleep(Duration::from_millis(SLOW_MS));
         }
-        if self.injected(Fault::Nan, action) {
-            let spoil = |weight: &mut Tensor| {
+        if self.hit(Fault::Nan, action) {
+            place.versions.alter(|weight| {
                 let _ = weight.f_fill_(f64::NAN)?;
                 Ok(())
-            };
-            self.post(action).stage.versions.alter(spoil)?;
+            })?;
         }
         Ok(())
-    }
-
-    pub(super) fn disguised(&self, header: Header, action: &Action) -> Header {
-        let wrong = self.injected(Fault::CorruptMessage, action);
-        Header { step: if wrong { header.step + 1 } else { header.step }, ..header }
     }
 }
 

@@ -1,28 +1,26 @@
 //! Hidden states and their gradients on their way between places.
 
-use std::collections::VecDeque;
-
 use tch::Tensor;
 
 use super::Worker;
-use super::post::{Post, Registers};
+use super::place::{PlaceState, Registers};
 use crate::comm::{Content, Ends, Header, Link};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::schedule::{Action, Op, Pass};
+use crate::schedule::{Action, Pass};
 
 impl Worker {
     /// What a message of hidden states or their gradients about this action must look like.
     fn header(&self, content: Content, action: &Action) -> Header {
         let (rows, sequence) = match action.pass {
-            Pass::Train => (self.setup.rows, self.setup.config.data.sequence),
+            Pass::Train => (self.context.setup.rows, self.context.setup.config.data.sequence),
             Pass::Eval => {
-                let rows = self.setup.eval_rows(self.posts[0].place.replica, action.microbatch);
-                (rows.len(), self.setup.config.eval_sequence())
+                let rows = self.context.setup.eval_rows(self.context.replica, action.microbatch);
+                (rows.len(), self.context.setup.config.eval_sequence())
             }
         };
-        let shape = [rows as i64, sequence as i64, self.setup.dimensions.d_model];
-        let wire = self.setup.hidden_wire();
+        let shape = [rows as i64, sequence as i64, self.context.setup.dimensions.d_model];
+        let wire = self.context.setup.hidden_wire();
         Header {
             content,
             pass: action.pass,
@@ -35,37 +33,17 @@ impl Worker {
     }
 
     /// A message that a later action will receive.
-    fn expect(&mut self, content: Content, action: &Action) -> Result<()> {
+    pub(super) fn expect(&mut self, content: Content, action: &Action) -> Result<()> {
         let header = self.header(content, action);
-        let Post { ends, registers, .. } = self.post(action);
+        let PlaceState { ends, registers, .. } = self.place(action);
         let (end, _) = incoming(ends, registers, content);
         link(end, action)?.expect(header)
     }
 
-    /// Takes the actions up to the next one that computes, and lets the links begin with what those will receive.
-    pub(super) fn look_ahead(
-        &mut self,
-        actions: &mut impl Iterator<Item = Action>,
-        upcoming: &mut VecDeque<Action>,
-    ) -> Result<()> {
-        for action in actions {
-            match action.op {
-                Op::RecvActivation => self.expect(Content::Activation, &action)?,
-                Op::RecvGradient => self.expect(Content::Gradient, &action)?,
-                _ => {}
-            }
-            upcoming.push_back(action);
-            if action.op.computes() {
-                break;
-            }
-        }
-        Ok(())
-    }
-
     /// Hidden states come down the pipeline, gradients up.
     pub(super) fn receive(&mut self, content: Content, action: &Action) -> Result<()> {
-        let (header, kind) = (self.header(content, action), self.setup.config.precision.kind());
-        let Post { ends, registers, .. } = self.post(action);
+        let (header, kind) = (self.header(content, action), self.context.setup.config.precision.kind());
+        let PlaceState { ends, registers, .. } = self.place(action);
         let (end, register) = incoming(ends, registers, content);
         let received = link(end, action)?.receive(header)?;
         *register = Some(header.wire.unpack(&received, kind)?);
@@ -74,9 +52,9 @@ impl Worker {
 
     /// Hidden states go down the pipeline, gradients up.
     pub(super) fn send(&mut self, content: Content, action: &Action) -> Result<()> {
-        let header = self.disguised(self.header(content, action), action);
-        let dropped = self.injected(Fault::DropMessage, action);
-        let Post { ends, registers, .. } = self.post(action);
+        let header = self.context.faults.disguised(self.header(content, action), action);
+        let dropped = self.context.faults.hit(Fault::DropMessage, action);
+        let PlaceState { ends, registers, .. } = self.place(action);
         let (end, register) = match content {
             Content::Activation => (&mut ends.downstream, &mut registers.activation),
             _ => (&mut ends.upstream, &mut registers.gradient),

@@ -1,67 +1,74 @@
 //! One device at work: takes its action list and does what each action says.
+//!
+//! ```text
+//! context      what all of it reads and nothing changes: the setup, the gate, where reports go
+//! place        a place that the device holds: stage, weights, optimizer, links; registers between two actions
+//! compute      the stage, or one that sleeps instead of computing
+//! tied         the tied table at work
+//! upcoming     the next action, as far as rank 0 lets the run go
+//! probes       what is done around each action: log, heartbeat, faults on purpose, clock
+//! deferred     losses and norms that are read later
+//! writer       the thread that writes checkpoints
+//! start        what is made and tried before the first action
+//! ```
 
-mod post;
-mod later;
+mod compute;
+mod context;
+mod deferred;
 mod faults;
 mod messages;
+mod place;
+mod probes;
+mod start;
 mod tied;
+mod upcoming;
 mod writer;
 
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::comm::{Beside, Content, Ports, Reduction, Reporter};
+use crate::clock::Share;
+use crate::comm::{Content, Ports, Reduction};
 use crate::config::OnNonfinite;
+use crate::control::{Activity, Mode, Report};
 use crate::data::Batches;
-use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::metrics::clock::{Clock, Share};
-use crate::metrics::memory::{self, Gauge};
-use crate::metrics::{Mode, Report};
-use crate::model::{Dimensions, Memory, ModelConfig, Stack};
+use crate::memory::{Gauge, Prediction};
 use crate::number::Number;
 use crate::optim::{UpdateScalars, learning_rate, norm};
-use crate::panel::{Panel, Word};
-use crate::params::{Layout, Versions, bytes, here};
-use crate::pulse::Doing;
-use crate::schedule::{Action, Op, Pass, Tie};
+use crate::params::{bytes, here};
+use crate::schedule::{Action, Op, Pass};
 use crate::setup::Setup;
-use crate::stage::{At, Bucket, Input, Output, Slot};
-use crate::table::Table;
+use crate::stage::{Bucket, Input, Output, Slot};
+use compute::Compute;
+use context::Context;
+use deferred::Deferred;
 use faults::flip;
-use later::Later;
 use messages::taken;
-use post::Post;
-use tied::table_of;
+use place::PlaceState;
+use probes::Probes;
+use tied::TiedTable;
+use upcoming::Upcoming;
 use writer::Writer;
 
 /// A device with everything it needs.
 pub struct Worker {
-    setup: Arc<Setup>,
-    rank: usize,
+    context: Context,
     /// One, or two on the first device of a ring.
-    posts: Vec<Post>,
-    /// The tied table, if a place here uses it, and its all-reduce under way.
-    table: Option<Table>,
-    table_reduction: Option<Reduction>,
-    reports: Reporter,
-    panel: Arc<Panel>,
-    /// Where the run was told to stop.
-    stop: Option<usize>,
+    places: Vec<PlaceState>,
+    /// If a place here uses it.
+    table: Option<TiedTable>,
     batches: Batches,
-    mode: Mode,
+    deferred: Deferred,
+    probes: Probes,
     gauge: Option<Gauge>,
-    clock: Clock,
-    /// Losses and norms that are not known yet.
-    later: Later,
-    beside: Option<Arc<dyn Beside>>,
     /// Saves beside the training.
     writer: Option<Writer>,
+    /// Where the run was told to stop.
+    stop: Option<usize>,
 }
 
 impl Worker {
@@ -71,53 +78,7 @@ impl Worker {
     /// What libtorch reports, or threads that cannot be started.
     pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
         let of = Arc::clone(&setup);
-        Worker::built(setup, rank, ports, out, mode).map_err(|error| with_need(error, &of, rank))
-    }
-
-    fn built(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
-        // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
-        tch::set_num_threads(setup.config.threads as i32);
-        warm_up(setup.config.precision.kind(), setup.device)?;
-        let mut gauge = Gauge::on(setup.device)?;
-        let config = &setup.config;
-        let held = setup.grid.held(rank);
-        let mut posts: Vec<Post> = held
-            .iter()
-            .zip(ports.places)
-            .map(|(place, ends)| Post::new(&setup, *place, ends))
-            .collect::<Result<_>>()?;
-        let shared = posts.iter().map(|post| post.shared as u64).sum();
-        gauge.iter_mut().for_each(|gauge| gauge.shares(shared));
-        if let Some(emulation) = &mode.emulation {
-            posts.iter_mut().for_each(|post| post.stage.emulate(emulation.sleep(&setup.schedule, post.place.stage)));
-        }
-        let mut table = table_of(&setup, rank)?;
-        if setup.late && mode.emulation.is_none() {
-            rehearse(&setup, &mut posts, &mut table)?;
-        }
-        let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
-        let (reports, panel) = (ports.reports, ports.panel);
-        let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
-        let clock = Clock::new(&setup.schedule, &stages);
-        let writer = Some(Writer::start(out, reports.clone())?);
-        let later = Later::new(setup.device, reports.clone(), ports.beside.clone())?;
-        Ok(Worker {
-            rank,
-            posts,
-            table,
-            table_reduction: None,
-            reports,
-            panel,
-            stop: None,
-            batches,
-            mode,
-            gauge,
-            clock,
-            later,
-            beside: ports.beside,
-            writer,
-            setup,
-        })
+        start::worker(setup, rank, ports, out, mode).map_err(|error| with_need(error, &of, rank))
     }
 
     /// Runs the whole action list, or up to where the run is told to stop, then says goodbye. Whether it was stopped.
@@ -131,129 +92,82 @@ impl Worker {
         }
     }
 
-    /// An error with what this rank has read in its step.
-    fn located(&self, error: Error) -> Error {
-        let Error::NotFinite { tensor, step, place, .. } = error else {
-            return with_need(error, &self.setup, self.rank);
-        };
-        let setup = &self.setup;
-        let (first, last) = (
-            setup.train_rows(place.replica, 0).start,
-            setup.train_rows(place.replica, setup.config.microbatches - 1).end,
-        );
-        let starts = self.batches.starts(step, first..last);
-        let data = format!(", rows {first} to {} of the batch, from the tokens {starts:?} of the text on", last - 1);
-        Error::NotFinite { tensor, step, place, data }
-    }
-
     fn work(&mut self) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        let mut actions = setup.schedule.device_actions(setup.grid.device_of(self.rank));
-        actions.set_limit(self.panel.limit());
-        // The actions up to the next one that computes, whose messages are expected while the one before it computes.
-        let mut upcoming = VecDeque::new();
-        loop {
-            let Some(action) = upcoming.pop_front().or_else(|| actions.next()) else {
-                let Some(step) = actions.held() else { break };
-                if self.panel.limit() > step {
-                    actions.set_limit(self.panel.limit());
-                    continue;
-                }
-                // Who tells how far to go has to know how far this is.
-                self.later.flush()?;
-                match self.panel.wait(step)? {
-                    Word::Go(limit) => actions.set_limit(limit),
-                    Word::Stop => {
-                        actions.stop(step);
-                        self.stop = Some(step);
-                    }
-                }
-                continue;
-            };
-            if upcoming.is_empty() && action.op.computes() {
-                self.look_ahead(&mut actions, &mut upcoming)?;
-            }
-            tracing::trace!(%action);
-            self.panel.pulse.action(action);
-            self.run_injection(&action)?;
-            self.clock.lap(Share::Idle);
-            match action.op {
-                Op::Load => self.load(&action)?,
-                Op::RecvActivation => self.receive(Content::Activation, &action)?,
-                Op::Forward => self.forward(&action)?,
-                Op::SendActivation => self.send(Content::Activation, &action)?,
-                Op::RecvGradient => self.receive(Content::Gradient, &action)?,
-                Op::Backward => self.backward(&action)?,
-                Op::SendGradient => self.send(Content::Gradient, &action)?,
-                Op::Reduce => self.reduce(&action)?,
-                Op::Update => self.update(&action)?,
-                Op::Part => self.close_part(&action)?,
-                Op::RecvPart => self.receive_part(&action)?,
-                Op::ReduceTable => self.reduce_table(&action)?,
-                Op::SendTable => self.send_table(&action)?,
-                Op::RecvTable => self.receive_table(&action)?,
-                Op::UpdateTable => self.update_table(&action)?,
-                Op::AwaitTable => self.await_table(&action)?,
-                Op::Digest => self.digest(&action)?,
-                Op::Save => self.save(&action)?,
-            }
-            self.clock.passed(&action);
+        let setup = Arc::clone(&self.context.setup);
+        let mut upcoming = Upcoming::new(&setup, &self.context);
+
+        while let Some(action) = self.next_action(&mut upcoming)? {
+            self.probes.begin(&action, &mut self.places[self.context.slot(&action)])?;
+            self.execute(&action)?;
+            self.probes.end(&action);
         }
         Ok(())
     }
 
+    fn execute(&mut self, action: &Action) -> Result<()> {
+        match action.op {
+            Op::Load => self.load(action),
+            Op::RecvActivation => self.receive(Content::Activation, action),
+            Op::Forward => self.forward(action),
+            Op::SendActivation => self.send(Content::Activation, action),
+            Op::RecvGradient => self.receive(Content::Gradient, action),
+            Op::Backward => self.backward(action),
+            Op::SendGradient => self.send(Content::Gradient, action),
+            Op::Reduce => self.reduce(action),
+            Op::Update => self.update(action),
+            Op::Part => self.close_part(action),
+            Op::RecvPart => self.receive_part(action),
+            Op::ReduceTable => self.reduce_table(action),
+            Op::SendTable => self.send_table(action),
+            Op::RecvTable => self.receive_table(action),
+            Op::UpdateTable => self.update_table(action),
+            Op::AwaitTable => self.await_table(action),
+            Op::Digest => self.digest(action),
+            Op::Save => self.save(action),
+        }
+    }
+
     /// The place that an action belongs to.
-    fn post(&mut self, action: &Action) -> &mut Post {
-        let devices = self.setup.grid.devices();
-        &mut self.posts[action.stage / devices]
+    fn place(&mut self, action: &Action) -> &mut PlaceState {
+        &mut self.places[self.context.slot(action)]
     }
 
     fn load(&mut self, action: &Action) -> Result<()> {
-        let replica = self.posts[0].place.replica;
+        let setup = &self.context.setup;
+        let replica = self.context.replica;
         let batch = match action.pass {
-            Pass::Train => self.batches.train(action.step, self.setup.train_rows(replica, action.microbatch)),
-            Pass::Eval => self.batches.held_out(self.setup.eval_rows(replica, action.microbatch), action.microbatch),
+            Pass::Train => self.batches.train(action.step, setup.train_rows(replica, action.microbatch)),
+            Pass::Eval => self.batches.held_out(setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
-        self.post(action).registers.batch = Some(batch.on(self.setup.device)?);
+
+        let batch = batch.on(setup.device)?;
+        self.place(action).registers.batch = Some(batch);
         Ok(())
     }
 
     fn forward(&mut self, action: &Action) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
         let restart = match action.pass {
             Pass::Train => self.batches.restarts(action.step),
             Pass::Eval => action.microbatch == 0,
         };
-        let table = self.table.as_ref();
-        let post = &mut self.posts[action.stage / setup.grid.devices()];
-        let mut batch = post.registers.batch.take();
+
+        let Worker { context, places, table, .. } = self;
+        let place = &mut places[context.slot(action)];
+        let mut batch = place.registers.batch.take();
         let x = match &mut batch {
-            Some(batch) if post.place.stage == 0 => batch.tokens.shallow_clone(),
-            _ => taken(&mut post.registers.activation, action)?,
+            Some(batch) if place.place.stage == 0 => batch.tokens.shallow_clone(),
+            _ => taken(&mut place.registers.activation, action)?,
         };
-        let last = post.place.stage == setup.grid.stages - 1;
+        let last = place.place.stage == context.setup.grid.stages - 1;
         let input = Input { x, targets: batch.filter(|_| last).map(|batch| batch.targets), restart };
+
+        let table = table.as_ref().map(TiedTable::table);
         let output = match action.pass {
-            Pass::Train => {
-                let schedule = &setup.schedule;
-                if action.microbatch == 0 && action.step > setup.start() && schedule.sync.contains(action.step) {
-                    post.sync = action.step;
-                }
-                let at = |delay| version(post.sync, action.step, delay);
-                let at = At { own: at(schedule.delays[post.place.stage]), table: at(schedule.table_delay()) };
-                let slot = Slot { step: action.step, microbatch: action.microbatch };
-                post.stage.forward(slot, at, table, input)?
-            }
-            Pass::Eval => {
-                let output = post.stage.evaluate(table, &input)?;
-                if setup.ends_evaluation(action.microbatch) {
-                    post.stage.end_evaluation();
-                }
-                output
-            }
+            Pass::Train => place.train(context, table, action, input)?,
+            Pass::Eval => place.evaluate(context, table, action, &input)?,
         };
         match output {
-            Output::Hidden(y) => post.registers.activation = Some(y),
+            Output::Hidden(y) => place.registers.activation = Some(y),
             Output::Loss(loss) if action.pass == Pass::Train => self.add_loss(action, loss)?,
             Output::Loss(sum) => self.add_evaluation(action, sum)?,
         }
@@ -261,16 +175,17 @@ impl Worker {
     }
 
     fn add_loss(&mut self, action: &Action, loss: Number) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        let (step, microbatches, post) = (action.step, setup.config.microbatches, self.post(action));
-        let place = post.place;
-        let sum = std::mem::replace(&mut post.loss, Number::Known(0.0)).plus(loss)?;
+        let microbatches = self.context.setup.config.microbatches;
+        let skips = self.context.skips();
+        let place = self.place(action);
+        let sum = std::mem::replace(&mut place.loss, Number::Known(0.0)).plus(loss)?;
         if action.microbatch + 1 < microbatches {
-            post.loss = sum;
+            place.loss = sum;
             return Ok(());
         }
-        let skips = setup.config.on_nonfinite == OnNonfinite::Skip;
-        self.later.tell(step, sum, move |sum| {
+
+        let (place, step) = (place.place, action.step);
+        self.deferred.defer(step, sum, move |sum| {
             let loss = sum / microbatches as f64;
             match loss.is_finite() || skips {
                 true => Ok(Some(Report::Loss { replica: place.replica, step, loss })),
@@ -280,24 +195,25 @@ impl Worker {
     }
 
     fn add_evaluation(&mut self, action: &Action, sum: Number) -> Result<()> {
-        let (setup, step) = (Arc::clone(&self.setup), action.step);
-        let post = self.post(action);
-        let replica = post.place.replica;
-        post.eval.0 = std::mem::replace(&mut post.eval.0, Number::Known(0.0)).plus(sum)?;
-        post.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
+        let Worker { context, places, deferred, .. } = self;
+        let (setup, place) = (&context.setup, &mut places[context.slot(action)]);
+        let (step, replica) = (action.step, place.place.replica);
+        place.eval.0 = std::mem::replace(&mut place.eval.0, Number::Known(0.0)).plus(sum)?;
+        place.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
+
         if setup.ends_evaluation(action.microbatch) {
-            let (sum, tokens) = std::mem::replace(&mut post.eval, (Number::Known(0.0), 0));
-            self.later.tell(step, sum, move |loss_sum| Ok(Some(Report::Eval { replica, step, loss_sum, tokens })))?;
+            let (sum, tokens) = std::mem::replace(&mut place.eval, (Number::Known(0.0), 0));
+            deferred.defer(step, sum, move |loss_sum| Ok(Some(Report::Eval { replica, step, loss_sum, tokens })))?;
         }
         Ok(())
     }
 
     /// On the last microbatch of a step buckets of the gradient are reduced as soon as they are complete.
     fn backward(&mut self, action: &Action) -> Result<()> {
-        let slot = Slot { step: action.step, microbatch: action.microbatch };
-        let table = self.table.as_ref();
-        let post = &mut self.posts[action.stage / self.setup.grid.devices()];
-        let Post { stage, ends, reductions, unreduced, registers, .. } = post;
+        let Worker { context, places, table, .. } = self;
+        let PlaceState { compute, versions, ends, reductions, unreduced, registers, .. } =
+            &mut places[context.slot(action)];
+
         let mut ready = |bucket: Bucket| -> Result<()> {
             if let Some(group) = &mut ends.group {
                 reductions.push(group.all_reduce(action.step, bucket.values)?);
@@ -305,73 +221,75 @@ impl Worker {
             }
             Ok(())
         };
-        registers.gradient = stage.backward(slot, table, registers.gradient.take(), &mut ready)?;
+        let slot = Slot { step: action.step, microbatch: action.microbatch };
+        let held = place::held(versions, table.as_ref().map(TiedTable::table));
+        registers.gradient = compute.backward(slot, held, registers.gradient.take(), &mut ready)?;
         Ok(())
     }
 
     /// Starts the all-reduce of what the backward has left.
     fn reduce(&mut self, action: &Action) -> Result<()> {
-        let Post { stage, ends, reductions, unreduced, .. } = self.post(action);
+        let PlaceState { versions, ends, reductions, unreduced, .. } = self.place(action);
         if let Some(group) = &mut ends.group {
-            let rest = stage.versions.gradient(0).f_narrow(0, 0, *unreduced as i64)?;
+            let rest = versions.gradient(0).f_narrow(0, 0, *unreduced as i64)?;
             reductions.push(group.all_reduce(action.step, rest)?);
-            *unreduced = stage.versions.layout().len;
+            *unreduced = versions.layout().len;
         }
         Ok(())
     }
 
-    /// What makes the mean of a sum over microbatches and replicas.
-    fn mean(&self) -> f64 {
-        1.0 / (self.setup.config.microbatches * self.setup.grid.replicas) as f64
-    }
-
     /// `W[t+1] = W[t] + optimizer(mean over microbatches and replicas)`.
     fn update(&mut self, action: &Action) -> Result<()> {
-        let (setup, mean) = (Arc::clone(&self.setup), self.mean());
-        let config = &setup.config;
-        self.post(action).reductions.drain(..).try_for_each(Reduction::wait)?;
-        self.clock.lap(Share::Reduce);
-        if self.mode.emulation.is_some() {
-            self.post(action).stage.versions.advance(|_| Ok(()))?;
+        self.place(action).reductions.drain(..).try_for_each(Reduction::wait)?;
+        self.probes.waited(Share::Reduce);
+
+        let Worker { context, places, .. } = self;
+        let place = &mut places[context.slot(action)];
+        if matches!(place.compute, Compute::Asleep(_)) {
+            place.versions.advance(|_| Ok(()))?;
             return self.report_norm(action, Number::Known(0.0));
         }
-        let post = self.post(action);
-        let norm = norm(post.stage.versions.gradient(0), setup.late)?;
+
+        let config = &context.setup.config;
+        let norm = norm(place.versions.gradient(0), context.setup.readback)?;
         if let Number::Known(norm) = norm
             && !norm.is_finite()
             && config.on_nonfinite == OnNonfinite::Stop
         {
-            return Err(post.bad_gradient(action.step)?);
+            return Err(place.bad_gradient(action.step)?);
         }
-        let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let (optimizer, scalars) = (&mut post.optimizer, UpdateScalars { lr, mean, norm: &norm });
-        post.stage.versions.advance(|buffers| optimizer.update(buffers, &scalars))?;
-        if self.injected(Fault::AlterWeights, action) {
-            self.post(action).stage.versions.alter(flip)?;
+
+        let (lr, mean) = (learning_rate(&config.optimizer, action.step, config.steps), context.mean());
+        let (optimizer, scalars) = (&mut place.optimizer, UpdateScalars { lr, mean, norm: &norm });
+        place.versions.advance(|buffers| optimizer.update(buffers, &scalars))?;
+        if context.faults.hit(Fault::AlterWeights, action) {
+            place.versions.alter(flip)?;
         }
+
         self.verify(action)?;
-        let seconds = self.panel.pulse.busy();
-        self.reports.send(Report::Busy { rank: self.rank, seconds })?;
+        let (rank, seconds) = (self.context.rank, self.context.gate.heartbeat.busy());
+        self.context.reports.send(Report::Busy { rank, seconds })?;
         self.report_norm(action, norm.times(mean)?)?;
         self.gauge.as_mut().map_or(Ok(()), Gauge::look)?;
-        self.later.look(action.step)
+        self.deferred.look(action.step)
     }
 
     /// Tells the digest of the new weights, if it is time, for replicas to be compared.
     fn verify(&mut self, action: &Action) -> Result<()> {
-        let step = action.step + 1;
-        if self.setup.grid.replicas == 1 || !self.setup.verifies_at(step) {
+        let (setup, step) = (&self.context.setup, action.step + 1);
+        if setup.grid.replicas == 1 || !setup.verifies_at(step) {
             return Ok(());
         }
-        let post = self.post(action);
-        let (place, digest) = (post.place, xxh3_64(bytes(&here(post.stage.versions.flat())?)));
-        self.reports.send(Report::Digest { place, step, digest })
+
+        let place = self.place(action);
+        let (place, digest) = (place.place, xxh3_64(bytes(&here(place.versions.flat())?)));
+        self.context.reports.send(Report::Digest { place, step, digest })
     }
 
     fn report_norm(&mut self, action: &Action, norm: Number) -> Result<()> {
-        let (place, step) = (self.post(action).place, action.step);
-        let skips = self.setup.config.on_nonfinite == OnNonfinite::Skip;
-        self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
+        let (place, step) = (self.place(action).place, action.step);
+        let skips = self.context.skips();
+        self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
             // The replicas have the same.
             true => Ok((place.replica == 0).then_some(Report::Norm { stage: place.stage, step, norm })),
             false => Err(Error::NotFinite { tensor: "a gradient".into(), step, place, data: String::new() }),
@@ -379,55 +297,38 @@ impl Worker {
     }
 
     fn finish(mut self) -> Result<bool> {
-        self.panel.pulse.doing(Doing::Finishing);
-        self.later.flush()?;
-        self.beside.as_ref().map_or(Ok(()), |beside| beside.settle())?;
+        let context = &self.context;
+        context.gate.heartbeat.doing(Activity::Finishing);
+        self.deferred.flush()?;
+        context.beside.as_ref().map_or(Ok(()), |beside| beside.settle())?;
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
+
         let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
-        let times = self.clock.times();
-        self.reports.send(Report::Done { rank: self.rank, peak_bytes, times })?;
+        let times = self.probes.times();
+        context.reports.send(Report::Done { rank: context.rank, peak_bytes, times })?;
         Ok(self.stop.is_some())
+    }
+
+    /// An error with what this rank has read in its step.
+    fn located(&self, error: Error) -> Error {
+        let setup = &self.context.setup;
+        let Error::NotFinite { tensor, step, place, .. } = error else {
+            return with_need(error, setup, self.context.rank);
+        };
+
+        let first = setup.train_rows(place.replica, 0).start;
+        let last = setup.train_rows(place.replica, setup.config.microbatches - 1).end;
+        let starts = self.batches.starts(step, first..last);
+        let data = format!(", rows {first} to {} of the batch, from the tokens {starts:?} of the text on", last - 1);
+        Error::NotFinite { tensor, step, place, data }
     }
 }
 
 /// An error of memory with what was predicted that the rank needs.
 fn with_need(error: Error, setup: &Setup, rank: usize) -> Error {
     let Error::Memory(text) = error else { return error };
-    let needed = memory::Prediction::new(setup, rank).total().div_ceil(1 << 20);
+    let needed = Prediction::new(setup, rank).total().div_ceil(1 << 20);
     Error::Memory(format!("{text}; {needed} MiB were predicted for {}", setup.grid.name(rank)))
-}
-
-/// One microbatch of nothing forward and backward through every stage, of which nothing stays but what is loaded and taken on
-/// the way: a GPU loads a kernel when it is first used, and may wait for all its work then. By the time that receives are
-/// under way, which wait for others, it must have happened.
-fn rehearse(setup: &Setup, posts: &mut [Post], table: &mut Option<Table>) -> Result<()> {
-    let (rows, sequence, device) = (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
-    for post in posts {
-        let tokens = || Tensor::f_zeros([rows, sequence], (Kind::Int64, device));
-        let hidden = [rows, sequence, setup.dimensions.d_model];
-        let x = match post.place.stage {
-            0 => tokens()?,
-            _ => Tensor::f_zeros(hidden, (setup.config.precision.kind(), device))?,
-        };
-        let last = post.place.stage == setup.grid.stages - 1;
-        let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
-        post.stage.rehearse(table.as_ref(), &input, setup.hidden_wire())?;
-    }
-    table.as_mut().map_or(Ok(()), Table::forget)
-}
-
-/// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
-/// measured after it is the stage's, and the first step is as fast as the others.
-fn warm_up(kind: Kind, device: Device) -> Result<()> {
-    let model = ModelConfig { layers: 1, d_model: 64, heads: 2, d_ff: 256, tie: Tie::Untied, ..ModelConfig::default() };
-    let d = Dimensions::new(&model, 256, 64);
-    let stack = Stack::new(&d, 0..1);
-    let layout = Layout::new(stack.parameters());
-    let versions = Versions::new(layout.clone(), layout.initial(0)?.f_to_device(device)?, 1, 1, kind)?;
-    let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, device))?;
-    let weights = versions.parameters(0, 0);
-    let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
-    Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
 }

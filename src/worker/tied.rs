@@ -1,17 +1,14 @@
 //! The actions of the tied table.
 
-use std::sync::Arc;
-
 use super::Worker;
 use super::faults::flip;
 use super::messages::link;
+use crate::clock::Share;
 use crate::comm::{Content, Header, Reduction};
-use crate::config::OnNonfinite;
+use crate::control::Report;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::Fault;
-use crate::metrics::Report;
-use crate::metrics::clock::Share;
 use crate::model;
 use crate::number::Number;
 use crate::optim::learning_rate;
@@ -21,18 +18,51 @@ use crate::setup::Setup;
 use crate::table::{End, Table};
 use crate::wire::Wire;
 
+/// The tied table of a rank, and its all-reduce under way.
+pub(super) struct TiedTable {
+    table: Table,
+    reduction: Option<Reduction>,
+}
+
+impl TiedTable {
+    /// That of a rank, if its stages use one.
+    pub(super) fn of_rank(setup: &Setup, rank: usize) -> Result<Option<TiedTable>> {
+        let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
+        if ends.is_empty() {
+            return Ok(None);
+        }
+
+        let layout = Layout::new(&model::table(&setup.dimensions));
+        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
+        let held = setup.schedule.tables_held(setup.grid.device_of(rank));
+        let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
+        let kind = setup.config.precision.kind();
+        let mut table = Table::new(layout, initial, held, ends, optimizer, kind)?.at(setup.start());
+        older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
+        Ok(Some(TiedTable { table, reduction: None }))
+    }
+
+    pub(super) fn table(&self) -> &Table {
+        &self.table
+    }
+
+    pub(super) fn table_mut(&mut self) -> &mut Table {
+        &mut self.table
+    }
+}
+
 impl Worker {
-    pub(super) fn table(&mut self, action: &Action) -> Result<&mut Table> {
-        self.table.as_mut().ok_or_else(|| Error::Internal(format!("{action} finds no table")))
+    fn table(&mut self, action: &Action) -> Result<&mut Table> {
+        let table = self.table.as_mut().map(TiedTable::table_mut);
+        table.ok_or_else(|| Error::Internal(format!("{action} finds no table")))
     }
 
     /// The step's parts of the table's gradient are complete here: kept on stage 0's device, else sent there.
     pub(super) fn close_part(&mut self, action: &Action) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        for end in setup.table_ends(action.stage) {
+        for end in self.context.setup.table_ends(action.stage) {
             let part = self.table(action)?.close(end)?;
             let header = self.table_header(Content::Part, action)?;
-            match &mut self.post(action).ends.twin {
+            match &mut self.place(action).ends.twin {
                 Some(twin) if end == End::Output => twin.send(header, part)?,
                 _ => self.table(action)?.keep(end, action.step, part),
             }
@@ -55,7 +85,7 @@ impl Worker {
 
     pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {
         let header = self.table_header(Content::Part, action)?;
-        if let Some(twin) = &mut self.post(action).ends.twin {
+        if let Some(twin) = &mut self.place(action).ends.twin {
             let part = twin.receive(header)?.f_view([-1])?;
             self.table(action)?.keep(End::Output, action.step, part);
         }
@@ -65,20 +95,24 @@ impl Worker {
     }
 
     pub(super) fn reduce_table(&mut self, action: &Action) -> Result<()> {
-        let setup = Arc::clone(&self.setup);
-        let last = setup.schedule.sync.contains(action.step + 1) || self.stop == Some(action.step + 1);
+        let schedule = &self.context.setup.schedule;
+        let last = schedule.sync.contains(action.step + 1) || self.stop == Some(action.step + 1);
         // The next segment's forwards begin only after this one's updates of the table.
-        let inputs = setup.schedule.table_inputs(action.step, self.post(action).sync, last);
+        let sync = self.places[self.context.slot(action)].sync;
+        let inputs = schedule.table_inputs(action.step, sync, last);
+
         let whole = self.table(action)?.join(action.step, inputs)?;
-        if let Some(group) = &mut self.post(action).ends.group {
-            self.table_reduction = Some(group.all_reduce(action.step, whole)?);
+        let group = &mut self.places[self.context.slot(action)].ends.group;
+        if let (Some(group), Some(table)) = (group, &mut self.table) {
+            table.reduction = Some(group.all_reduce(action.step, whole)?);
         }
         Ok(())
     }
 
     fn wait_for_table(&mut self) -> Result<()> {
-        let result = self.table_reduction.take().map_or(Ok(()), Reduction::wait);
-        self.clock.lap(Share::Table); // The wait is the table's, but no work of the action.
+        let reduction = self.table.as_mut().and_then(|table| table.reduction.take());
+        let result = reduction.map_or(Ok(()), Reduction::wait);
+        self.probes.waited(Share::Table); // The wait is the table's, but no work of the action.
         result
     }
 
@@ -86,12 +120,12 @@ impl Worker {
         self.wait_for_table()?;
         let header = self.table_header(Content::Sum, action)?;
         let sum = self.table(action)?.sum()?;
-        link(&mut self.post(action).ends.twin, action)?.send(header, sum)
+        link(&mut self.place(action).ends.twin, action)?.send(header, sum)
     }
 
     pub(super) fn receive_table(&mut self, action: &Action) -> Result<()> {
         let header = self.table_header(Content::Sum, action)?;
-        let sum = link(&mut self.post(action).ends.twin, action)?.receive(header)?.f_view([-1])?;
+        let sum = link(&mut self.place(action).ends.twin, action)?.receive(header)?.f_view([-1])?;
         self.table(action)?.set_sum(sum);
         Ok(())
     }
@@ -99,12 +133,14 @@ impl Worker {
     /// `V[t+1] = V[t] + optimizer(mean of the parts' sum over microbatches and replicas)`.
     pub(super) fn update_table(&mut self, action: &Action) -> Result<()> {
         self.wait_for_table()?;
-        let (setup, mean) = (Arc::clone(&self.setup), self.mean() * self.setup.tie_factor());
-        let config = &setup.config;
+        let setup = &self.context.setup;
+        let (config, readback) = (&setup.config, setup.readback);
+        let mean = self.context.mean() * setup.tie_factor();
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
-        let norm = self.table(action)?.update(lr, mean, setup.late)?;
-        let place = self.post(action).place;
-        let skips = config.on_nonfinite == OnNonfinite::Skip;
+        let skips = self.context.skips();
+        let norm = self.table(action)?.update(lr, mean, readback)?;
+
+        let place = self.place(action).place;
         let wrong = move |step| {
             let tensor = "gradient of the tied embedding".to_owned();
             Error::NotFinite { tensor, step, place, data: String::new() }
@@ -115,10 +151,12 @@ impl Worker {
         {
             return Err(wrong(action.step));
         }
-        if self.injected(Fault::AlterTable, action) {
+        if self.context.faults.hit(Fault::AlterTable, action) {
             self.table(action)?.versions_mut().alter(flip)?;
         }
-        let (step, copies) = (action.step + 1, setup.grid.replicas > 1 || setup.grid.twin(place).is_some());
+
+        let (setup, step) = (&self.context.setup, action.step + 1);
+        let copies = setup.grid.replicas > 1 || setup.grid.twin(place).is_some();
         // At a sync point of a line the copies are compared anyway.
         if copies && setup.verifies_at(step) && !setup.schedule.sync.contains(step) {
             self.digest(&Action { step, ..*action })?;
@@ -126,7 +164,7 @@ impl Worker {
         match place {
             Place { stage: 0, replica: 0 } => {
                 let step = action.step;
-                self.later.tell(step, norm, move |norm| match norm.is_finite() || skips {
+                self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
                     true => Ok(Some(Report::TableNorm { step, norm })),
                     false => Err(wrong(step)),
                 })
@@ -141,23 +179,7 @@ impl Worker {
     }
 
     pub(super) fn digest(&mut self, action: &Action) -> Result<()> {
-        let (place, digest) = (self.post(action).place, self.table(action)?.digest()?);
-        self.reports.send(Report::TableDigest { place, step: action.step, digest })
+        let (place, digest) = (self.place(action).place, self.table(action)?.digest()?);
+        self.context.reports.send(Report::TableDigest { place, step: action.step, digest })
     }
-}
-
-/// The tied table of a rank, if its stages use one.
-pub(super) fn table_of(setup: &Setup, rank: usize) -> Result<Option<Table>> {
-    let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
-    if ends.is_empty() {
-        return Ok(None);
-    }
-    let layout = Layout::new(&model::table(&setup.dimensions));
-    let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
-    let held = setup.schedule.tables_held(setup.grid.device_of(rank));
-    let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
-    let kind = setup.config.precision.kind();
-    let mut table = Table::new(layout, initial, held, ends, optimizer, kind)?.at(setup.start());
-    older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
-    Ok(Some(table))
 }

@@ -1,18 +1,16 @@
 //! The thread that writes a rank's states to the disk, beside the training.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Worker;
 use crate::checkpoint::Snapshot;
-use crate::comm::Reporter;
+use crate::control::{Report, Reporter};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::metrics::Report;
 use crate::schedule::Action;
 
 /// States that wait while one is written: two stages may share a device.
@@ -70,29 +68,34 @@ impl Writer {
 impl Worker {
     /// Copies the state of a place and lets the writer save it beside the training.
     pub(super) fn save(&mut self, action: &Action) -> Result<()> {
-        if self.mode.bench {
+        if self.context.mode.bench {
             return Ok(());
         }
         // What is not finite must be known before it is saved; the copy waits for the device anyway.
-        self.later.flush()?;
-        let (setup, begun) = (Arc::clone(&self.setup), Instant::now());
-        let post = &self.posts[action.stage / setup.grid.devices()];
-        let mut snapshot = Snapshot::new(post.place, action.step, setup.grid.replicas);
-        // None at a sync point.
-        let since = setup.schedule.since(action.step);
+        self.deferred.flush()?;
+
+        let begun = Instant::now();
+        let (context, place) = (&self.context, &self.places[self.context.slot(action)]);
+        let (setup, schedule) = (&context.setup, &context.setup.schedule);
+        let mut snapshot = Snapshot::new(place.place, action.step, setup.grid.replicas);
+
+        // Older versions are saved where a run is stopped between sync points; at one there are none.
+        let since = schedule.since(action.step);
         let oldest = |delay| version(since, action.step, delay);
-        if let Some(table) = self.table.as_ref().filter(|_| post.place.stage == 0) {
+        if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == 0) {
+            let table = table.table();
             snapshot.add(table.layout(), table.flat(), table.optimizer())?;
-            snapshot.add_older(table.layout(), table.versions().older(oldest(setup.schedule.table_delay())))?;
+            snapshot.add_older(table.layout(), table.versions().older(oldest(schedule.table_delay())))?;
         }
-        let versions = &post.stage.versions;
-        snapshot.add(versions.layout(), versions.flat(), &post.optimizer)?;
-        snapshot.add_older(versions.layout(), versions.older(oldest(setup.schedule.delays[post.place.stage])))?;
-        for (microbatch, memory) in post.stage.memories() {
-            let rows = setup.train_rows(post.place.replica, *microbatch);
-            snapshot.remember(rows.start, post.stage.stack().remembered(memory))?;
+        let versions = &place.versions;
+        snapshot.add(versions.layout(), versions.flat(), &place.optimizer)?;
+        snapshot.add_older(versions.layout(), versions.older(oldest(schedule.delays[place.place.stage])))?;
+
+        for (microbatch, states) in place.compute.remembered() {
+            let rows = setup.train_rows(place.place.replica, microbatch);
+            snapshot.remember(rows.start, states)?;
         }
-        if self.injected(Fault::DiskFull, action) {
+        if context.faults.hit(Fault::DiskFull, action) {
             snapshot.fill_disk();
         }
         match &self.writer {

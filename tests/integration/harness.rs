@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ouroboros::config::Config;
+use ouroboros::control::Mode;
+use ouroboros::coordinator::Coordinator;
 use ouroboros::launch::{run_emulated, run_local};
-use ouroboros::metrics::{Mode, Recorder, Summary};
+use ouroboros::metrics::Summary;
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
@@ -91,27 +93,27 @@ pub fn setup_of(text: &str, sets: &[&str]) -> Arc<Setup> {
 /// Runs a setup as threads.
 pub fn as_threads(setup: &Arc<Setup>) -> Outcome {
     let out = TempDir::new().unwrap();
-    let recorder = Recorder::new(Arc::clone(setup), out.path()).unwrap();
-    run_local(setup, out.path(), recorder, Mode::default()).unwrap();
+    let coordinator = Coordinator::new(Arc::clone(setup), out.path()).unwrap();
+    run_local(setup, out.path(), coordinator, Mode::default()).unwrap();
     Outcome::read(out.path())
 }
 
 /// Runs a setup with the oracle.
 pub fn by_oracle(setup: &Arc<Setup>) -> Outcome {
     let out = TempDir::new().unwrap();
-    let recorder = Recorder::new(Arc::clone(setup), out.path()).unwrap();
-    run_emulated(setup, out.path(), recorder, &Mode::default()).unwrap();
+    let coordinator = Coordinator::new(Arc::clone(setup), out.path()).unwrap();
+    run_emulated(setup, out.path(), coordinator, &Mode::default()).unwrap();
     Outcome::read(out.path())
 }
 
 /// Runs a setup into a folder that may hold earlier parts of the run.
 pub fn trained(setup: Setup, out: &Path, oracle: bool) -> Summary {
     let setup = Arc::new(setup);
-    let recorder = Recorder::new(Arc::clone(&setup), out).unwrap();
+    let coordinator = Coordinator::new(Arc::clone(&setup), out).unwrap();
     let mode = Mode::default();
     let result = match oracle {
-        true => run_emulated(&setup, out, recorder, &mode),
-        false => run_local(&setup, out, recorder, mode),
+        true => run_emulated(&setup, out, coordinator, &mode),
+        false => run_local(&setup, out, coordinator, mode),
     };
     result.unwrap_or_else(|error| panic!("{error:?}"))
 }

@@ -55,7 +55,7 @@ fn gradients_are_shared_on_one_host_or_travel_and_equal_the_oracle() {
     let keys =
         ["grid.replicas=3", "microbatches=2", "steps=5", "model.d_model=128", "model.d_ff=512", "model.tie=none"];
     let setup = tiny(&keys);
-    assert!(setup.layout(0).len > 2 * ouroboros::wire::PART, "a gradient of several parts");
+    assert!(setup.layout(0).len > 2 * ouroboros::comm::mpi::PART, "a gradient of several parts");
     let expected = by_oracle(&setup);
     for (limit, more, told) in [
         ("unlimited", &["--self-test"][..], "are added up in shared memory"),

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use ouroboros::control::Mode;
+use ouroboros::coordinator::Coordinator;
 use ouroboros::error::Error;
 use ouroboros::launch::run_local;
-use ouroboros::metrics::{Mode, Recorder};
+use ouroboros::number::Readback;
 use ouroboros::setup::Setup;
 
 use crate::harness::{as_threads, by_oracle, tiny};
@@ -265,7 +267,7 @@ fn numbers_that_are_read_later_are_the_same() {
         let (sets, _) = drawn(number);
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let setup = tiny(&sets);
-        let setup = Arc::new(Setup { late: true, ..Arc::into_inner(setup).unwrap() });
+        let setup = Arc::new(Setup { readback: Readback::Deferred, ..Arc::into_inner(setup).unwrap() });
         let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
         assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
         assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
@@ -275,16 +277,16 @@ fn numbers_that_are_read_later_are_the_same() {
 /// Whoever looks later still names the step that a loss or a gradient belongs to.
 #[test]
 fn a_loss_that_is_not_finite_is_found_later() {
-    let step = |late: bool| {
+    let step = |readback: Readback| {
         let setup = tiny(&["optimizer.lr=1e30", "optimizer.warmup=0"]);
-        let setup = Arc::new(Setup { late, ..Arc::into_inner(setup).unwrap() });
+        let setup = Arc::new(Setup { readback, ..Arc::into_inner(setup).unwrap() });
         let out = tempfile::tempdir().unwrap();
-        let recorder = Recorder::new(Arc::clone(&setup), out.path()).unwrap();
-        let error = run_local(&setup, out.path(), recorder, Mode::default()).unwrap_err().1;
+        let coordinator = Coordinator::new(Arc::clone(&setup), out.path()).unwrap();
+        let error = run_local(&setup, out.path(), coordinator, Mode::default()).unwrap_err().1;
         let Error::NotFinite { step, .. } = error else { panic!("{error}") };
         step
     };
-    assert_eq!(step(true), step(false));
+    assert_eq!(step(Readback::Deferred), step(Readback::Now));
 }
 
 fn compare(numbers: std::ops::Range<usize>) {

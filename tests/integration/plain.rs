@@ -3,8 +3,9 @@
 use ouroboros::data::Batches;
 use ouroboros::grid::Place;
 use ouroboros::model::{Memory, Parameter, Stack, initial};
+use ouroboros::number::Readback;
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
-use ouroboros::stage::{At, Input, Output, Settings, Slot, Stage};
+use ouroboros::stage::{At, Held, Input, Output, Settings, Slot, Stage};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -186,16 +187,17 @@ fn a_gradient_computed_by_hand() {
 
     let place = Place { stage: 0, replica: 0 };
     let versions = Versions::new(layout.clone(), flat.copy(), 1, 1, Kind::Float).unwrap();
-    let mut stage = Stage::new(place, stack, versions, Settings::new(&setup.config, false));
+    let mut stage = Stage::new(place, stack, Settings::new(&setup.config, Readback::Now));
+    let held = Held { own: &versions, table: None };
     let slot = Slot { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
     let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
-    let output = stage.forward(slot, At { own: 0, table: 0 }, None, input).unwrap();
+    let output = stage.forward(slot, At { own: 0, table: 0 }, held, input).unwrap();
     let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
     let found = found.now().unwrap();
     assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");
-    assert!(stage.backward(slot, None, None, &mut |_| Ok(())).unwrap().is_none());
-    let gradient = slice(stage.versions.gradient(0)).to_vec();
+    assert!(stage.backward(slot, held, None, &mut |_| Ok(())).unwrap().is_none());
+    let gradient = slice(versions.gradient(0)).to_vec();
     for (name, expected) in [("head.weight", d_matrix), ("embedding.tokens", d_tokens)] {
         let offset = layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap().offset;
         let largest = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));

@@ -29,11 +29,10 @@ use super::raw::{self, MpiResult, Pending};
 use super::reduce::Reducer;
 use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
+use crate::control::{Control, Gate, Report};
 use crate::device::Local;
 use crate::error::Error;
 use crate::failure::show;
-use crate::metrics::Report;
-use crate::panel::{Control, Panel};
 use crate::wire::Wire;
 
 /// Rank 0 may be late by so much, and the ranks that find it silent are apart by so much at most.
@@ -88,7 +87,7 @@ pub enum Command {
         wire: Wire,
         inboxes: Vec<Inbox>,
         reports: Option<Sender<Report>>,
-        panel: Arc<Panel>,
+        gate: Arc<Gate>,
         stall: Duration,
         /// For each group the memory that its members share.
         reply: Sender<MpiResult<Vec<Option<Tensor>>>>,
@@ -181,7 +180,7 @@ struct Driver {
     /// Reports and controls that are on their way.
     notes: VecDeque<Pending<Vec<u8>>>,
     reports: Option<Sender<Report>>,
-    panel: Option<Arc<Panel>>,
+    gate: Option<Arc<Gate>>,
     /// When rank 0 was heard last, and how long it may be silent while nothing moves here.
     heard: Instant,
     patience: Duration,
@@ -199,7 +198,7 @@ impl Driver {
             incoming: Vec::new(),
             notes: VecDeque::new(),
             reports: None,
-            panel: None,
+            gate: None,
             heard: Instant::now(),
             patience: Duration::MAX,
             failure: None,
@@ -248,8 +247,8 @@ impl Driver {
         if self.rank == 0 || self.heard.elapsed() < self.patience {
             return;
         }
-        let Some(panel) = self.panel.as_ref().filter(|panel| !panel.ended()) else { return };
-        let beat = panel.pulse.beat();
+        let Some(gate) = self.gate.as_ref().filter(|gate| !gate.ended()) else { return };
+        let beat = gate.heartbeat.beat();
         if beat.since > self.patience.as_secs_f64() {
             let place = format!("rank 0, seen from rank {} on {},", self.rank, beat.host);
             let what = format!(
@@ -258,7 +257,7 @@ impl Driver {
                 beat.since
             );
             show(None, &Error::Hang { seconds: self.patience.as_secs_f64(), place, what });
-            panel.pulse.told();
+            gate.heartbeat.close();
             std::thread::sleep(GRACE / 10);
             self.world.abort(4);
         }
@@ -273,8 +272,8 @@ impl Driver {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { groups, key, wire, inboxes, reports, panel, stall, reply } => {
-                (self.reports, self.panel) = (reports, Some(panel));
+            Command::Connect { groups, key, wire, inboxes, reports, gate, stall, reply } => {
+                (self.reports, self.gate) = (reports, Some(gate));
                 // One after the other, so that one of them speaks.
                 self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
                 self.heard = Instant::now();
@@ -350,15 +349,15 @@ impl Driver {
             let note = raw::send_bytes(address(self.links()?, rank, TAG_CONTROL), bytes.clone())?;
             self.notes.push_back(note);
         }
-        self.told(control)
+        self.on_control(control)
     }
 
-    fn told(&mut self, control: Control) -> MpiResult<()> {
+    fn on_control(&mut self, control: Control) -> MpiResult<()> {
         self.heard = Instant::now();
-        let Some(panel) = &self.panel else { return Ok(()) };
-        panel.tell(control);
+        let Some(gate) = &self.gate else { return Ok(()) };
+        gate.apply(control);
         if control == Control::Ask {
-            let report = Report::Pulse { rank: self.rank, beat: panel.pulse.beat() };
+            let report = Report::Heartbeat { rank: self.rank, beat: gate.heartbeat.beat() };
             let bytes = serde_json::to_vec(&report).map_err(|error| error.to_string())?;
             return self.report(bytes);
         }
@@ -369,7 +368,7 @@ impl Driver {
         let report =
             serde_json::from_slice(bytes).map_err(|error| format!("a report that cannot be read ({error})"))?;
         if let Some(reports) = &self.reports {
-            let _ = reports.send(report); // A recorder that is gone has said why.
+            let _ = reports.send(report); // A coordinator that is gone has said why.
         }
         Ok(())
     }
@@ -411,7 +410,7 @@ impl Driver {
         } else {
             while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_CONTROL)? {
                 let control = serde_json::from_slice(&bytes);
-                self.told(control.map_err(|error| format!("a control that cannot be read ({error})"))?)?;
+                self.on_control(control.map_err(|error| format!("a control that cannot be read ({error})"))?)?;
                 moved = true;
             }
         }
@@ -432,8 +431,8 @@ impl Driver {
             reducer.fail(error);
         }
         self.outgoing.clear();
-        if let Some(panel) = &self.panel {
-            panel.tell(Control::End);
+        if let Some(gate) = &self.gate {
+            gate.apply(Control::End);
         }
         if let Some(reports) = self.reports.take() {
             let error = Error::Transport(error.to_owned());
@@ -445,7 +444,7 @@ impl Driver {
     /// will send are taken back.
     fn finish(&mut self) {
         let busy = |driver: &Driver| {
-            let told = driver.panel.as_ref().is_none_or(|panel| panel.ended());
+            let told = driver.gate.as_ref().is_none_or(|gate| gate.ended());
             !(told && driver.outgoing.values().all(VecDeque::is_empty) && driver.notes.is_empty())
         };
         while self.failure.is_none() && busy(self) {

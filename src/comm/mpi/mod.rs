@@ -1,7 +1,6 @@
 //! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of it.
 
 mod raw;
-mod neighbours;
 mod permits;
 mod pauses;
 mod shared;
@@ -17,18 +16,16 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, Reporter, checked};
+use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, checked};
+use crate::control::{Card, Controls, FlightRecorder, Gate, Neighbours, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
-use crate::metrics::Report;
-use crate::panel::{Controls, Panel};
-use crate::pulse::Trace;
 use crate::wire::Wire;
 pub use driver::Identity;
 use driver::{Command, Group, Waiters};
-use neighbours::Card;
-pub use neighbours::Neighbours;
 use permits::Permits;
+pub use reduce::{PART, PARTS_UNDER_WAY};
+pub use shared::SHARED_NAME;
 use traffic::{Arrival, Inbox};
 
 /// How long MPI_Abort may take before the process ends by itself.
@@ -57,7 +54,7 @@ pub struct World {
     thread: JoinHandle<()>,
     /// For the ranks of this host.
     card: Card,
-    trace: Option<Trace>,
+    recorder: Option<FlightRecorder>,
 }
 
 impl World {
@@ -76,8 +73,8 @@ impl World {
             .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
         let identity = identity.recv().ok().flatten();
         let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
-        let (card, trace) = Card::new(&identity.host);
-        Ok(World { identity, commands, waiters, thread, card, trace })
+        let (card, recorder) = Card::new(&identity.host);
+        Ok(World { identity, commands, waiters, thread, card, recorder })
     }
 
     /// Meets the ranks of this host, which tell for one that dies what it was doing. All ranks must call this.
@@ -89,7 +86,7 @@ impl World {
         let cards: std::result::Result<Vec<Card>, _> =
             self.all_gather(bytes)?.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
         let cards = cards.map_err(|error| Error::Internal(error.to_string()))?;
-        let met = Neighbours::new(self.identity.rank, self.trace.clone(), &cards);
+        let met = Neighbours::new(self.identity.rank, self.recorder.clone(), &cards);
         // Everybody has opened what it needs.
         self.all_gather(Vec::new())?;
         self.card.unlink();
@@ -97,9 +94,9 @@ impl World {
     }
 
     /// This rank ends, and nobody needs to speak for it.
-    fn told(&self) {
+    fn retire(&self) {
         self.card.unlink();
-        self.trace.iter().for_each(Trace::told);
+        self.recorder.iter().for_each(FlightRecorder::close);
     }
 
     fn command(&self, command: Command) -> Result<()> {
@@ -163,18 +160,9 @@ impl World {
         let groups = (0..slots).map(group).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        let (panel, waiters) = (Panel::new(limit, &self.identity.host, self.trace.clone()), self.waiters.clone());
-        let panel = Arc::new(panel.telling(move |waits| waiters.tell(waits)));
-        self.command(Command::Connect {
-            groups,
-            key,
-            wire,
-            inboxes,
-            reports,
-            panel: Arc::clone(&panel),
-            stall,
-            reply,
-        })?;
+        let (gate, waiters) = (Gate::new(limit, &self.identity.host, self.recorder.clone()), self.waiters.clone());
+        let gate = Arc::new(gate.on_wait(move |waits| waiters.tell(waits)));
+        self.command(Command::Connect { groups, key, wire, inboxes, reports, gate: Arc::clone(&gate), stall, reply })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         let memories = connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
         if grid.replicas > 1 {
@@ -183,7 +171,7 @@ impl World {
                 ends.group = Some(Box::new(MpiGroup { place: *place, slot, commands, waiters, memory }));
             }
         }
-        Ok((Ports { places, reports: self.reporter(), panel, beside: None }, received))
+        Ok((Ports { places, reports: self.reporter(), gate, beside: None }, received))
     }
 
     /// Tells all ranks' panels; on rank 0, once the grid is connected.
@@ -206,7 +194,7 @@ impl World {
 
     /// Ends all ranks with this exit code. The message must have been printed.
     pub fn abort(&self, code: u8) -> ! {
-        self.told();
+        self.retire();
         let _ = self.command(Command::Abort(i32::from(code)));
         // The driver ends the process. If it is held up in a collective call, end without it: the launcher sees the
         // exit code and ends the others.
@@ -216,7 +204,7 @@ impl World {
 
     /// Waits for all ranks and leaves MPI.
     pub fn finish(self) {
-        self.told();
+        self.retire();
         let (reply, answer) = channel();
         if self.command(Command::Finish(reply)).is_ok() {
             let _ = answer.recv();

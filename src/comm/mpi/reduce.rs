@@ -27,7 +27,13 @@ use tch::{Kind, Tensor};
 use super::raw::{self, MpiResult, Pending};
 use super::shared::Shared;
 use super::traffic::address;
-use crate::wire::{PART, PARTS_UNDER_WAY, Wire};
+use crate::wire::Wire;
+
+/// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such parts are under way: what comes
+/// from the other replicas is kept beside the gradient, and must not be a second one. Several, because a part crosses the
+/// link twice, and on a busy link each crossing begins with a wait.
+pub const PART: usize = 1 << 19;
+pub const PARTS_UNDER_WAY: usize = 4;
 
 /// Values that are added up at once where all members see them, so that the sum is written out of the cache.
 const BLOCK: usize = 1 << 15;

@@ -25,7 +25,9 @@ use rustix::process::{Resource, getrlimit};
 use tch::{Device, Kind, Tensor};
 
 use super::raw::MpiResult;
-use crate::wire::SHARED_NAME;
+
+/// How the memory of gradients is called, in /proc too.
+pub const SHARED_NAME: &str = "ouroboros-gradient-";
 
 /// f32.
 const VALUE: usize = size_of::<f32>();

@@ -13,37 +13,22 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 
-use serde::{Deserialize, Serialize};
-
+use super::{Activity, Control, FlightRecorder, Heartbeat};
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::pulse::{Doing, Pulse, Trace};
-
-/// What rank 0 tells all ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Control {
-    /// Steps before this one may be begun.
-    Limit(usize),
-    /// The run ends at this boundary, which is the last limit.
-    Stop(usize),
-    /// The pulse is asked for.
-    Ask,
-    /// Nothing more will be told.
-    End,
-}
 
 /// What a place at its limit learns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
+pub enum GateDecision {
     /// There is a new limit.
-    Go(usize),
+    Proceed(usize),
     /// The run ends here.
     Stop,
 }
 
-/// The panel of one rank.
-pub struct Panel {
-    pub pulse: Pulse,
+/// The gate of one rank.
+pub struct Gate {
+    pub heartbeat: Heartbeat,
     /// Told when its place begins to wait, and when it has waited.
     waits: Box<dyn Fn(bool) + Send + Sync>,
     state: Mutex<State>,
@@ -57,12 +42,12 @@ struct State {
     ended: bool,
 }
 
-impl Panel {
-    /// The panel of a rank on `host` that may go up to `limit` without being told, and leaves a trace if it can.
-    pub fn new(limit: usize, host: &str, trace: Option<Trace>) -> Panel {
-        let pulse = Pulse::new(host.to_owned(), trace);
-        Panel {
-            pulse,
+impl Gate {
+    /// The gate of a rank on `host` that may go up to `limit` without being told, and keeps a flight recorder if it can.
+    pub fn new(limit: usize, host: &str, recorder: Option<FlightRecorder>) -> Gate {
+        let heartbeat = Heartbeat::new(host.to_owned(), recorder);
+        Gate {
+            heartbeat,
             waits: Box::new(|_| ()),
             state: Mutex::new(State { limit, stop: None, ended: false }),
             changed: Condvar::new(),
@@ -70,16 +55,16 @@ impl Panel {
     }
 
     /// With `waits` told when its place begins to wait (true) and when it has waited (false): whoever brings what it waits for.
-    pub fn telling(self, waits: impl Fn(bool) + Send + Sync + 'static) -> Panel {
-        Panel { waits: Box::new(waits), ..self }
+    pub fn on_wait(self, waits: impl Fn(bool) + Send + Sync + 'static) -> Gate {
+        Gate { waits: Box::new(waits), ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Something is told.
-    pub fn tell(&self, control: Control) {
+    /// Rank 0 has sent something.
+    pub fn apply(&self, control: Control) {
         let mut state = self.state();
         match control {
             Control::Limit(limit) => state.limit = state.limit.max(limit),
@@ -105,40 +90,20 @@ impl Panel {
     ///
     /// # Errors
     /// [`Error::Lost`] if rank 0 has ended, and with it the run.
-    pub fn wait(&self, step: usize) -> Result<Word> {
-        self.pulse.doing(Doing::Limit(step));
+    pub fn wait(&self, step: usize) -> Result<GateDecision> {
+        self.heartbeat.doing(Activity::Gate(step));
         let waits = |state: &mut State| state.limit <= step && state.stop.is_none() && !state.ended;
         (self.waits)(true);
         let state = self.changed.wait_while(self.state(), waits).unwrap_or_else(|poisoned| poisoned.into_inner());
         (self.waits)(false);
         match state.stop {
-            Some(at) if at == step => Ok(Word::Stop),
-            _ if state.limit > step => Ok(Word::Go(state.limit)),
+            Some(at) if at == step => Ok(GateDecision::Stop),
+            _ if state.limit > step => Ok(GateDecision::Proceed(state.limit)),
             _ => {
                 let peer = Place { stage: 0, replica: 0 };
                 Err(Error::Lost { peer, doing: format!("waiting to begin step {step}") })
             }
         }
-    }
-}
-
-/// Tells all ranks; on rank 0.
-pub struct Controls(Box<dyn Fn(Control) + Send>);
-
-impl Controls {
-    pub fn new(tell: impl Fn(Control) + Send + 'static) -> Controls {
-        Controls(Box::new(tell))
-    }
-
-    /// Tells all ranks, this one too.
-    pub fn tell(&self, control: Control) {
-        (self.0)(control);
-    }
-}
-
-impl Drop for Controls {
-    fn drop(&mut self) {
-        self.tell(Control::End);
     }
 }
 
@@ -149,21 +114,21 @@ mod tests {
 
     #[test]
     fn a_place_waits_at_its_limit_and_stops_where_it_is_told() {
-        let panel = Arc::new(Panel::new(3, "here", None));
-        assert_eq!(panel.wait(2).unwrap(), Word::Go(3));
+        let gate = Arc::new(Gate::new(3, "here", None));
+        assert_eq!(gate.wait(2).unwrap(), GateDecision::Proceed(3));
         let waiting = std::thread::spawn({
-            let panel = Arc::clone(&panel);
-            move || (panel.wait(3).unwrap(), panel.wait(7).unwrap())
+            let gate = Arc::clone(&gate);
+            move || (gate.wait(3).unwrap(), gate.wait(7).unwrap())
         });
-        panel.tell(Control::Limit(5));
-        panel.tell(Control::Limit(7));
-        panel.tell(Control::Stop(7));
+        gate.apply(Control::Limit(5));
+        gate.apply(Control::Limit(7));
+        gate.apply(Control::Stop(7));
         let (first, second) = waiting.join().unwrap();
-        assert!(matches!(first, Word::Go(5 | 7)), "{first:?}");
-        assert_eq!(second, Word::Stop);
-        assert_eq!(panel.wait(6).unwrap(), Word::Go(7));
-        let panel = Panel::new(3, "here", None);
-        panel.tell(Control::End);
-        assert!(panel.wait(3).is_err());
+        assert!(matches!(first, GateDecision::Proceed(5 | 7)), "{first:?}");
+        assert_eq!(second, GateDecision::Stop);
+        assert_eq!(gate.wait(6).unwrap(), GateDecision::Proceed(7));
+        let gate = Gate::new(3, "here", None);
+        gate.apply(Control::End);
+        assert!(gate.wait(3).is_err());
     }
 }

@@ -1,25 +1,18 @@
-//! Predicted and measured peak memory of a rank.
+//! The predicted peak of a rank's memory, from the formulas of the layers.
 
-use std::fs;
-use std::ops::Range;
-
-use tch::Device;
-
-use super::limits::limits;
 use crate::checkpoint::SavedBuffer;
+use crate::comm::mpi::{PART, PARTS_UNDER_WAY};
 use crate::config::Recompute;
 use crate::data::Order;
-use crate::device::queues::CudaQueues;
-use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model::{self, Stack};
-use crate::number::LATE;
+use crate::number::READBACK_STEPS;
 use crate::optim::{state_values, workspace};
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::Tie;
 use crate::setup::Setup;
-use crate::wire::{PART, PARTS_UNDER_WAY, SHARED_NAME, Wire};
+use crate::wire::Wire;
 
 /// f32.
 const VALUE: u64 = 4;
@@ -94,7 +87,7 @@ impl Prediction {
         let held = schedule.activations_held(place.stage) as u64;
         // A message each way to every neighbour; on a GPU those sent until the host, which is ahead, sees that they have left.
         let neighbours = [setup.grid.upstream(place), setup.grid.downstream(place)];
-        let ahead = if setup.device.is_cuda() { LATE as u64 * setup.config.microbatches as u64 } else { 1 };
+        let ahead = if setup.device.is_cuda() { READBACK_STEPS as u64 * setup.config.microbatches as u64 } else { 1 };
         let messages = (1 + ahead) * neighbours.iter().flatten().count() as u64 * hidden;
         let per_token = match setup.config.recompute {
             Recompute::Layers => stack.block_per_token(),
@@ -209,150 +202,4 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
     let work = setup.config.eval_sequence() * stack.evaluation_per_token();
     let wide = setup.config.eval_sequence() * 2 * stack.entries_per_token() * (VALUE as usize - value);
     (rows * ((remembered + work) * value + wide)) as u64
-}
-
-/// Refuses a run whose ranks need more memory than they may have, before it has begun. `ranks` are those of this process;
-/// `neighbours` other ranks of this machine, with the paths of their control groups.
-///
-/// # Errors
-/// [`Error::Memory`] with the need by the prediction and the limit.
-pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)]) -> Result<()> {
-    let predicted = |rank| Prediction::new(setup, rank).total();
-    for limit in limits() {
-        let inside = |path: &str| limit.group.as_ref().is_some_and(|group| path.starts_with(group));
-        let sharing = neighbours.iter().filter(|(_, path)| inside(path)).map(|(rank, _)| *rank);
-        let all: Vec<usize> = ranks.clone().chain(sharing).collect();
-        let needed: u64 = all.iter().map(|rank| predicted(*rank)).sum();
-        if needed > limit.left {
-            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-            let who = if all.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} ranks", all.len()) };
-            let (needed, left) = (mib(needed), mib(limit.left));
-            return Err(Error::Memory(format!("{needed} MiB predicted for {who}, {left} MiB left of {}", limit.name)));
-        }
-    }
-    Ok(())
-}
-
-/// Refuses ranks of this process whose GPU, of which `left` bytes are free, cannot hold what they need together.
-///
-/// # Errors
-/// [`Error::Memory`] with the need by the prediction.
-pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64) -> Result<()> {
-    let needed: u64 = ranks.clone().map(|rank| Prediction::new(setup, rank).on_gpu()).sum();
-    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    match needed <= left {
-        true => Ok(()),
-        false => {
-            let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} places", ranks.len()) };
-            Err(Error::Memory(format!("{} MiB predicted for {who}, {} MiB left of the GPU", mib(needed), mib(left))))
-        }
-    }
-}
-
-/// Measures how far the memory of this process rises above where it stood: its resident memory, or what is taken of its GPU.
-pub enum Gauge {
-    /// `shared` bytes are this process's where replicas see each other's gradients; what it has touched of the others' is not.
-    Host {
-        start: u64,
-        shared: u64,
-    },
-    Gpu {
-        queues: CudaQueues,
-        start: u64,
-        most: u64,
-    },
-}
-
-impl Gauge {
-    /// Begins here, on the host: the kernel's mark of the highest resident memory is put back to the present.
-    pub fn start() -> Option<Gauge> {
-        // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
-        let _ = fs::write("/proc/self/clear_refs", "5");
-        Some(Gauge::Host { start: status("VmRSS:")?, shared: 0 })
-    }
-
-    /// Begins here, on a device.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn on(device: Device) -> Result<Option<Gauge>> {
-        let Device::Cuda(index) = device else { return Ok(Gauge::start()) };
-        let queues = CudaQueues::new(index)?;
-        let start = queues.taken()?;
-        Ok(Some(Gauge::Gpu { queues, start, most: start }))
-    }
-
-    /// So many bytes more of memory that replicas share are this process's.
-    pub fn shares(&mut self, bytes: u64) {
-        if let Gauge::Host { shared, .. } = self {
-            *shared += bytes;
-        }
-    }
-
-    /// Looks: of a GPU only what is there when it is looked at is seen. libtorch keeps what it has taken once.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn look(&mut self) -> Result<()> {
-        if let Gauge::Gpu { queues, most, .. } = self {
-            *most = queues.taken()?.max(*most);
-        }
-        Ok(())
-    }
-
-    /// Bytes between the start and the highest mark since.
-    pub fn peak(&self) -> Option<u64> {
-        match self {
-            Gauge::Host { start, shared } => {
-                let smaps = if *shared > 0 { fs::read_to_string("/proc/self/smaps").ok()? } else { String::new() };
-                let of_others = touched(&smaps, SHARED_NAME).saturating_sub(*shared);
-                Some(status("VmHWM:")?.saturating_sub(start + of_others))
-            }
-            Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
-        }
-    }
-}
-
-/// Resident bytes of the mappings whose name contains a text, of what /proc/self/smaps says: a line of addresses and a name, then
-/// lines such as "Rss:   48 kB".
-fn touched(smaps: &str, name: &str) -> u64 {
-    let (mut counts, mut sum) = (false, 0);
-    for line in smaps.lines() {
-        match line.strip_prefix("Rss:").map(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>()) {
-            Some(Ok(kib)) if counts => sum += kib << 10,
-            None if line.split_once(' ').is_some_and(|(first, _)| first.contains('-')) => counts = line.contains(name),
-            _ => {}
-        }
-    }
-    sum
-}
-
-/// A line of this process's status, in bytes.
-pub(super) fn status(key: &str) -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn touched_pages_of_named_mappings() {
-        let smaps = "7f00-7f10 rw-s 00000000 00:01 7      /memfd:ouroboros-gradient-5 (deleted)\nSize: 64 kB\nRss:    48 kB\nPss: 24 kB\n\
-                     7f20-7f30 rw-p 00000000 00:00 0\nRss:   1000 kB\nVmFlags: rd wr mr-e\n\
-                     7f40-7f50 rw-s 00000000 00:01 8      /memfd:ouroboros-gradient-6 (deleted)\nRss:    4 kB\n";
-        assert_eq!(touched(smaps, SHARED_NAME), 52 << 10);
-        assert_eq!(touched("", SHARED_NAME), 0);
-    }
-
-    #[test]
-    fn the_gauge_sees_what_is_touched() {
-        let gauge = Gauge::start().unwrap();
-        let block = vec![1u8; 256 << 20];
-        assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() == 256 << 20);
-        // Other tests of this process may give memory back meanwhile.
-        assert!(gauge.peak().unwrap() >= 160 << 20);
-    }
 }

@@ -4,7 +4,7 @@
 //! second the first rank that is left on the dead one's host tells its place and what it was doing.
 //!
 //! ```text
-//! every rank       makes a file in memory, and writes into it what it begins          (pulse::Trace)
+//! every rank       makes a file in memory, and writes into it what it begins          (heartbeat::FlightRecorder)
 //! its neighbours   open it; then its name is removed, so that nothing can be left over
 //! on SIGTERM       a neighbour whose process is gone is the cause, unless some file says that its rank has spoken: of its own
 //!                  error, or of that neighbour
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::pulse::Trace;
+use super::FlightRecorder;
 
 /// A file system in memory, where there is one.
 const MEMORY: &str = "/dev/shm";
@@ -34,7 +34,7 @@ pub struct Card {
 
 impl Card {
     /// This rank's card, and its file. A rank that cannot make one has no last words.
-    pub fn new(host: &str) -> (Card, Option<Trace>) {
+    pub fn new(host: &str) -> (Card, Option<FlightRecorder>) {
         let process = std::process::id();
         let folder = Some(Path::new(MEMORY)).filter(|path| path.is_dir()).map(Path::to_owned);
         let path = folder.unwrap_or_else(std::env::temp_dir).join(format!("ouroboros-{process}"));
@@ -46,8 +46,8 @@ impl Card {
         if let Err(error) = &file {
             tracing::warn!(%error, path = %path.display(), "no file for last words");
         }
-        let trace = file.ok().map(Trace::new);
-        (Card { host: host.to_owned(), process, path: trace.as_ref().map(|_| path) }, trace)
+        let recorder = file.ok().map(FlightRecorder::new);
+        (Card { host: host.to_owned(), process, path: recorder.as_ref().map(|_| path) }, recorder)
     }
 
     /// Removes the name of the file: all that want it have it open.
@@ -63,40 +63,40 @@ impl Card {
 struct Neighbour {
     rank: usize,
     process: u32,
-    trace: Option<Trace>,
+    recorder: Option<FlightRecorder>,
 }
 
 /// All ranks on a rank's host, itself among them.
 #[derive(Debug)]
 pub struct Neighbours {
     rank: usize,
-    trace: Option<Trace>,
+    recorder: Option<FlightRecorder>,
     all: Vec<Neighbour>,
 }
 
 impl Neighbours {
-    /// Opens the files of the ranks on the host of `rank`, whose own is `trace`.
-    pub fn new(rank: usize, trace: Option<Trace>, cards: &[Card]) -> Neighbours {
+    /// Opens the files of the ranks on the host of `rank`, whose own is `recorder`.
+    pub fn new(rank: usize, recorder: Option<FlightRecorder>, cards: &[Card]) -> Neighbours {
         let host = cards.get(rank).map(|card| &card.host);
         let here = cards.iter().enumerate().filter(|(_, card)| Some(&card.host) == host);
         let all = here.map(|(rank, card)| {
             let file = card.path.as_deref().and_then(|path| File::open(path).ok());
-            Neighbour { rank, process: card.process, trace: file.map(Trace::new) }
+            Neighbour { rank, process: card.process, recorder: file.map(FlightRecorder::new) }
         });
         // Processes of another container have numbers that mean nothing here.
-        Neighbours { rank, trace, all: all.filter(|neighbour| alive(neighbour.process)).collect() }
+        Neighbours { rank, recorder, all: all.filter(|neighbour| alive(neighbour.process)).collect() }
     }
 
     /// The rank that has died without a word, and what it was doing, if this is the rank to tell it; to be told at once.
     pub fn dead(&self) -> Option<(usize, String)> {
         let first_alive = self.all.iter().find(|neighbour| alive(neighbour.process))?;
-        let last = |neighbour: &Neighbour| neighbour.trace.as_ref().and_then(Trace::read);
-        let spoken = |neighbour| last(neighbour).as_deref() == Some(Trace::TOLD);
+        let last = |neighbour: &Neighbour| neighbour.recorder.as_ref().and_then(FlightRecorder::read);
+        let spoken = |neighbour| last(neighbour).as_deref() == Some(FlightRecorder::CLOSED);
         if first_alive.rank != self.rank || self.all.iter().any(spoken) {
             return None;
         }
         let dead = self.all.iter().find(|neighbour| !alive(neighbour.process))?;
-        self.trace.iter().for_each(Trace::told);
+        self.recorder.iter().for_each(FlightRecorder::close);
         Some((dead.rank, last(dead).unwrap_or_else(|| "an unknown action".into())))
     }
 
@@ -124,20 +124,20 @@ mod tests {
     #[test]
     fn the_first_one_left_names_the_dead_and_their_last_action() {
         let _alone = PROCESS.lock();
-        let (mine, trace) = Card::new("here");
+        let (mine, recorder) = Card::new("here");
         let other = Card { host: "there".into(), process: 1, path: None };
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
-        let theirs = Trace::new(file);
+        let theirs = FlightRecorder::new(file);
         let dying = Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) };
         let cards = [other, mine, dying];
-        let neighbours = Neighbours::new(1, trace.clone(), &cards);
+        let neighbours = Neighbours::new(1, recorder.clone(), &cards);
         let late = Neighbours::new(1, None, &cards);
         cards.iter().for_each(Card::unlink);
         drop(path);
         theirs.write("1B5.0");
         theirs.write("1U5");
-        trace.unwrap().write("0F6.0");
+        recorder.unwrap().write("0F6.0");
         assert!(neighbours.dead().is_none() && !neighbours.lost());
         child.kill().unwrap();
         child.wait().unwrap();
@@ -151,16 +151,16 @@ mod tests {
         let (mine, _) = Card::new("here");
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
-        let theirs = Trace::new(file);
+        let theirs = FlightRecorder::new(file);
         let cards = [mine, Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) }];
         let mut neighbours = Neighbours::new(0, None, &cards);
         cards[0].unlink();
         // It may have ended before it was met.
-        let trace = Some(Trace::new(File::open(&path).unwrap()));
+        let recorder = Some(FlightRecorder::new(File::open(&path).unwrap()));
         neighbours.all.truncate(1);
-        neighbours.all.push(Neighbour { rank: 1, process: child.id(), trace });
+        neighbours.all.push(Neighbour { rank: 1, process: child.id(), recorder });
         child.wait().unwrap();
-        theirs.told();
+        theirs.close();
         theirs.write("1F6.0");
         assert!(neighbours.dead().is_none() && neighbours.lost());
     }

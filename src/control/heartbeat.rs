@@ -1,68 +1,22 @@
 //! What a rank is doing, for the one who asks when nothing moves: its last actions, and how long it has worked.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::FlightRecorder;
 use crate::schedule::{Action, Op};
 
 /// Actions that are remembered.
 const RING: usize = 6;
 
-/// What a rank does, in a file that outlives it.
-#[derive(Debug, Clone)]
-pub struct Trace {
-    file: Arc<File>,
-    /// Nothing is written any more.
-    closed: Arc<Mutex<bool>>,
-}
-
-impl Trace {
-    /// Bytes of the file: an action is shorter.
-    const LENGTH: usize = 48;
-    /// The last words of a rank that has said why it, or a neighbour, ends.
-    pub const TOLD: &str = "told";
-
-    pub fn new(file: File) -> Trace {
-        Trace { file: Arc::new(file), closed: Arc::default() }
-    }
-
-    /// Replaces what is written. A file that fails is as good as none: these are last words only.
-    pub fn write(&self, text: &str) {
-        let closed = self.closed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !*closed {
-            self.put(text);
-        }
-    }
-
-    /// The rank has spoken: whatever its threads still do, its neighbours need not.
-    pub fn told(&self) {
-        let mut closed = self.closed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *closed = true;
-        self.put(Trace::TOLD);
-    }
-
-    fn put(&self, text: &str) {
-        let _ = self.file.write_all_at(format!("{text:<0$.0$}", Trace::LENGTH).as_bytes(), 0);
-    }
-
-    /// What is written, if anything.
-    pub fn read(&self) -> Option<String> {
-        let mut bytes = [0; Trace::LENGTH];
-        self.file.read_exact_at(&mut bytes, 0).ok()?;
-        Some(String::from_utf8_lossy(&bytes).trim_end().to_owned())
-    }
-}
-
-/// The pulse of one rank.
+/// The heartbeat of one rank.
 #[derive(Debug)]
-pub struct Pulse {
+pub struct Heartbeat {
     host: String,
-    trace: Option<Trace>,
+    recorder: Option<FlightRecorder>,
     state: Mutex<State>,
 }
 
@@ -71,7 +25,7 @@ struct State {
     /// How often something was begun.
     count: u64,
     /// What was begun last, when, and the actions up to it.
-    doing: Doing,
+    doing: Activity,
     since: Instant,
     actions: VecDeque<Action>,
     /// Work since the last question for it, without waits: seconds.
@@ -80,42 +34,42 @@ struct State {
 
 /// What a rank can be doing between two beats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Doing {
+pub enum Activity {
     /// Reading weights, making the stage.
-    Beginning,
+    Starting,
     /// The last of its actions.
     Action,
     /// It waits for rank 0 to let it begin the step.
-    Limit(usize),
+    Gate(usize),
     /// It waits until its states are saved.
     Finishing,
 }
 
-/// A pulse as it is told.
+/// A heartbeat as it is told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Beat {
+pub struct HeartbeatReport {
     pub host: String,
     pub count: u64,
-    pub doing: Doing,
+    pub doing: Activity,
     /// Seconds.
     pub since: f64,
     /// In their printed form, the last one last.
     pub actions: Vec<String>,
 }
 
-impl Doing {
+impl Activity {
     /// In words; `last` is the last action.
     fn text(self, last: Option<String>) -> String {
         match self {
-            Doing::Beginning => "its beginning".into(),
-            Doing::Limit(step) => format!("its wait to begin step {step}"),
-            Doing::Finishing => "its last save".into(),
-            Doing::Action => last.unwrap_or_default(),
+            Activity::Starting => "its beginning".into(),
+            Activity::Gate(step) => format!("its wait to begin step {step}"),
+            Activity::Finishing => "its last save".into(),
+            Activity::Action => last.unwrap_or_default(),
         }
     }
 }
 
-impl Beat {
+impl HeartbeatReport {
     /// In words.
     pub fn text(&self) -> String {
         self.doing.text(self.actions.last().cloned())
@@ -123,7 +77,7 @@ impl Beat {
 
     /// What is being done.
     pub fn action(&self) -> Option<Action> {
-        self.actions.last().filter(|_| self.doing == Doing::Action)?.parse().ok()
+        self.actions.last().filter(|_| self.doing == Activity::Action)?.parse().ok()
     }
 
     /// The actions of an op that are remembered.
@@ -132,12 +86,12 @@ impl Beat {
     }
 }
 
-impl Pulse {
-    /// The pulse of a rank on `host`, which leaves a trace if it is given a file for it.
-    pub fn new(host: String, trace: Option<Trace>) -> Pulse {
-        let (doing, since) = (Doing::Beginning, Instant::now());
+impl Heartbeat {
+    /// The heartbeat of a rank on `host`, which keeps a flight recorder if it is given one.
+    pub fn new(host: String, recorder: Option<FlightRecorder>) -> Heartbeat {
+        let (doing, since) = (Activity::Starting, Instant::now());
         let state = State { count: 0, doing, since, actions: VecDeque::with_capacity(RING + 1), busy: 0.0 };
-        Pulse { host, trace, state: Mutex::new(state) }
+        Heartbeat { host, recorder, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -145,26 +99,26 @@ impl Pulse {
     }
 
     /// Something begins that is no action.
-    pub fn doing(&self, doing: Doing) {
+    pub fn doing(&self, doing: Activity) {
         self.begin(&mut self.state(), doing);
         self.leave(|| doing.text(None));
     }
 
     /// The rank ends by itself, and has said why.
-    pub fn told(&self) {
-        self.trace.iter().for_each(Trace::told);
+    pub fn close(&self) {
+        self.recorder.iter().for_each(FlightRecorder::close);
     }
 
-    /// Writes the trace.
+    /// Writes the flight recorder.
     fn leave(&self, text: impl Fn() -> String) {
-        if let Some(trace) = &self.trace {
-            trace.write(&text());
+        if let Some(recorder) = &self.recorder {
+            recorder.write(&text());
         }
     }
 
-    fn begin(&self, state: &mut State, doing: Doing) {
+    fn begin(&self, state: &mut State, doing: Activity) {
         let now = Instant::now();
-        if state.doing == Doing::Action
+        if state.doing == Activity::Action
             && state.actions.back().is_some_and(|last| matches!(last.op, Op::Forward | Op::Backward))
         {
             state.busy += now.duration_since(state.since).as_secs_f64();
@@ -176,7 +130,7 @@ impl Pulse {
     /// An action begins.
     pub fn action(&self, action: Action) {
         let mut state = self.state();
-        self.begin(&mut state, Doing::Action);
+        self.begin(&mut state, Activity::Action);
         state.actions.push_back(action);
         if state.actions.len() > RING {
             state.actions.pop_front();
@@ -190,10 +144,10 @@ impl Pulse {
         std::mem::take(&mut self.state().busy)
     }
 
-    /// The pulse as it is now.
-    pub fn beat(&self) -> Beat {
+    /// The heartbeat as it is now.
+    pub fn beat(&self) -> HeartbeatReport {
         let state = self.state();
-        Beat {
+        HeartbeatReport {
             host: self.host.clone(),
             count: state.count,
             doing: state.doing,

@@ -7,10 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::control::{Activity, Control, Controls, HeartbeatReport};
 use crate::error::Error;
 use crate::grid::Grid;
-use crate::panel::{Control, Controls};
-use crate::pulse::{Beat, Doing};
 use crate::schedule::{Action, Op};
 
 /// Watches over the ranks of a grid.
@@ -23,7 +22,7 @@ pub struct Watchdog {
     asked: Instant,
     looked: Instant,
     /// What each rank told last, and when.
-    beats: BTreeMap<usize, (Beat, Instant)>,
+    beats: BTreeMap<usize, (HeartbeatReport, Instant)>,
 }
 
 impl Watchdog {
@@ -39,7 +38,7 @@ impl Watchdog {
     }
 
     /// A rank has answered.
-    pub fn heard(&mut self, rank: usize, beat: Beat) {
+    pub fn heard(&mut self, rank: usize, beat: HeartbeatReport) {
         if self.beats.get(&rank).is_none_or(|(last, _)| last.count != beat.count) {
             self.moved = Instant::now();
         }
@@ -56,7 +55,7 @@ impl Watchdog {
         self.looked = Instant::now();
         if self.moved.elapsed() >= pause && self.asked.elapsed() >= pause {
             self.asked = Instant::now();
-            controls.tell(Control::Ask);
+            controls.send(Control::Ask);
         }
         if self.moved.elapsed() < self.stall {
             return None;
@@ -76,7 +75,7 @@ impl Watchdog {
     /// The ranks that a rank waits for.
     fn waits_for(&self, rank: usize) -> Vec<usize> {
         let Some((beat, _)) = self.beats.get(&rank) else { return Vec::new() };
-        if matches!(beat.doing, Doing::Limit(_)) {
+        if matches!(beat.doing, Activity::Gate(_)) {
             return vec![0];
         }
         let Some(action) = beat.action() else { return Vec::new() };
@@ -112,7 +111,7 @@ impl Watchdog {
             return (silent, "does not answer: its process is stopped, or its node is lost".into());
         }
         let working = |rank: &usize| {
-            let finishing = self.beats.get(rank).is_some_and(|(beat, _)| beat.doing == Doing::Finishing);
+            let finishing = self.beats.get(rank).is_some_and(|(beat, _)| beat.doing == Activity::Finishing);
             self.waits_for(*rank).is_empty() && !finishing
         };
         let since = |rank: &usize| self.beats.get(rank).map_or(0.0, |(beat, _)| beat.since);
@@ -129,7 +128,7 @@ impl Watchdog {
                 Op::RecvGradient => Op::SendGradient,
                 _ => continue,
             };
-            let sent = |(beat, _): &(Beat, Instant)| {
+            let sent = |(beat, _): &(HeartbeatReport, Instant)| {
                 let at_least = |made: Action| {
                     (made.step, made.microbatch) >= (action.step, action.microbatch) && Some(made) != beat.action()
                 };
@@ -183,8 +182,8 @@ mod tests {
         let mut watchdog = Watchdog::new(Grid::line(2, 2), 10.0);
         for (rank, actions) in beats.iter().enumerate() {
             let actions: Vec<String> = actions.split_whitespace().map(str::to_owned).collect();
-            let doing = if actions.is_empty() { Doing::Beginning } else { Doing::Action };
-            let beat = Beat { host: "node".into(), count: 1, doing, since: 3.0 + rank as f64, actions };
+            let doing = if actions.is_empty() { Activity::Starting } else { Activity::Action };
+            let beat = HeartbeatReport { host: "node".into(), count: 1, doing, since: 3.0 + rank as f64, actions };
             watchdog.heard(rank, beat);
         }
         watchdog

@@ -1,16 +1,16 @@
-//! How far the places may go, and where they stop: rank 0's part of what `panel` draws.
+//! How far the places may go, and where they stop: rank 0's part of what `gate` draws.
 
 use std::time::Duration;
 
-use crate::panel::{Control, Controls};
+use crate::control::{Control, Controls};
 
-/// How long recorder and places may take to hear of each other.
+/// How long coordinator and places may take to hear of each other.
 const NEWS: Duration = Duration::from_millis(500);
 /// Steps that the time of the next one is guessed from.
 const RECENT: usize = 9;
 
 /// The limit of a run.
-pub struct Pace {
+pub struct StopPlanner {
     /// Of the whole run.
     steps: usize,
     /// How far the limit must be ahead of the complete steps.
@@ -33,10 +33,10 @@ pub enum Stopping {
     Already,
 }
 
-impl Pace {
+impl StopPlanner {
     /// Of a run of `steps` steps from `start` on, whose schedule needs the limit `lead` steps ahead.
-    pub fn new(steps: usize, start: usize, lead: usize) -> Pace {
-        Pace { steps, lead, limit: start + lead, stop: None, seconds: Vec::new() }
+    pub fn new(steps: usize, start: usize, lead: usize) -> StopPlanner {
+        StopPlanner { steps, lead, limit: start + lead, stop: None, seconds: Vec::new() }
     }
 
     /// A step took so long.
@@ -96,7 +96,7 @@ impl Pace {
         let spare = self.steps_in_news().round() as usize;
         if self.limit <= written + self.lead - 1 + spare / 2 {
             self.limit = (written + self.lead + spare).min(self.steps);
-            controls.tell(Control::Limit(self.limit));
+            controls.send(Control::Limit(self.limit));
         }
     }
 
@@ -109,7 +109,7 @@ impl Pace {
             return Stopping::AtEnd;
         }
         self.stop = Some(self.limit);
-        controls.tell(Control::Stop(self.limit));
+        controls.send(Control::Stop(self.limit));
         Stopping::At(self.limit)
     }
 }
@@ -133,50 +133,50 @@ mod tests {
             let told = Arc::clone(&told);
             move |control| told.lock().unwrap().push(control)
         });
-        let mut pace = Pace::new(100, 0, 4);
+        let mut planner = StopPlanner::new(100, 0, 4);
         for written in 1..=10 {
-            pace.step(10.0);
-            pace.raise(written, &controls);
+            planner.step(10.0);
+            planner.raise(written, &controls);
         }
         let limits: Vec<Control> = (5..=14).map(Control::Limit).collect();
         assert_eq!(*told.lock().unwrap(), limits);
-        assert_eq!((pace.under_way(10), pace.time_to_stop(10)), (4, Duration::from_secs(40)));
-        assert_eq!(pace.end_at_limit(&controls), Stopping::At(14));
-        assert_eq!(pace.end_at_limit(&controls), Stopping::Already);
-        pace.raise(13, &controls);
+        assert_eq!((planner.under_way(10), planner.time_to_stop(10)), (4, Duration::from_secs(40)));
+        assert_eq!(planner.end_at_limit(&controls), Stopping::At(14));
+        assert_eq!(planner.end_at_limit(&controls), Stopping::Already);
+        planner.raise(13, &controls);
         assert_eq!(told.lock().unwrap()[10..], [Control::Stop(14)]);
     }
 
-    /// A recorder that was kept from its work hears of many steps at once.
+    /// A coordinator that was kept from its work hears of many steps at once.
     #[test]
     fn a_burst_of_steps_does_not_carry_the_limit_away() {
         let controls = Controls::new(|_| {});
-        let mut pace = Pace::new(100_000, 0, 4);
+        let mut planner = StopPlanner::new(100_000, 0, 4);
         for burst in 1..=20 {
             for written in 20 * (burst - 1) + 1..=20 * burst {
-                pace.step(if written % 20 == 1 { 0.2 } else { 1e-6 });
-                pace.raise(written, &controls);
+                planner.step(if written % 20 == 1 { 0.2 } else { 1e-6 });
+                planner.raise(written, &controls);
                 // 100 steps a second.
-                assert!(pace.under_way(written) <= 4 + 70, "{written}: {}", pace.under_way(written));
+                assert!(planner.under_way(written) <= 4 + 70, "{written}: {}", planner.under_way(written));
             }
         }
-        assert!(pace.under_way(400) >= 25);
+        assert!(planner.under_way(400) >= 25);
     }
 
     #[test]
     fn short_steps_get_a_limit_further_ahead() {
         let controls = Controls::new(|_| {});
-        let mut pace = Pace::new(1000, 0, 4);
+        let mut planner = StopPlanner::new(1000, 0, 4);
         for written in 1..=200 {
-            pace.step(0.01);
-            pace.raise(written, &controls);
+            planner.step(0.01);
+            planner.raise(written, &controls);
         }
-        assert!((4 + 25..=4 + 50).contains(&pace.under_way(200)), "{}", pace.under_way(200));
-        let mut pace = Pace::new(20, 0, 4);
+        assert!((4 + 25..=4 + 50).contains(&planner.under_way(200)), "{}", planner.under_way(200));
+        let mut planner = StopPlanner::new(20, 0, 4);
         for written in 1..=10 {
-            pace.step(0.01);
-            pace.raise(written, &controls);
+            planner.step(0.01);
+            planner.raise(written, &controls);
         }
-        assert_eq!(pace.end_at_limit(&controls), Stopping::AtEnd);
+        assert_eq!(planner.end_at_limit(&controls), Stopping::AtEnd);
     }
 }

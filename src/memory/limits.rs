@@ -15,7 +15,7 @@ pub struct Limit {
 
 /// The limits that this process is under.
 pub fn limits() -> Vec<Limit> {
-    let mut found = of_process(&fs::read_to_string("/proc/self/limits").unwrap_or_default(), super::memory::status);
+    let mut found = of_process(&fs::read_to_string("/proc/self/limits").unwrap_or_default(), super::gauge::status);
     if let Some(path) = control_group() {
         found.extend(of_groups(Path::new("/sys/fs/cgroup"), &path));
     }

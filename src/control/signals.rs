@@ -6,9 +6,8 @@ use std::sync::{Arc, LazyLock};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::{Handle, Signals};
 
-use crate::comm::Reporter;
+use super::{Report, Reporter};
 use crate::error::{Error, Result};
-use crate::metrics::Report;
 
 static EARLY: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 

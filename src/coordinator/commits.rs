@@ -24,7 +24,7 @@ struct Saving {
 }
 
 /// The states of a run.
-pub struct States {
+pub struct Commits {
     setup: Arc<Setup>,
     out: PathBuf,
     /// By the step that is saved.
@@ -35,17 +35,17 @@ pub struct States {
     newest: Option<PathBuf>,
 }
 
-impl States {
+impl Commits {
     /// Removes what an interrupted save has left in the run's folder.
     ///
     /// # Errors
     /// [`Error::Config`] about `--out` if that cannot be done.
-    pub fn begin(setup: Arc<Setup>, out: &Path) -> Result<States> {
+    pub fn begin(setup: Arc<Setup>, out: &Path) -> Result<Commits> {
         checkpoint::clear(out)
             .map_err(|error| Error::config("--out", out.display(), format!("cannot be cleared ({error})")))?;
         let kept = if setup.resumed.is_some() { checkpoint::steps(out, setup.start()) } else { Vec::new() };
         let (saving, longest) = (BTreeMap::new(), Duration::ZERO);
-        Ok(States { setup, out: out.to_owned(), saving, longest, kept, newest: None })
+        Ok(Commits { setup, out: out.to_owned(), saving, longest, kept, newest: None })
     }
 
     /// How long the slowest save has taken.

@@ -6,50 +6,22 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::{EvalLine, Sink, StepLine};
 use crate::error::{Error, Result};
 
-/// About a step. `step` counts the updates made; `tokens` those read so far.
-#[derive(Serialize)]
-pub struct StepLine<'a> {
-    pub step: usize,
-    pub loss: f64,
-    pub lr: f64,
-    pub tokens: u64,
-    pub step_s: f64,
-    pub tokens_per_s: f64,
-    /// Before clipping, one a stage.
-    pub grad_norm: &'a [f64],
-    /// Of the tied table, which no stage's norm holds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub table_norm: Option<f64>,
-}
-
-/// About an evaluation after `step` updates.
-#[derive(Serialize)]
-pub struct EvalLine {
-    pub step: usize,
-    pub eval_loss: f64,
-    /// Bits per byte or character.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_bpc: Option<f64>,
-    /// Perplexity per word.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_ppl: Option<f64>,
-}
-
 /// The file, whole lines at any moment.
-pub struct Lines {
+pub struct JsonLines {
     path: PathBuf,
     file: BufWriter<File>,
 }
 
-impl Lines {
+impl JsonLines {
     /// An empty file in the run's folder, or the lines of the run that goes on at `resumed`. What an earlier run has
     /// written is kept as `metrics.previous.jsonl`.
     ///
     /// # Errors
     /// [`Error::Config`] about `--out`.
-    pub fn begin(out: &Path, resumed: Option<usize>) -> Result<Lines> {
+    pub fn begin(out: &Path, resumed: Option<usize>) -> Result<JsonLines> {
         let path = out.join("metrics.jsonl");
         let wrong = |error| unwritable(&path, error);
         let earlier = std::fs::read_to_string(&path).unwrap_or_default();
@@ -59,16 +31,23 @@ impl Lines {
         }
         let mut file = BufWriter::new(File::create(&path).map_err(wrong)?);
         file.write_all(before.as_bytes()).and_then(|()| file.flush()).map_err(wrong)?;
-        Ok(Lines { path, file })
+        Ok(JsonLines { path, file })
     }
 
     /// Adds a line.
-    ///
-    /// # Errors
-    /// [`Error::Config`] about `--out`.
-    pub fn add(&mut self, line: &impl Serialize) -> Result<()> {
+    fn add(&mut self, line: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(line).map_err(|error| Error::Internal(error.to_string()))?;
         writeln!(self.file, "{text}").and_then(|()| self.file.flush()).map_err(|error| unwritable(&self.path, error))
+    }
+}
+
+impl Sink for JsonLines {
+    fn step(&mut self, line: &StepLine) -> Result<()> {
+        self.add(line)
+    }
+
+    fn eval(&mut self, line: &EvalLine) -> Result<()> {
+        self.add(line)
     }
 }
 

@@ -1,11 +1,12 @@
-//! Numbers that are reported once the device has come to them, so that nobody waits for one.
+//! Deferred scalars: copied to pinned memory, and reported when their event has completed; the host never blocks on the
+//! device for one.
 //!
 //! ```text
 //! device   ... loss of step t | copy to the host | mark ...... loss of t+1 | copy | mark ...
 //! host         asks for both, goes on ......................... has the mark of t passed? then report
 //! ```
 //!
-//! The host may be so many steps before the device as its numbers are old; [`LATE`] bounds that, so that messages and
+//! The host may be so many steps before the device as its numbers are old; [`READBACK_STEPS`] bounds that, so that messages and
 //! memory that have been asked for do not pile up.
 
 use std::collections::VecDeque;
@@ -15,76 +16,76 @@ use std::time::Duration;
 use cudarc::driver::CudaEvent;
 use tch::{Device, Kind, Tensor};
 
-use crate::comm::{Beside, Reporter};
+use crate::comm::Beside;
+use crate::control::{Report, Reporter};
 use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
-use crate::metrics::Report;
-use crate::number::{LATE, Number};
+use crate::number::{Number, READBACK_STEPS};
 
 /// Between two looks at a mark that is waited for.
 const LOOK: Duration = Duration::from_micros(50);
 
 /// What becomes of a number: a report, nothing, or an error.
-type Told = Box<dyn FnOnce(f64) -> Result<Option<Report>>>;
+type Then = Box<dyn FnOnce(f64) -> Result<Option<Report>>>;
 
 struct Waiting {
     step: usize,
     /// On the host; there when the mark has passed. Without a mark, when it is asked for.
     value: Tensor,
     mark: Option<CudaEvent>,
-    told: Told,
+    then: Then,
 }
 
 /// The numbers of a place that are not known yet, the oldest first.
-pub(super) struct Later {
+pub(super) struct Deferred {
     waiting: VecDeque<Waiting>,
     queues: Option<CudaQueues>,
     reports: Reporter,
     beside: Option<Arc<dyn Beside>>,
 }
 
-impl Later {
+impl Deferred {
     /// None yet, of a device.
     ///
     /// # Errors
     /// What the driver reports.
-    pub(super) fn new(device: Device, reports: Reporter, beside: Option<Arc<dyn Beside>>) -> Result<Later> {
+    pub(super) fn new(device: Device, reports: Reporter, beside: Option<Arc<dyn Beside>>) -> Result<Deferred> {
         let queues = match device {
             Device::Cuda(index) => Some(CudaQueues::new(index)?),
             _ => None,
         };
-        Ok(Later { waiting: VecDeque::new(), queues, reports, beside })
+        Ok(Deferred { waiting: VecDeque::new(), queues, reports, beside })
     }
 
-    /// Reports a number of a step, now if it is known. `told` makes the report of it if there is to be one, or the error that
+    /// Reports a number of a step, now if it is known. `then` makes the report of it if there is to be one, or the error that
     /// it is.
     ///
     /// # Errors
-    /// Those of `told`, or a recorder that is gone.
-    pub(super) fn tell(
+    /// Those of `then`, or a coordinator that is gone.
+    pub(super) fn defer(
         &mut self,
         step: usize,
         number: Number,
-        told: impl FnOnce(f64) -> Result<Option<Report>> + 'static,
+        then: impl FnOnce(f64) -> Result<Option<Report>> + 'static,
     ) -> Result<()> {
         let pending = match number {
-            Number::Known(value) => return self.report(told(value)?),
+            Number::Known(value) => return self.report(then(value)?),
             Number::Pending(pending) => pending,
         };
         // libtorch puts it into pinned memory, which a copy that nobody waits for needs.
         let value = pending.f_to_device_(Device::Cpu, Kind::Double, true, false)?;
         let mark = self.queues.as_ref().map(|queues| queues.mark(Queue::Compute)).transpose()?;
-        self.waiting.push_back(Waiting { step, value, mark, told: Box::new(told) });
+        self.waiting.push_back(Waiting { step, value, mark, then: Box::new(then) });
         Ok(())
     }
 
     /// Reports what is known by now, and waits for what is too old at `step`.
     ///
     /// # Errors
-    /// Those of the reports, of the recorder and of the device.
+    /// Those of the reports, of the coordinator and of the device.
     pub(super) fn look(&mut self, step: usize) -> Result<()> {
         while let Some(first) = self.waiting.front() {
-            let old = first.step + LATE <= step;
+            let old = first.step + READBACK_STEPS <= step;
             match (&self.queues, &first.mark) {
                 (Some(queues), Some(mark)) => {
                     while !queues.passed(mark)? {
@@ -99,8 +100,8 @@ impl Later {
                 _ if !old => return Ok(()),
                 _ => {}
             }
-            let Some(Waiting { value, told, .. }) = self.waiting.pop_front() else { return Ok(()) };
-            self.report(told(value.f_double_value(&[])?)?)?;
+            let Some(Waiting { value, then, .. }) = self.waiting.pop_front() else { return Ok(()) };
+            self.report(then(value.f_double_value(&[])?)?)?;
         }
         Ok(())
     }
@@ -112,7 +113,7 @@ impl Later {
     /// Waits for everything.
     ///
     /// # Errors
-    /// As [`Later::look`].
+    /// As [`Deferred::look`].
     pub(super) fn flush(&mut self) -> Result<()> {
         self.look(usize::MAX)
     }

@@ -1,0 +1,329 @@
+//! Rank 0's part of the control plane: puts the reports of all places together, step by step, hands what is complete to
+//! the sinks, completes saved states, and decides when the run stops or has failed.
+
+mod commits;
+mod divergence;
+mod steps;
+mod stop_planner;
+mod stragglers;
+mod watchdog;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use commits::{Commits, check_room};
+use divergence::Divergence;
+use steps::{Complete, Step, Steps};
+use stop_planner::{StopPlanner, Stopping};
+use stragglers::Stragglers;
+use watchdog::Watchdog;
+
+use crate::clock::Times;
+use crate::control::{Controls, Mode, Report, Watch};
+use crate::data::Tokenizer;
+use crate::emulation::Emulation;
+use crate::error::{Error, Placed, Result};
+use crate::metrics::{Bench, EvalLine, JsonLines, Progress, Sink, StepLine, Summary, print_memory};
+use crate::number::Readback;
+use crate::optim::learning_rate;
+use crate::setup::Setup;
+
+/// Between two looks at the clock where nothing is reported.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// What the ranks of a run are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ranks {
+    Processes,
+    /// Of one process, so that of their memory only the sum can be measured.
+    Threads,
+}
+
+/// Collects reports until every place is done.
+pub struct Coordinator {
+    setup: Arc<Setup>,
+    out: PathBuf,
+    sinks: Vec<Box<dyn Sink + Send>>,
+    steps: Steps,
+    divergence: Divergence,
+    stragglers: Stragglers,
+    watchdog: Option<Watchdog>,
+    /// Ranks that are done, with the peak of their memory; and their times.
+    done: Vec<(usize, Option<u64>)>,
+    times: Vec<(usize, Option<Times>)>,
+    /// Only measures: tells where the time goes, saves nothing.
+    bench: bool,
+    emulation: Option<Emulation>,
+    commits: Commits,
+    planner: StopPlanner,
+    /// When the last step was complete.
+    last: Instant,
+    losses: Vec<f64>,
+    eval_loss: Option<f64>,
+}
+
+impl Coordinator {
+    /// Prepares the run's folder: `config.toml`, an empty `metrics.jsonl` (one of an earlier run is kept as
+    /// `metrics.previous.jsonl`).
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out` if the folder cannot be written.
+    pub fn new(setup: Arc<Setup>, out: &Path) -> Result<Coordinator> {
+        let wrong = |error: std::io::Error| {
+            Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
+        };
+        check_room(&setup, out)?;
+        std::fs::create_dir_all(out).map_err(wrong)?;
+        std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
+
+        let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
+        let json = JsonLines::begin(out, setup.resumed.as_ref().map(|_| start))?;
+        let terminal = Progress::new(config.steps, start, config.data.tokenizer);
+
+        Ok(Coordinator {
+            out: out.to_owned(),
+            sinks: vec![Box::new(json), Box::new(terminal)],
+            steps: Steps::new(grid.stages, grid.replicas, setup.dimensions.tied, start),
+            divergence: Divergence::new(grid),
+            stragglers: Stragglers::default(),
+            watchdog: Some(Watchdog::new(grid, config.stall_seconds)),
+            done: Vec::new(),
+            times: Vec::new(),
+            bench: false,
+            emulation: None,
+            commits: Commits::begin(Arc::clone(&setup), out)?,
+            planner: StopPlanner::new(config.steps, start, setup.lead()),
+            last: Instant::now(),
+            losses: Vec::new(),
+            eval_loss: None,
+            setup,
+        })
+    }
+
+    /// The coordinator of a run of this mode.
+    pub fn of_mode(self, mode: &Mode) -> Coordinator {
+        Coordinator { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
+    }
+
+    /// The coordinator of a run that has no heartbeats.
+    pub fn without_watchdog(self) -> Coordinator {
+        Coordinator { watchdog: None, ..self }
+    }
+
+    /// Takes reports until all ranks are done, completing each saved state on the way, and tells the places how far they may
+    /// go. `count` is the number of ranks.
+    ///
+    /// # Errors
+    /// What a place reports, reports that end early, or a file that cannot be written.
+    pub fn run(
+        mut self,
+        reports: &Receiver<Report>,
+        controls: &Controls,
+        mut watch: Watch,
+        count: usize,
+        ranks: Ranks,
+    ) -> Placed<Summary> {
+        self.last = Instant::now();
+
+        while self.done.len() < count {
+            match reports.recv_timeout(LOOK) {
+                Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
+                Ok(Report::Stop { reason }) => self.stop(&reason, controls),
+                Ok(Report::Heartbeat { rank, beat }) => {
+                    self.watchdog.iter_mut().for_each(|watchdog| watchdog.heard(rank, beat.clone()));
+                }
+                Ok(report) => {
+                    self.watchdog.iter_mut().for_each(Watchdog::moved);
+                    self.take(report).map_err(|error| (None, error))?;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err((None, Error::Internal("the places ended before they were done".into())));
+                }
+            }
+
+            if let Some(reason) = watch.reason(self.time_to_stop()) {
+                self.stop(&reason, controls);
+            }
+            self.planner.raise(self.steps.done(), controls);
+            if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls)) {
+                return Err((None, error));
+            }
+        }
+
+        if self.planner.stop().is_some() {
+            watch.done();
+        }
+        self.finish(ranks).map_err(|error| (None, error))
+    }
+
+    /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the longest yet.
+    fn time_to_stop(&self) -> Duration {
+        self.planner.time_to_stop(self.steps.done()) + self.commits.longest()
+    }
+
+    /// Lets everybody stop at the limit, which nobody has passed.
+    fn stop(&mut self, reason: &str, controls: &Controls) {
+        if self.bench {
+            return;
+        }
+        let text = match self.planner.end_at_limit(controls) {
+            Stopping::Already => return,
+            Stopping::AtEnd => format!("{reason}: all steps up to the end are under way, so the run ends there"),
+            Stopping::At(step) => format!(
+                "{reason}: the run stops and saves at step {step}, in about {:.1} s ({} steps under way, then the save)",
+                self.time_to_stop().as_secs_f64(),
+                self.planner.under_way(self.steps.done())
+            ),
+        };
+        self.note(&text);
+    }
+
+    fn note(&mut self, text: &str) {
+        self.sinks.iter_mut().for_each(|sink| sink.note(text));
+    }
+
+    fn take(&mut self, report: Report) -> Result<()> {
+        match report {
+            Report::Loss { replica, step, loss } => self.steps.loss(step, replica, loss),
+            Report::Norm { stage, step, norm } => self.steps.norm(step, stage, norm),
+            Report::TableNorm { step, norm } => self.steps.table_norm(step, norm),
+            Report::Eval { replica, step, loss_sum, tokens } => {
+                self.steps.evaluation(step, replica, loss_sum, tokens);
+            }
+            Report::TableDigest { place, step, digest } => {
+                self.divergence.record_digest(place, None, step, digest)?;
+            }
+            Report::Digest { place, step, digest } => {
+                self.divergence.record_digest(place, Some(place.stage), step, digest)?;
+            }
+            Report::Busy { rank, seconds } => self.busy(rank, seconds),
+            Report::Saved { place, step, written } => {
+                if let Some(text) = self.commits.saved(place, step, written)? {
+                    self.note(&text);
+                }
+            }
+            Report::Done { rank, peak_bytes, times } => {
+                self.times.push((rank, times));
+                self.done.push((rank, peak_bytes));
+                self.done.sort();
+            }
+            Report::Failed { .. } | Report::Stop { .. } | Report::Heartbeat { .. } => {}
+        }
+
+        while let Some(complete) = self.steps.next() {
+            match complete {
+                Complete::Step(step, of) => self.step(step, &of)?,
+                Complete::Evaluation(step, loss) => self.eval(step, loss)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells of a rank that has become slow.
+    fn busy(&mut self, rank: usize, seconds: f64) {
+        if let Some((then, now)) = self.stragglers.take(rank, seconds) {
+            let name = self.setup.grid.name(rank);
+            self.note(&format!(
+                "note: {name} (rank {rank}) has become slow: {now:.3} s of work a step, {then:.3} s before"
+            ));
+        }
+    }
+
+    fn step(&mut self, step: usize, of: &Step) -> Result<()> {
+        let config = &self.setup.config;
+        let now = Instant::now();
+        let seconds = now.duration_since(self.last).as_secs_f64();
+        self.last = now;
+
+        let tokens = (config.batch * config.data.sequence) as u64;
+        let line = StepLine {
+            step: step + 1,
+            loss: of.loss(),
+            lr: learning_rate(&config.optimizer, step, config.steps),
+            tokens: tokens * (step as u64 + 1),
+            step_s: seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            grad_norm: &of.norms(),
+            table_norm: of.table_norm(),
+        };
+        self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
+
+        let skipped = of.skipped();
+        if !skipped.is_empty() {
+            let whose = skipped.join(", ");
+            self.note(&format!("step {:>6}  not finite: the update of {whose} is left out", step + 1));
+        }
+        self.losses.push(of.loss());
+        self.planner.step(seconds);
+        Ok(())
+    }
+
+    fn eval(&mut self, step: usize, eval_loss: f64) -> Result<()> {
+        let words = self.setup.config.data.tokenizer == Tokenizer::Words;
+        let eval_bpc = (!words).then_some(eval_loss / std::f64::consts::LN_2);
+        let line = EvalLine { step, eval_loss, eval_bpc, eval_ppl: words.then(|| eval_loss.exp()) };
+        self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;
+
+        self.eval_loss = Some(eval_loss);
+        // The time of an evaluation is not that of the next step; where it is read late it may come with that step.
+        if self.setup.readback == Readback::Now {
+            self.last = Instant::now();
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, ranks: Ranks) -> Result<Summary> {
+        self.sinks.iter_mut().for_each(|sink| sink.finish());
+        if self.bench {
+            return self.finish_bench(ranks);
+        }
+
+        let (steps, grid) = (self.setup.config.steps, self.setup.grid);
+        if self.setup.start() == steps {
+            let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
+            return Ok(match self.commits.newest() {
+                Some(again) => {
+                    println!("all {steps} steps are made; saved again, as a grid of {grid} does: {}", again.display());
+                    self.summary(Some(again))
+                }
+                None => {
+                    println!("nothing is left to do: all {steps} steps are made, and saved");
+                    self.summary(saved)
+                }
+            });
+        }
+        if let Some(step) = self.planner.stop() {
+            println!("stopped at step {step} of {steps}; it is saved, and --resume goes on from there");
+            return Ok(self.summary(self.commits.newest()));
+        }
+
+        print_memory(&self.setup, &self.done, ranks == Ranks::Threads);
+        let summary = self.summary(self.commits.newest());
+        summary.print(&self.setup);
+        Ok(summary)
+    }
+
+    /// Where the time went, of a run that only measures.
+    fn finish_bench(mut self, ranks: Ranks) -> Result<Summary> {
+        self.times.sort_by_key(|(rank, _)| *rank);
+        let bench = Bench::new(&self.setup, self.emulation.as_ref(), &self.times, &self.done)?;
+        bench.write(&self.out)?;
+        print!("{}", bench.table(ranks == Ranks::Threads));
+        Ok(self.summary(None))
+    }
+
+    fn summary(&self, checkpoint: Option<PathBuf>) -> Summary {
+        let tail = &self.losses[self.losses.len() - self.losses.len().div_ceil(10)..];
+        let tokens = (self.setup.config.batch * self.setup.config.data.sequence) as f64;
+        Summary {
+            loss: tail.iter().sum::<f64>() / tail.len() as f64,
+            eval_loss: self.eval_loss,
+            tokens_per_s: tokens / self.planner.median().unwrap_or(f64::NAN),
+            checkpoint,
+            stopped: self.planner.stop().is_some(),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The memory of a rank: what is predicted of it, what is measured, and what it may have.
+
+mod check;
+mod gauge;
+mod limits;
+mod prediction;
+
+pub use check::{check, check_gpu};
+pub use gauge::Gauge;
+pub use limits::control_group;
+pub use prediction::Prediction;

@@ -1,0 +1,51 @@
+//! Where the metrics of a run go: a file, a terminal. A new one is a file beside this, and a line where the coordinator
+//! makes its list.
+
+use serde::Serialize;
+
+use crate::error::Result;
+
+/// About a step. `step` counts the updates made; `tokens` those read so far.
+#[derive(Debug, Serialize)]
+pub struct StepLine<'a> {
+    pub step: usize,
+    pub loss: f64,
+    pub lr: f64,
+    pub tokens: u64,
+    pub step_s: f64,
+    pub tokens_per_s: f64,
+    /// Before clipping, one a stage.
+    pub grad_norm: &'a [f64],
+    /// Of the tied table, which no stage's norm holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub table_norm: Option<f64>,
+}
+
+/// About an evaluation after `step` updates.
+#[derive(Debug, Serialize)]
+pub struct EvalLine {
+    pub step: usize,
+    pub eval_loss: f64,
+    /// Bits per byte or character.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_bpc: Option<f64>,
+    /// Perplexity per word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_ppl: Option<f64>,
+}
+
+/// A place where metrics go. Steps and evaluations come in the order of the run; the names of the fields are those of
+/// `metrics.jsonl`.
+pub trait Sink {
+    /// A step is complete.
+    fn step(&mut self, line: &StepLine) -> Result<()>;
+
+    /// An evaluation is complete.
+    fn eval(&mut self, line: &EvalLine) -> Result<()>;
+
+    /// Something that people should read, and that is no number.
+    fn note(&mut self, _text: &str) {}
+
+    /// The run is over.
+    fn finish(&mut self) {}
+}

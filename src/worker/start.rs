@@ -1,0 +1,108 @@
+//! What is made, and tried for the first time, before the first action.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::Worker;
+use super::compute::Compute;
+use super::context::Context;
+use super::deferred::Deferred;
+use super::faults::Faults;
+use super::place::{PlaceState, held};
+use super::probes::Probes;
+use super::tied::TiedTable;
+use super::writer::Writer;
+use crate::clock::Clock;
+use crate::comm::Ports;
+use crate::control::Mode;
+use crate::data::Batches;
+use crate::error::Result;
+use crate::memory::Gauge;
+use crate::model::{Dimensions, Memory, ModelConfig, Stack};
+use crate::number::Readback;
+use crate::params::{Layout, Versions};
+use crate::schedule::Tie;
+use crate::setup::Setup;
+use crate::stage::Input;
+
+/// The worker of a rank.
+pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
+    // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
+    tch::set_num_threads(setup.config.threads as i32);
+    warm_up(setup.config.precision.kind(), setup.device)?;
+    let mut gauge = Gauge::on(setup.device)?;
+
+    let held = setup.grid.held(rank);
+    let mut places = Vec::new();
+    for (place, ends) in held.iter().zip(ports.places) {
+        places.push(PlaceState::new(&setup, *place, ends, mode.emulation.as_ref())?);
+    }
+    let shared = places.iter().map(|place| place.shared as u64).sum();
+    gauge.iter_mut().for_each(|gauge| gauge.shares(shared));
+    let mut table = TiedTable::of_rank(&setup, rank)?;
+    if setup.readback == Readback::Deferred {
+        rehearse(&setup, &mut places, &mut table)?;
+    }
+
+    let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
+    let replica = held[0].replica;
+    let faults = Faults { injection: mode.inject, replica };
+    let probes = Probes::new(Clock::new(&setup.schedule, &stages), &ports.gate, faults);
+    Ok(Worker {
+        places,
+        table,
+        batches: Batches::new(Arc::clone(&setup.corpus), setup.config.reading()),
+        deferred: Deferred::new(setup.device, ports.reports.clone(), ports.beside.clone())?,
+        probes,
+        gauge,
+        writer: Some(Writer::start(out, ports.reports.clone())?),
+        stop: None,
+        context: Context {
+            rank,
+            replica,
+            mode,
+            faults,
+            reports: ports.reports,
+            gate: ports.gate,
+            beside: ports.beside,
+            setup,
+        },
+    })
+}
+
+/// One microbatch of nothing forward and backward through every stage, of which nothing stays but what is loaded and taken on
+/// the way: a GPU loads a kernel when it is first used, and may wait for all its work then. By the time that receives are
+/// under way, which wait for others, it must have happened.
+fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTable>) -> Result<()> {
+    let (rows, sequence, device) = (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
+    for PlaceState { place, compute, versions, .. } in places {
+        let Compute::Real(stage) = compute else { continue };
+        let tokens = || Tensor::f_zeros([rows, sequence], (Kind::Int64, device));
+        let hidden = [rows, sequence, setup.dimensions.d_model];
+        let x = match place.stage {
+            0 => tokens()?,
+            _ => Tensor::f_zeros(hidden, (setup.config.precision.kind(), device))?,
+        };
+        let last = place.stage == setup.grid.stages - 1;
+        let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
+        stage.rehearse(held(versions, table.as_ref().map(TiedTable::table)), &input, setup.hidden_wire())?;
+    }
+    table.as_mut().map_or(Ok(()), |table| table.table_mut().forget())
+}
+
+/// One forward and backward of a tiny model: loads the parts of libtorch that training needs, so that the peak memory
+/// measured after it is the stage's, and the first step is as fast as the others.
+fn warm_up(kind: Kind, device: Device) -> Result<()> {
+    let model = ModelConfig { layers: 1, d_model: 64, heads: 2, d_ff: 256, tie: Tie::Untied, ..ModelConfig::default() };
+    let d = Dimensions::new(&model, 256, 64);
+    let stack = Stack::new(&d, 0..1);
+    let layout = Layout::new(stack.parameters());
+    let versions = Versions::new(layout.clone(), layout.initial(0)?.f_to_device(device)?, 1, 1, kind)?;
+
+    let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, device))?;
+    let weights = versions.parameters(0, 0);
+    let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
+    Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
+}
