@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::comm::{Content, Ends, Header, Link, Ports};
+use crate::comm::{Content, Ends, Header, Link, Ports, ReplicaGroup};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::params::{here, slice};
@@ -181,12 +181,43 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
         let least = if values == LARGE { &mut large } else { &mut small };
         *least = least.min(seconds);
     }
+    check_halves(group.as_mut(), place, replicas, device)?;
     // The training begins with zeros there.
     if let Some(mut memory) = group.memory() {
         let _ = memory.f_zero_()?;
     }
     let moved = 2.0 * (replicas - 1) as f64 / replicas as f64 * LARGE as f64 * 32.0;
     Ok(Some((small * 1e6, moved / large / 1e9)))
+}
+
+/// Whether the halves of a sum, one after the other, bring what it brings: values of which no two are alike.
+fn check_halves(group: &mut dyn ReplicaGroup, place: Place, replicas: usize, device: Device) -> Result<()> {
+    let values = Tensor::f_arange(LARGE, (Kind::Float, device))?.f_add_scalar(0.25 + place.replica as f64)?;
+    let owned = group.owned(LARGE as usize);
+    for in_memory in [false, true] {
+        let flat = match group.memory().filter(|memory| in_memory && memory.numel() as i64 >= LARGE) {
+            Some(memory) => memory.f_narrow(0, 0, LARGE)?,
+            None => values.f_zeros_like()?,
+        };
+        let mut filled = flat.shallow_clone();
+        filled.f_copy_(&values)?;
+
+        let whole = values.f_detach_copy()?;
+        group.all_reduce(0, whole.shallow_clone())?.wait()?;
+        group.reduce(0, flat.shallow_clone())?.wait()?;
+        let part = |of: &Tensor| -> Result<Tensor> { here(&of.f_narrow(0, owned.start as i64, owned.len() as i64)?) };
+        let reduced = part(&flat)?.f_equal(&part(&whole)?)?;
+        group.gather(0, flat.shallow_clone())?.wait()?;
+        if !reduced || !here(&flat)?.f_equal(&here(&whole)?)? {
+            let what = if reduced { "gathered" } else { "reduced" };
+            let text = format!(
+                "self-test: halves of a sum over {replicas} replicas of stage {} are {what} wrongly",
+                place.stage
+            );
+            return Err(Error::Transport(text));
+        }
+    }
+    Ok(())
 }
 
 /// What was measured everywhere as a table; below it the links and groups that are slow.

@@ -3,6 +3,7 @@
 //! A thread that ends drops its ends of the channels, so whoever waits for it wakes with an error at once.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 
@@ -131,12 +132,12 @@ impl<T> Mailbox<T> {
     }
 }
 
-/// Replica 0 adds up, in the order of the replicas, so the sum is the same for every run and every R.
+/// Replica 0 owns everything: it adds up, in the order of the replicas, so the sum is the same for every run and every R.
 struct Leader {
     stage: usize,
     wire: Wire,
     members: Arc<Mutex<Vec<Member>>>,
-    started: u64,
+    started: Started,
 }
 
 /// Replica 0's ends towards another replica.
@@ -150,7 +151,26 @@ struct Follower {
     wire: Wire,
     sender: Sender<Numbered<Tensor>>,
     mailbox: Arc<Mutex<Mailbox<Tensor>>>,
-    started: u64,
+    started: Started,
+}
+
+/// How many of each half of a sum were started.
+#[derive(Default)]
+struct Started {
+    reduces: u64,
+    gathers: u64,
+}
+
+impl Started {
+    fn reduce(&mut self) -> u64 {
+        self.reduces += 1;
+        self.reduces - 1
+    }
+
+    fn gather(&mut self) -> u64 {
+        self.gathers += 1;
+        self.gathers - 1
+    }
 }
 
 fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
@@ -161,50 +181,114 @@ fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
         let (sender, from_leader) = channel();
         members.push(Member { mailbox: Mailbox::new(receiver), sender });
         let mailbox = Arc::new(Mutex::new(Mailbox::new(from_leader)));
-        followers.push(Box::new(Follower { place, wire, sender: to_leader, mailbox, started: 0 }));
+        followers.push(Box::new(Follower { place, wire, sender: to_leader, mailbox, started: Started::default() }));
     }
-    let leader: Box<dyn ReplicaGroup> =
-        Box::new(Leader { stage, wire, members: Arc::new(Mutex::new(members)), started: 0 });
+
+    let members = Arc::new(Mutex::new(members));
+    let leader: Box<dyn ReplicaGroup> = Box::new(Leader { stage, wire, members, started: Started::default() });
     std::iter::once(leader).chain(followers).collect()
 }
 
-impl ReplicaGroup for Leader {
-    fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let (members, stage, wire, number) = (Arc::clone(&self.members), self.stage, self.wire, self.started);
-        self.started += 1;
-        let lost = move |replica| Error::Lost {
-            peer: Place { stage, replica },
-            doing: format!("the gradient of step {step} is reduced"),
-        };
-        Ok(Reduction::new(move || {
+/// A half of a sum that is made when it is waited for.
+type Half = Box<dyn FnOnce() -> Result<()> + Send>;
+
+impl Leader {
+    fn lost(stage: usize, step: usize, replica: usize) -> Error {
+        let peer = Place { stage, replica };
+        Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") }
+    }
+
+    /// Adds up what the others send under this number.
+    fn adds(&self, step: usize, number: u64, mut flat: Tensor) -> Half {
+        let (members, stage, wire) = (Arc::clone(&self.members), self.stage, self.wire);
+        Box::new(move || {
+            let lost = |replica| Leader::lost(stage, step, replica);
             let mut members = members.lock().map_err(|_| lost(0))?;
             wire.round(&mut flat)?;
             for (i, member) in members.iter_mut().enumerate() {
                 let gradient = member.mailbox.take(number).ok_or_else(|| lost(i + 1))?;
                 let _ = flat.f_add_(&gradient)?;
             }
-            wire.round(&mut flat)?;
+            Ok(wire.round(&mut flat)?)
+        })
+    }
+
+    /// Sends its values to the others under this number.
+    fn sends(&self, step: usize, number: u64, flat: Tensor) -> Half {
+        let (members, stage) = (Arc::clone(&self.members), self.stage);
+        Box::new(move || {
+            let lost = |replica| Leader::lost(stage, step, replica);
+            let members = members.lock().map_err(|_| lost(0))?;
             let sum = flat.f_detach_copy()?;
             for (i, member) in members.iter().enumerate() {
                 member.sender.send((number, sum.shallow_clone())).map_err(|_| lost(i + 1))?;
             }
             Ok(())
-        }))
+        })
+    }
+}
+
+impl ReplicaGroup for Leader {
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        let (reduce, gather) = (self.started.reduce(), self.started.gather());
+        let adds = self.adds(step, reduce, flat.shallow_clone());
+        let sends = self.sends(step, gather, flat);
+        Ok(Reduction::new(move || adds().and_then(|()| sends())))
+    }
+
+    fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        let number = self.started.reduce();
+        Ok(Reduction::new(self.adds(step, number, flat)))
+    }
+
+    fn gather(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        let number = self.started.gather();
+        self.sends(step, number, flat)()?;
+        Ok(Reduction::new(|| Ok(())))
+    }
+}
+
+impl Follower {
+    fn lost(&self, step: usize) -> Error {
+        let peer = Place { replica: 0, ..self.place };
+        Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") }
+    }
+
+    /// Sends its values to replica 0.
+    fn send(&mut self, step: usize, flat: &Tensor) -> Result<()> {
+        let mut flat = flat.shallow_clone();
+        self.wire.round(&mut flat)?;
+        let number = self.started.reduce();
+        self.sender.send((number, flat.f_detach_copy()?)).map_err(|_| self.lost(step))
+    }
+
+    /// Takes the sum from replica 0.
+    fn takes(&mut self, step: usize, mut flat: Tensor) -> Half {
+        let (mailbox, number, lost) = (Arc::clone(&self.mailbox), self.started.gather(), self.lost(step));
+        Box::new(move || {
+            let sum = mailbox.lock().ok().and_then(|mut mailbox| mailbox.take(number));
+            Ok(flat.f_copy_(&sum.ok_or(lost)?)?)
+        })
     }
 }
 
 impl ReplicaGroup for Follower {
-    fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let (peer, number) = (Place { replica: 0, ..self.place }, self.started);
-        self.started += 1;
-        let lost = move || Error::Lost { peer, doing: format!("the gradient of step {step} is reduced") };
-        self.wire.round(&mut flat)?;
-        self.sender.send((number, flat.f_detach_copy()?)).map_err(|_| lost())?;
-        let mailbox = Arc::clone(&self.mailbox);
-        Ok(Reduction::new(move || {
-            let sum = mailbox.lock().map_err(|_| lost())?.take(number).ok_or_else(lost)?;
-            Ok(flat.f_copy_(&sum)?)
-        }))
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.send(step, &flat)?;
+        Ok(Reduction::new(self.takes(step, flat)))
+    }
+
+    fn owned(&self, len: usize) -> Range<usize> {
+        len..len
+    }
+
+    fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.send(step, &flat)?;
+        Ok(Reduction::new(|| Ok(())))
+    }
+
+    fn gather(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        Ok(Reduction::new(self.takes(step, flat)))
     }
 }
 
@@ -273,5 +357,30 @@ mod tests {
         for thread in threads {
             assert_eq!(thread.join().unwrap(), (expected, 3.0));
         }
+    }
+
+    /// The halves one after the other are the whole; every value is owned once.
+    #[test]
+    fn a_sum_in_halves_is_the_same() {
+        let threads: Vec<_> = connect(Grid::line(1, 3), 2, Wire::F32, 0, &channel().0)
+            .0
+            .into_iter()
+            .enumerate()
+            .map(|(replica, mut ports)| {
+                std::thread::spawn(move || {
+                    let values: Vec<f32> = (0..7).map(|i| (i as f32 + 1.7).powi(3 + replica as i32)).collect();
+                    let (whole, halves) = (Tensor::from_slice(&values), Tensor::from_slice(&values));
+                    let mut group = ports.places.remove(0).group.unwrap();
+                    group.all_reduce(0, whole.shallow_clone()).unwrap().wait().unwrap();
+                    group.reduce(0, halves.shallow_clone()).unwrap().wait().unwrap();
+                    let owned = group.owned(7);
+                    assert_eq!(slice(&halves)[owned.clone()], slice(&whole)[owned.clone()]);
+                    group.gather(0, halves.shallow_clone()).unwrap().wait().unwrap();
+                    assert_eq!(slice(&halves), slice(&whole));
+                    owned.len()
+                })
+            })
+            .collect();
+        assert_eq!(threads.into_iter().map(|thread| thread.join().unwrap()).sum::<usize>(), 7);
     }
 }

@@ -9,6 +9,7 @@ pub mod nccl;
 pub mod staged;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use tch::Tensor;
@@ -122,6 +123,12 @@ pub trait Link: Send {
 }
 
 /// The R places of one stage.
+///
+/// A sum over the group has two halves: every value is added up by the replica that owns it (`reduce`), and handed to the
+/// others (`gather`). Both one after the other are an `all_reduce`: the same bits, since a sum is made in the order of the
+/// replicas by whoever owns it. All members must start the same sums, in the same order.
+///
+/// A transport that cannot do the halves by themselves lets every replica own everything.
 pub trait ReplicaGroup: Send {
     /// Memory for the gradient of the stage in which sums cost least, if there is such: zeros, the same every time.
     fn memory(&self) -> Option<Tensor> {
@@ -133,10 +140,32 @@ pub trait ReplicaGroup: Send {
     /// # Errors
     /// [`Error::Lost`] if a member is gone.
     fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction>;
+
+    /// The values of a buffer of `len` values that this replica owns.
+    fn owned(&self, len: usize) -> Range<usize> {
+        0..len
+    }
+
+    /// Starts the first half, in place: once it is over this replica has the sum of what it owns; the other values mean
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a member is gone.
+    fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.all_reduce(step, flat)
+    }
+
+    /// Starts the second half, in place: once it is over this replica has the values of all owners.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a member is gone.
+    fn gather(&mut self, _step: usize, _flat: Tensor) -> Result<Reduction> {
+        Ok(Reduction::new(|| Ok(())))
+    }
 }
 
-/// An all-reduce under way; the sum is there once it has been waited for.
-#[must_use = "the gradient is not reduced before `wait` returns"]
+/// An all-reduce, or a half of one, under way; what it brings is there once it has been waited for.
+#[must_use = "nothing is reduced before `wait` returns"]
 pub struct Reduction(Box<dyn FnOnce() -> Result<()> + Send>);
 
 impl Reduction {

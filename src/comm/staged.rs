@@ -1,6 +1,8 @@
 //! Tensors of a GPU over a transport that touches host memory only: through pinned memory, waited for. Slow, and simple: a
 //! check of the grid without NCCL.
 
+use std::ops::Range;
+
 use tch::{Device, Tensor};
 
 use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup};
@@ -66,13 +68,36 @@ impl Link for Staged<dyn Link> {
     }
 }
 
-impl ReplicaGroup for Staged<dyn ReplicaGroup> {
-    fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
+impl Staged<dyn ReplicaGroup> {
+    /// A sum, or a half of one, that `start` begins on the host.
+    fn through(
+        &mut self,
+        mut flat: Tensor,
+        start: impl FnOnce(&mut dyn ReplicaGroup, Tensor) -> Result<Reduction>,
+    ) -> Result<Reduction> {
         let host = self.stage.down(&flat)?;
-        let reduction = self.inner.all_reduce(step, host.shallow_clone())?;
+        let reduction = start(self.inner.as_mut(), host.shallow_clone())?;
         Ok(Reduction::new(move || {
             reduction.wait()?;
             Ok(flat.f_copy_(&host)?)
         }))
+    }
+}
+
+impl ReplicaGroup for Staged<dyn ReplicaGroup> {
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.through(flat, |group, host| group.all_reduce(step, host))
+    }
+
+    fn owned(&self, len: usize) -> Range<usize> {
+        self.inner.owned(len)
+    }
+
+    fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.through(flat, |group, host| group.reduce(step, host))
+    }
+
+    fn gather(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.through(flat, |group, host| group.gather(step, host))
     }
 }

@@ -26,7 +26,7 @@ use tch::Tensor;
 use super::pauses::{SHORTEST_SLEEP, pause};
 use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
-use super::reduce::Reducer;
+use super::reduce::{Reducer, Work};
 use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::comm::Header;
 use crate::control::{Control, Gate, Report};
@@ -102,6 +102,7 @@ pub enum Command {
         /// Which of this rank's replica groups.
         slot: usize,
         flat: Tensor,
+        work: Work,
         reply: Sender<MpiResult<()>>,
     },
     Report(Vec<u8>),
@@ -281,7 +282,7 @@ impl Driver {
                 Ok(())
             }
             Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Command::Reduce { slot, flat, reply } => self.reduce(slot, flat, reply),
+            Command::Reduce { slot, flat, work, reply } => self.reduce(slot, flat, work, reply),
             Command::Report(bytes) => self.report(bytes),
             Command::Control(control) => self.control(control),
             Command::Abort(code) => self.world.abort(code),
@@ -329,9 +330,9 @@ impl Driver {
         Ok(())
     }
 
-    fn reduce(&mut self, slot: usize, flat: Tensor, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
+    fn reduce(&mut self, slot: usize, flat: Tensor, work: Work, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
         let grids = self.grids.as_mut().ok_or("the grid is not connected")?;
-        grids.reducers[slot].push(flat, reply);
+        grids.reducers[slot].push(flat, work, reply);
         Ok(())
     }
 

@@ -8,6 +8,7 @@ mod traffic;
 mod reduce;
 mod driver;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
@@ -25,6 +26,7 @@ pub use driver::Identity;
 use driver::{Command, Group, Waiters};
 use permits::Permits;
 pub use reduce::{PART, PARTS_UNDER_WAY};
+use reduce::{Work, owned};
 pub use shared::SHARED_NAME;
 use traffic::{Arrival, Inbox};
 
@@ -168,7 +170,14 @@ impl World {
         if grid.replicas > 1 {
             for (slot, ((place, ends), memory)) in held.iter().zip(&mut places).zip(memories).enumerate() {
                 let (commands, waiters) = (self.commands.clone(), self.waiters.clone());
-                ends.group = Some(Box::new(MpiGroup { place: *place, slot, commands, waiters, memory }));
+                ends.group = Some(Box::new(MpiGroup {
+                    place: *place,
+                    replicas: grid.replicas,
+                    slot,
+                    commands,
+                    waiters,
+                    memory,
+                }));
             }
         }
         Ok((Ports { places, reports: self.reporter(), gate, beside: None }, received))
@@ -253,6 +262,7 @@ impl Link for MpiLink {
 
 struct MpiGroup {
     place: Place,
+    replicas: usize,
     /// Which of this rank's groups.
     slot: usize,
     commands: Sender<Command>,
@@ -260,12 +270,9 @@ struct MpiGroup {
     memory: Option<Tensor>,
 }
 
-impl ReplicaGroup for MpiGroup {
-    fn memory(&self) -> Option<Tensor> {
-        self.memory.as_ref().map(Tensor::shallow_clone)
-    }
-
-    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+impl MpiGroup {
+    /// Starts a sum, or a half of one.
+    fn start(&mut self, step: usize, flat: Tensor, work: Work) -> Result<Reduction> {
         let peer = Place { replica: usize::from(self.place.replica == 0), ..self.place };
         let lost = move |error: String| Error::Lost {
             peer,
@@ -273,8 +280,9 @@ impl ReplicaGroup for MpiGroup {
         };
         let (reply, done) = channel();
         self.commands
-            .send(Command::Reduce { slot: self.slot, flat, reply })
+            .send(Command::Reduce { slot: self.slot, flat, work, reply })
             .map_err(|error| lost(error.to_string()))?;
+
         let waiters = self.waiters.clone();
         Ok(Reduction::new(move || {
             let answer = match done.try_recv() {
@@ -283,5 +291,27 @@ impl ReplicaGroup for MpiGroup {
             };
             answer.ok_or_else(|| lost("the MPI thread is gone".to_owned()))?.map_err(lost)
         }))
+    }
+}
+
+impl ReplicaGroup for MpiGroup {
+    fn memory(&self) -> Option<Tensor> {
+        self.memory.as_ref().map(Tensor::shallow_clone)
+    }
+
+    fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.start(step, flat, Work::Both)
+    }
+
+    fn owned(&self, len: usize) -> Range<usize> {
+        owned(len, self.place.replica, self.replicas)
+    }
+
+    fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.start(step, flat, Work::Reduce)
+    }
+
+    fn gather(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
+        self.start(step, flat, Work::Gather)
     }
 }

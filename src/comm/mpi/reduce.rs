@@ -1,16 +1,18 @@
-//! The all-reduce of a replica group: every member adds up one slice of each part, in the order of the replicas, so the
-//! sum is the same for every run, every R and every transport; and it moves as few bytes as any all-reduce can.
+//! The all-reduce of a replica group, and its halves. Every member owns one range of a gradient and adds it up, in the order
+//! of the replicas, so the sum is the same for every run, every R and every transport; and it moves as few bytes as any
+//! all-reduce can. Several parts are under way at once, each a slice of every range:
 //!
 //! ```text
-//! a part of the gradient, cut in R slices        R = 3, seen from replica 1
+//! gradient   [ range of replica 0 | range of 1 | range of 2 ]        part n: slice n of each
 //!
-//! scatter   slice 0 --> replica 0     slice 2 --> replica 2     their slices 1 --> here
-//! sum       slice 1 = (g_0 + g_1) + g_2
-//! gather    slice 1 --> replicas 0 and 2              slice 0 <-- replica 0     slice 2 <-- replica 2
+//!                    R = 3, seen from replica 1
+//! reduce   scatter   slice 0 --> replica 0     slice 2 --> replica 2     their slices 1 --> here
+//!          sum       slice 1 = (g_0 + g_1) + g_2
+//! gather             slice 1 --> replicas 0 and 2              slice 0 <-- replica 0     slice 2 <-- replica 2
 //! ```
 //!
 //! On one host the gradients lie in memory that all members see (`shared`): the messages are empty then, and say the same. The
-//! first is "this part is complete here", the second "my slice's sum is in your buffer".
+//! first is "this part is complete here, and may be written", the second "your values are read, and mine are in your buffer".
 //!
 //! With `wire = "bf16"` slices travel in half the bytes: the sum is `round(round(g_0) + round(g_1) + ...)`, added in f32,
 //! and every member holds the rounded one.
@@ -55,14 +57,25 @@ pub struct Reducer {
     spare: Vec<Tensor>,
 }
 
+/// What is asked of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    Reduce,
+    Gather,
+    /// The all-reduce.
+    Both,
+}
+
 /// One gradient, or a bucket of one.
 struct Job {
     flat: Tensor,
+    work: Work,
     /// Where it lies in the memory that all members see.
     shared: Option<usize>,
-    /// Values whose part has been started, and whose sum is there.
+    /// Its parts: all, those that have been started, those that are over.
+    parts: usize,
     started: usize,
-    summed: usize,
+    over: usize,
     reply: Sender<MpiResult<()>>,
 }
 
@@ -70,8 +83,8 @@ struct Job {
 struct Part {
     number: usize,
     job: usize,
-    /// Where it stands in the job's values.
-    values: Range<usize>,
+    /// The slice of each replica's range.
+    slices: Vec<Range<usize>>,
     tags: [i32; 2],
     /// What is on its way out; what the other replicas have of the slice of this one, while it comes in and afterwards.
     sends: VecDeque<Pending<Tensor>>,
@@ -108,9 +121,10 @@ impl Reducer {
     }
 
     /// Takes another sum on.
-    pub fn push(&mut self, flat: Tensor, reply: Sender<MpiResult<()>>) {
+    pub fn push(&mut self, flat: Tensor, work: Work, reply: Sender<MpiResult<()>>) {
         let shared = self.shared.as_ref().and_then(|shared| shared.offset(&flat));
-        self.jobs.push_back(Job { flat, shared, started: 0, summed: 0, reply });
+        let parts = parts_of(flat.numel(), self.replicas);
+        self.jobs.push_back(Job { flat, work, shared, parts, started: 0, over: 0, reply });
     }
 
     /// Whether a sum is being made.
@@ -145,7 +159,7 @@ impl Reducer {
         while may_start(self.parts.front().map(|part| part.number), self.started) && self.start_part()? {
             moved = true;
         }
-        while self.jobs.front().is_some_and(|job| job.summed == job.flat.numel()) {
+        while self.jobs.front().is_some_and(|job| job.over == job.parts) {
             if let Some(job) = self.jobs.pop_front() {
                 let _ = job.reply.send(Ok(()));
                 self.over += 1;
@@ -157,11 +171,13 @@ impl Reducer {
 
     /// Begins the next part, if there is one.
     fn start_part(&mut self) -> MpiResult<bool> {
-        let Some(number) = self.jobs.iter().position(|job| job.started < job.flat.numel()) else { return Ok(false) };
+        let Some(number) = self.jobs.iter().position(|job| job.started < job.parts) else { return Ok(false) };
         let job = &mut self.jobs[number];
-        let values = job.started..job.flat.numel().min(job.started + PART);
-        job.started = values.end;
+        let slices = slices_of(job.flat.numel(), job.started, self.replicas);
+        job.started += 1;
         let (flat, shared) = (job.flat.shallow_clone(), job.shared.is_some());
+        // Where all see it, it must be complete everywhere before it is read or written.
+        let scatters = job.work != Work::Gather || shared;
         let number_of_part = self.started;
         let turn = (number_of_part % PARTS_UNDER_WAY) as i32;
         self.started += 1;
@@ -169,7 +185,7 @@ impl Reducer {
         let mut part = Part {
             number: number_of_part,
             job: self.over + number,
-            values,
+            slices,
             tags: [2 * turn, 2 * turn + 1],
             sends,
             receives,
@@ -177,16 +193,16 @@ impl Reducer {
             buffers: Vec::new(),
             gathering: false,
         };
-        let mine = part.slice(self.me, self.replicas);
-        for other in self.others() {
+        let mine = part.slices[self.me].clone();
+        for other in self.others().filter(|_| scatters) {
             if !mine.is_empty() {
                 let room = if shared { nothing()? } else { self.room(mine.len(), &mut part.buffers)? };
                 part.receives.push_back((other, raw::receive(address(&self.group, other, part.tags[0]), room)?));
             }
         }
         fence(Ordering::Release);
-        for other in self.others() {
-            let slice = part.slice(other, self.replicas);
+        for other in self.others().filter(|_| scatters) {
+            let slice = part.slices[other].clone();
             if !slice.is_empty() {
                 let out = if shared { nothing()? } else { self.packed(&view(&flat, &slice)?)? };
                 part.sends.push_back(raw::send(address(&self.group, other, part.tags[0]), out)?);
@@ -204,7 +220,7 @@ impl Reducer {
 
     /// Room for what comes from another replica, in a buffer that joins `buffers`.
     fn room(&mut self, count: usize, buffers: &mut Vec<Tensor>) -> MpiResult<Tensor> {
-        let largest = PART.div_ceil(self.replicas) as i64;
+        let largest = slice_len(self.replicas) as i64;
         let whole = match self.spare.pop() {
             Some(whole) => whole,
             None => Tensor::f_empty([largest], (self.wire.kind(), tch::Device::Cpu)).map_err(text)?,
@@ -247,32 +263,39 @@ impl Reducer {
         Ok(moved)
     }
 
-    /// Adds up this replica's slice and exchanges the sums.
+    /// Adds up this replica's slice and exchanges the sums, as far as that is asked for.
     fn gather(&mut self, i: usize) -> MpiResult<()> {
         let job = &self.jobs[self.parts[i].job - self.over];
-        let (flat, shared) = (job.flat.shallow_clone(), job.shared);
+        let (flat, shared, work) = (job.flat.shallow_clone(), job.shared, job.work);
         let part = &mut self.parts[i];
         part.gathering = true;
-        let mine = part.slice(self.me, self.replicas);
+        let mine = part.slices[self.me].clone();
         let arrived = std::mem::take(&mut part.arrived);
         part.arrived = (0..self.replicas).map(|_| None).collect();
         let out = match shared {
             Some(offset) => {
                 let slice = offset + mine.start..offset + mine.end;
-                self.shared.iter().try_for_each(|shared| add_in_place(shared, slice.clone()))?;
+                self.shared.iter().try_for_each(|shared| work_in_place(shared, slice.clone(), work))?;
                 nothing()?
             }
             None => {
                 let sum = view(&flat, &mine)?;
-                add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
+                if work != Work::Gather {
+                    add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
+                }
                 self.packed(&sum)?
             }
         };
         drop(arrived);
         let mut buffers = Vec::new();
         self.spare.append(&mut self.parts[i].buffers);
+        // Where all see it, nobody may go on before everybody has read it.
+        if work == Work::Reduce && shared.is_none() {
+            return Ok(());
+        }
+
         for other in self.others() {
-            let slice = self.parts[i].slice(other, self.replicas);
+            let slice = self.parts[i].slices[other].clone();
             if slice.is_empty() {
                 continue;
             }
@@ -297,22 +320,15 @@ impl Reducer {
         let Some(mut part) = self.parts.remove(i) else { return Ok(()) };
         fence(Ordering::Acquire);
         let job = &mut self.jobs[part.job - self.over];
-        job.summed += part.values.len();
+        job.over += 1;
         if self.wire == Wire::Bf16 {
             for (other, values) in part.arrived.drain(..).enumerate() {
                 let Some(values) = values else { continue };
-                let slice = slice_of(&part.values, other, self.replicas);
-                view(&job.flat, &slice)?.f_copy_(&values).map_err(text)?;
+                view(&job.flat, &part.slices[other])?.f_copy_(&values).map_err(text)?;
             }
             self.spare.append(&mut part.buffers);
         }
         Ok(())
-    }
-}
-
-impl Part {
-    fn slice(&self, replica: usize, replicas: usize) -> Range<usize> {
-        slice_of(&self.values, replica, replicas)
     }
 }
 
@@ -322,10 +338,30 @@ fn may_start(oldest: Option<usize>, next: usize) -> bool {
     oldest.is_none_or(|oldest| next - oldest < PARTS_UNDER_WAY)
 }
 
-/// The slice of a part that a replica adds up.
-fn slice_of(values: &Range<usize>, replica: usize, replicas: usize) -> Range<usize> {
-    let cut = |i: usize| values.start + values.len() * i / replicas;
+/// The values of a buffer that a replica owns.
+pub fn owned(len: usize, replica: usize, replicas: usize) -> Range<usize> {
+    let cut = |i: usize| len * i / replicas;
     cut(replica)..cut(replica + 1)
+}
+
+/// Values of a part in the range of one replica.
+fn slice_len(replicas: usize) -> usize {
+    PART.div_ceil(replicas)
+}
+
+/// How many parts a buffer has: as many as its longest range has slices.
+fn parts_of(len: usize, replicas: usize) -> usize {
+    len.div_ceil(replicas).div_ceil(slice_len(replicas))
+}
+
+/// A part of a buffer: a slice of every replica's range, of which the last ones may be shorter, or empty.
+fn slices_of(len: usize, part: usize, replicas: usize) -> Vec<Range<usize>> {
+    let slice = |replica| {
+        let range = owned(len, replica, replicas);
+        let start = range.end.min(range.start + part * slice_len(replicas));
+        start..range.end.min(start + slice_len(replicas))
+    };
+    (0..replicas).map(slice).collect()
 }
 
 /// What an empty message carries.
@@ -337,15 +373,19 @@ fn view(flat: &Tensor, slice: &Range<usize>) -> MpiResult<Tensor> {
     flat.f_narrow(0, slice.start as i64, slice.len() as i64).map_err(text)
 }
 
-/// Adds up the members' values of one's slice where they lie, and writes the sum to all of them.
-fn add_in_place(shared: &Shared, values: Range<usize>) -> MpiResult<()> {
+/// Adds up the members' values of one's slice where they lie, and writes the sum to all of them; or one of both.
+fn work_in_place(shared: &Shared, values: Range<usize>, work: Work) -> MpiResult<()> {
     fence(Ordering::Acquire);
     for start in values.clone().step_by(BLOCK) {
         let length = BLOCK.min(values.end - start);
         let mut views: Vec<Option<Tensor>> = shared.views(start, length)?.into_iter().map(Some).collect();
         let Some(sum) = views[shared.me()].take() else { continue };
-        add_in_order(&sum, shared.me(), &views, Wire::F32).map_err(text)?;
-        views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
+        if work != Work::Gather {
+            add_in_order(&sum, shared.me(), &views, Wire::F32).map_err(text)?;
+        }
+        if work != Work::Reduce {
+            views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
+        }
     }
     fence(Ordering::Release);
     Ok(())
@@ -387,18 +427,35 @@ mod tests {
         assert!(!may_start(Some(7), next));
     }
 
+    /// The parts' slices of a replica are the range that it owns, and the ranges are the buffer.
     #[test]
-    fn slices_cover_a_part() {
-        for (values, replicas) in [(0..10, 3), (5..6, 4), (7..1000, 44)] {
-            let slices: Vec<_> = (0..replicas).map(|r| slice_of(&values, r, replicas)).collect();
-            assert_eq!((slices[0].start, slices[replicas - 1].end), (values.start, values.end));
-            assert!(slices.windows(2).all(|w| w[0].end == w[1].start));
+    fn slices_cover_what_a_replica_owns() {
+        for (len, replicas) in [(10, 3), (1, 4), (0, 2), (1000, 44), (5 * PART + 7, 3), (2 * PART, 2)] {
+            let mut end = 0;
+            for replica in 0..replicas {
+                let range = owned(len, replica, replicas);
+                assert_eq!(range.start, end);
+                for part in 0..parts_of(len, replicas) {
+                    let slice = slices_of(len, part, replicas)[replica].clone();
+                    assert!(slice.start == end && slice.len() <= slice_len(replicas), "{len} {part} {slice:?}");
+                    end = slice.end;
+                }
+                assert_eq!(range.end, end, "{len} values, replica {replica} of {replicas}");
+            }
+            assert_eq!(end, len);
         }
     }
 
-    /// Several blocks, in the middle of the buffers: the sum stands in all of them, and nothing else has changed.
+    /// Several blocks, in the middle of the buffers: the sum stands in all of them, and nothing else has changed; of the first
+    /// half alone in that of its owner.
     #[test]
     fn sums_are_written_to_all_members() {
+        for halves in [&[Work::Both][..], &[Work::Reduce, Work::Gather], &[Work::Reduce]] {
+            sums_are_written(halves);
+        }
+    }
+
+    fn sums_are_written(halves: &[Work]) {
         let values = [1e8f32, 1.0, -1e8];
         let (length, slice) = (3 * BLOCK, 7..2 * BLOCK + 12);
         let buffers: Vec<Tensor> = values
@@ -406,12 +463,15 @@ mod tests {
             .map(|value| Tensor::from_slice(&(0..length).map(|i| value * (1.0 + i as f32)).collect::<Vec<_>>()))
             .collect();
         let before: Vec<Vec<f32>> = buffers.iter().map(|buffer| Vec::try_from(buffer).unwrap()).collect();
-        add_in_place(&Shared::of(1, buffers.iter().map(Tensor::shallow_clone).collect()), slice.clone()).unwrap();
-        for (buffer, before_here) in buffers.iter().zip(&before) {
+        let shared = Shared::of(1, buffers.iter().map(Tensor::shallow_clone).collect());
+        halves.iter().for_each(|work| work_in_place(&shared, slice.clone(), *work).unwrap());
+        for (member, (buffer, before_here)) in buffers.iter().zip(&before).enumerate() {
+            let written = halves.last() != Some(&Work::Reduce) || member == 1;
             let after = Vec::<f32>::try_from(buffer).unwrap();
             for i in 0..length {
                 let sum = (before[0][i] + before[1][i]) + before[2][i];
-                assert_eq!(after[i], if slice.contains(&i) { sum } else { before_here[i] }, "value {i}");
+                let expected = if written && slice.contains(&i) { sum } else { before_here[i] };
+                assert_eq!(after[i], expected, "value {i} of member {member}: {halves:?}");
             }
         }
     }
