@@ -19,7 +19,7 @@ part() {
 # Seconds as minutes, to a tenth.
 in_minutes() { printf '%d.%d' $(($1 / 60)) $(($1 % 60 / 6)); }
 
-documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps; }
+documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items; }
 
 # With a libtorch of one's own there is no Python package of torch, and so no peers.
 peers() {

@@ -1,5 +1,8 @@
 //! The `ouroboros` program: reads the command line, runs a command, chooses the exit code.
 
+// No panic reaches a user; tests may fail by one (clippy.toml).
+#![deny(clippy::unwrap_used)]
+
 use std::process::ExitCode;
 
 use clap::Parser;

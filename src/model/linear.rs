@@ -19,7 +19,7 @@ const TOKENS: i64 = 1024;
 /// Features come in vectors of so many.
 const VECTOR: i64 = 16;
 
-/// `x`: [.., I], `weight`: [O, I], `bias`: [O] -> [.., O].
+/// `x` is [.., I], `weight` [O, I], `bias` \[O\]; the product is [.., O].
 ///
 /// # Errors
 /// What libtorch reports.

@@ -15,7 +15,7 @@
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
 //!
 //! Where the versions are not what updates change, as bf16 ones, there is an f32 master that updates change, of which
-//! [`publish`] makes the next version; and a backward adds into a bf16 gradient, which is then added to the f32 one
+//! [`publish()`] makes the next version; and a backward adds into a bf16 gradient, which is then added to the f32 one
 //! (`collect`).
 
 use std::ops::Range;

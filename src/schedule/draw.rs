@@ -8,7 +8,7 @@ use super::{Action, Costs, Fault, Op, Schedule, Span, Tie, ideal, simulate};
 /// Delays, versions and activations held, utilisation of every device, and the speed-up in the steady state.
 ///
 /// # Errors
-/// As [`simulate`].
+/// As [`simulate()`].
 pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<String, Fault> {
     let ideal = ideal(schedule, costs)?;
     let grid = schedule.grid(replicas);
@@ -56,7 +56,7 @@ fn word(value: &impl serde::Serialize) -> String {
 /// A `|` is the rest of a longer action, a `.` is an idle device; `*` marks the update that follows a backward.
 ///
 /// # Errors
-/// As [`simulate`].
+/// As [`simulate()`].
 pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result<String, Fault> {
     let grid = schedule.grid(1);
     let lists: Vec<Vec<Action>> = (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();

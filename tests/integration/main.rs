@@ -5,6 +5,7 @@ mod command_line;
 mod faults;
 mod gpu;
 mod harness;
+mod modules;
 mod mpirun;
 mod oracle;
 mod plain;

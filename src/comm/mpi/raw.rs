@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::comm::Header;
 
 /// An MPI error as text.
-pub type MpiResult<T> = std::result::Result<T, String>;
+pub type MpiResult<T> = Result<T, String>;
 
 /// An operation under way and the buffer that it reads or writes; the buffer comes back when it is complete.
 pub struct Pending<B> {
@@ -135,9 +135,10 @@ pub fn receive(from: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
 
 /// How MPI calls a tensor's values; it has no bf16, but never looks into a message.
 fn datatype(tensor: &Tensor) -> MpiResult<ffi::MPI_Datatype> {
-    // SAFETY: constants of the MPI library.
     match tensor.kind() {
+        // SAFETY: a constant of the MPI library.
         Kind::Float => Ok(unsafe { ffi::RSMPI_FLOAT }),
+        // SAFETY: as above.
         Kind::BFloat16 => Ok(unsafe { ffi::RSMPI_UINT16_T }),
         other => Err(format!("values of type {other:?} cannot be sent")),
     }

@@ -1,0 +1,152 @@
+//! What follows from a config: rows, layers of every stage, the schedule, the shares of an evaluation. What does not fit
+//! together is refused here.
+
+use std::ops::Range;
+
+use crate::config::{Config, EvalConfig, LayersPerStage};
+use crate::data::{Corpus, Order, Tokens};
+use crate::delay::{SyncPoints, lag, least_delay};
+use crate::error::{Error, Result};
+use crate::grid::{Grid, Placement};
+use crate::model::{self, Dimensions};
+use crate::partition;
+use crate::schedule::{Evals, Schedule, check};
+
+/// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
+const CHECKED_STEPS: usize = 64;
+
+/// Tokens that the held-out text must have for one window; one if nothing is evaluated.
+pub(super) fn held_sequence(config: &Config) -> usize {
+    config.eval.as_ref().map_or(1, |_| config.eval_sequence())
+}
+
+/// What can be said of the layers and streams before the text is opened.
+pub(super) fn check_counts(config: &Config) -> Result<()> {
+    hand_made(config)?;
+    let (streams, replicas) = (config.eval_batch(), config.grid.replicas);
+    if config.eval.is_some() && config.order() == Order::Streams && !streams.is_multiple_of(replicas) {
+        let remedy = format!("must be a multiple of grid.replicas = {replicas}");
+        return Err(Error::config("eval.batch", streams, remedy));
+    }
+    Ok(())
+}
+
+/// The share of a replica in an evaluation (windows or streams), and its microbatches.
+pub(super) fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
+    let (shape, replicas) = (config.reading().eval, config.grid.replicas);
+    let (share, microbatches, wanted) = match config.order() {
+        Order::Shuffled => {
+            let wanted = shape.wanted_windows(held_out, eval.tokens);
+            (wanted / replicas, (wanted / replicas).div_ceil(rows), wanted)
+        }
+        Order::Streams => {
+            let wanted = shape.wanted_segments(held_out, eval.tokens);
+            (shape.rows / replicas, wanted, wanted)
+        }
+    };
+    if share > 0 && microbatches > 0 {
+        return Ok((share, microbatches));
+    }
+    let (found, needed) = match config.order() {
+        Order::Shuffled => {
+            (format!("{wanted} windows"), format!("{replicas} replicas need one of {} tokens each", shape.sequence))
+        }
+        Order::Streams => (
+            format!("{} held-out tokens", held_out.len()),
+            format!("{} streams need {} each and one more; lower eval.batch", shape.rows, shape.sequence),
+        ),
+    };
+    Err(Error::config("eval.tokens and data.held_out", found, needed))
+}
+
+/// Whether the training text is long enough for its streams.
+pub(super) fn check_streams(config: &Config, corpus: &Corpus) -> Result<()> {
+    if config.order() == Order::Shuffled || config.reading().train.segments(&corpus.train) > 0 {
+        return Ok(());
+    }
+    let needed = config.batch * config.data.sequence + 1;
+    let remedy = format!("{} streams of {} tokens need {needed}", config.batch, config.data.sequence);
+    Err(Error::config("batch", format!("{} tokens of text", corpus.train.len()), remedy))
+}
+
+pub(super) fn rows(config: &Config) -> Result<usize> {
+    let parts = config.grid.replicas * config.microbatches;
+    if config.batch.is_multiple_of(parts) {
+        return Ok(config.batch / parts);
+    }
+    let remedy = format!(
+        "must be a multiple of grid.replicas * microbatches = {} * {}; the next ones are {} and {}",
+        config.grid.replicas,
+        config.microbatches,
+        (config.batch / parts).max(1) * parts,
+        (config.batch / parts + 1).max(2) * parts
+    );
+    Err(Error::config("batch", config.batch, remedy))
+}
+
+pub(super) fn layers(config: &Config, dimensions: &Dimensions) -> Result<Vec<Range<usize>>> {
+    if let Some(runs) = hand_made(config)? {
+        return Ok(runs);
+    }
+    let costs = model::costs(dimensions);
+    let blocks = vec![costs.block; config.model.layers];
+    let cut = match config.grid.placement {
+        Placement::Line => partition::balanced,
+        Placement::Ring => partition::balanced_ring,
+    };
+    Ok(cut(&blocks, costs.embedding, costs.head, config.grid.stages))
+}
+
+/// The runs of layers that the config lists, if it does.
+fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
+    let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else { return Ok(None) };
+    let wrong = |remedy| Error::config("grid.layers_per_stage", format!("{counts:?}"), remedy);
+    if counts.len() != config.grid.stages {
+        return Err(wrong(format!("needs one number for each of grid.stages = {}", config.grid.stages)));
+    }
+    let remedy = || format!("every number at least 1, together model.layers = {}", config.model.layers);
+    partition::by_hand(counts, config.model.layers).map(Some).ok_or_else(|| wrong(remedy()))
+}
+
+pub(super) fn schedule(config: &Config) -> Result<Schedule> {
+    let mut sync = SyncPoints::ends(config.steps);
+    sync.warm_up = config.sync_steps;
+    sync.at.extend(&config.sync_at);
+    sync.periods.extend(config.eval.as_ref().map(|eval| eval.every));
+    sync.periods.extend(config.checkpoint.every);
+    let stages = config.grid.stages;
+    let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
+    (schedule.placement, schedule.tie) = (config.grid.placement, config.model.tie);
+    schedule.saves = Some(config.checkpoint.every.unwrap_or(config.steps));
+    let Some(delays) = &config.grid.delays else { return Ok(schedule) };
+    if config.schedule.synchronous() {
+        return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));
+    }
+    if delays.len() != stages {
+        let remedy = format!("needs one number for each of grid.stages = {stages}");
+        return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
+    }
+    for (stage, delay) in delays.iter().enumerate() {
+        let least = least_delay(lag(config.slack, stages, stage), config.microbatches);
+        if *delay < least {
+            let remedy =
+                format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)");
+            return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
+        }
+    }
+    schedule.delays.clone_from(delays);
+    Ok(schedule)
+}
+
+/// Runs `check` over the first steps of the run, with the synchronous warm-up cut short so that delayed steps are among
+/// them: a fault here is one of the generator.
+pub(super) fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
+    let mut short = schedule.clone();
+    let longest = schedule.delays.iter().max().copied().unwrap_or(0);
+    short.sync.steps = schedule.sync.steps.min(CHECKED_STEPS + 2 * longest);
+    short.sync.warm_up = schedule.sync.warm_up.min(2);
+    short.sync.at.retain(|at| *at < short.sync.steps);
+    short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
+    let lists: Vec<_> = (0..grid.size()).map(|rank| short.device_actions(rank % grid.devices()).collect()).collect();
+    check(&short, grid.replicas, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
+}
