@@ -138,7 +138,7 @@ impl Checkpoint {
         if old.data.tokenizer != new.data.tokenizer {
             return differs("data.tokenizer", &old.data.tokenizer.word(), &new.data.tokenizer.word());
         }
-        let kinds = (format!("{:?}", old.optimizer.kind), format!("{:?}", new.optimizer.kind));
+        let kinds = (format!("{:?}", old.optimizer.common.kind), format!("{:?}", new.optimizer.common.kind));
         if kinds.0 != kinds.1 {
             return differs("optimizer.kind", &kinds.0, &kinds.1);
         }
@@ -309,4 +309,155 @@ fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
         return Err(Error::checkpoint(&file, problem));
     }
     Ok(Vocabulary::of(listed))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tch::Kind;
+
+    use super::super::{Pipeline, Snapshot, complete};
+    use super::*;
+    use crate::grid::Place;
+    use crate::model::{Init, Role};
+    use crate::optim::{Optimizer, UpdateScalars};
+    use crate::params::{UpdateBuffers, slice};
+
+    fn parameter(name: &str, shape: &[i64]) -> Parameter {
+        Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0), role: Role::Matrix, tied: false }
+    }
+
+    fn layout(stage: usize) -> Layout {
+        Layout::new(&[parameter(&format!("layer.{stage}.a"), &[3, 2]), parameter(&format!("layer.{stage}.b"), &[5])])
+    }
+
+    /// An optimizer that has made an update, so that its state is not zeros.
+    fn optimizer(config: &Config, layout: &Layout) -> Optimizer {
+        let mut optimizer = Optimizer::new(&config.optimizer, layout, 1, Device::Cpu).unwrap();
+        let (mut new, mut gradient) = (layout.initial(2).unwrap(), layout.initial(3).unwrap());
+        let norm = crate::number::Number::Known(1.0);
+        let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: &mut gradient };
+        optimizer.update(buffers, &UpdateScalars { lr: 0.1, mean: 1.0, norm: &norm }).unwrap();
+        optimizer
+    }
+
+    /// Saves what two stages of two replicas hold after `step` updates, the older versions of the first stage too.
+    fn save(out: &Path, step: usize, config: &Config) -> PathBuf {
+        let mut shards = Vec::new();
+        for (stage, replica) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let layout = layout(stage);
+            let weights = layout.initial(step as u64).unwrap();
+            let mut snapshot = Snapshot::new(Place { stage, replica }, step, 2);
+            snapshot.add(&layout, &weights, &optimizer(config, &layout)).unwrap();
+            if stage == 0 {
+                let older = layout.initial(99).unwrap();
+                snapshot.add_older(&layout, [(step - 1, &older)].into_iter()).unwrap();
+            }
+            let states = Tensor::full([2, 3, 4], (10 * stage + replica) as f64, (Kind::Float, Device::Cpu));
+            snapshot.remember(2 * replica, vec![(format!("layers.{stage}"), &states)]).unwrap();
+            shards.extend(snapshot.write(out, Duration::ZERO).unwrap().shards);
+        }
+        let pipeline = Pipeline { since: step - 1, delays: vec![1, 0], layers: vec![1, 1] };
+        let manifest = Manifest::new(config, 22, step, pipeline, shards);
+        complete(out, &manifest, &Vocabulary::bytes()).unwrap()
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back() {
+        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let path = save(out.path(), 7, &config);
+        let saved = Checkpoint::open(&path).unwrap();
+        assert_eq!((saved.step(), saved.manifest.pipeline.since), (7, 6));
+        for stage in [0, 1] {
+            let layout = layout(stage);
+            let weights = saved.flat(&ShardKind::Weights, &layout).unwrap();
+            assert_eq!(slice(&weights), slice(&layout.initial(7).unwrap()));
+            for buffer in optimizer(&config, &layout).state() {
+                let state = saved.flat(&ShardKind::State(buffer.name.into()), &layout).unwrap();
+                assert_eq!(slice(&state), slice(&buffer.values), "{}", buffer.name);
+            }
+        }
+        // Both stages at once, as a grid of one stage reads them.
+        let both = Layout::new(&[parameter("layer.1.b", &[5]), parameter("layer.0.a", &[3, 2])]);
+        let first = layout(1).views(&layout(1).initial(7).unwrap()).unwrap()[1].shallow_clone();
+        let found = both.views(&saved.flat(&ShardKind::Weights, &both).unwrap()).unwrap();
+        assert_eq!(found[0], first);
+
+        let older = saved.older(&layout(0), 6).unwrap();
+        assert_eq!(slice(&older), slice(&layout(0).initial(99).unwrap()));
+        assert!(saved.older(&layout(0), 5).unwrap_err().to_string().contains("layer.0.a@5"));
+        let missing = saved.flat(&ShardKind::State("third".into()), &layout(0)).unwrap_err().to_string();
+        assert!(missing.contains("optimizer state `third` of layer.0.a"), "{missing}");
+    }
+
+    /// Rows of two replicas, read by a grid that cuts them in another way.
+    #[test]
+    fn memories_are_read_by_rows() {
+        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let saved = Checkpoint::open(&save(out.path(), 7, &config)).unwrap();
+        let rows = saved.memory("layers.1", 1..4).unwrap().unwrap();
+        assert_eq!(rows.size(), [3, 3, 4]);
+        let first: Vec<f64> = Vec::try_from(rows.select(2, 0).select(1, 0).to_kind(Kind::Double)).unwrap();
+        assert_eq!(first, [10.0, 11.0, 11.0]);
+        assert!(saved.memory("layers.7", 0..4).unwrap().is_none());
+        assert!(saved.memory("layers.1", 3..5).unwrap_err().to_string().contains("remembers 1 of the rows 3 to 4"));
+    }
+
+    /// Every byte of a file counts; an older state is taken instead, and what was passed over is an error if it is asked for.
+    #[test]
+    fn a_damaged_state_is_passed_over() {
+        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let older = save(out.path(), 7, &config);
+        std::thread::sleep(Duration::from_millis(3)); // States are ordered by the time of their manifests.
+        let newer = save(out.path(), 9, &config);
+        assert_eq!(Checkpoint::open(out.path()).unwrap().path, newer);
+
+        let file = newer.join("stage-1.safetensors");
+        let good = fs::read(&file).unwrap();
+        let mut bad = good.clone();
+        *bad.last_mut().unwrap() ^= 1;
+        fs::write(&file, &bad).unwrap();
+        assert_eq!(Checkpoint::open(out.path()).unwrap().path, older);
+        let error = Checkpoint::open(&newer).unwrap_err().to_string();
+        assert!(error.contains("stage-1.safetensors: its digest is"), "{error}");
+
+        fs::write(&file, &good[1..]).unwrap();
+        let error = Checkpoint::open(&newer).unwrap_err().to_string();
+        assert!(error.contains(&format!("{} bytes instead of {}", good.len() - 1, good.len())), "{error}");
+
+        fs::write(&file, &good).unwrap();
+        let manifest = newer.join(MANIFEST);
+        let text = fs::read_to_string(&manifest).unwrap();
+        fs::write(&manifest, text.replace("\"format\": 4", "\"format\": 3")).unwrap();
+        let error = Checkpoint::open(&newer).unwrap_err().to_string();
+        assert!(error.contains("format 3 is not known to this version, which reads 4"), "{error}");
+        fs::remove_file(&manifest).unwrap();
+        assert!(Checkpoint::open(&newer).unwrap_err().to_string().contains("is missing"));
+        assert!(Checkpoint::newest(&out.path().join("nothing")).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_would_be_another_run_is_named() {
+        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let saved = Checkpoint::open(&save(out.path(), 7, &config)).unwrap();
+        assert!(saved.fits(&config).is_ok());
+        for (set, setting) in [
+            ("model.d_model=64", "`model.d_model`: found 64"),
+            ("model.tie=none", "`model.tie`"),
+            ("data.tokenizer=characters", "`data.tokenizer`"),
+            ("optimizer.kind=sgd", "`optimizer.kind`"),
+            ("batch=64", "`batch`: found 64"),
+            ("seed=2", "`seed`: found 2"),
+            ("steps=6", "`steps`: found 6"),
+        ] {
+            let other = Config::parse(&config.to_toml(), &[set.to_owned()]).unwrap();
+            let error = saved.fits(&other).unwrap_err().to_string();
+            assert!(error.contains(setting), "{set}: {error}");
+        }
+        for set in ["grid.stages=2", "model.dropout=0.3", "model.tie=fresh", "microbatches=2", "optimizer.lr=0.5"] {
+            let other = Config::parse(&config.to_toml(), &[set.to_owned()]).unwrap();
+            assert!(saved.fits(&other).is_ok(), "{set}");
+        }
+    }
 }

@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(config.schedule, Kind::OneForwardOneBackward);
         assert_eq!(config.data.path, Some("a b.txt".into()));
         assert_eq!(config.eval.unwrap().every, 10);
-        assert_eq!(config.optimizer.lr, 3e-4);
+        assert_eq!(config.optimizer.common.lr, 3e-4);
     }
 
     #[test]
@@ -246,6 +246,18 @@ mod tests {
         "#);
         insta::assert_snapshot!(error("steps = -1", &[]), @r"
         setting `steps`: found invalid value: integer `-1`; expected a whole number, 0 or more
+        ");
+        insta::assert_snapshot!(error("[optimizer]\nlr = \"fast\"", &[]), @r#"
+        setting `optimizer.lr`: found invalid type: string "fast"; expected a number
+        "#);
+        insta::assert_snapshot!(error("", &["optimizer.betas=[0.9, true]"]), @r"
+        setting `optimizer.betas[1]`: found invalid type: boolean `true`; expected a number
+        ");
+        insta::assert_snapshot!(error("[optimizer]\nbeta = 0.9", &[]), @r"
+        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `momentum`
+        ");
+        insta::assert_snapshot!(error("[optimizer]\nkind = \"adam\"", &[]), @r"
+        setting `optimizer.kind`: found unknown variant `adam`; expected `adamw` or `sgd`
         ");
         insta::assert_snapshot!(error("schedule = \"fast\"", &[]), @r"
         setting `schedule`: found unknown variant `fast`; expected one of `decoupled`, `1f1b`, `gpipe`, `sequential`

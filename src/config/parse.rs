@@ -38,6 +38,10 @@ fn apply(table: &mut toml::Table, set: &str) -> Result<()> {
 /// Turns serde's message into setting, value and remedy.
 fn describe(path: &str, message: &str) -> Error {
     let message = message.trim();
+    // A section with several owners tells which of its keys it is about.
+    if let Some((key, message)) = message.strip_prefix("key `").and_then(|rest| rest.split_once("`: ")) {
+        return describe(&format!("{path}.{key}"), message);
+    }
     if let Some(rest) = message.strip_prefix("unknown field `") {
         let (key, expected) = rest.split_once("`, expected ").unwrap_or((rest, "another key"));
         let section = path.strip_suffix(key).unwrap_or(path).trim_matches('.');

@@ -327,3 +327,116 @@ impl Coordinator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::control::{Control, Limits};
+    use crate::grid::Place;
+
+    /// A run of 12 steps on 2x2, and the folder that it writes.
+    fn setup(sets: &[&str]) -> Arc<Setup> {
+        let text = "steps = 12\nbatch = 8\nmicrobatches = 1\n[grid]\nstages = 2\nreplicas = 2\n[model]\nlayers = 2\n\
+                    d_model = 8\nheads = 2\nd_ff = 8\ntie = \"none\"\n[data]\nsynthetic = 2000\nsequence = 8";
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        Arc::new(Setup::new(Config::parse(text, &sets).unwrap()).unwrap())
+    }
+
+    /// What the places report of step `t`, the replicas' losses apart by 2.
+    fn step(t: usize) -> Vec<Report> {
+        let loss = |replica| Report::Loss { replica, step: t, loss: 3.0 + 2.0 * replica as f64 - t as f64 / 8.0 };
+        let norm = |stage| Report::Norm { stage, step: t, norm: 1.0 + stage as f64 };
+        vec![norm(1), loss(1), norm(0), loss(0)]
+    }
+
+    fn done() -> impl Iterator<Item = Report> {
+        (0..4).map(|rank| Report::Done { rank, peak_bytes: Some(1 << 20), times: None })
+    }
+
+    /// A coordinator's run over these reports: how it ends, the lines of its file, what it has sent.
+    fn run(sets: &[&str], reports: Vec<Report>) -> (Placed<Summary>, Vec<serde_json::Value>, Vec<Control>) {
+        let (setup, out, sent) = (setup(sets), tempfile::tempdir().unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let coordinator = Coordinator::new(Arc::clone(&setup), out.path()).unwrap();
+        let (sender, receiver) = channel();
+        reports.into_iter().for_each(|report| sender.send(report).unwrap());
+        drop(sender);
+        let watch = Watch::new(out.path(), Limits::default(), None);
+        let result = {
+            let sent = Arc::clone(&sent);
+            let controls = Controls::new(move |control| sent.lock().unwrap().push(control));
+            coordinator.run(&receiver, &controls, watch, 4, Ranks::Threads)
+        };
+        let text = std::fs::read_to_string(out.path().join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let sent = sent.lock().unwrap().clone();
+        (result, lines, sent)
+    }
+
+    #[test]
+    fn a_run_is_written_step_by_step() {
+        // Step 1 is complete before step 0.
+        let mut reports: Vec<Report> = [step(1), step(0)].concat();
+        reports.extend((2..12).flat_map(step));
+        let eval = |replica| Report::Eval { replica, step: 12, loss_sum: 8.0 + replica as f64, tokens: 4 };
+        reports.extend([eval(1), eval(0)].into_iter().chain(done()));
+        let (result, lines, sent) = run(&["eval.every=12"], reports);
+
+        let summary = result.unwrap();
+        assert_eq!((summary.eval_loss, summary.stopped), (Some(17.0 / 8.0), false));
+        let steps: Vec<u64> = lines.iter().map(|line| line["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12]);
+        assert_eq!((&lines[3]["loss"], &lines[3]["tokens"]), (&(4.0 - 3.0 / 8.0).into(), &256.into()));
+        assert_eq!(lines[3]["grad_norm"], serde_json::json!([1.0, 2.0]));
+        assert!(lines[3].get("table_norm").is_none());
+        assert_eq!(lines[12]["eval_loss"], 17.0 / 8.0);
+        assert_eq!(sent.last(), Some(&Control::End));
+        assert!(sent.contains(&Control::Limit(12)), "{sent:?}");
+    }
+
+    /// Whoever asks, the run stops at a step that no place has begun, once.
+    #[test]
+    fn a_request_to_stop_becomes_the_limit() {
+        let stop = |reason: &str| Report::Stop { reason: reason.into() };
+        let mut reports = step(0);
+        reports.extend([stop("SIGUSR1"), stop("SIGTERM")]);
+        reports.extend((1..5).flat_map(step).chain(done()));
+        let (result, lines, sent) = run(&[], reports);
+        assert!(result.unwrap().stopped);
+        let stops: Vec<&Control> = sent.iter().filter(|control| matches!(control, Control::Stop(_))).collect();
+        let [Control::Stop(at)] = stops[..] else { panic!("{sent:?}") };
+        assert!(*at >= 3 && *at < 12, "{sent:?}");
+        assert_eq!(lines.len(), 5, "steps under way are written");
+    }
+
+    #[test]
+    fn the_first_failure_ends_the_run() {
+        let origin = "stage 1, replica 0".to_owned();
+        let error = Error::Internal("broken".into());
+        let mut reports = step(0);
+        reports.push(Report::Failed { origin: origin.clone(), error: error.clone() });
+        reports.extend(step(1));
+        let (result, lines, _) = run(&[], reports);
+        assert_eq!(result.unwrap_err(), (Some(origin), error));
+        assert_eq!(lines.len(), 1);
+        let (result, _, _) = run(&[], step(0));
+        assert!(result.unwrap_err().1.to_string().contains("ended before they were done"));
+    }
+
+    #[test]
+    fn replicas_that_are_no_copies_any_more_end_the_run() {
+        let digest = |replica| Report::Digest { place: Place { stage: 1, replica }, step: 4, digest: replica as u64 };
+        let (result, _, _) = run(&["verify_every=4"], vec![digest(0), digest(1)]);
+        assert!(matches!(result.unwrap_err().1, Error::CopiesDiffer { step: 4, .. }));
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_an_error_about_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = Coordinator::new(setup(&[]), file.path()).err().unwrap().to_string();
+        assert!(error.contains("`--out`") && error.contains("choose another folder"), "{error}");
+    }
+}

@@ -8,41 +8,59 @@
 //! Keys: `betas`, `eps`. State: `first` (m), `second` (v).
 
 use multiversion::multiversion;
+use serde::{Deserialize, Serialize};
 
 use super::StateBuffer;
-use super::config::OptimizerConfig;
 use super::elementwise::{self, Chunk, Common};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
-/// The rule.
-pub struct Adamw {
-    betas: [f64; 2],
-    eps: f64,
+/// Its keys.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Keys {
+    /// How much of the first and of the second moment stays.
+    pub betas: [f64; 2],
+    /// Keeps the step of a small gradient small.
+    pub eps: f64,
 }
 
-/// Whether its keys can be used.
-pub fn check(config: &OptimizerConfig) -> Result<()> {
-    for beta in config.betas {
-        Error::unless((0.0..1.0).contains(&beta), "optimizer.betas", beta, "must be at least 0 and below 1")?;
+impl Default for Keys {
+    fn default() -> Keys {
+        Keys { betas: [0.9, 0.95], eps: 1e-8 }
     }
-    Error::unless(config.eps > 0.0, "optimizer.eps", config.eps, "must be above 0")
+}
+
+impl Keys {
+    /// Whether they can be used.
+    pub fn check(&self) -> Result<()> {
+        for beta in self.betas {
+            let good = (0.0..1.0).contains(&beta);
+            Error::unless(good, "optimizer.betas", beta, "must be at least 0 and below 1")?;
+        }
+        Error::unless(self.eps > 0.0, "optimizer.eps", self.eps, "must be above 0")
+    }
+}
+
+/// The rule.
+pub struct Adamw {
+    keys: Keys,
 }
 
 impl Adamw {
-    pub fn new(config: &OptimizerConfig) -> Adamw {
-        Adamw { betas: config.betas, eps: config.eps }
+    pub fn new(keys: &Keys) -> Adamw {
+        Adamw { keys: keys.clone() }
     }
 
     fn numbers(&self, step: &Step) -> Numbers {
-        let [beta1, beta2] = self.betas;
+        let [beta1, beta2] = self.keys.betas;
         Numbers {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             step: (step.lr / (1.0 - beta1.powi(step.n))) as f32,
             root: (1.0 - beta2.powi(step.n)).sqrt() as f32,
-            eps: self.eps as f32,
+            eps: self.keys.eps as f32,
         }
     }
 }
@@ -94,14 +112,14 @@ fn pass(mut chunk: Chunk<2>, common: &Common, numbers: &Numbers) {
 
 #[cfg(test)]
 mod tests {
-    use crate::optim::OptimizerConfig;
     use crate::optim::tests::updated;
+    use crate::optim::{Common, OptimizerConfig};
 
     /// Three updates by hand, in f64; the vector does not decay.
     #[test]
     fn first_updates_by_hand() {
         let (w0, g, lr, wd) = (0.8, 0.125, 0.01, 0.1);
-        let config = OptimizerConfig { weight_decay: wd, clip: None, ..OptimizerConfig::default() };
+        let config = OptimizerConfig::of(Common { weight_decay: wd, clip: None, ..Common::default() });
         let by_hand = |wd: f64| {
             let (mut w, mut m, mut v) = (w0, 0.0f64, 0.0f64);
             for n in 1..=3 {

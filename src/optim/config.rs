@@ -1,7 +1,8 @@
-//! The section `[optimizer]`, and its check. Keys of one rule only are checked beside that rule.
+//! The section `[optimizer]`, and its check. Keys of one rule stand in that rule's file, with their check.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
+use super::keys::Keys;
 use super::{adamw, sgd};
 use crate::error::{Error, Result};
 
@@ -41,18 +42,32 @@ pub enum RateKind {
     InverseSqrt,
 }
 
-/// The optimizer and its learning rate.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+/// The optimizer and its learning rate: the keys of every rule, and those of some.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct OptimizerConfig {
+    #[serde(flatten)]
+    pub common: Common,
+    #[serde(flatten)]
+    pub adamw: adamw::Keys,
+    #[serde(flatten)]
+    pub sgd: sgd::Keys,
+}
+
+impl<'de> Deserialize<'de> for OptimizerConfig {
+    fn deserialize<D: Deserializer<'de>>(section: D) -> std::result::Result<OptimizerConfig, D::Error> {
+        let mut keys = Keys::read(section)?;
+        let config = OptimizerConfig { common: keys.take()?, adamw: keys.take()?, sgd: keys.take()? };
+        keys.finish()?;
+        Ok(config)
+    }
+}
+
+/// The keys of every rule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Common {
     pub kind: OptimizerKind,
     pub lr: f64,
-    /// AdamW.
-    pub betas: [f64; 2],
-    /// AdamW.
-    pub eps: f64,
-    /// SGD.
-    pub momentum: f64,
     /// Decoupled, on matrices only.
     pub weight_decay: f64,
     /// Largest norm of a gradient; none: no clipping.
@@ -66,14 +81,11 @@ pub struct OptimizerConfig {
     pub min_lr: f64,
 }
 
-impl Default for OptimizerConfig {
-    fn default() -> OptimizerConfig {
-        OptimizerConfig {
+impl Default for Common {
+    fn default() -> Common {
+        Common {
             kind: OptimizerKind::Adamw,
             lr: 1e-3,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            momentum: 0.9,
             weight_decay: 0.1,
             clip: Some(1.0),
             clip_scope: ClipScope::Stage,
@@ -84,11 +96,19 @@ impl Default for OptimizerConfig {
     }
 }
 
+impl OptimizerConfig {
+    /// The keys of one kind with all defaults.
+    pub fn of(common: Common) -> OptimizerConfig {
+        OptimizerConfig { common, ..OptimizerConfig::default() }
+    }
+}
+
 /// Whether every key can be used.
 ///
 /// # Errors
 /// [`Error::Config`] for the first that cannot.
-pub fn check(o: &OptimizerConfig) -> Result<()> {
+pub fn check(config: &OptimizerConfig) -> Result<()> {
+    let o = &config.common;
     Error::unless(o.lr > 0.0, "optimizer.lr", o.lr, "must be above 0")?;
     Error::unless(
         o.min_lr >= 0.0 && o.min_lr <= o.lr,
@@ -96,8 +116,8 @@ pub fn check(o: &OptimizerConfig) -> Result<()> {
         o.min_lr,
         "must lie between 0 and optimizer.lr",
     )?;
-    adamw::check(o)?;
-    sgd::check(o)?;
+    config.adamw.check()?;
+    config.sgd.check()?;
     Error::unless(o.weight_decay >= 0.0, "optimizer.weight_decay", o.weight_decay, "must be 0 or more")?;
 
     let clip = o.clip.unwrap_or(1.0);

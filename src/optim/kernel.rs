@@ -35,8 +35,8 @@ impl Common {
     fn new(config: &OptimizerConfig, scalars: &UpdateScalars) -> Common {
         Common {
             mean: scalars.mean as f32,
-            clip: config.clip.map_or(0.0, |clip| clip as f32),
-            keep: (1.0 - scalars.lr * config.weight_decay) as f32,
+            clip: config.common.clip.map_or(0.0, |clip| clip as f32),
+            keep: (1.0 - scalars.lr * config.common.weight_decay) as f32,
         }
     }
 }
@@ -174,8 +174,12 @@ mod tests {
     use super::*;
     use crate::device::libraries;
     use crate::optim::tests::{layout, wave};
-    use crate::optim::{Optimizer, OptimizerKind, rule};
+    use crate::optim::{Optimizer, OptimizerKind, config, rule};
     use crate::params::{Layout, slice, zeros};
+
+    fn of_kind(kind: OptimizerKind) -> OptimizerConfig {
+        OptimizerConfig::of(config::Common { kind, ..config::Common::default() })
+    }
 
     #[test]
     fn the_passes_compile_for_gpus_of_today() {
@@ -185,7 +189,7 @@ mod tests {
         for capability in [(8, 0), (9, 0), (10, 0)] {
             let ptx = compiler::ptx("update.cu", SOURCE, capability).unwrap().into_string().unwrap();
             for kind in OptimizerKind::ALL {
-                let entry = rule(&OptimizerConfig { kind, ..OptimizerConfig::default() }).kernel();
+                let entry = rule(&of_kind(kind)).kernel();
                 assert!(ptx.contains(&format!(".entry {entry}")), "{ptx}");
             }
             assert!(!ptx.contains("fma.rn"), "contracted: {ptx}");
@@ -195,7 +199,7 @@ mod tests {
     #[test]
     fn a_rule_that_the_kernel_does_not_know_is_an_error() {
         for kind in OptimizerKind::ALL {
-            assert!(entry_name(rule(&OptimizerConfig { kind, ..OptimizerConfig::default() }).kernel()).is_ok());
+            assert!(entry_name(rule(&of_kind(kind)).kernel()).is_ok());
         }
         let error = entry_name("update_muon").unwrap_err().to_string();
         assert!(error.contains("no update_muon"), "{error}");
@@ -286,7 +290,8 @@ mod tests {
     fn is_that_of_the_processor<const N: usize>(kind: OptimizerKind) {
         let folder = tempfile::tempdir().unwrap();
         let (library, layout) = (compiled(folder.path()), layout());
-        let config = OptimizerConfig { kind, weight_decay: 0.1, clip: None, ..OptimizerConfig::default() };
+        let config =
+            OptimizerConfig::of(config::Common { kind, weight_decay: 0.1, clip: None, ..config::Common::default() });
         let mut optimizer = Optimizer::new(&config, &layout, 1, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         let mut buffers = Buffers::new(&layout);

@@ -1,7 +1,7 @@
 //! Optimizers over flat buffers. Each update reads the newest weights, writes the next ones and clears the gradient.
 //!
 //! ```text
-//! config       the section [optimizer], and its check
+//! config, keys the section [optimizer], and its check
 //! rule         what every rule says of itself: its state, its step; the list of them
 //! adamw, sgd   one file a rule: formula, constants, check of its keys, tests by hand
 //! elementwise  the pass over chunks of the buffers on the processor, for rules that take every value by itself
@@ -10,6 +10,7 @@
 //! ```
 
 mod config;
+mod keys;
 mod clip;
 mod rate;
 mod rule;
@@ -24,7 +25,7 @@ use rayon::ThreadPool;
 use tch::{Device, Tensor};
 
 pub use clip::{clip_factor, norm};
-pub use config::{ClipScope, OptimizerConfig, OptimizerKind, RateKind, check};
+pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, RateKind, check};
 use kernel::Kernel;
 pub use rate::learning_rate;
 pub use rule::{Rule, Step, rule};
@@ -141,7 +142,7 @@ impl Optimizer {
         let norm = scalars.norm.now()? * scalars.mean;
 
         if norm.is_finite() {
-            let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.clip));
+            let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.common.clip));
             let buffers = UpdateBuffers { old, new, published: None, gradient };
             let weights = rule::Weights { layout: &self.layout, decay: &self.decay, pool: self.pool.as_ref() };
             self.rule.step(buffers, &mut self.state, &step, &weights)?;
@@ -157,7 +158,7 @@ impl Optimizer {
 
     /// The numbers of the update that is being made.
     fn step(&self, scalars: &UpdateScalars, scale: f64) -> Step {
-        let keep = 1.0 - scalars.lr * self.config.weight_decay;
+        let keep = 1.0 - scalars.lr * self.config.common.weight_decay;
         Step { n: self.updates, lr: scalars.lr, scale, keep }
     }
 }
@@ -234,7 +235,7 @@ pub(crate) mod tests {
 
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
         let layout = layout();
-        let config = OptimizerConfig { kind, weight_decay: 0.1, ..OptimizerConfig::default() };
+        let config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
         let mut optimizer = Optimizer::new(&config, &layout, threads, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         for n in 0..3 {

@@ -2,16 +2,16 @@
 
 use std::f64::consts::PI;
 
-use super::config::{OptimizerConfig, RateKind};
+use super::config::{Common, OptimizerConfig, RateKind};
 
 /// The rate of step `t` (from 0) of a run of `steps` steps.
 pub fn learning_rate(config: &OptimizerConfig, t: usize, steps: usize) -> f64 {
-    let OptimizerConfig { lr, min_lr, warmup, .. } = *config;
+    let Common { lr, min_lr, warmup, schedule, .. } = config.common;
     if t < warmup {
         return lr * (t + 1) as f64 / warmup as f64;
     }
     let progress = (t - warmup) as f64 / steps.saturating_sub(warmup).max(1) as f64;
-    match config.schedule {
+    match schedule {
         RateKind::Constant => lr,
         RateKind::Linear => lr + (min_lr - lr) * progress,
         RateKind::Cosine => min_lr + 0.5 * (lr - min_lr) * (1.0 + (PI * progress).cos()),
@@ -26,7 +26,8 @@ mod tests {
     #[test]
     fn rates_by_table() {
         let rate = |schedule, t| {
-            let config = OptimizerConfig { schedule, lr: 1.0, min_lr: 0.2, warmup: 10, ..OptimizerConfig::default() };
+            let config =
+                OptimizerConfig::of(Common { schedule, lr: 1.0, min_lr: 0.2, warmup: 10, ..Common::default() });
             learning_rate(&config, t, 110)
         };
         let table = [
@@ -45,7 +46,7 @@ mod tests {
 
     #[test]
     fn a_run_may_be_shorter_than_its_warm_up() {
-        let config = OptimizerConfig { warmup: 10, ..OptimizerConfig::default() };
+        let config = OptimizerConfig::of(Common { warmup: 10, ..Common::default() });
         assert!((learning_rate(&config, 4, 5) - 5e-4).abs() < 1e-12);
     }
 }

@@ -1,5 +1,5 @@
-//! What an update rule says of itself, and the one list of them. A new rule is a file beside this one and a line here
-//! (and its keys in `config`).
+//! What an update rule says of itself, and the list of them. A new rule is a file beside this one, a line here, and one for
+//! its keys in `config`.
 
 use std::ops::Range;
 
@@ -12,9 +12,9 @@ use crate::params::{Layout, UpdateBuffers};
 
 /// The rule that a config asks for.
 pub fn rule(config: &OptimizerConfig) -> Box<dyn Rule> {
-    match config.kind {
-        OptimizerKind::Adamw => Box::new(adamw::Adamw::new(config)),
-        OptimizerKind::Sgd => Box::new(sgd::Sgd::new(config)),
+    match config.common.kind {
+        OptimizerKind::Adamw => Box::new(adamw::Adamw::new(&config.adamw)),
+        OptimizerKind::Sgd => Box::new(sgd::Sgd::new(&config.sgd)),
     }
 }
 

@@ -3,28 +3,44 @@
 //! Key: `momentum`. State: `first` (m).
 
 use multiversion::multiversion;
+use serde::{Deserialize, Serialize};
 
 use super::StateBuffer;
-use super::config::OptimizerConfig;
 use super::elementwise::{self, Chunk, Common};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
-/// The rule.
-pub struct Sgd {
-    momentum: f64,
+/// Its key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Keys {
+    /// How much of the sum of gradients stays.
+    pub momentum: f64,
 }
 
-/// Whether its key can be used.
-pub fn check(config: &OptimizerConfig) -> Result<()> {
-    let good = (0.0..1.0).contains(&config.momentum);
-    Error::unless(good, "optimizer.momentum", config.momentum, "must be at least 0 and below 1")
+impl Default for Keys {
+    fn default() -> Keys {
+        Keys { momentum: 0.9 }
+    }
+}
+
+impl Keys {
+    /// Whether it can be used.
+    pub fn check(&self) -> Result<()> {
+        let good = (0.0..1.0).contains(&self.momentum);
+        Error::unless(good, "optimizer.momentum", self.momentum, "must be at least 0 and below 1")
+    }
+}
+
+/// The rule.
+pub struct Sgd {
+    keys: Keys,
 }
 
 impl Sgd {
-    pub fn new(config: &OptimizerConfig) -> Sgd {
-        Sgd { momentum: config.momentum }
+    pub fn new(keys: &Keys) -> Sgd {
+        Sgd { keys: keys.clone() }
     }
 }
 
@@ -34,7 +50,7 @@ impl Rule for Sgd {
     }
 
     fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
-        let (common, momentum, lr) = (Common::new(step, weights), self.momentum as f32, step.lr as f32);
+        let (common, momentum, lr) = (Common::new(step, weights), self.keys.momentum as f32, step.lr as f32);
         elementwise::update(buffers, state, weights.pool, |chunk| pass(chunk, &common, momentum, lr));
         Ok(())
     }
@@ -44,7 +60,7 @@ impl Rule for Sgd {
     }
 
     fn constants(&self, step: &Step) -> Vec<f32> {
-        vec![self.momentum as f32, step.lr as f32]
+        vec![self.keys.momentum as f32, step.lr as f32]
     }
 }
 
@@ -64,14 +80,14 @@ fn pass(mut chunk: Chunk<1>, common: &Common, momentum: f32, lr: f32) {
 #[cfg(test)]
 mod tests {
     use crate::optim::tests::updated;
-    use crate::optim::{OptimizerConfig, OptimizerKind};
+    use crate::optim::{Common, OptimizerConfig, OptimizerKind};
 
     /// Two updates by hand, in f64; the vector does not decay.
     #[test]
     fn first_updates_by_hand() {
         let (w0, g, lr, wd) = (0.8, 0.125, 0.01, 0.1);
         let kind = OptimizerKind::Sgd;
-        let config = OptimizerConfig { kind, weight_decay: wd, clip: None, ..OptimizerConfig::default() };
+        let config = OptimizerConfig::of(Common { kind, weight_decay: wd, clip: None, ..Common::default() });
         let by_hand = |wd: f64| {
             let w = w0 * (1.0 - lr * wd) - lr * g;
             w * (1.0 - lr * wd) - lr * (0.9 * g + g)

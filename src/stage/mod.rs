@@ -295,3 +295,158 @@ impl Stage {
 pub fn is_finite(x: &Tensor) -> Result<bool> {
     Ok(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, OnNonfinite};
+    use crate::model::{Dimensions, initial};
+    use crate::number::Readback;
+    use crate::params::{Layout, slice};
+    use crate::schedule::Tie;
+
+    const ROWS: i64 = 2;
+    const SEQUENCE: i64 = 4;
+
+    fn config(sets: &[&str]) -> Config {
+        let text = "microbatches = 2\n[model]\nlayers = 3\nd_model = 8\nheads = 2\nd_ff = 16\ntie = \"none\"\n\
+                    [data]\nsequence = 4\n[grid]\nreplicas = 2";
+        Config::parse(text, &sets.iter().map(|set| (*set).to_owned()).collect::<Vec<_>>()).unwrap()
+    }
+
+    /// The last stage of two, with its weights.
+    fn last_stage(config: &Config) -> (Stage, Versions) {
+        let dimensions = Dimensions::new(&config.model, 11, SEQUENCE as usize);
+        let stack = Stack::new(&dimensions, 1..3);
+        let layout = Layout::new(&stack.own());
+        let versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
+        let place = Place { stage: 1, replica: 0 };
+        (Stage::new(place, stack, Settings::new(config, Readback::Now)), versions)
+    }
+
+    fn input() -> Input {
+        let x = Tensor::arange(ROWS * SEQUENCE * 8, (Kind::Float, tch::Device::Cpu)).sin().view([ROWS, SEQUENCE, 8]);
+        let targets = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6, 7, 8]).view([ROWS, SEQUENCE]);
+        Input { x, targets: Some(targets), restart: true }
+    }
+
+    const AT: At = At { own: 0, table: 0 };
+
+    /// Loss, gradient of the input and of all weights of the last microbatch; and the buckets that were ready.
+    fn run(config: &Config) -> (f64, Tensor, Vec<f32>, Vec<(usize, i64)>) {
+        let (mut stage, versions) = last_stage(config);
+        let held = Held { own: &versions, table: None };
+        let slot = Slot { step: 0, microbatch: 1 };
+        let Output::Loss(loss) = stage.forward(slot, AT, held, input()).unwrap() else { panic!("no loss") };
+        let mut buckets = Vec::new();
+        let mut ready = |bucket: Bucket| {
+            buckets.push((bucket.offset, bucket.values.numel() as i64));
+            Ok(())
+        };
+        let dx = stage.backward(slot, held, None, &mut ready).unwrap().unwrap();
+        (loss.now().unwrap(), dx, slice(versions.gradient(0)).to_vec(), buckets)
+    }
+
+    /// One graph over the layers, without a stage: the same bits.
+    #[test]
+    fn a_stage_gives_what_autograd_gives() {
+        let config = config(&["bucket_kib=1"]);
+        let (loss, dx, gradient, buckets) = run(&config);
+
+        let dimensions = Dimensions::new(&config.model, 11, SEQUENCE as usize);
+        let stack = Stack::new(&dimensions, 1..3);
+        let layout = Layout::new(&stack.own());
+        let leaf =
+            |p: &crate::model::Parameter| Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).set_requires_grad(true);
+        let weights: Vec<Tensor> = stack.parameters().iter().map(leaf).collect();
+        let Input { x, targets, .. } = input();
+        let x = x.set_requires_grad(true);
+        let hidden = stack.forward(&weights, &x, &mut Memory::new(0), None).unwrap();
+        let whole = stack.loss(&weights, &hidden, &targets.unwrap(), None).unwrap();
+        whole.backward();
+        assert_eq!((loss, dx), (whole.double_value(&[]), x.grad()));
+        for (entry, weight) in layout.entries.iter().zip(&weights) {
+            let expected = weight.grad().contiguous().view([-1]);
+            let found = &gradient[entry.offset..entry.offset + entry.parameter.count()];
+            assert_eq!(Tensor::from_slice(found), expected, "{}", entry.parameter.name);
+        }
+
+        // From the last layers to the first; what is left at the end is the caller's.
+        assert!(!buckets.is_empty());
+        let mut end = layout.len;
+        for (offset, length) in buckets {
+            assert_eq!(offset + length as usize, end);
+            end = offset;
+        }
+        assert!(end > 0);
+    }
+
+    #[test]
+    fn what_is_run_again_gives_the_same_bits() {
+        let plain = run(&config(&["model.dropout=0.2"]));
+        for recompute in ["recompute=true", "recompute=blocks"] {
+            assert_eq!(run(&config(&["model.dropout=0.2", recompute])), plain, "{recompute}");
+        }
+    }
+
+    #[test]
+    fn only_the_last_microbatch_of_a_step_has_buckets() {
+        let (mut stage, versions) = last_stage(&config(&["bucket_kib=1"]));
+        let held = Held { own: &versions, table: None };
+        let slot = Slot { step: 0, microbatch: 0 };
+        stage.forward(slot, AT, held, input()).unwrap();
+        stage.backward(slot, held, None, &mut |bucket| panic!("a bucket at {}", bucket.offset)).unwrap();
+    }
+
+    #[test]
+    fn a_backward_out_of_turn_is_a_fault_of_the_schedule() {
+        let (mut stage, versions) = last_stage(&config(&[]));
+        let held = Held { own: &versions, table: None };
+        stage.forward(Slot { step: 0, microbatch: 0 }, AT, held, input()).unwrap();
+        let error = stage.backward(Slot { step: 0, microbatch: 1 }, held, None, &mut |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("has no forward"), "{error}");
+    }
+
+    /// The first weight that is not finite is named.
+    #[test]
+    fn what_is_not_finite_is_named() {
+        let forward = |config: &Config, spoil: &dyn Fn(&mut Tensor)| {
+            let (mut stage, mut versions) = last_stage(config);
+            let change = |weight: &mut Tensor| {
+                spoil(weight);
+                Ok(())
+            };
+            versions.alter(change).unwrap();
+            let held = Held { own: &versions, table: None };
+            stage.forward(Slot { step: 3, microbatch: 0 }, AT, held, input())
+        };
+        let nan = |weight: &mut Tensor| drop(weight.fill_(f64::NAN));
+        let Err(Error::NotFinite { tensor, step, place, .. }) = forward(&config(&[]), &nan) else {
+            panic!("not found")
+        };
+        assert_eq!((tensor.as_str(), step, place.stage), ("weight layers.1.norm1.weight", 3, 1));
+
+        let skip = Config { on_nonfinite: OnNonfinite::Skip, ..config(&[]) };
+        assert!(forward(&skip, &nan).is_ok(), "it is sent on, and its update left out");
+    }
+
+    /// A memory is what the layers were given a step before, unless the rows begin anew.
+    #[test]
+    fn a_memory_lives_from_step_to_step() {
+        let config = config(&["model.arch=transformer-xl", "model.mem_len=4", "data.order=streams"]);
+        assert_eq!(config.model.tie, Tie::Untied);
+        let (mut stage, versions) = last_stage(&config);
+        let held = Held { own: &versions, table: None };
+        let mut loss = |step, restart| {
+            let slot = Slot { step, microbatch: 0 };
+            let output = stage.forward(slot, AT, held, Input { restart, ..input() }).unwrap();
+            stage.backward(slot, held, None, &mut |_| Ok(())).unwrap();
+            let Output::Loss(loss) = output else { panic!("no loss") };
+            loss.now().unwrap()
+        };
+        let (first, second, again) = (loss(0, true), loss(1, false), loss(2, true));
+        assert_eq!(first, again);
+        assert_ne!(first, second);
+        assert_eq!(stage.memories().len(), 1);
+    }
+}

@@ -103,7 +103,7 @@ fn plain_loop(steps: usize) -> Vec<f64> {
         .collect();
     let zeros = || weights.iter().map(|w| w.zeros_like().to_kind(Kind::Double)).collect::<Vec<_>>();
     let (mut first, mut second) = (zeros(), zeros());
-    let [b1, b2] = config.optimizer.betas;
+    let [b1, b2] = config.optimizer.adamw.betas;
     let mut losses = Vec::new();
     for t in 0..steps {
         let batch = batches.train(t, 0..config.batch);
@@ -113,8 +113,8 @@ fn plain_loop(steps: usize) -> Vec<f64> {
         let gradients = Tensor::run_backward(&[loss], &weights, false, false);
         // The rule of the config by hand: two steps of warm-up, then half a cosine to 0.
         let lr = match t {
-            0 | 1 => config.optimizer.lr * (t + 1) as f64 / 2.0,
-            _ => config.optimizer.lr * 0.5 * (1.0 + (std::f64::consts::PI * (t - 2) as f64 / 10.0).cos()),
+            0 | 1 => config.optimizer.common.lr * (t + 1) as f64 / 2.0,
+            _ => config.optimizer.common.lr * 0.5 * (1.0 + (std::f64::consts::PI * (t - 2) as f64 / 10.0).cos()),
         };
         let n = (t + 1) as i32;
         weights = weights
@@ -122,11 +122,11 @@ fn plain_loop(steps: usize) -> Vec<f64> {
             .enumerate()
             .map(|(i, w)| {
                 let (w, g) = (w.detach().to_kind(Kind::Double), gradients[i].to_kind(Kind::Double));
-                let decay = if w.dim() >= 2 { config.optimizer.weight_decay } else { 0.0 };
+                let decay = if w.dim() >= 2 { config.optimizer.common.weight_decay } else { 0.0 };
                 first[i] = &first[i] * b1 + &g * (1.0 - b1);
                 second[i] = &second[i] * b2 + &g * &g * (1.0 - b2);
                 let mean = &first[i] / (1.0 - b1.powi(n));
-                let root = (&second[i] / (1.0 - b2.powi(n))).sqrt() + config.optimizer.eps;
+                let root = (&second[i] / (1.0 - b2.powi(n))).sqrt() + config.optimizer.adamw.eps;
                 let w = &w * (1.0 - lr * decay) - mean / root * lr;
                 w.to_kind(Kind::Float).set_requires_grad(true)
             })

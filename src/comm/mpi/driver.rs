@@ -480,3 +480,173 @@ fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
     world.all_gather_into(&mine[..], &mut all[..]);
     all.chunks(longest).zip(lengths).map(|(chunk, length)| chunk[..length as usize].to_vec()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command as Process;
+    use std::sync::mpsc::{channel, sync_channel};
+
+    use tch::Kind;
+
+    use super::super::permits::Permits;
+    use super::super::reduce::Work;
+    use super::*;
+    use crate::comm::Content;
+    use crate::schedule::Pass;
+
+    /// MPI starts once in a process, so a test of it gets one of its own: this program with only that test, for a minute at
+    /// most.
+    fn alone(name: &str, test: impl FnOnce()) {
+        if std::env::var_os("OUROBOROS_ALONE").is_some() {
+            return test();
+        }
+
+        let name = format!("comm::mpi::driver::tests::{name}");
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut process = Process::new(std::env::current_exe().unwrap());
+        process.args(["--exact", &name, "--nocapture"]).env("OUROBOROS_ALONE", "1");
+        process.stdout(log.reopen().unwrap()).stderr(log.reopen().unwrap());
+        let mut process = process.spawn().unwrap();
+        let started = Instant::now();
+        while process.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = process.kill(); // It is over, unless it has hung.
+
+        let status = process.wait().unwrap();
+        let text = std::fs::read_to_string(log.path()).unwrap();
+        assert!(status.success() && text.contains("1 passed"), "{status} after {:?}\n{text}", started.elapsed());
+    }
+
+    fn header(step: usize) -> Header {
+        Header {
+            content: Content::Activation,
+            pass: Pass::Train,
+            step,
+            microbatch: 0,
+            shape: [1, 2, 3],
+            wire: Wire::F32,
+            beside: false,
+        }
+    }
+
+    /// A driver in a world of one rank, whose link ends at itself.
+    struct Lonely {
+        commands: Sender<Command>,
+        inbox: Receiver<super::super::traffic::Arrival>,
+        reports: Receiver<Report>,
+        gate: Arc<Gate>,
+    }
+
+    impl Lonely {
+        fn start() -> (Lonely, std::thread::JoinHandle<()>) {
+            let ((started, identity), (commands, received)) = (channel(), channel());
+            let driver = std::thread::spawn(move || run(&started, &received, Arc::default()));
+            let identity = identity.recv().unwrap().unwrap();
+            assert_eq!((identity.rank, identity.size, identity.local.ranks), (0, 1, 1));
+
+            let ((sender, inbox), (reporter, reports)) = (sync_channel(4), channel());
+            let gate = Arc::new(Gate::new(3, "here", None));
+            let (reply, connected) = channel();
+            let inboxes = vec![Inbox { from: 0, content: Content::Activation, sender }];
+            let connect = Command::Connect {
+                groups: vec![Some(Group { color: 0, values: 0 })],
+                key: 0,
+                wire: Wire::F32,
+                inboxes,
+                reports: Some(reporter),
+                gate: Arc::clone(&gate),
+                stall: Duration::from_secs(60),
+                reply,
+            };
+            commands.send(connect).unwrap();
+            assert_eq!(connected.recv().unwrap().unwrap().len(), 1, "one group, without memory");
+            (Lonely { commands, inbox, reports, gate }, driver)
+        }
+
+        fn send(&self, command: Command) {
+            self.commands.send(command).unwrap();
+        }
+
+        /// Wakes the driver, which in a world of one sleeps until it is told something, until `there` gives a value.
+        fn until<T>(&self, mut there: impl FnMut() -> Option<T>) -> T {
+            for _ in 0..1000 {
+                if let Some(value) = there() {
+                    return value;
+                }
+                self.send(Command::Wake);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            panic!("nothing came");
+        }
+    }
+
+    #[test]
+    fn the_driver_carries_messages_sums_reports_and_controls() {
+        alone("the_driver_carries_messages_sums_reports_and_controls", || {
+            let (lonely, driver) = Lonely::start();
+
+            let (reply, gathered) = channel();
+            lonely.send(Command::AllGather { bytes: b"mine".to_vec(), reply });
+            assert_eq!(gathered.recv().unwrap(), [b"mine".to_vec()]);
+
+            let tensor = Tensor::arange(6, (Kind::Float, tch::Device::Cpu));
+            for step in [4, 5] {
+                let permit = Permits::new(2).try_acquire().unwrap();
+                let tensor = &tensor + step as f64;
+                lonely.send(Command::Send { to: 0, header: header(step), tensor, permit });
+            }
+            for step in [4, 5] {
+                let (found, values) = lonely.until(|| lonely.inbox.try_recv().ok()).unwrap();
+                assert_eq!(found, header(step));
+                assert_eq!(values.view([-1]), &tensor + step as f64);
+            }
+
+            for work in [Work::Both, Work::Reduce, Work::Gather] {
+                let (reply, summed) = channel();
+                lonely.send(Command::Reduce { slot: 0, flat: tensor.shallow_clone(), work, reply });
+                assert!(lonely.until(|| summed.try_recv().ok()).is_ok(), "the sum of one is itself");
+            }
+
+            let report = Report::TableNorm { step: 7, norm: 0.5 };
+            lonely.send(Command::Report(serde_json::to_vec(&report).unwrap()));
+            assert_eq!(lonely.until(|| lonely.reports.try_recv().ok()), report);
+            lonely.send(Command::Control(Control::Limit(9)));
+            lonely.until(|| (lonely.gate.limit() == 9).then_some(()));
+            lonely.send(Command::Control(Control::Ask));
+            let answer = lonely.until(|| lonely.reports.try_recv().ok());
+            assert!(matches!(answer, Report::Heartbeat { rank: 0, .. }), "{answer:?}");
+
+            lonely.send(Command::Control(Control::End));
+            let (reply, finished) = channel();
+            lonely.send(Command::Finish(reply));
+            finished.recv().unwrap();
+            driver.join().unwrap();
+        });
+    }
+
+    /// An error of the transport reaches everybody who waits: the coordinator, links, sums, the gate.
+    #[test]
+    fn whoever_waits_hears_of_a_failure() {
+        alone("whoever_waits_hears_of_a_failure", || {
+            let (lonely, driver) = Lonely::start();
+            lonely.send(Command::Report(b"no report".to_vec()));
+            let report = lonely.until(|| lonely.reports.try_recv().ok());
+            let Report::Failed { origin, error: Error::Transport(text) } = report else { panic!("{report:?}") };
+            assert_eq!(origin, "rank 0");
+            assert!(text.contains("a report that cannot be read"), "{text}");
+
+            assert!(lonely.until(|| lonely.inbox.try_recv().ok()).is_err(), "the link is told");
+            assert!(lonely.gate.ended() && lonely.gate.wait(3).is_err());
+            let (reply, summed) = channel();
+            let flat = Tensor::zeros([2], (Kind::Float, tch::Device::Cpu));
+            lonely.send(Command::Reduce { slot: 0, flat, work: Work::Both, reply });
+            assert!(summed.recv().is_err(), "nobody answers any more");
+
+            let (reply, finished) = channel();
+            lonely.send(Command::Finish(reply));
+            finished.recv().unwrap();
+            driver.join().unwrap();
+        });
+    }
+}
