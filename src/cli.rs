@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::control::Limits;
-use crate::control::Mode;
+use crate::control::{Limits, Mode};
 use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Result;

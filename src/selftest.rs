@@ -194,11 +194,15 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
 fn check_halves(group: &mut dyn ReplicaGroup, place: Place, replicas: usize, device: Device) -> Result<()> {
     let values = Tensor::f_arange(LARGE, (Kind::Float, device))?.f_add_scalar(0.25 + place.replica as f64)?;
     let owned = group.owned(LARGE as usize);
-    for in_memory in [false, true] {
-        let flat = match group.memory().filter(|memory| in_memory && memory.numel() as i64 >= LARGE) {
-            Some(memory) => memory.f_narrow(0, 0, LARGE)?,
-            None => values.f_zeros_like()?,
-        };
+    // NCCL does not promise the same bits of two sums.
+    let same = |found: &Tensor, expected: &Tensor| match device {
+        Device::Cpu => found.f_equal(expected),
+        _ => found.f_allclose(expected, 1e-2, 0.0, false),
+    };
+
+    let shared = group.memory().filter(|memory| memory.numel() as i64 >= LARGE);
+    let shared = shared.map(|memory| memory.f_narrow(0, 0, LARGE)).transpose()?;
+    for flat in [Some(values.f_zeros_like()?), shared].into_iter().flatten() {
         let mut filled = flat.shallow_clone();
         filled.f_copy_(&values)?;
 
@@ -206,9 +210,9 @@ fn check_halves(group: &mut dyn ReplicaGroup, place: Place, replicas: usize, dev
         group.all_reduce(0, whole.shallow_clone())?.wait()?;
         group.reduce(0, flat.shallow_clone())?.wait()?;
         let part = |of: &Tensor| -> Result<Tensor> { here(&of.f_narrow(0, owned.start as i64, owned.len() as i64)?) };
-        let reduced = part(&flat)?.f_equal(&part(&whole)?)?;
+        let reduced = same(&part(&flat)?, &part(&whole)?)?;
         group.gather(0, flat.shallow_clone())?.wait()?;
-        if !reduced || !here(&flat)?.f_equal(&here(&whole)?)? {
+        if !reduced || !same(&here(&flat)?, &here(&whole)?)? {
             let what = if reduced { "gathered" } else { "reduced" };
             let text = format!(
                 "self-test: halves of a sum over {replicas} replicas of stage {} are {what} wrongly",

@@ -302,4 +302,17 @@ mod tests {
             assert_eq!(serde_json::from_value::<ShardKind>(word.into()).unwrap(), kind);
         }
     }
+
+    #[test]
+    fn no_rule_calls_its_state_as_other_files_are_called() {
+        use crate::optim::{Common, OptimizerConfig, OptimizerKind, rule};
+        use crate::params::Layout;
+
+        for kind in OptimizerKind::ALL {
+            let config = OptimizerConfig::of(Common { kind, ..Common::default() });
+            for (name, _) in rule(&config).state(&Layout::new(&[])) {
+                assert_eq!(ShardKind::from(name.to_owned()), ShardKind::State(name.into()), "{kind:?}");
+            }
+        }
+    }
 }

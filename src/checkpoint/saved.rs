@@ -72,16 +72,16 @@ impl Checkpoint {
     }
 
     fn read(path: &Path) -> Result<Checkpoint> {
-        let checkpoint = Checkpoint::open_verified(path)?;
+        let checkpoint = Checkpoint::read_manifest(path)?;
         checkpoint.manifest.shards.iter().try_for_each(|shard| checkpoint.verify(shard))?;
         Ok(checkpoint)
     }
 
-    /// What the manifest of a state says, which somebody has verified.
+    /// What the manifest of a state says, whose files are not looked at.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it cannot be read.
-    pub fn open_verified(path: &Path) -> Result<Checkpoint> {
+    pub fn read_manifest(path: &Path) -> Result<Checkpoint> {
         let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
         let text = fs::read_to_string(path.join(MANIFEST)).map_err(|error| wrong(&error))?;
         // The number of the format first: the rest may be another in another format.

@@ -56,10 +56,10 @@ pub fn connect(
         Ports { places, reports: reporter, gate: Arc::new(Gate::new(limit, "this process", None)), beside: None }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
-    let panels: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
+    let gates: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
     let reports = reports.clone();
     let tell = move |control| {
-        for (rank, gate) in panels.iter().enumerate() {
+        for (rank, gate) in gates.iter().enumerate() {
             gate.apply(control);
             if control == Control::Ask {
                 let _ = reports.send(Report::Heartbeat { rank, beat: gate.heartbeat.beat() }); // The coordinator itself asks.
@@ -109,10 +109,10 @@ impl Link for LocalLink {
     }
 }
 
-/// What travels in a replica group: the number of the all-reduce among those of its group, and values.
+/// What travels in a replica group: the number of the half of a sum among those of its group, and values.
 type Numbered<T> = (u64, T);
 
-/// Values from one member, by the number of their all-reduce: two may be under way, and be waited for in any order.
+/// Values from one member, by the number of their half of a sum: two may be under way, and be waited for in any order.
 struct Mailbox<T> {
     receiver: Receiver<Numbered<T>>,
     early: BTreeMap<u64, T>,
@@ -214,11 +214,12 @@ impl Leader {
     }
 
     /// Sends its values to the others under this number.
-    fn sends(&self, step: usize, number: u64, flat: Tensor) -> Half {
-        let (members, stage) = (Arc::clone(&self.members), self.stage);
+    fn sends(&self, step: usize, number: u64, mut flat: Tensor) -> Half {
+        let (members, stage, wire) = (Arc::clone(&self.members), self.stage, self.wire);
         Box::new(move || {
             let lost = |replica| Leader::lost(stage, step, replica);
             let members = members.lock().map_err(|_| lost(0))?;
+            wire.round(&mut flat)?;
             let sum = flat.f_detach_copy()?;
             for (i, member) in members.iter().enumerate() {
                 member.sender.send((number, sum.shallow_clone())).map_err(|_| lost(i + 1))?;

@@ -155,7 +155,8 @@ pub trait ReplicaGroup: Send {
         self.all_reduce(step, flat)
     }
 
-    /// Starts the second half, in place: once it is over this replica has the values of all owners.
+    /// Starts the second half, in place: once it is over this replica has the values of all owners, rounded as they travel,
+    /// like the owners themselves. A `reduce` of the same buffer must have been waited for.
     ///
     /// # Errors
     /// [`Error::Lost`] if a member is gone.

@@ -18,7 +18,6 @@ pub use grid::{GridConfig, LayersPerStage};
 pub use recompute::Recompute;
 
 use crate::data::{DataConfig, Order, Reading, Shape};
-
 use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
@@ -256,6 +255,10 @@ mod tests {
         insta::assert_snapshot!(error("[optimizer]\nbeta = 0.9", &[]), @r"
         setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `momentum`
         ");
+        assert!(
+            error("[optimizer]\noptimizer = 1", &[]).starts_with("setting `optimizer.optimizer`: found an unknown key")
+        );
+        assert!(error("[optimizer]\nr = 1", &[]).starts_with("setting `optimizer.r`: found an unknown key"));
         insta::assert_snapshot!(error("[optimizer]\nkind = \"adam\"", &[]), @r"
         setting `optimizer.kind`: found unknown variant `adam`; expected `adamw` or `sgd`
         ");

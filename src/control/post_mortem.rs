@@ -4,7 +4,7 @@
 //! second the first rank that is left on the dead one's host tells its place and what it was doing.
 //!
 //! ```text
-//! every rank       makes a file in memory, and writes into it what it begins          (heartbeat::FlightRecorder)
+//! every rank       makes a file in memory, and writes into it what it begins          (flight_recorder)
 //! its neighbours   open it; then its name is removed, so that nothing can be left over
 //! on SIGTERM       a neighbour whose process is gone is the cause, unless some file says that its rank has spoken: of its own
 //!                  error, or of that neighbour

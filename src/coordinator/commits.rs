@@ -9,7 +9,7 @@ use crate::checkpoint::{self, Manifest, Shard, Written};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::model;
-use crate::optim::state_values;
+use crate::optim::state_layouts;
 use crate::params::Layout;
 use crate::setup::Setup;
 
@@ -92,7 +92,7 @@ impl Commits {
 /// [`Error::Config`] about `--out`.
 pub fn check_room(setup: &Setup, out: &Path) -> Result<()> {
     let layout = Layout::new(&model::parameters(&setup.dimensions));
-    let state: usize = state_values(&setup.config.optimizer, &layout).iter().sum();
+    let state: usize = state_layouts(&setup.config.optimizer, &layout).iter().map(Layout::count).sum();
     let needed = 2 * ((setup.parameters() + state) * size_of::<f32>()) as u64;
     match checkpoint::room(out) {
         Some(left) if left < needed => {

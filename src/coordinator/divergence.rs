@@ -1,4 +1,4 @@
-//! Divergence of the same weights, compared by their digests.
+//! Copies of the same weights, compared by their digests.
 
 use std::collections::BTreeMap;
 

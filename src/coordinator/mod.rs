@@ -36,8 +36,9 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What the ranks of a run are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {
+    /// Each has a process, whose memory can be measured; as a single one has.
     Processes,
-    /// Of one process, so that of their memory only the sum can be measured.
+    /// Several of one process, so that only the sum of their memory can be measured.
     Threads,
 }
 
@@ -249,13 +250,13 @@ impl Coordinator {
             grad_norm: &of.norms(),
             table_norm: of.table_norm(),
         };
-        self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
-
         let skipped = of.skipped();
         if !skipped.is_empty() {
             let whose = skipped.join(", ");
-            self.note(&format!("step {:>6}  not finite: the update of {whose} is left out", step + 1));
+            let text = format!("step {:>6}  not finite: the update of {whose} is left out", step + 1);
+            self.sinks.iter_mut().for_each(|sink| sink.note(&text));
         }
+        self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
         self.losses.push(of.loss());
         self.planner.step(seconds);
         Ok(())

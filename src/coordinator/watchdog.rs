@@ -1,6 +1,6 @@
 //! When nothing moves any more: who is everybody waiting for?
 //!
-//! Rank 0 asks all ranks for their pulses when no report has come for a while. Nothing moves if no rank has begun anything
+//! Rank 0 asks all ranks for their heartbeats when no report has come for a while. Nothing moves if no rank has begun anything
 //! new for `stall_seconds`. Then the culprit is, in this order: a rank that does not answer; one that waits for nobody; the
 //! sender of a message that somebody waits for although it was sent; a rank that all wait for in a circle.
 

@@ -40,7 +40,7 @@ pub(super) fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
     let saved = match found? {
         Some(saved) => Some(saved),
         None if all[0].is_empty() => None,
-        None => Some(Checkpoint::open_verified(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
+        None => Some(Checkpoint::read_manifest(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
     };
     match saved {
         Some(saved) => setup.resume(saved),

@@ -15,9 +15,7 @@ pub use job::{Job, Transport};
 pub use local::{run_emulated, run_local};
 
 use crate::comm::mpi;
-use crate::control;
-use crate::control::Mode;
-use crate::control::{STOPPED, Watch};
+use crate::control::{self, Mode, STOPPED, Watch};
 use crate::error::Error;
 use crate::failure::{caught, show};
 use crate::inject::Injection;

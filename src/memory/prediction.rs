@@ -7,7 +7,7 @@ use crate::data::Order;
 use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::number::READBACK_STEPS;
-use crate::optim::{state_values, workspace};
+use crate::optim::{state_layouts, workspace};
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::Tie;
@@ -117,7 +117,8 @@ impl Prediction {
     /// The optimizer's state of a set of weights, and what its updates need for a moment.
     fn add_optimizer(&mut self, setup: &Setup, layout: &Layout) {
         let config = &setup.config.optimizer;
-        self.optimizer += state_values(config, layout).iter().sum::<usize>() as u64 * VALUE;
+        let state: usize = state_layouts(config, layout).iter().map(|layout| layout.len).sum();
+        self.optimizer += state as u64 * VALUE;
         self.transient = self.transient.max(workspace(config, layout) as u64 * VALUE);
     }
 
@@ -153,8 +154,9 @@ fn copied(setup: &Setup, place: Place) -> u64 {
     let writes = |buffer: SavedBuffer| buffer.writer(setup.grid.replicas) == place.replica;
     let of = |layout: &Layout| {
         let weights = if writes(SavedBuffer::Weights) { layout.len } else { 0 };
-        let state = state_values(&setup.config.optimizer, layout).into_iter().enumerate();
-        weights + state.filter(|(number, _)| writes(SavedBuffer::State(*number))).map(|(_, len)| len).sum::<usize>()
+        let state = state_layouts(&setup.config.optimizer, layout).into_iter().enumerate();
+        let here = state.filter(|(number, _)| writes(SavedBuffer::State(*number)));
+        weights + here.map(|(_, layout)| layout.len).sum::<usize>()
     };
     let table = if place.stage == 0 { of(&Layout::new(&model::table(&setup.dimensions))) } else { 0 };
     (of(&setup.layout(place.stage)) + table) as u64 * VALUE

@@ -97,7 +97,7 @@ impl Default for Common {
 }
 
 impl OptimizerConfig {
-    /// The keys of one kind with all defaults.
+    /// These keys, and the defaults of every rule's own.
     pub fn of(common: Common) -> OptimizerConfig {
         OptimizerConfig { common, ..OptimizerConfig::default() }
     }

@@ -41,7 +41,7 @@ impl Keys {
     pub fn finish<E: de::Error>(self) -> Result<(), E> {
         let Some(unknown) = self.table.keys().next() else { return Ok(()) };
         let known: Vec<String> = self.known.iter().map(|name| format!("`{name}`")).collect();
-        Err(E::custom(format!("unknown field `{unknown}`, expected one of {}", known.join(", "))))
+        Err(E::custom(format!("key `{unknown}`: unknown field `{unknown}`, expected one of {}", known.join(", "))))
     }
 }
 

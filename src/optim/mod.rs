@@ -83,8 +83,8 @@ impl Optimizer {
         threads: usize,
         device: Device,
     ) -> Result<Optimizer> {
+        let pool = pool(threads)?;
         let decay = decaying(layout);
-
         let kernel = match device {
             Device::Cuda(index) => Some(Kernel::new(index, rule.kernel(), &decay)?),
             _ => None,
@@ -96,16 +96,7 @@ impl Optimizer {
             state.push(StateBuffer { name, layout, values });
         }
 
-        Ok(Optimizer {
-            config: config.clone(),
-            rule,
-            layout: layout.clone(),
-            decay,
-            state,
-            updates: 0,
-            pool: pool(threads)?,
-            kernel,
-        })
+        Ok(Optimizer { config: config.clone(), rule, layout: layout.clone(), decay, state, updates: 0, pool, kernel })
     }
 
     /// The state, one flat buffer a name.
@@ -163,9 +154,9 @@ impl Optimizer {
     }
 }
 
-/// Values of state that a rule keeps of a set of weights, for each of its buffers.
-pub fn state_values(config: &OptimizerConfig, layout: &Layout) -> Vec<usize> {
-    rule(config).state(layout).iter().map(|(_, layout)| layout.len).collect()
+/// The layouts of the buffers of state that a rule keeps of a set of weights.
+pub fn state_layouts(config: &OptimizerConfig, layout: &Layout) -> Vec<Layout> {
+    rule(config).state(layout).into_iter().map(|(_, layout)| layout).collect()
 }
 
 /// Values that an update of a set of weights needs for a moment, besides its buffers.

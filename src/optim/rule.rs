@@ -1,5 +1,5 @@
-//! What an update rule says of itself, and the list of them. A new rule is a file beside this one, a line here, and one for
-//! its keys in `config`.
+//! What an update rule says of itself, and the list of them. A new rule is a file beside this one with its keys, a word and
+//! its keys in `config`, a line here; and to run on a GPU a struct and an entry in `update.cu`.
 
 use std::ops::Range;
 

@@ -3,11 +3,17 @@
 // rule's pass on the processor, so that both give the same bits for the same scale; compiled without contraction into
 // multiply-add.
 //
-// A rule is a struct of its constants with `apply`, which changes one weight and its state; and an entry `update_NAME`.
+// A rule is a struct of its constants with `apply`, which changes one weight and its state; and an entry `update_NAME`, which
+// takes them out of a list as long for every rule.
 
 // The constants of every update. `mean` makes the mean of the sum of gradients; `clip` is 0 where nothing is clipped.
 struct Common {
     float mean, clip, keep;
+};
+
+// The constants of a rule, in the order of its struct.
+struct Constants {
+    float of[8];
 };
 
 // The nearest bf16, ties to even; what is not a number stays so.
@@ -71,6 +77,8 @@ struct Sgd {
 
 #define ARGUMENTS updated, old, published, gradient, first, second, decays, norm, count, common
 
-extern "C" __global__ void update_adamw(BUFFERS, Adamw rule) { pass(ARGUMENTS, rule); }
+extern "C" __global__ void update_adamw(BUFFERS, Constants c) {
+    pass(ARGUMENTS, Adamw{c.of[0], c.of[1], c.of[2], c.of[3], c.of[4]});
+}
 
-extern "C" __global__ void update_sgd(BUFFERS, Sgd rule) { pass(ARGUMENTS, rule); }
+extern "C" __global__ void update_sgd(BUFFERS, Constants c) { pass(ARGUMENTS, Sgd{c.of[0], c.of[1]}); }

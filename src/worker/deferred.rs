@@ -1,5 +1,5 @@
-//! Deferred scalars: copied to pinned memory, and reported when their event has completed; the host never blocks on the
-//! device for one.
+//! Deferred scalars: copied to pinned memory, and reported when their event has completed. The host waits for one only when
+//! it is too old, or at the end.
 //!
 //! ```text
 //! device   ... loss of step t | copy to the host | mark ...... loss of t+1 | copy | mark ...

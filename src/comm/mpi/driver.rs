@@ -106,7 +106,7 @@ pub enum Command {
         reply: Sender<MpiResult<()>>,
     },
     Report(Vec<u8>),
-    /// To the panels of all ranks; from rank 0.
+    /// To the gates of all ranks; from rank 0.
     Control(Control),
     /// Somebody has begun to wait.
     Wake,

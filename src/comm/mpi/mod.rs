@@ -183,7 +183,7 @@ impl World {
         Ok((Ports { places, reports: self.reporter(), gate, beside: None }, received))
     }
 
-    /// Tells all ranks' panels; on rank 0, once the grid is connected.
+    /// Reaches all ranks' gates; on rank 0, once the grid is connected.
     pub fn controls(&self) -> Controls {
         let commands = self.commands.clone();
         Controls::new(move |control| {

@@ -279,11 +279,13 @@ impl Reducer {
                 nothing()?
             }
             None => {
-                let sum = view(&flat, &mine)?;
-                if work != Work::Gather {
-                    add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?;
+                let mut sum = view(&flat, &mine)?;
+                match work {
+                    // What the others get, this replica has too.
+                    Work::Gather => self.wire.round(&mut sum).map_err(text)?,
+                    _ => add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?,
                 }
-                self.packed(&sum)?
+                if work == Work::Reduce { nothing()? } else { self.packed(&sum)? }
             }
         };
         drop(arrived);
