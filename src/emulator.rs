@@ -34,8 +34,10 @@ use crate::setup::Setup;
 struct Weights {
     layout: Layout,
     optimizer: Optimizer,
-    /// Version number -> flat weights.
+    /// Number of updates -> flat weights.
     versions: BTreeMap<usize, Tensor>,
+    /// Where they are not the weights: the versions that steps use, moved on.
+    predicted: BTreeMap<usize, Tensor>,
 }
 
 /// The gradients of one replica's step, added up over its microbatches.
@@ -75,10 +77,17 @@ impl Emulator {
         tch::set_num_threads(config.threads as i32);
         let weights = |parameters: &[model::Parameter], delay: usize| -> Result<Weights> {
             let layout = Layout::new(parameters);
-            let optimizer = setup.optimizer(&layout)?;
-            let mut versions: BTreeMap<_, _> = setup.older_weights(&layout, delay)?.into_iter().collect();
+            let optimizer = setup.optimizer(&layout, delay)?;
+            let (mut versions, mut predicted) = (BTreeMap::new(), BTreeMap::new());
+            for (number, values) in setup.older_weights(&layout, delay)? {
+                if number == setup.start() {
+                    predicted.insert(number, values);
+                } else {
+                    versions.insert(number, values);
+                }
+            }
             versions.insert(setup.start(), setup.first_weights(&layout)?);
-            Ok(Weights { layout, optimizer, versions })
+            Ok(Weights { layout, optimizer, versions, predicted })
         };
         let delays = &setup.schedule.delays;
         let stages =
@@ -153,13 +162,12 @@ impl Emulator {
             let table = table.map(|table| (table, schedule.table_delay()));
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
                 snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
-                let older = version(schedule.since(step), step, delay)..step;
                 // The grid does not hold them any wider.
                 let kind = self.setup.config.precision.kind();
-                let older: Vec<(usize, Tensor)> = weights
-                    .versions
-                    .range(older)
-                    .map(|(number, values)| Ok((*number, values.f_to_kind(kind)?)))
+                let older: Vec<(usize, Tensor)> = self
+                    .setup
+                    .versions_saved(schedule.since(step), step, delay)
+                    .map(|number| Ok((number, weights.used(number)?.f_to_kind(kind)?)))
                     .collect::<Result<_>>()?;
                 snapshot.add_older(&weights.layout, older.iter().map(|(number, values)| (*number, values)))?;
             }
@@ -348,11 +356,20 @@ impl Emulator {
             return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place, data: String::new() });
         }
         let lr = learning_rate(&config.optimizer, t, config.steps);
-        let mut new = weights.newest()?.f_detach_copy()?;
+        let old = weights.newest()?.shallow_clone();
+        let mut new = old.f_detach_copy()?;
         let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: sum };
         weights.optimizer.update(buffers, &UpdateScalars { lr, mean, norm: &number })?;
+        // V[t+1] = W[t+1] + H (W[t+1] - W[t]), but for an update that is left out.
+        let delay_of_rule = if stage.is_none() { self.setup.schedule.table_delay() } else { delay };
+        let horizon = self.setup.horizon(delay_of_rule, t);
+        if horizon != 0.0 && norm.is_finite() {
+            let moved = new.f_sub(&old)?.f_mul_scalar(horizon)?;
+            weights.predicted.insert(t + 1, new.f_add(&moved)?);
+        }
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
+        weights.predicted.retain(|number, _| number + delay > t);
         Ok(norm)
     }
 
@@ -382,10 +399,15 @@ impl Weights {
         newest.ok_or_else(|| Error::Internal("the oracle holds no version".into()))
     }
 
+    /// A version as steps use it.
+    fn used(&self, number: usize) -> Result<&Tensor> {
+        let flat = self.predicted.get(&number).or_else(|| self.versions.get(&number));
+        flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))
+    }
+
     /// The parameters of a version, rounded to what the model computes with.
     fn leaves(&self, number: usize, kind: Kind) -> Result<Vec<Tensor>> {
-        let flat = self.versions.get(&number);
-        let flat = flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))?;
+        let flat = self.used(number)?;
         let leaf = |view: Tensor| Ok(view.f_to_kind(kind)?.f_detach()?.f_set_requires_grad(true)?);
         self.layout.views(flat)?.into_iter().map(leaf).collect()
     }

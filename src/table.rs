@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::error::{Error, Result};
 use crate::number::{Number, Readback};
 use crate::optim::{Optimizer, UpdateScalars, norm};
-use crate::params::{Layout, UpdateBuffers, Versions, bytes, here};
+use crate::params::{Layout, Master, UpdateBuffers, Versions, bytes, here, zeros};
 
 /// The two uses of a tied table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +49,10 @@ impl Table {
         ends: Vec<End>,
         optimizer: Optimizer,
         kind: Kind,
+        master: Master,
     ) -> Result<Table> {
-        let versions = Versions::new(layout, initial, held, ends.len(), kind)?;
+        let gradients = ends.iter().map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
+        let versions = Versions::with(layout, initial, held, gradients, kind, master)?;
         Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
     }
 
@@ -140,15 +142,15 @@ impl Table {
     }
 
     /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
-    /// is `mean` times the sum, before clipping. If that is not finite the update is left out.
+    /// is `mean` times the sum, before clipping. The version is `horizon` updates ahead. If the norm is not finite the update is left out.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is none.
-    pub fn update(&mut self, lr: f64, mean: f64, readback: Readback) -> Result<Number> {
+    pub fn update(&mut self, lr: f64, horizon: f64, mean: f64, readback: Readback) -> Result<Number> {
         let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         let norm = norm(&gradient, readback)?;
         let (optimizer, scalars) = (&mut self.optimizer, UpdateScalars { lr, mean, norm: &norm });
-        self.versions.advance(|own| {
+        self.versions.advance(horizon, |own| {
             let buffers = UpdateBuffers { gradient: &mut gradient, ..own };
             optimizer.update(buffers, &scalars)
         })?;

@@ -334,7 +334,7 @@ mod tests {
 
     /// An optimizer that has made an update, so that its state is not zeros.
     fn optimizer(config: &Config, layout: &Layout) -> Optimizer {
-        let mut optimizer = Optimizer::new(&config.optimizer, layout, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(&config.optimizer, layout, 0, 1, Device::Cpu).unwrap();
         let (mut new, mut gradient) = (layout.initial(2).unwrap(), layout.initial(3).unwrap());
         let norm = crate::number::Number::Known(1.0);
         let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: &mut gradient };

@@ -22,7 +22,7 @@ use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::ModelConfig;
-use crate::optim::OptimizerConfig;
+use crate::optim::{OptimizerConfig, OptimizerKind, Predict};
 use crate::precision::Precision;
 use crate::schedule::Kind;
 use crate::wire::Wire;
@@ -132,6 +132,16 @@ impl Config {
         check::check(self)
     }
 
+    /// What can be done but is hardly meant, for the user to know.
+    pub fn notes(&self) -> Vec<String> {
+        let optimizer = &self.optimizer;
+        let sgd = optimizer.common.kind == OptimizerKind::Sgd && optimizer.sgd.momentum == 0.0;
+        let harmful = sgd && optimizer.common.predict == Predict::Update;
+        let text = "note: optimizer.predict = \"update\" with kind = \"sgd\" and momentum = 0: a prediction along single \
+                    gradients harms; set optimizer.momentum, or predict = \"off\"";
+        harmful.then(|| text.to_owned()).into_iter().collect()
+    }
+
     /// How the corpus is read.
     pub fn reading(&self) -> Reading {
         let train = Shape { rows: self.batch, sequence: self.data.sequence };
@@ -222,6 +232,17 @@ mod tests {
     }
 
     #[test]
+    fn a_harmful_prediction_is_told() {
+        let notes = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+            Config::parse("[optimizer]\nkind = \"sgd\"\npredict = \"update\"", &sets).unwrap().notes()
+        };
+        assert!(notes(&[]).is_empty());
+        assert!(notes(&["optimizer.momentum=0.0"])[0].contains("optimizer.predict"));
+        assert!(notes(&["optimizer.momentum=0.0", "optimizer.predict=off"]).is_empty());
+    }
+
+    #[test]
     fn set_overrides_any_key() {
         let sets = ["model.d_model=256", "schedule=1f1b", "data.path=a b.txt", "eval.every=10", "optimizer.lr=3e-4"];
         let config = Config::parse("[model]\nd_model = 64", &sets.map(str::to_owned)).unwrap();
@@ -253,7 +274,7 @@ mod tests {
         setting `optimizer.betas[1]`: found invalid type: boolean `true`; expected a number
         ");
         insta::assert_snapshot!(error("[optimizer]\nbeta = 0.9", &[]), @r"
-        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `momentum`
+        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `lead`, `momentum`
         ");
         assert!(
             error("[optimizer]\noptimizer = 1", &[]).starts_with("setting `optimizer.optimizer`: found an unknown key")

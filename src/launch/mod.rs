@@ -96,7 +96,7 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     if let Some(injection) = inject {
         println!("a fault on purpose: {injection}");
     }
-    if let Some(note) = too_few_cores(setup.config.threads) {
+    for note in too_few_cores(setup.config.threads).into_iter().chain(setup.config.notes()) {
         println!("{note}");
     }
     if let Some(floor) = setup.corpus.floor {

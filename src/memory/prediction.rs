@@ -8,7 +8,7 @@ use crate::grid::Place;
 use crate::model::{self, Stack};
 use crate::number::READBACK_STEPS;
 use crate::optim::{state_layouts, workspace};
-use crate::params::Layout;
+use crate::params::{Layout, Master};
 use crate::precision::Precision;
 use crate::schedule::Tie;
 use crate::setup::Setup;
@@ -55,7 +55,7 @@ impl Prediction {
             // Parts wait on stage 0's device; the other copy only gets sums.
             let parts = if setup.grid.device_of(rank) == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
             let held = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
-            sum.weights += held * table / VALUE * value + master(setup, table);
+            sum.weights += held * table / VALUE * value + master(setup, table, setup.schedule.table_delay());
             sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
             sum.add_optimizer(setup, &layout);
         }
@@ -100,7 +100,8 @@ impl Prediction {
         let remembered = (setup.rows * setup.config.model.mem_len * stack.remembering()) as u64;
         let remembered = remembered * setup.config.model.d_model as u64 * value;
         let memories = (setup.config.microbatches as u64 + held) * remembered;
-        self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat);
+        let delay = schedule.delays[place.stage];
+        self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat, delay);
         self.gradient += flat + narrow(setup, flat);
         self.activations += match setup.config.recompute {
             Recompute::Nothing => held * saved,
@@ -132,9 +133,10 @@ impl Prediction {
     }
 }
 
-/// The f32 weights behind versions that are not: bytes, of those of the weights in f32.
-fn master(setup: &Setup, flat: u64) -> u64 {
-    if setup.config.precision != Precision::Bf16 { 0 } else { flat }
+/// The f32 weights behind versions that are others: bytes, of those of the weights in f32.
+fn master(setup: &Setup, flat: u64, delay: usize) -> u64 {
+    let apart = setup.config.precision == Precision::Bf16 || setup.master(delay) == Master::Always;
+    if apart { flat } else { 0 }
 }
 
 /// Where backwards add, before that is added to the f32 gradient.

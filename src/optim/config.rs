@@ -29,6 +29,15 @@ pub enum ClipScope {
     Global,
 }
 
+/// Whether delayed steps use weights that are moved on to where they will be when their gradient arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Predict {
+    Off,
+    /// Along the last update, whoever made it.
+    Update,
+}
+
 /// Learning rate over steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -74,6 +83,10 @@ pub struct Common {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
     pub clip_scope: ClipScope,
+    /// `update`: stages with a delay use predicted weights.
+    pub predict: Predict,
+    /// Of the horizon of a prediction.
+    pub predict_scale: f64,
     pub schedule: RateKind,
     /// Steps over which the rate rises linearly from 0.
     pub warmup: usize,
@@ -89,6 +102,8 @@ impl Default for Common {
             weight_decay: 0.1,
             clip: Some(1.0),
             clip_scope: ClipScope::Stage,
+            predict: Predict::Off,
+            predict_scale: 1.0,
             schedule: RateKind::Cosine,
             warmup: 20,
             min_lr: 0.0,
@@ -126,5 +141,7 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
         let remedy = "stages have no common instant for one norm; leave it out, or take \"stage\"";
         return Err(Error::config("optimizer.clip_scope", "`global`", remedy));
     }
-    Ok(())
+
+    let scale = o.predict_scale;
+    Error::unless(scale > 0.0 && scale <= 4.0, "optimizer.predict_scale", scale, "must be above 0 and at most 4")
 }

@@ -29,14 +29,16 @@ struct Common {
     mean: f32,
     clip: f32,
     keep: f32,
+    horizon: f32,
 }
 
 impl Common {
-    fn new(config: &OptimizerConfig, scalars: &UpdateScalars) -> Common {
+    fn new(config: &OptimizerConfig, scalars: &UpdateScalars, horizon: f32) -> Common {
         Common {
             mean: scalars.mean as f32,
             clip: config.common.clip.map_or(0.0, |clip| clip as f32),
             keep: (1.0 - scalars.lr * config.common.weight_decay) as f32,
+            horizon,
         }
     }
 }
@@ -124,7 +126,9 @@ impl Kernel {
             }
         };
         let state: Vec<&Tensor> = state.iter().map(|buffer| &buffer.values).collect();
-        let long = [Some(&*new), old, published.as_deref(), Some(&*gradient), Some(&self.decays)];
+        let horizon = published.as_ref().map_or(0.0, |published| published.horizon);
+        let version = published.map(|published| &*published.version);
+        let long = [Some(&*new), old, version, Some(&*gradient), Some(&self.decays)];
         if long.into_iter().flatten().chain(state.iter().copied()).any(|buffer| buffer.numel() as u64 != count) {
             return Err(Error::Internal("the buffers of an update differ in length".into()));
         }
@@ -134,7 +138,8 @@ impl Kernel {
 
         let mut updated = here(new, Kind::Float)?;
         let mut old = old.map_or(Ok(updated), |old| here(old, Kind::Float))?;
-        let mut published = published.map_or(Ok(0), |published| here(published, Kind::BFloat16))?;
+        let of_kind = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind));
+        let (mut published, mut rounded) = (of_kind(Kind::Float)?, of_kind(Kind::BFloat16)?);
         let mut gradient = here(gradient, Kind::Float)?;
         let mut moments: [sys::CUdeviceptr; STATE] = [0; STATE];
         for (pointer, buffer) in moments.iter_mut().zip(state) {
@@ -142,12 +147,13 @@ impl Kernel {
         }
         let [mut first, mut second] = moments;
         let (mut decays, mut norm) = (here(&self.decays, Kind::Uint8)?, here(&norm, Kind::Float)?);
-        let (mut count, mut common) = (count, Common::new(config, scalars));
+        let (mut count, mut common) = (count, Common::new(config, scalars, horizon));
         let mut constants = Constants::new(constants)?;
-        let mut arguments: [*mut c_void; 11] = [
+        let mut arguments: [*mut c_void; 12] = [
             (&raw mut updated).cast(),
             (&raw mut old).cast(),
             (&raw mut published).cast(),
+            (&raw mut rounded).cast(),
             (&raw mut gradient).cast(),
             (&raw mut first).cast(),
             (&raw mut second).cast(),
@@ -162,7 +168,7 @@ impl Kernel {
         let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
         self.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the arguments are those of the kernel's declaration, in their order, and are read before the call returns.
-        // The buffers are f32 (`published` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is
+        // The buffers are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is
         // libtorch's own (its default, the null stream), so the pass comes after all work on the buffers that has been
         // asked for, and what libtorch does with their memory later comes after the pass.
         unsafe {
@@ -188,9 +194,10 @@ mod tests {
 
     use super::*;
     use crate::device::libraries;
+    use crate::optim::adamw::Lead;
     use crate::optim::tests::{layout, wave};
     use crate::optim::{Optimizer, OptimizerKind, config, rule};
-    use crate::params::{Layout, slice, zeros};
+    use crate::params::{Layout, Published, slice, zeros};
 
     fn of_kind(kind: OptimizerKind) -> OptimizerConfig {
         OptimizerConfig::of(config::Common { kind, ..config::Common::default() })
@@ -204,7 +211,7 @@ mod tests {
         for capability in [(8, 0), (9, 0), (10, 0)] {
             let ptx = compiler::ptx("update.cu", SOURCE, capability).unwrap().into_string().unwrap();
             for kind in OptimizerKind::ALL {
-                let entry = rule(&of_kind(kind)).kernel();
+                let entry = rule(&of_kind(kind), 1).kernel();
                 assert!(ptx.contains(&format!(".entry {entry}")), "{ptx}");
             }
             assert!(!ptx.contains("fma.rn"), "contracted: {ptx}");
@@ -214,7 +221,7 @@ mod tests {
     #[test]
     fn a_rule_that_the_kernel_does_not_know_is_an_error() {
         for kind in OptimizerKind::ALL {
-            assert!(entry_name(rule(&of_kind(kind)).kernel()).is_ok());
+            assert!(entry_name(rule(&of_kind(kind), 1).kernel()).is_ok());
         }
         let error = entry_name("update_muon").unwrap_err().to_string();
         assert!(error.contains("no update_muon"), "{error}");
@@ -223,6 +230,7 @@ mod tests {
     type Pass = unsafe extern "C" fn(
         *mut f32,
         *const f32,
+        *mut f32,
         *mut u16,
         *mut f32,
         *mut f32,
@@ -251,7 +259,8 @@ mod tests {
     /// A set of weights with its state, as the kernel takes it.
     struct Buffers {
         weights: Vec<f32>,
-        published: Vec<u16>,
+        published: Vec<f32>,
+        rounded: Vec<u16>,
         gradient: Vec<f32>,
         state: [Vec<f32>; STATE],
         decays: Vec<u8>,
@@ -263,7 +272,8 @@ mod tests {
             let decays = crate::optim::decaying(layout);
             Buffers {
                 weights: slice(&wave(n, 0.7, 0.0)).to_vec(),
-                published: vec![0; n],
+                published: vec![0.0; n],
+                rounded: vec![0; n],
                 gradient: vec![0.0; n],
                 state: [vec![0.0; n], vec![0.0; n]],
                 decays: decays.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect(),
@@ -283,6 +293,7 @@ mod tests {
                     self.weights.as_mut_ptr(),
                     old.as_ptr(),
                     self.published.as_mut_ptr(),
+                    self.rounded.as_mut_ptr(),
                     self.gradient.as_mut_ptr(),
                     first.as_mut_ptr(),
                     second.as_mut_ptr(),
@@ -296,42 +307,53 @@ mod tests {
         }
     }
 
-    /// Our host pass and the kernel's source over the same buffers, three times: the same bits in all of them.
-    fn is_that_of_the_processor(kind: OptimizerKind) {
+    /// Our host pass and the kernel's source over the same buffers, three times: the same bits in all of them, in the versions
+    /// that are published ahead of the weights too.
+    fn is_that_of_the_processor(config: &OptimizerConfig) {
         let folder = tempfile::tempdir().unwrap();
         let (library, layout) = (compiled(folder.path()), layout());
-        let config =
-            OptimizerConfig::of(config::Common { kind, weight_decay: 0.1, clip: None, ..config::Common::default() });
-        let mut optimizer = Optimizer::new(&config, &layout, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(config, &layout, 2, 1, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
+        let mut version = zeros(layout.len, Device::Cpu).unwrap();
         let mut buffers = Buffers::new(&layout);
         for n in 1..4 {
             let norm = if n == 2 { f32::NAN } else { 3.0 };
             let number = Number::Known(f64::from(norm));
             let scalars = UpdateScalars { lr: 0.01, mean: 0.5, norm: &number };
+            let horizon = if n == 1 { 0.0 } else { 1.75 };
             let mut gradient = wave(layout.len, 0.1 * n as f32, 0.0);
             buffers.gradient = slice(&gradient).to_vec();
-            let into = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+            let published = Some(Published { version: &mut version, horizon });
+            let into = UpdateBuffers { old: None, new: &mut weights, published, gradient: &mut gradient };
             optimizer.update(into, &scalars).unwrap();
 
             let step = optimizer.step(&scalars, 1.0);
-            let common = Common::new(&config, &scalars);
-            let rule = rule(&config);
+            let common = Common::new(config, &scalars, horizon);
+            let rule = rule(config, 2);
             buffers.pass(&library, rule.kernel(), norm, common, &rule.constants(&step));
-            assert_eq!(buffers.weights, slice(&weights), "{kind:?} {n}");
+            assert_eq!(buffers.weights, slice(&weights), "{config:?} {n}");
             for (ours, theirs) in optimizer.state().iter().zip(&buffers.state) {
-                assert_eq!(slice(&ours.values), theirs, "{} of {kind:?} {n}", ours.name);
+                assert_eq!(slice(&ours.values), theirs, "{} of {config:?} {n}", ours.name);
             }
             assert_eq!(buffers.gradient, slice(&zeros(layout.len, Device::Cpu).unwrap()));
-            let narrow = weights.to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
+            assert_eq!(buffers.published, slice(&version), "{config:?} {n}");
+            let narrow = version.to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
             let expected: Vec<i16> = Vec::try_from(narrow).unwrap();
-            assert_eq!(buffers.published.iter().map(|bits| *bits as i16).collect::<Vec<_>>(), expected);
+            assert_eq!(buffers.rounded.iter().map(|bits| *bits as i16).collect::<Vec<_>>(), expected);
         }
     }
 
     #[test]
     fn the_passes_are_those_of_the_processor() {
-        OptimizerKind::ALL.into_iter().for_each(is_that_of_the_processor);
+        let of = |kind| {
+            let common = config::Common { kind, weight_decay: 0.1, clip: None, ..config::Common::default() };
+            OptimizerConfig::of(common)
+        };
+        is_that_of_the_processor(&of(OptimizerKind::Adamw));
+        let mut leading = of(OptimizerKind::Adamw);
+        leading.adamw.lead = Lead::Delay;
+        is_that_of_the_processor(&leading);
+        is_that_of_the_processor(&of(OptimizerKind::Sgd));
     }
 
     /// Clipping: the scale that the processor takes, in f32.
@@ -343,7 +365,7 @@ mod tests {
             let mut buffers = Buffers::new(&layout);
             let before = buffers.weights.clone();
             buffers.gradient.fill(2.0);
-            let common = Common { mean: 0.5, clip: 1.0, keep: 1.0 };
+            let common = Common { mean: 0.5, clip: 1.0, keep: 1.0, horizon: 0.0 };
             buffers.pass(&library, "update_sgd", norm, common, &[0.0, 1.0]);
             let moved = before[7] - buffers.weights[7];
             assert!((moved - 2.0 * 0.5 * factor).abs() < 1e-5, "{norm}: {moved}");

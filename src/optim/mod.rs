@@ -7,6 +7,7 @@
 //! elementwise  the pass over chunks of the buffers on the processor, for rules that take every value by itself
 //! kernel       the same pass on a GPU: update.cu, compiled when it is first needed
 //! clip, rate   norms and clipping; the learning rate of a step
+//! predict      how far ahead of the weights the versions are that delayed steps use
 //! ```
 
 mod config;
@@ -14,6 +15,7 @@ mod keys;
 mod clip;
 mod rate;
 mod rule;
+mod predict;
 mod elementwise;
 mod kernel;
 mod adamw;
@@ -25,8 +27,9 @@ use rayon::ThreadPool;
 use tch::{Device, Tensor};
 
 pub use clip::{clip_factor, norm};
-pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, RateKind, check};
+pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check};
 use kernel::Kernel;
+pub use predict::{horizon, predicts};
 pub use rate::learning_rate;
 pub use rule::{Rule, Step, rule};
 
@@ -68,12 +71,19 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// The optimizer of a set of weights with the given layout; on the processor more than one thread makes it parallel.
+    /// The optimizer of a set of weights with the given layout, whose gradients are `delay` updates old; on the processor more
+    /// than one thread makes it parallel.
     ///
     /// # Errors
     /// If the threads cannot be started, or the pass cannot be compiled for the GPU.
-    pub fn new(config: &OptimizerConfig, layout: &Layout, threads: usize, device: Device) -> Result<Optimizer> {
-        Optimizer::with(rule(config), config, layout, threads, device)
+    pub fn new(
+        config: &OptimizerConfig,
+        layout: &Layout,
+        delay: usize,
+        threads: usize,
+        device: Device,
+    ) -> Result<Optimizer> {
+        Optimizer::with(rule(config, delay), config, layout, threads, device)
     }
 
     fn with(
@@ -129,8 +139,12 @@ impl Optimizer {
             return kernel.update(buffers, &self.config, scalars, &constants, &self.state);
         }
 
-        let UpdateBuffers { old, new, published, gradient } = buffers;
+        let UpdateBuffers { old, new, mut published, gradient } = buffers;
         let norm = scalars.norm.now()? * scalars.mean;
+        let before = match &mut published {
+            Some(published) if norm.is_finite() => Some(published.before(new)?),
+            _ => None,
+        };
 
         if norm.is_finite() {
             let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.common.clip));
@@ -144,7 +158,11 @@ impl Optimizer {
             slice_mut(gradient).fill(0.0);
         }
 
-        published.map_or(Ok(()), |version| publish(new, version))
+        match (published, before) {
+            (Some(published), Some(before)) => published.publish(new, before),
+            (Some(published), None) => publish(new, published.version),
+            (None, _) => Ok(()),
+        }
     }
 
     /// The numbers of the update that is being made.
@@ -156,12 +174,12 @@ impl Optimizer {
 
 /// The layouts of the buffers of state that a rule keeps of a set of weights.
 pub fn state_layouts(config: &OptimizerConfig, layout: &Layout) -> Vec<Layout> {
-    rule(config).state(layout).into_iter().map(|(_, layout)| layout).collect()
+    rule(config, 0).state(layout).into_iter().map(|(_, layout)| layout).collect()
 }
 
 /// Values that an update of a set of weights needs for a moment, besides its buffers.
 pub fn workspace(config: &OptimizerConfig, layout: &Layout) -> usize {
-    rule(config).workspace(layout)
+    rule(config, 0).workspace(layout)
 }
 
 /// Which parts of a flat buffer decay, sorted and without gaps.
@@ -206,15 +224,26 @@ pub(crate) mod tests {
         Tensor::from_slice(&(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>())
     }
 
-    /// One update of weights that are all `w0`, whose gradient is `g` everywhere after the mean of two: the first weight of
-    /// the matrix, and of the vector.
+    /// Updates of weights that are all `w0` by gradients that are `g` everywhere after the mean of two: the first weight of the
+    /// matrix, and of the vector.
     pub(crate) fn updated(config: &OptimizerConfig, w0: f64, g: f64, lr: f64, updates: usize) -> (f64, f64) {
+        updated_by(config, 0, w0, &vec![g; updates], lr)
+    }
+
+    /// The same by one gradient after the other, which are `delay` updates old.
+    pub(crate) fn updated_by(
+        config: &OptimizerConfig,
+        delay: usize,
+        w0: f64,
+        gradients: &[f64],
+        lr: f64,
+    ) -> (f64, f64) {
         let layout = layout();
-        let mut optimizer = Optimizer::new(config, &layout, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(config, &layout, delay, 1, Device::Cpu).unwrap();
         let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
 
-        for _ in 0..updates {
-            let mut gradient = Tensor::from_slice(&vec![2.0 * g as f32; layout.len]);
+        for g in gradients {
+            let mut gradient = Tensor::from_slice(&vec![2.0 * *g as f32; layout.len]);
             let scalars = UpdateScalars { lr, mean: 0.5, norm: &Number::Known(1.0) };
             let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
             optimizer.update(buffers, &scalars).unwrap();
@@ -227,7 +256,7 @@ pub(crate) mod tests {
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
         let layout = layout();
         let config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
-        let mut optimizer = Optimizer::new(&config, &layout, threads, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(&config, &layout, 0, threads, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         for n in 0..3 {
             let mut gradient = wave(layout.len, 0.3, n as f32);

@@ -10,10 +10,10 @@ use super::{StateBuffer, adamw, sgd};
 use crate::error::Result;
 use crate::params::{Layout, UpdateBuffers};
 
-/// The rule that a config asks for.
-pub fn rule(config: &OptimizerConfig) -> Box<dyn Rule> {
+/// The rule that a config asks for, of weights whose gradients are `delay` updates old.
+pub fn rule(config: &OptimizerConfig, delay: usize) -> Box<dyn Rule> {
     match config.common.kind {
-        OptimizerKind::Adamw => Box::new(adamw::Adamw::new(&config.adamw)),
+        OptimizerKind::Adamw => Box::new(adamw::Adamw::new(&config.adamw, delay)),
         OptimizerKind::Sgd => Box::new(sgd::Sgd::new(&config.sgd)),
     }
 }

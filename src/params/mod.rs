@@ -9,8 +9,8 @@ mod versions;
 
 use tch::{Device, Kind, Tensor};
 
-pub use publish::publish;
-pub use versions::{UpdateBuffers, Versions};
+pub use publish::{Published, publish};
+pub use versions::{Master, UpdateBuffers, Versions};
 
 use crate::error::Result;
 use crate::model::{Parameter, initial};

@@ -22,13 +22,13 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::{Layout, publish, zeros};
+use super::{Layout, Published, publish, zeros};
 use crate::error::Result;
 
 /// The versions of a set of weights that are held, and their gradient.
 pub struct Versions {
     layout: Layout,
-    /// The newest version in f32, where the buffers are not.
+    /// The newest weights in f32 as updates make them, where versions are others: rounded, or predicted.
     master: Option<Tensor>,
     /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
     buffers: Vec<Tensor>,
@@ -43,10 +43,19 @@ pub struct UpdateBuffers<'a> {
     pub old: Option<&'a Tensor>,
     /// The next weights, f32.
     pub new: &'a mut Tensor,
-    /// The next version as steps use it, where that is not `new` itself: to be published.
-    pub published: Option<&'a mut Tensor>,
+    /// The next version as steps use it, where that is not `new` itself.
+    pub published: Option<Published<'a>>,
     /// The sum over microbatches and replicas; cleared by the update.
     pub gradient: &'a mut Tensor,
+}
+
+/// Whether the weights that updates change stand apart from the versions that steps use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Master {
+    /// Only where versions are rounded.
+    WhereRounded,
+    /// Where versions are predicted too.
+    Always,
 }
 
 /// One use of the weights.
@@ -66,23 +75,31 @@ impl Versions {
     /// What libtorch reports.
     pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize, kind: Kind) -> Result<Versions> {
         let gradients = (0..sides).map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
-        Versions::with(layout, initial, held, gradients, kind)
+        Versions::with(layout, initial, held, gradients, kind, Master::WhereRounded)
     }
 
     /// As `new`, with a flat f32 gradient, zeros, for every side.
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn with(layout: Layout, initial: Tensor, held: usize, gradients: Vec<Tensor>, kind: Kind) -> Result<Versions> {
+    pub fn with(
+        layout: Layout,
+        initial: Tensor,
+        held: usize,
+        gradients: Vec<Tensor>,
+        kind: Kind,
+        master: Master,
+    ) -> Result<Versions> {
         let narrow = kind != Kind::Float;
+        let apart = narrow || master == Master::Always;
         let mut buffers = Vec::with_capacity(held);
-        if !narrow {
+        if !apart {
             buffers.push(initial.shallow_clone());
         }
         while buffers.len() < held {
             buffers.push(Tensor::f_zeros(initial.size(), (kind, initial.device()))?);
         }
-        if narrow {
+        if apart {
             publish(&initial, &mut buffers[0])?;
         }
         let side = |gradient: Tensor| -> Result<Side> {
@@ -94,7 +111,7 @@ impl Versions {
             Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient, narrow })
         };
         let sides = gradients.into_iter().map(side).collect::<Result<_>>()?;
-        Ok(Versions { layout, master: narrow.then_some(initial), buffers, sides, newest: 0 })
+        Ok(Versions { layout, master: apart.then_some(initial), buffers, sides, newest: 0 })
     }
 
     /// The same weights as version `newest`, for a run that goes on.
@@ -128,9 +145,9 @@ impl Versions {
         &self.sides[side].leaves[version % held]
     }
 
-    /// The flat buffers of the versions from `oldest` on, before the newest, each with its number.
-    pub fn older(&self, oldest: usize) -> impl Iterator<Item = (usize, &Tensor)> {
-        (oldest..self.newest).map(|number| (number, &self.buffers[number % self.buffers.len()]))
+    /// The flat buffers of the versions `numbers` as steps use them, each with its number.
+    pub fn used(&self, numbers: Range<usize>) -> impl Iterator<Item = (usize, &Tensor)> {
+        numbers.map(|number| (number, &self.buffers[number % self.buffers.len()]))
     }
 
     /// Puts an earlier version into its buffer, of a run that goes on.
@@ -154,8 +171,9 @@ impl Versions {
     pub fn alter(&mut self, change: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
         let newest = &mut self.buffers[self.newest % held];
-        change(&mut self.master.as_ref().unwrap_or(newest).f_narrow(0, 0, 1)?)?;
-        self.master.as_ref().map_or(Ok(()), |master| publish(master, newest))
+        let mut first = self.master.as_ref().unwrap_or(newest).f_narrow(0, 0, 1)?;
+        change(&mut first)?;
+        publish(&first, &mut newest.f_narrow(0, 0, 1)?)
     }
 
     /// Adds what a backward has left of a part of a side's gradient to the step's sum; where both are one buffer, that is
@@ -177,23 +195,20 @@ impl Versions {
         &self.sides[side].gradient
     }
 
-    /// Makes the next version: `update` is given the newest weights if they are to be kept (D > 0), the buffer of the next
-    /// version (else it holds the newest weights, to be changed in place), and the gradient of the first side.
+    /// Makes the next version, `horizon` updates ahead of the master: `update` is given the newest weights if they are to be
+    /// kept (D > 0), the buffer of the next version (else it holds the newest weights, to be changed in place), and the
+    /// gradient of the first side.
     ///
     /// # Errors
     /// Those of `update`.
-    pub fn advance(&mut self, update: impl FnOnce(UpdateBuffers) -> Result<()>) -> Result<()> {
+    pub fn advance(&mut self, horizon: f64, update: impl FnOnce(UpdateBuffers) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
         let (old, next) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
         let gradient = &mut self.sides[0].gradient;
         if let Some(master) = &mut self.master {
-            return update(UpdateBuffers {
-                old: None,
-                new: master,
-                published: Some(&mut self.buffers[next]),
-                gradient,
-            });
+            let published = Published { version: &mut self.buffers[next], horizon: horizon as f32 };
+            return update(UpdateBuffers { old: None, new: master, published: Some(published), gradient });
         }
         if held == 1 {
             return update(UpdateBuffers { old: None, new: &mut self.buffers[0], published: None, gradient });
@@ -245,7 +260,7 @@ mod tests {
             let _ = new.narrow(0, 0, 1).fill_(10.0);
             Ok(())
         };
-        versions.advance(ten).unwrap();
+        versions.advance(0.0, ten).unwrap();
         square(versions.parameters(0, 0)).backward();
         square(versions.parameters(1, 0)).backward();
         let first = slice(&layout.initial(1).unwrap()).to_vec();
@@ -270,10 +285,10 @@ mod tests {
     fn advance(versions: &mut Versions, change: impl Fn(&mut Tensor) -> Tensor) {
         let update = |UpdateBuffers { new, published, .. }: UpdateBuffers| {
             let _ = change(new);
-            published.into_iter().for_each(|published| published.copy_(new));
+            published.into_iter().for_each(|published| published.version.copy_(new));
             Ok(())
         };
-        versions.advance(update).unwrap();
+        versions.advance(0.0, update).unwrap();
     }
 
     #[test]
@@ -301,7 +316,7 @@ mod tests {
                 let _ = new.fill_(2.0);
                 Ok(())
             };
-            versions.advance(two).unwrap();
+            versions.advance(0.0, two).unwrap();
             assert_eq!((versions.newest(), versions.parameters(start, 0)[0].data_ptr()), (start + 1, leaf));
             assert_eq!(f32::try_from(versions.parameters(start + 1, 0)[1].get(0)).unwrap(), 2.0);
         }
@@ -312,7 +327,7 @@ mod tests {
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
         let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
-        versions.advance(|_| Ok(())).unwrap();
+        versions.advance(0.0, |_| Ok(())).unwrap();
         versions.parameters(0, 0);
     }
 
@@ -341,5 +356,37 @@ mod tests {
             versions.collect(0, 128..256).unwrap();
         }
         assert_eq!(slice(versions.gradient(0))[128..135], [257.0; 7]);
+    }
+
+    /// With a delay of one and a constant rate every version moves by twice the last step less the one before it (error
+    /// feedback, arXiv 2606.30634), while the master takes the steps as they are.
+    #[test]
+    fn predicted_versions_follow_error_feedback() {
+        let layout = layout();
+        let (initial, gradient) = (layout.initial(1).unwrap(), zeros(layout.len, Device::Cpu).unwrap());
+        let first = initial.f_detach_copy().unwrap();
+        let mut versions = Versions::with(layout, initial, 2, vec![gradient], Kind::Float, Master::Always).unwrap();
+        let used = |versions: &Versions, n: usize| versions.parameters(n, 0)[1].detach().copy();
+        assert_eq!(used(&versions, 0), first.narrow(0, 128, 7));
+
+        let steps = [0.5, -0.125, 0.25, 1.0];
+        let (mut before, mut taken) = (0.0, 0.0);
+        for (n, step) in steps.into_iter().enumerate() {
+            let old = used(&versions, n);
+            versions
+                .advance(1.0, |UpdateBuffers { new, published, .. }| {
+                    let mut published = published.unwrap();
+                    let kept = published.before(new)?;
+                    let _ = new.f_add_scalar_(step)?;
+                    published.publish(new, kept)
+                })
+                .unwrap();
+            taken += step;
+            let moved = used(&versions, n + 1) - old;
+            assert!((moved - (2.0 * step - before)).abs().max().double_value(&[]) < 1e-6, "update {n}");
+            let master = versions.flat().narrow(0, 128, 7) - first.narrow(0, 128, 7);
+            assert!((master - taken).abs().max().double_value(&[]) < 1e-6);
+            before = step;
+        }
     }
 }

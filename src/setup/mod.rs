@@ -98,13 +98,13 @@ impl Setup {
     /// [`Error::Config`](crate::error::Error) about a setting that would make another run of it.
     pub fn resume(self, saved: Checkpoint) -> Result<Setup> {
         saved.fits(&self.config)?;
-        // Other delays, or another cut of the layers: the state is a sync point.
-        let since = match self.pipeline(saved.manifest.pipeline.since) == saved.manifest.pipeline
-            && saved.manifest.config.model.tie == self.config.model.tie
-        {
-            true => saved.manifest.pipeline.since,
-            false => saved.step(),
-        };
+        // Other delays, another cut of the layers, another prediction: the state is a sync point.
+        let before = &saved.manifest.config;
+        let same = self.pipeline(saved.manifest.pipeline.since) == saved.manifest.pipeline
+            && before.model.tie == self.config.model.tie
+            && before.optimizer.common.predict == self.config.optimizer.common.predict
+            && before.optimizer.common.predict_scale == self.config.optimizer.common.predict_scale;
+        let since = if same { saved.manifest.pipeline.since } else { saved.step() };
         let mut schedule = self.schedule;
         schedule.sync.from(saved.step(), since);
         schedule.saves_again = saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();

@@ -1,16 +1,18 @@
 //! What a run begins with: initial weights, or those of the saved state that it is resumed from.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use tch::Tensor;
 
 use super::Setup;
 use crate::checkpoint::ShardKind;
+use crate::config::Config;
 use crate::delay::version;
 use crate::error::Result;
 use crate::model::{Memory, Stack};
-use crate::optim::Optimizer;
-use crate::params::Layout;
+use crate::optim::{Optimizer, horizon, predicts};
+use crate::params::{Layout, Master};
 
 impl Setup {
     /// The weights that a set of parameters begins with.
@@ -25,26 +27,48 @@ impl Setup {
         Ok(flat.f_to_device(self.device)?)
     }
 
-    /// The versions before the first weights that steps with this delay still use, by their numbers.
+    /// The saved versions that steps with this delay still use, by their numbers: those before the first weights, and where
+    /// weights are predicted that of the first weights too.
     ///
     /// # Errors
     /// Saved ones that cannot be read.
     pub fn older_weights(&self, layout: &Layout, delay: usize) -> Result<Vec<(usize, Tensor)>> {
         let sync = &self.schedule.sync;
+        let numbers = self.versions_saved(sync.since, sync.start, delay);
         match &self.resumed {
-            Some(saved) => (version(sync.since, sync.start, delay)..sync.start)
-                .map(|number| Ok((number, saved.older(layout, number)?.f_to_device(self.device)?)))
-                .collect(),
+            Some(saved) => {
+                numbers.map(|number| Ok((number, saved.older(layout, number)?.f_to_device(self.device)?))).collect()
+            }
             None => Ok(Vec::new()),
         }
     }
 
-    /// The optimizer of a set of parameters, as far as it has come.
+    /// The versions that a state at step `step` has to hold besides its weights, of weights with this delay; `since` is the
+    /// sync point that delays count from. None at a sync point.
+    pub fn versions_saved(&self, since: usize, step: usize, delay: usize) -> Range<usize> {
+        // A predicted version cannot be made again.
+        let predicted = since < step && predicts(&self.config.optimizer, delay);
+        version(since, step, delay)..if predicted { step + 1 } else { step }
+    }
+
+    /// H of the version that the update of step `step` makes, of weights with this delay.
+    pub fn horizon(&self, delay: usize, step: usize) -> f64 {
+        let drained = self.schedule.sync.contains(step + 1);
+        horizon(&self.config.optimizer, delay, step, self.config.steps, drained)
+    }
+
+    /// Whether the master weights of weights with this delay stand apart from their versions.
+    pub fn master(&self, delay: usize) -> Master {
+        if predicts(&self.config.optimizer, delay) { Master::Always } else { Master::WhereRounded }
+    }
+
+    /// The optimizer of a set of parameters with this delay, as far as it has come.
     ///
     /// # Errors
     /// Threads that cannot be started, or a saved state that cannot be read.
-    pub fn optimizer(&self, layout: &Layout) -> Result<Optimizer> {
-        let mut optimizer = Optimizer::new(&self.config.optimizer, layout, self.config.threads, self.device)?;
+    pub fn optimizer(&self, layout: &Layout, delay: usize) -> Result<Optimizer> {
+        let Config { optimizer, threads, .. } = &self.config;
+        let mut optimizer = Optimizer::new(optimizer, layout, delay, *threads, self.device)?;
         if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
             let of = |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
             optimizer.restore(saved.step(), of)?;

@@ -246,7 +246,7 @@ impl Worker {
         let Worker { context, places, .. } = self;
         let place = &mut places[context.slot(action)];
         if matches!(place.compute, Compute::Asleep(_)) {
-            place.versions.advance(|_| Ok(()))?;
+            place.versions.advance(0.0, |_| Ok(()))?;
             return self.report_norm(action, Number::Known(0.0));
         }
 
@@ -261,7 +261,8 @@ impl Worker {
 
         let (lr, mean) = (learning_rate(&config.optimizer, action.step, config.steps), context.mean());
         let (optimizer, scalars) = (&mut place.optimizer, UpdateScalars { lr, mean, norm: &norm });
-        place.versions.advance(|buffers| optimizer.update(buffers, &scalars))?;
+        let horizon = context.setup.horizon(context.setup.schedule.delays[place.place.stage], action.step);
+        place.versions.advance(horizon, |buffers| optimizer.update(buffers, &scalars))?;
         if context.faults.hit(Fault::AlterWeights, action) {
             place.versions.alter(flip)?;
         }

@@ -61,7 +61,8 @@ impl PlaceState {
         let config = &setup.config;
         let stack = setup.stack(place.stage);
         let layout = setup.layout(place.stage);
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
+        let delay = setup.schedule.delays[place.stage];
+        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout, delay)?);
         let memories = setup.memories(&stack, place.replica)?;
 
         let (gradient, shared) = match ends.group.as_ref().and_then(|group| group.memory()) {
@@ -69,9 +70,9 @@ impl PlaceState {
             None => (zeros(layout.len, setup.device)?, 0),
         };
         let (held, kind) = (setup.schedule.versions_held(place.stage), config.precision.kind());
-        let versions = Versions::with(layout.clone(), initial, held, vec![gradient], kind)?;
+        let versions = Versions::with(layout.clone(), initial, held, vec![gradient], kind, setup.master(delay))?;
         let mut versions = versions.at(setup.start());
-        for (number, values) in setup.older_weights(&layout, setup.schedule.delays[place.stage])? {
+        for (number, values) in setup.older_weights(&layout, delay)? {
             versions.recall(number, &values)?;
         }
 

@@ -33,11 +33,13 @@ impl TiedTable {
         }
 
         let layout = Layout::new(&model::table(&setup.dimensions));
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout)?);
+        let delay = setup.schedule.table_delay();
+        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout, delay)?);
         let held = setup.schedule.tables_held(setup.grid.device_of(rank));
-        let older = setup.older_weights(&layout, setup.schedule.table_delay())?;
+        let older = setup.older_weights(&layout, delay)?;
         let kind = setup.config.precision.kind();
-        let mut table = Table::new(layout, initial, held, ends, optimizer, kind)?.at(setup.start());
+        let mut table =
+            Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?.at(setup.start());
         older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
         Ok(Some(TiedTable { table, reduction: None }))
     }
@@ -138,7 +140,8 @@ impl Worker {
         let mean = self.context.mean() * setup.tie_factor();
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let skips = self.context.skips();
-        let norm = self.table(action)?.update(lr, mean, readback)?;
+        let horizon = setup.horizon(setup.schedule.table_delay(), action.step);
+        let norm = self.table(action)?.update(lr, horizon, mean, readback)?;
 
         let place = self.place(action).place;
         let wrong = move |step| {

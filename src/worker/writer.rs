@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use super::Worker;
 use crate::checkpoint::Snapshot;
 use crate::control::{Report, Reporter};
-use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::schedule::Action;
@@ -79,17 +78,17 @@ impl Worker {
         let (setup, schedule) = (&context.setup, &context.setup.schedule);
         let mut snapshot = Snapshot::new(place.place, action.step, setup.grid.replicas);
 
-        // Older versions are saved where a run is stopped between sync points; at one there are none.
+        // Versions that are still used are saved where a run is stopped between sync points; at one there are none.
         let since = schedule.since(action.step);
-        let oldest = |delay| version(since, action.step, delay);
+        let saved = |delay| setup.versions_saved(since, action.step, delay);
         if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == 0) {
             let table = table.table();
             snapshot.add(table.layout(), table.flat(), table.optimizer())?;
-            snapshot.add_older(table.layout(), table.versions().older(oldest(schedule.table_delay())))?;
+            snapshot.add_older(table.layout(), table.versions().used(saved(schedule.table_delay())))?;
         }
         let versions = &place.versions;
         snapshot.add(versions.layout(), versions.flat(), &place.optimizer)?;
-        snapshot.add_older(versions.layout(), versions.older(oldest(schedule.delays[place.place.stage])))?;
+        snapshot.add_older(versions.layout(), versions.used(saved(schedule.delays[place.place.stage])))?;
 
         for (microbatch, states) in place.compute.remembered() {
             let rows = setup.train_rows(place.place.replica, microbatch);

@@ -34,6 +34,24 @@ lr = 1e-2
 warmup = 2
 "#;
 
+/// A small generator: the draws are the same for ever.
+pub struct Draw(u64);
+
+impl Draw {
+    pub fn new(seed: u64) -> Draw {
+        Draw(seed)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
 /// What a run leaves in its folder.
 #[derive(Debug, PartialEq)]
 pub struct Outcome {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod command_line;
+mod cures;
 mod faults;
 mod gpu;
 mod harness;

@@ -6,7 +6,7 @@ use crate::harness::{Folder, Outcome, by_oracle, mpirun, ouroboros, run, slices,
 const LIMIT: u64 = 60;
 
 /// Runs a grid under mpirun and compares metrics and weights with the oracle's, bit for bit.
-fn compare(grid: &str, more: &[&str]) {
+pub fn compare(grid: &str, more: &[&str]) {
     let (stages, replicas) = grid.split_once('x').unwrap();
     let keys = [format!("grid.stages={stages}"), format!("grid.replicas={replicas}"), "steps=8".to_owned()];
     let sets: Vec<&str> = keys.iter().map(String::as_str).chain(more.iter().copied()).collect();

@@ -10,7 +10,7 @@ use ouroboros::launch::run_local;
 use ouroboros::number::Readback;
 use ouroboros::setup::Setup;
 
-use crate::harness::{as_threads, by_oracle, tiny};
+use crate::harness::{Draw, as_threads, by_oracle, tiny};
 
 /// Drawn configurations: of the Transformer, then of the Transformer-XL.
 const DRAWN: usize = 80;
@@ -19,23 +19,9 @@ const DRAWN_WORDS: usize = 48;
 const ALL: usize = DRAWN + DRAWN_XL + DRAWN_WORDS;
 const LAYERS: usize = 6;
 
-/// A small generator: the draws are the same for ever.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % bound
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
-
 /// The keys of configuration `number`, and the names of what it covers.
 fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
-    let mut draw = Draw(number as u64 * 7919 + 13);
+    let mut draw = Draw::new(number as u64 * 7919 + 13);
     let (mut sets, mut covers, mut covers_more) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
     let mut cover = |name: &'static str, set: String| {
         covers.insert(name);
@@ -99,7 +85,7 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         cover("uneven layers", format!("grid.layers_per_stage={counts:?}"));
     }
     // A draw of its own, so that the others stay what they were.
-    let mut travel = Draw(number as u64 * 104_729 + 7);
+    let mut travel = Draw::new(number as u64 * 104_729 + 7);
     if travel.one_in(3) {
         cover(if stages > 1 { "bf16 between stages" } else { "bf16" }, "wire=bf16".into());
         if replicas > 1 {

@@ -28,7 +28,7 @@ fn ends(out: &Path, steps: usize) -> (Vec<(String, Vec<u8>)>, Vec<serde_json::Va
 }
 
 /// Stopped again and again, by a file; every second leg is the oracle's.
-fn stopped_again_and_again(sets: &[&str]) {
+pub fn stopped_again_and_again(sets: &[&str]) {
     let whole = TempDir::new().unwrap();
     let summary = leg(setup(sets), whole.path(), false, false);
     assert!(!summary.stopped);

@@ -1,0 +1,171 @@
+//! Cures for delay (predicted weights, steps that lead): threads and mpirun against the oracle, bit for bit, over drawn
+//! configurations; and runs that are stopped and resumed.
+
+use std::collections::BTreeSet;
+
+use crate::harness::{Draw, as_threads, by_oracle, tiny};
+use crate::mpirun::compare;
+use crate::stop::stopped_again_and_again;
+
+const DRAWN: usize = 80;
+const LAYERS: usize = 6;
+
+/// The keys of configuration `number`, and the names of what it covers.
+fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
+    let mut draw = Draw::new(number as u64 * 6151 + 29);
+    let (mut sets, mut covers) = (Vec::new(), BTreeSet::new());
+    let mut cover = |name: &'static str, set: String| {
+        covers.insert(name);
+        sets.push(set);
+    };
+
+    let stages = [2, 2, 3, 3, 4, 5, LAYERS][draw.below(7)];
+    let microbatches = [1, 1, 2, 4][draw.below(4)];
+    let slack = [1, 1, 2][draw.below(3)];
+    cover("stages", format!("grid.stages={stages}"));
+    cover("replicas", format!("grid.replicas={}", [1, 1, 2][draw.below(3)]));
+    cover(if microbatches > 1 { "m > 1" } else { "m = 1" }, format!("microbatches={microbatches}"));
+    cover("slack", format!("slack={slack}"));
+    if draw.one_in(4) {
+        let least = |k: usize| (slack * (stages - 1 - k)).div_ceil(microbatches);
+        let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
+        cover("delays by hand", format!("grid.delays=[{}]", delays.join(", ")));
+    }
+
+    if !draw.one_in(5) {
+        cover("predict", "optimizer.predict=update".into());
+        if draw.one_in(3) {
+            cover("half a horizon", "optimizer.predict_scale=0.5".into());
+        }
+    }
+    let kind = if draw.one_in(6) { "sgd" } else { "adamw" };
+    cover(kind, format!("optimizer.kind={kind}"));
+    let lead = ["off", "one", "delay"][draw.below(3)];
+    cover(
+        ["no lead", "lead of one", "lead of the delay"]
+            [["off", "one", "delay"].iter().position(|l| *l == lead).unwrap()],
+        format!("optimizer.lead={lead}"),
+    );
+    let rate = ["constant", "linear", "cosine"][draw.below(3)];
+    cover(rate, format!("optimizer.schedule={rate}"));
+
+    let tie = ["aligned", "aligned", "fresh", "none"][draw.below(4)];
+    cover(tie, format!("model.tie={tie}"));
+    if stages > 2 && draw.one_in(2) {
+        cover(if tie == "none" { "ring" } else { "tied ring" }, "grid.placement=ring".into());
+    }
+    match draw.below(3) {
+        0 => cover("recompute", "recompute=true".into()),
+        1 => cover("recompute by blocks", "recompute=blocks".into()),
+        _ => {}
+    }
+    if draw.one_in(3) {
+        cover("bf16", "precision=bf16".into());
+    }
+    if draw.one_in(3) {
+        cover("dropout", "model.dropout=0.2".into());
+    }
+    if draw.one_in(3) {
+        cover("sync points", format!("sync_at=[{}, {}]", 2 + draw.below(3), 6 + draw.below(3)));
+    }
+    if draw.one_in(4) {
+        cover("evaluation", format!("eval.every={}", 3 + draw.below(4)));
+        cover("evaluation", "eval.tokens=40".into());
+    } else if draw.one_in(3) {
+        cover("memory", "model.arch=transformer-xl".into());
+        cover("memory", "model.mem_len=8".into());
+        cover("memory", "data.held_out=0.3".into());
+    }
+    (sets, covers)
+}
+
+#[test]
+fn drawn_cures_equal_the_oracle_bit_for_bit() {
+    for number in 0..DRAWN {
+        let (sets, _) = drawn(number);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).chain(["steps=10"]).collect();
+        let setup = tiny(&sets);
+        let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
+        assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
+        assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
+    }
+}
+
+#[test]
+fn the_drawn_cures_cover_everything() {
+    let wanted = [
+        "m = 1",
+        "m > 1",
+        "delays by hand",
+        "predict",
+        "half a horizon",
+        "adamw",
+        "sgd",
+        "no lead",
+        "lead of one",
+        "lead of the delay",
+        "constant",
+        "linear",
+        "cosine",
+        "aligned",
+        "fresh",
+        "none",
+        "ring",
+        "tied ring",
+        "recompute",
+        "recompute by blocks",
+        "bf16",
+        "dropout",
+        "sync points",
+        "evaluation",
+        "memory",
+    ];
+    for name in wanted {
+        let count = (0..DRAWN).filter(|number| drawn(*number).1.contains(name)).count();
+        assert!(count >= 4, "{name}: {count} of {DRAWN}");
+    }
+}
+
+/// A stop saves the predicted version of the newest weights, which cannot be made again.
+#[test]
+fn predicted_runs_that_are_stopped_end_as_if_they_had_not_been() {
+    let predict = ["optimizer.predict=update", "optimizer.lead=delay"];
+    for more in [
+        &["grid.stages=3", "steps=31", "model.dropout=0.1"][..],
+        &["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=24", "eval.every=7"],
+        &["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"],
+        &["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"],
+        &["grid.stages=3", "steps=24", "model.tie=none", "optimizer.kind=sgd", "optimizer.predict_scale=0.5"],
+    ] {
+        stopped_again_and_again(&[&predict, more].concat());
+    }
+}
+
+#[test]
+fn ranks_that_predict_equal_the_oracle() {
+    let predict = ["optimizer.predict=update", "optimizer.lead=one"];
+    for (grid, more) in [
+        ("3x1", &["microbatches=2", "eval.every=3"][..]),
+        ("2x2", &["bucket_kib=8", "recompute=true"]),
+        ("4x1", &["grid.placement=ring", "optimizer.predict_scale=0.5"]),
+        ("2x2", &["precision=bf16", "wire=bf16"]),
+        ("3x1", &["model.tie=fresh", "sync_at=[4]"]),
+    ] {
+        compare(grid, &[&predict, more].concat());
+    }
+}
+
+/// The first step that uses a predicted version: with a delay of one step 2, since the version at a sync point is used as it
+/// is by the first two.
+#[test]
+fn a_prediction_is_felt_where_it_is_first_used() {
+    let keys = ["grid.stages=2", "microbatches=2", "model.tie=none", "steps=8"];
+    let losses = |more: &[&str]| as_threads(&tiny(&[&keys, more].concat())).losses();
+    let (plain, predicted) = (losses(&[]), losses(&["optimizer.predict=update"]));
+    assert_eq!(plain[..2], predicted[..2]);
+    assert_ne!(plain[2], predicted[2]);
+    // Without delays there is nothing to predict.
+    let synchronous = ["schedule=1f1b"];
+    let cured = ["schedule=1f1b", "optimizer.predict=update"];
+    assert_eq!(losses(&synchronous), losses(&cured));
+}
