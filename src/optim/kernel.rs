@@ -24,7 +24,7 @@ const BLOCKS: u64 = 1 << 14;
 
 /// The constants of every rule, as the kernel has them.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Common {
     mean: f32,
     clip: f32,
@@ -45,7 +45,7 @@ impl Common {
 
 /// The constants of a rule, padded with zeros to the length that every pass takes.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Constants([f32; 8]);
 
 impl Constants {
@@ -104,18 +104,40 @@ impl Kernel {
         constants: &[f32],
         state: &[StateBuffer],
     ) -> Result<()> {
-        let UpdateBuffers { old, new, published, gradient } = buffers;
         let Number::Pending(norm) = scalars.norm else {
             return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
         };
         let norm = norm.f_to_kind(Kind::Float)?;
-        let count = new.numel() as u64;
-        if count == 0 {
+
+        let horizon = buffers.published.as_ref().map_or(0.0, |published| published.horizon);
+        let mut arguments = Arguments {
+            common: Common::new(config, scalars, horizon),
+            constants: Constants::new(constants)?,
+            ..self.buffers(buffers, state, &norm)?
+        };
+        if arguments.count == 0 {
             return Ok(());
         }
 
-        let device = new.device();
-        let here = |tensor: &Tensor, kind| -> Result<sys::CUdeviceptr> {
+        let blocks = arguments.count.div_ceil(u64::from(THREADS)).min(BLOCKS) as u32;
+        let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the arguments are those of the kernel's declaration, in their order, and are read before the call returns.
+        // The buffers are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is
+        // libtorch's own (its default, the null stream), so the pass comes after all work on the buffers that has been
+        // asked for, and what libtorch does with their memory later comes after the pass.
+        unsafe {
+            let stream = std::ptr::null_mut();
+            let pointers = &mut arguments.pointers();
+            result::launch_kernel(self.function, (blocks, 1, 1), (THREADS, 1, 1), 0, stream, pointers).map_err(failed)
+        }
+    }
+
+    /// Where the buffers of an update lie: all on one device, of one length, of the types that the pass takes.
+    fn buffers(&self, buffers: UpdateBuffers, state: &[StateBuffer], norm: &Tensor) -> Result<Arguments> {
+        let UpdateBuffers { old, new, published, gradient } = buffers;
+        let (device, count) = (new.device(), new.numel());
+        let at = |tensor: &Tensor, kind| -> Result<sys::CUdeviceptr> {
             match tensor.device() == device && tensor.is_contiguous() && tensor.kind() == kind {
                 true => Ok(tensor.data_ptr() as sys::CUdeviceptr),
                 false => Err(Error::Internal(format!(
@@ -125,57 +147,70 @@ impl Kernel {
                 ))),
             }
         };
-        let state: Vec<&Tensor> = state.iter().map(|buffer| &buffer.values).collect();
-        let horizon = published.as_ref().map_or(0.0, |published| published.horizon);
+
         let version = published.map(|published| &*published.version);
+        let state: Vec<&Tensor> = state.iter().map(|buffer| &buffer.values).collect();
         let long = [Some(&*new), old, version, Some(&*gradient), Some(&self.decays)];
-        if long.into_iter().flatten().chain(state.iter().copied()).any(|buffer| buffer.numel() as u64 != count) {
+        if long.into_iter().flatten().chain(state.iter().copied()).any(|buffer| buffer.numel() != count) {
             return Err(Error::Internal("the buffers of an update differ in length".into()));
         }
         if state.len() > STATE {
             return Err(Error::Internal(format!("{} buffers of state, the kernel takes {STATE}", state.len())));
         }
 
-        let mut updated = here(new, Kind::Float)?;
-        let mut old = old.map_or(Ok(updated), |old| here(old, Kind::Float))?;
-        let of_kind = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind));
-        let (mut published, mut rounded) = (of_kind(Kind::Float)?, of_kind(Kind::BFloat16)?);
-        let mut gradient = here(gradient, Kind::Float)?;
-        let mut moments: [sys::CUdeviceptr; STATE] = [0; STATE];
-        for (pointer, buffer) in moments.iter_mut().zip(state) {
-            *pointer = here(buffer, Kind::Float)?;
-        }
-        let [mut first, mut second] = moments;
-        let (mut decays, mut norm) = (here(&self.decays, Kind::Uint8)?, here(&norm, Kind::Float)?);
-        let (mut count, mut common) = (count, Common::new(config, scalars, horizon));
-        let mut constants = Constants::new(constants)?;
-        let mut arguments: [*mut c_void; 12] = [
-            (&raw mut updated).cast(),
-            (&raw mut old).cast(),
-            (&raw mut published).cast(),
-            (&raw mut rounded).cast(),
-            (&raw mut gradient).cast(),
-            (&raw mut first).cast(),
-            (&raw mut second).cast(),
-            (&raw mut decays).cast(),
-            (&raw mut norm).cast(),
-            (&raw mut count).cast(),
-            (&raw mut common).cast(),
-            (&raw mut constants).cast(),
-        ];
+        let updated = at(new, Kind::Float)?;
+        let version_of = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| at(it, kind));
+        let state_at = |number: usize| state.get(number).map_or(Ok(0), |buffer| at(buffer, Kind::Float));
+        Ok(Arguments {
+            updated,
+            old: old.map_or(Ok(updated), |old| at(old, Kind::Float))?,
+            published: version_of(Kind::Float)?,
+            rounded: version_of(Kind::BFloat16)?,
+            gradient: at(gradient, Kind::Float)?,
+            first: state_at(0)?,
+            second: state_at(1)?,
+            decays: at(&self.decays, Kind::Uint8)?,
+            norm: at(norm, Kind::Float)?,
+            count: count as u64,
+            common: Common::default(),
+            constants: Constants::default(),
+        })
+    }
+}
 
-        let blocks = count.div_ceil(u64::from(THREADS)).min(BLOCKS) as u32;
-        let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
-        self.context.bind_to_thread().map_err(failed)?;
-        // SAFETY: the arguments are those of the kernel's declaration, in their order, and are read before the call returns.
-        // The buffers are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is
-        // libtorch's own (its default, the null stream), so the pass comes after all work on the buffers that has been
-        // asked for, and what libtorch does with their memory later comes after the pass.
-        unsafe {
-            let stream = std::ptr::null_mut();
-            result::launch_kernel(self.function, (blocks, 1, 1), (THREADS, 1, 1), 0, stream, &mut arguments)
-                .map_err(failed)
-        }
+/// What a pass is given, in the order of its declaration.
+struct Arguments {
+    updated: sys::CUdeviceptr,
+    old: sys::CUdeviceptr,
+    published: sys::CUdeviceptr,
+    rounded: sys::CUdeviceptr,
+    gradient: sys::CUdeviceptr,
+    first: sys::CUdeviceptr,
+    second: sys::CUdeviceptr,
+    decays: sys::CUdeviceptr,
+    norm: sys::CUdeviceptr,
+    count: u64,
+    common: Common,
+    constants: Constants,
+}
+
+impl Arguments {
+    /// As the driver takes them.
+    fn pointers(&mut self) -> [*mut c_void; 12] {
+        [
+            (&raw mut self.updated).cast(),
+            (&raw mut self.old).cast(),
+            (&raw mut self.published).cast(),
+            (&raw mut self.rounded).cast(),
+            (&raw mut self.gradient).cast(),
+            (&raw mut self.first).cast(),
+            (&raw mut self.second).cast(),
+            (&raw mut self.decays).cast(),
+            (&raw mut self.norm).cast(),
+            (&raw mut self.count).cast(),
+            (&raw mut self.common).cast(),
+            (&raw mut self.constants).cast(),
+        ]
     }
 }
 

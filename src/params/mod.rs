@@ -153,11 +153,12 @@ fn check_flat(flat: &Tensor) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::model::{Init, Role};
 
-    fn layout() -> Layout {
+    /// Two matrices and a vector.
+    pub(crate) fn layout() -> Layout {
         let parameter = |name: &str, shape: &[i64]| Parameter {
             name: name.into(),
             shape: shape.into(),

@@ -234,19 +234,8 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::model::{Init, Parameter, Role};
     use crate::params::slice;
-
-    fn layout() -> Layout {
-        let parameter = |name: &str, shape: &[i64]| Parameter {
-            name: name.into(),
-            shape: shape.into(),
-            init: Init::Normal(1.0),
-            role: Role::Matrix,
-            tied: false,
-        };
-        Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
-    }
+    use crate::params::tests::layout;
 
     #[test]
     fn gradients_of_all_versions_add_up_in_the_flat_buffer() {
