@@ -13,6 +13,7 @@ use crate::inject::Injection;
 use crate::launch::{Job, Transport};
 use crate::prepare::Request;
 use crate::schedule::{Kind, Tie};
+use crate::study;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
 #[derive(Debug, Parser)]
@@ -22,7 +23,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 a goal of a study is missed; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
                           6 saved weights unusable; 75 stopped on request, and saved; 70 a fault of the program.";
 
 #[derive(Debug, Subcommand)]
@@ -37,6 +38,9 @@ pub enum Command {
     Eval(EvalArgs),
     /// Continues a text with saved weights.
     Generate(GenerateArgs),
+    /// Trains variants of a config beside each other, with the oracle: what delay costs, at the best rate of each, over
+    /// paired seeds.
+    Study(StudyArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
     /// Texts and what they are made of.
@@ -151,6 +155,29 @@ pub struct InitArgs {
     /// Overrides a key of the config; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct StudyArgs {
+    /// A study, as in studies/.
+    pub study: PathBuf,
+    /// Folder of the study; one that was begun is completed [default: runs/NAME-study].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Runs at once [default: one a core].
+    #[arg(long)]
+    pub jobs: Option<usize>,
+    /// Exit with code 1 if a goal of the study is missed.
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl StudyArgs {
+    /// The request that is made.
+    pub fn request(self) -> study::Request {
+        let StudyArgs { study, out, jobs, check } = self;
+        study::Request { study, out, jobs, check }
+    }
 }
 
 #[derive(Debug, Args)]

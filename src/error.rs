@@ -32,6 +32,9 @@ pub enum Error {
     /// The transport itself failed.
     #[error("MPI: {0}")]
     Transport(String),
+    /// What arrived over a link or out of a group, before the training, is not what was sent.
+    #[error("self-test: {0}; look at the network, or at the library that carries tensors")]
+    SelfTest(String),
     /// A GPU, or what drives it, failed.
     #[error("device: {0}")]
     Device(String),
@@ -76,6 +79,7 @@ impl Error {
             | Error::Died { .. }
             | Error::Hang { .. }
             | Error::Transport(_)
+            | Error::SelfTest(_)
             | Error::Device(_)
             | Error::Message { .. } => 4,
             Error::NotFinite { .. } => 5,
@@ -148,6 +152,7 @@ mod tests {
             (Error::Device("x".into()), 4),
             (Error::Hang { seconds: 1.0, place: "x".into(), what: "y".into() }, 4),
             (Error::Transport("x".into()), 4),
+            (Error::SelfTest("x".into()), 4),
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
             (Error::NotFinite { tensor: "x".into(), step: 0, place, data: String::new() }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),

@@ -37,6 +37,7 @@
 //! prepare    corpora                         worker      one device at work
 //! emulator   the oracle: the same arithmetic in one process, the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
+//! study      what delay costs: variants over paired seeds, by the oracle
 //! cli        what can be typed               commands    the short ones
 //! ```
 //!
@@ -84,5 +85,6 @@ pub mod prepare;
 mod worker;
 mod emulator;
 pub mod launch;
+pub mod study;
 pub mod cli;
 pub mod commands;

@@ -9,7 +9,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, device, failure, launch, prepare};
+use ouroboros::{commands, device, failure, launch, prepare, study};
 
 fn main() -> ExitCode {
     device::prepare_environment();
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     ExitCode::from(match cli.command {
         Command::Train(args) => launch::train(&args.job()),
         Command::Bench(args) => args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job)),
+        Command::Study(args) => answer_code(|| study::study(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),
         Command::Eval(args) => answer(|| commands::eval(&args)),
         Command::Generate(args) => answer(|| commands::generate(&args)),
@@ -38,8 +39,13 @@ fn main() -> ExitCode {
 }
 
 fn answer(command: impl FnOnce() -> Result<()>) -> u8 {
+    answer_code(|| command().map(|()| 0))
+}
+
+/// The exit code of a command that chooses it.
+fn answer_code(command: impl FnOnce() -> Result<u8>) -> u8 {
     match failure::caught(command) {
-        Ok(()) => 0,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
             error.exit_code()

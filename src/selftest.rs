@@ -123,7 +123,7 @@ fn checked(tensor: &Tensor, number: usize, peer: &str) -> Result<()> {
         None => Ok(()),
         Some(found) => {
             let (expected, found) = (value(number), *found);
-            Err(Error::Transport(format!("self-test: {peer} has sent {expected}, and {found} has arrived")))
+            Err(Error::SelfTest(format!("{peer} has sent {expected}, and {found} has arrived")))
         }
     }
 }
@@ -174,9 +174,8 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
         settle(&flat)?;
         let seconds = start.elapsed().as_secs_f64();
         if let Some(found) = slice(&here(&flat)?).iter().find(|found| **found != expected) {
-            let text =
-                format!("self-test: the sum over the replicas of stage {} is {found}, not {expected}", place.stage);
-            return Err(Error::Transport(text));
+            let text = format!("the sum over the replicas of stage {} is {found}, not {expected}", place.stage);
+            return Err(Error::SelfTest(text));
         }
         let least = if values == LARGE { &mut large } else { &mut small };
         *least = least.min(seconds);
@@ -214,11 +213,8 @@ fn check_halves(group: &mut dyn ReplicaGroup, place: Place, replicas: usize, dev
         group.gather(0, flat.shallow_clone())?.wait()?;
         if !reduced || !same(&here(&flat)?, &here(&whole)?)? {
             let what = if reduced { "gathered" } else { "reduced" };
-            let text = format!(
-                "self-test: halves of a sum over {replicas} replicas of stage {} are {what} wrongly",
-                place.stage
-            );
-            return Err(Error::Transport(text));
+            let text = format!("halves of a sum over {replicas} replicas of stage {} are {what} wrongly", place.stage);
+            return Err(Error::SelfTest(text));
         }
     }
     Ok(())

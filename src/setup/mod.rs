@@ -1,7 +1,7 @@
 //! What is true: a config checked once, with everything that follows from it. Nobody checks again.
 
 mod picture;
-mod plan;
+pub mod plan;
 mod restore;
 
 use std::ops::Range;

@@ -108,7 +108,11 @@ fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
     partition::by_hand(counts, config.model.layers).map(Some).ok_or_else(|| wrong(remedy()))
 }
 
-pub(super) fn schedule(config: &Config) -> Result<Schedule> {
+/// The schedule of a config.
+///
+/// # Errors
+/// [`Error::Config`] about `grid.delays`.
+pub fn schedule(config: &Config) -> Result<Schedule> {
     let mut sync = SyncPoints::ends(config.steps);
     sync.warm_up = config.sync_steps;
     sync.at.extend(&config.sync_at);

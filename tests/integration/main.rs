@@ -15,3 +15,4 @@ mod real_text;
 mod reference;
 mod resume;
 mod stop;
+mod study;

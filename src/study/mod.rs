@@ -1,0 +1,79 @@
+//! `ouroboros study`: what delay costs, measured: variants of one run beside each other, each at its best learning rate, over
+//! paired seeds (the same weights, the same data).
+//!
+//! ```text
+//! search   every variant x every rate, at the first seed               -> the best rate of each variant
+//! seeds    every variant at its best rate x the other seeds            -> losses, paired differences
+//! tax      each reference at its best rate, at shares of the steps     -> the tokens to a loss
+//! ```
+//!
+//! Every run is the oracle in a process of its own, so a study needs no more devices than there are cores; what is done is
+//! kept in the study's folder, and a study that was killed does the rest.
+
+mod plan;
+mod findings;
+mod runs;
+mod statistics;
+
+use std::path::{Path, PathBuf};
+
+pub use plan::{Plan, Variant};
+
+use crate::error::{Error, Result};
+use findings::Findings;
+use plan::Run;
+use runs::Runs;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub study: PathBuf,
+    /// [default: runs/NAME-study].
+    pub out: Option<PathBuf>,
+    /// Runs at once; none: one a core.
+    pub jobs: Option<usize>,
+    /// Whether a goal that is missed is a failure.
+    pub check: bool,
+}
+
+/// The exit code of a study whose goals are missed.
+const MISSED: u8 = 1;
+
+/// Makes all runs of a study that are not made yet, and writes what comes of them; the exit code.
+///
+/// # Errors
+/// A study that cannot be used, a run that fails, a folder that cannot be written.
+pub fn study(request: &Request) -> Result<u8> {
+    let plan = Plan::load(&request.study)?;
+    let out = request.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-study", plan.name)));
+    let jobs = match request.jobs {
+        Some(0) => return Err(Error::config("--jobs", 0, "must be at least 1")),
+        Some(jobs) => jobs,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+
+    let mut runs = Runs::open(&out, &plan, jobs)?;
+    runs.estimate(&plan)?;
+    let first = plan.seeds[0];
+
+    let search: Vec<Run> = plan.variants().flat_map(|variant| plan.searched(variant, first)).collect();
+    runs.make(&search)?;
+    let best: Vec<f64> = plan.variants().map(|variant| runs.best_rate(&plan, variant, first)).collect::<Result<_>>()?;
+
+    let mut rest = Vec::new();
+    for (variant, rate) in plan.variants().zip(&best) {
+        rest.extend(plan.seeds[1..].iter().map(|seed| plan.run(variant, *rate, *seed, 1.0)));
+        if variant.is_reference() {
+            let shares = plan.shares.iter().filter(|share| **share != 1.0);
+            rest.extend(shares.flat_map(|share| plan.seeds.iter().map(|seed| plan.run(variant, *rate, *seed, *share))));
+        }
+    }
+    runs.make(&rest)?;
+
+    let findings = Findings::new(&plan, &best, &runs)?;
+    findings.write(&out)?;
+    print!("{}", findings.table());
+    let missed = findings.missed();
+    missed.iter().for_each(|text| println!("missed: {text}"));
+    Ok(if request.check && !missed.is_empty() { MISSED } else { 0 })
+}

@@ -1,0 +1,187 @@
+//! A study as its file has it, and the runs that it calls for.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// A study: `studies/*.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Names the study and its files.
+    pub name: String,
+    /// The config that all variants change, relative to the study's folder.
+    pub base: PathBuf,
+    /// Keys over the base in every variant, as `--set` takes them.
+    #[serde(default)]
+    pub set: Vec<String>,
+    /// Learning rates that each variant chooses its best of, at the first seed.
+    pub rates: Vec<f64>,
+    /// Paired: the same weights and data in every variant.
+    pub seeds: Vec<u64>,
+    /// Shares of the steps at which the references are run too, each with its whole own rate schedule: what a token is worth.
+    #[serde(default = "default_shares")]
+    pub shares: Vec<f64>,
+    #[serde(rename = "variant")]
+    pub list: Vec<Variant>,
+}
+
+/// One way to run the base.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    pub name: String,
+    #[serde(default)]
+    pub set: Vec<String>,
+    /// Learning rates of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rates: Option<Vec<f64>>,
+    /// The variant without delay that this one is compared with; none: it is such a reference itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<String>,
+    /// The largest token tax that is wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal_tax: Option<f64>,
+}
+
+/// One training.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// The name of its folder.
+    pub id: String,
+    pub sets: Vec<String>,
+}
+
+fn default_shares() -> Vec<f64> {
+    vec![0.7, 0.85, 1.0, 1.15]
+}
+
+impl Variant {
+    /// Whether others are compared with it.
+    pub fn is_reference(&self) -> bool {
+        self.against.is_none()
+    }
+
+    /// Its name as a part of a folder's.
+    fn folder(&self) -> String {
+        self.name.replace(|c: char| !c.is_alphanumeric(), "_")
+    }
+}
+
+impl Plan {
+    /// Reads and checks a study.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `STUDY` or a key of it.
+    pub fn load(path: &Path) -> Result<Plan> {
+        let wrong = |problem: String| Error::config("STUDY", path.display(), problem);
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let mut plan: Plan = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
+        plan.base = path.parent().unwrap_or(Path::new(".")).join(&plan.base);
+        plan.check()?;
+        Ok(plan)
+    }
+
+    /// All variants, in their order.
+    pub fn variants(&self) -> impl Iterator<Item = &Variant> {
+        self.list.iter()
+    }
+
+    /// The rates that a variant is searched over.
+    fn rates_of<'a>(&'a self, variant: &'a Variant) -> &'a [f64] {
+        variant.rates.as_deref().unwrap_or(&self.rates)
+    }
+
+    /// The runs of a variant's search at one seed.
+    pub fn searched<'a>(&'a self, variant: &'a Variant, seed: u64) -> impl Iterator<Item = Run> + 'a {
+        self.rates_of(variant).iter().map(move |rate| self.run(variant, *rate, seed, 1.0))
+    }
+
+    /// The best of a variant's rates by the losses of its search.
+    pub fn best_of(&self, variant: &Variant, loss: impl Fn(&Run) -> Result<f64>, seed: u64) -> Result<f64> {
+        let mut best = (f64::INFINITY, self.rates_of(variant)[0]);
+        for rate in self.rates_of(variant) {
+            let loss = loss(&self.run(variant, *rate, seed, 1.0))?;
+            // A rate that has diverged is no candidate.
+            if loss < best.0 {
+                best = (loss, *rate);
+            }
+        }
+        Ok(best.1)
+    }
+
+    /// One training of a variant, over a share of the steps.
+    pub fn run(&self, variant: &Variant, rate: f64, seed: u64, share: f64) -> Run {
+        let id = format!("{}-lr{rate}-seed{seed}-x{share}", variant.folder());
+        let mut sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
+        sets.push(format!("optimizer.lr={rate}"));
+        sets.push(format!("seed={seed}"));
+        if share != 1.0 {
+            let steps = self.config(variant).map_or(1, |config| config.steps);
+            sets.push(format!("steps={}", (steps as f64 * share).round().max(1.0) as usize));
+        }
+        Run { id, sets }
+    }
+
+    /// The config of a variant.
+    pub fn config(&self, variant: &Variant) -> Result<Config> {
+        let sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
+        Config::load(&self.base, &sets, None)
+    }
+
+    fn check(&self) -> Result<()> {
+        let empty =
+            [("rates", self.rates.is_empty()), ("seeds", self.seeds.is_empty()), ("variant", self.list.is_empty())];
+        if let Some((key, _)) = empty.iter().find(|(_, empty)| *empty) {
+            return Err(Error::config(*key, "an empty list", "a study needs at least one"));
+        }
+        if let Some(share) = self.shares.iter().find(|share| !(**share > 0.0 && **share <= 4.0)) {
+            return Err(Error::config("shares", share, "must be above 0 and at most 4"));
+        }
+
+        if self.config(&self.list[0])?.eval.is_none() {
+            return Err(Error::config("eval", "none", "a study compares held-out losses; set eval.every in its `set`"));
+        }
+
+        for (i, variant) in self.list.iter().enumerate() {
+            let setting = format!("variant.{}", variant.name);
+            if self.list[..i].iter().any(|before| before.folder() == variant.folder()) {
+                return Err(Error::config(setting, "twice", "every variant needs a name of its own"));
+            }
+            let reference = variant.against.as_ref().map(|name| self.reference(name)).transpose();
+            reference.map_err(|remedy| Error::config(format!("{setting}.against"), "no reference", remedy))?;
+            self.check_comparable(variant)?;
+        }
+        Ok(())
+    }
+
+    /// The reference of this name; what to do if there is none.
+    pub fn reference(&self, name: &str) -> std::result::Result<&Variant, String> {
+        let found = self.list.iter().find(|other| other.name == name && other.is_reference());
+        found.ok_or_else(|| format!("name a variant without `against`, as `{name}` is not"))
+    }
+
+    /// Whether a variant reads the same tokens as the first one, and is evaluated on the same.
+    fn check_comparable(&self, variant: &Variant) -> Result<()> {
+        let (first, other) = (self.config(&self.list[0])?, self.config(variant)?);
+        other.check()?;
+        let differs = [
+            ("steps", first.steps != other.steps),
+            ("batch", first.batch != other.batch),
+            ("data", first.data != other.data),
+            ("eval", first.eval != other.eval),
+            ("seed", first.seed != other.seed),
+        ];
+        match differs.into_iter().find(|(_, differs)| *differs) {
+            None => Ok(()),
+            Some((key, _)) => {
+                let found = format!("another {key} than variant {}", self.list[0].name);
+                let remedy = "variants of a study read and are evaluated on the same tokens; set it for all";
+                Err(Error::config(format!("variant.{}", variant.name), found, remedy))
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The runs of a study: oracles in processes of their own, several at once, each made once.
+//!
+//! A run is made in `runs/ID.PROCESS/` and renamed to `runs/ID/` when it is complete, so that what was killed is never taken
+//! for a result.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::plan::{Plan, Run, Variant};
+use crate::error::{Error, Result};
+
+/// Steps of the run that the time of a study is guessed from.
+const PILOT_STEPS: usize = 6;
+/// Lines of a failing run's output that are shown.
+const TAIL: usize = 8;
+
+/// The folder of a study.
+pub struct Runs {
+    base: PathBuf,
+    folder: PathBuf,
+    jobs: usize,
+}
+
+impl Runs {
+    /// Opens the folder of a study, which may have been begun.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out` if it is another study's, or cannot be written.
+    pub fn open(out: &Path, plan: &Plan, jobs: usize) -> Result<Runs> {
+        let wrong = |problem: String| Error::config("--out", out.display(), problem);
+        let folder = out.join("runs");
+        fs::create_dir_all(&folder).map_err(|error| wrong(format!("cannot be made ({error})")))?;
+
+        let text = toml::to_string(plan).map_err(|error| Error::Internal(error.to_string()))?;
+        let kept = out.join("study.toml");
+        match fs::read_to_string(&kept) {
+            Ok(before) if before != text => {
+                return Err(wrong("holds the runs of another study; choose another folder, or remove it".into()));
+            }
+            Ok(_) => {}
+            Err(_) => fs::write(&kept, text).map_err(|error| wrong(format!("cannot be written ({error})")))?,
+        }
+        Ok(Runs { base: plan.base.clone(), folder, jobs })
+    }
+
+    /// Whether a run is complete.
+    fn is_made(&self, run: &Run) -> bool {
+        self.folder.join(&run.id).exists()
+    }
+
+    /// The held-out loss at the end of a complete run, nats a token.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if it is not complete.
+    pub fn loss(&self, run: &Run) -> Result<f64> {
+        let path = self.folder.join(&run.id).join("metrics.jsonl");
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let lines = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let found = lines.into_iter().find_map(|line| line.get("eval_loss")?.as_f64());
+        found.ok_or_else(|| Error::Internal(format!("{} has no held-out loss", path.display())))
+    }
+
+    /// The best learning rate of a variant that has been searched.
+    ///
+    /// # Errors
+    /// As [`Runs::loss`].
+    pub fn best_rate(&self, plan: &Plan, variant: &Variant, seed: u64) -> Result<f64> {
+        plan.best_of(variant, |run| self.loss(run), seed)
+    }
+
+    /// Tells how long the study will take at most, by a few steps of its first variant.
+    ///
+    /// # Errors
+    /// A run that fails.
+    pub fn estimate(&mut self, plan: &Plan) -> Result<()> {
+        let first = &plan.list[0];
+        let searched: usize = plan.variants().map(|variant| plan.searched(variant, plan.seeds[0]).count()).sum();
+        let further = plan.list.len() * (plan.seeds.len() - 1);
+        let references = plan.variants().filter(|variant| variant.is_reference()).count();
+        let shares: f64 = plan.shares.iter().filter(|share| **share != 1.0).sum();
+        let runs = (searched + further) as f64 + references as f64 * plan.seeds.len() as f64 * shares;
+
+        let mut pilot = plan.run(first, plan.rates[0], plan.seeds[0], 1.0);
+        pilot.id = "pilot".into();
+        pilot.sets.push(format!("steps={PILOT_STEPS}"));
+        let _ = fs::remove_dir_all(self.folder.join(&pilot.id));
+        let begun = Instant::now();
+        self.make_one(&pilot)?;
+        let seconds = begun.elapsed().as_secs_f64() / PILOT_STEPS as f64 * plan.config(first)?.steps as f64;
+
+        let minutes = runs * seconds / self.jobs as f64 / 60.0;
+        println!(
+            "{}: {runs:.0} runs of {seconds:.0} s, {} at once: {minutes:.0} minutes at most",
+            plan.name, self.jobs
+        );
+        Ok(())
+    }
+
+    /// Makes the runs that are not made yet.
+    ///
+    /// # Errors
+    /// The first run that fails; the others are ended.
+    pub fn make(&self, runs: &[Run]) -> Result<()> {
+        let todo: VecDeque<&Run> = runs.iter().filter(|run| !self.is_made(run)).collect();
+        let (count, begun) = (todo.len(), Instant::now());
+        let queue = Mutex::new((todo, 0usize, Ok(())));
+        let lock = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+
+        let work = || {
+            loop {
+                let Some(run) = lock().0.pop_front() else { return };
+                let started = Instant::now();
+                let result = self.make_one(run).and_then(|()| self.loss(run));
+
+                let mut state = lock();
+                state.1 += 1;
+                match result {
+                    Ok(loss) => {
+                        let left = begun.elapsed().div_f64(state.1 as f64).mul_f64((count - state.1) as f64);
+                        let (seconds, done) = (started.elapsed().as_secs_f64(), state.1);
+                        println!("{done:>4}/{count}  {:<48} {loss:.4}  {seconds:.0} s, {} left", run.id, minutes(left));
+                    }
+                    Err(error) => {
+                        state.0.clear();
+                        if state.2.is_ok() {
+                            state.2 = Err(error);
+                        }
+                        return;
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..self.jobs {
+                scope.spawn(work);
+            }
+        });
+        lock().2.clone()
+    }
+
+    /// One run, from its beginning.
+    fn make_one(&self, run: &Run) -> Result<()> {
+        let folder = self.folder.join(format!("{}.{}", run.id, std::process::id()));
+        let wrong =
+            |error: std::io::Error| Error::config("--out", folder.display(), format!("cannot be written ({error})"));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).map_err(wrong)?;
+        let log = folder.join("output.log");
+        let output = fs::File::create(&log).map_err(wrong)?;
+
+        let program = std::env::current_exe().map_err(|error| Error::Internal(error.to_string()))?;
+        let mut command = Command::new(program);
+        command.arg("train").arg(&self.base).args(["--emulate", "--out"]).arg(&folder);
+        run.sets.iter().for_each(|set| {
+            command.args(["--set", set]);
+        });
+        let errors = output.try_clone().map_err(wrong)?;
+        let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status().map_err(wrong)?;
+
+        if !status.success() {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n  ");
+            return Err(Error::Usage(format!(
+                "run {} of the study has failed ({status}); its last lines:\n  {tail}",
+                run.id
+            )));
+        }
+        // Weights are not looked at.
+        let _ = fs::remove_dir_all(folder.join("checkpoints"));
+        fs::rename(&folder, self.folder.join(&run.id)).map_err(wrong)
+    }
+}
+
+fn minutes(time: Duration) -> String {
+    let seconds = time.as_secs();
+    format!("{}:{:02}", seconds / 60, seconds % 60)
+}
