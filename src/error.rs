@@ -69,6 +69,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// The result of a whole run: an error, and where it was found if that was at one place.
 pub type Placed<T> = std::result::Result<T, (Option<String>, Error)>;
 
+/// The exit code of a run whose loss is no number any more: a study reads it.
+pub const NOT_FINITE: u8 = 5;
+
 impl Error {
     /// The exit code of the process that this error ends.
     pub fn exit_code(&self) -> u8 {
@@ -82,7 +85,7 @@ impl Error {
             | Error::SelfTest(_)
             | Error::Device(_)
             | Error::Message { .. } => 4,
-            Error::NotFinite { .. } => 5,
+            Error::NotFinite { .. } => NOT_FINITE,
             Error::Checkpoint { .. } => 6,
             Error::CopiesDiffer { .. } | Error::Internal(_) => 70,
         }

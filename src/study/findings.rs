@@ -144,13 +144,14 @@ impl Row {
         let config = plan.config(variant)?;
         let seeds = plan.seeds.iter();
         let losses: Vec<f64> =
-            seeds.map(|seed| runs.loss(&plan.run(variant, rate, *seed, 1.0))).collect::<Result<_>>()?;
+            seeds.map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0))).collect::<Result<_>>()?;
         let mut shares = Vec::new();
         if variant.is_reference() {
             for share in &plan.shares {
                 let seeds = plan.seeds.iter();
-                let all: Vec<f64> =
-                    seeds.map(|seed| runs.loss(&plan.run(variant, rate, *seed, *share))).collect::<Result<_>>()?;
+                let all: Vec<f64> = seeds
+                    .map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, *share)))
+                    .collect::<Result<_>>()?;
                 shares.push((*share, Mean::of(&all).mean));
             }
         }
@@ -178,7 +179,7 @@ impl Row {
 
 /// A reference's losses at shares of the steps, of one seed.
 fn curve(plan: &Plan, variant: &Variant, rate: f64, seed: u64, runs: &Runs) -> Result<Vec<(f64, f64)>> {
-    plan.shares.iter().map(|share| Ok((*share, runs.loss(&plan.run(variant, rate, seed, *share))?))).collect()
+    plan.shares.iter().map(|share| Ok((*share, runs.finite_loss(&plan.run(variant, rate, seed, *share))?))).collect()
 }
 
 fn show(mean: &Mean, digits: usize) -> String {

@@ -101,23 +101,28 @@ impl Plan {
     }
 
     /// The best of a variant's rates by the losses of its search.
+    ///
+    /// # Errors
+    /// As `loss`, and [`Error::Config`] if the variant has diverged at every rate.
     pub fn best_of(&self, variant: &Variant, loss: impl Fn(&Run) -> Result<f64>, seed: u64) -> Result<f64> {
-        let mut best = (f64::INFINITY, self.rates_of(variant)[0]);
+        let mut best = None;
+        let mut least = f64::INFINITY;
         for rate in self.rates_of(variant) {
             let loss = loss(&self.run(variant, *rate, seed, 1.0))?;
-            // A rate that has diverged is no candidate.
-            if loss < best.0 {
-                best = (loss, *rate);
+            if loss < least {
+                (least, best) = (loss, Some(*rate));
             }
         }
-        Ok(best.1)
+
+        let setting = format!("variant.{}", variant.name);
+        best.ok_or_else(|| Error::config(setting, "a loss that diverges at each of its rates", "add smaller `rates`"))
     }
 
     /// One training of a variant, over a share of the steps.
     pub fn run(&self, variant: &Variant, rate: f64, seed: u64, share: f64) -> Run {
-        let id = format!("{}-lr{rate}-seed{seed}-x{share}", variant.folder());
+        let id = format!("{}-lr{rate:?}-seed{seed}-x{share}", variant.folder());
         let mut sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
-        sets.push(format!("optimizer.lr={rate}"));
+        sets.push(format!("optimizer.lr={rate:?}"));
         sets.push(format!("seed={seed}"));
         if share != 1.0 {
             let steps = self.config(variant).map_or(1, |config| config.steps);

@@ -11,12 +11,15 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::plan::{Plan, Run, Variant};
-use crate::error::{Error, Result};
+use crate::error::{Error, NOT_FINITE, Result};
 
 /// Steps of the run that the time of a study is guessed from.
 const PILOT_STEPS: usize = 6;
 /// Lines of a failing run's output that are shown.
 const TAIL: usize = 8;
+
+/// The file in the folder of a run whose loss has become no number.
+const DIVERGED: &str = "diverged";
 
 /// The folder of a study.
 pub struct Runs {
@@ -52,16 +55,33 @@ impl Runs {
         self.folder.join(&run.id).exists()
     }
 
-    /// The held-out loss at the end of a complete run, nats a token.
+    /// The held-out loss at the end of a complete run, nats a token; infinite if the run has diverged.
     ///
     /// # Errors
     /// [`Error::Internal`] if it is not complete.
     pub fn loss(&self, run: &Run) -> Result<f64> {
-        let path = self.folder.join(&run.id).join("metrics.jsonl");
-        let text = fs::read_to_string(&path).unwrap_or_default();
-        let lines = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let found = lines.into_iter().find_map(|line| line.get("eval_loss")?.as_f64());
-        found.ok_or_else(|| Error::Internal(format!("{} has no held-out loss", path.display())))
+        if self.folder.join(&run.id).join(DIVERGED).exists() {
+            return Ok(f64::INFINITY);
+        }
+        let found = self.lines(run).iter().rev().find_map(|line| line.get("eval_loss")?.as_f64());
+        found.ok_or_else(|| Error::Internal(format!("the run {} has no held-out loss", run.id)))
+    }
+
+    /// The loss of a run that counts in a result.
+    ///
+    /// # Errors
+    /// As [`Runs::loss`], and [`Error::Config`] if the run has diverged.
+    pub fn finite_loss(&self, run: &Run) -> Result<f64> {
+        match self.loss(run)? {
+            loss if loss.is_finite() => Ok(loss),
+            _ => Err(Error::config("rates", format!("{}, which has diverged", run.id), "give smaller ones")),
+        }
+    }
+
+    /// The metrics of a run.
+    fn lines(&self, run: &Run) -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(self.folder.join(&run.id).join("metrics.jsonl")).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// The best learning rate of a variant that has been searched.
@@ -72,7 +92,7 @@ impl Runs {
         plan.best_of(variant, |run| self.loss(run), seed)
     }
 
-    /// Tells how long the study will take at most, by a few steps of its first variant.
+    /// Tells how long the study will take about, by a few steps of its first variant.
     ///
     /// # Errors
     /// A run that fails.
@@ -90,20 +110,23 @@ impl Runs {
         let _ = fs::remove_dir_all(self.folder.join(&pilot.id));
         let begun = Instant::now();
         self.make_one(&pilot)?;
-        let seconds = begun.elapsed().as_secs_f64() / PILOT_STEPS as f64 * plan.config(first)?.steps as f64;
+        let whole = begun.elapsed().as_secs_f64();
+
+        // The start and the evaluations are there once, whatever the steps.
+        let mut steps: Vec<f64> = self.lines(&pilot).iter().filter_map(|line| line.get("step_s")?.as_f64()).collect();
+        steps.sort_by(f64::total_cmp);
+        let step = steps.get(steps.len() / 2).copied().unwrap_or_default();
+        let seconds = whole + step * plan.config(first)?.steps.saturating_sub(PILOT_STEPS) as f64;
 
         let minutes = runs * seconds / self.jobs as f64 / 60.0;
-        println!(
-            "{}: {runs:.0} runs of {seconds:.0} s, {} at once: {minutes:.0} minutes at most",
-            plan.name, self.jobs
-        );
+        println!("{}: {runs:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
         Ok(())
     }
 
     /// Makes the runs that are not made yet.
     ///
     /// # Errors
-    /// The first run that fails; the others are ended.
+    /// The first run that fails; no further ones begin then.
     pub fn make(&self, runs: &[Run]) -> Result<()> {
         let todo: VecDeque<&Run> = runs.iter().filter(|run| !self.is_made(run)).collect();
         let (count, begun) = (todo.len(), Instant::now());
@@ -122,7 +145,8 @@ impl Runs {
                     Ok(loss) => {
                         let left = begun.elapsed().div_f64(state.1 as f64).mul_f64((count - state.1) as f64);
                         let (seconds, done) = (started.elapsed().as_secs_f64(), state.1);
-                        println!("{done:>4}/{count}  {:<48} {loss:.4}  {seconds:.0} s, {} left", run.id, minutes(left));
+                        let loss = if loss.is_finite() { format!("{loss:.4}") } else { DIVERGED.into() };
+                        println!("{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left", run.id, minutes(left));
                     }
                     Err(error) => {
                         state.0.clear();
@@ -161,7 +185,10 @@ impl Runs {
         let errors = output.try_clone().map_err(wrong)?;
         let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status().map_err(wrong)?;
 
-        if !status.success() {
+        if status.code() == Some(i32::from(NOT_FINITE)) {
+            // A result: this rate is too large.
+            fs::write(folder.join(DIVERGED), "").map_err(wrong)?;
+        } else if !status.success() {
             let text = fs::read_to_string(&log).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n  ");

@@ -115,6 +115,20 @@ fn a_study_that_compares_nothing_is_refused() {
 }
 
 #[test]
+fn a_rate_that_diverges_is_no_candidate() {
+    let folder = Folder::new();
+    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30, 1e-3]"), &[]).expect_code(0);
+    assert!(finished.stdout.lines().filter(|line| line.contains(" diverged ")).count() == 3, "{finished}");
+    for row in findings(&folder)["variants"].as_array().unwrap() {
+        assert_eq!(row["rate"].as_f64(), Some(1e-3), "{row}");
+    }
+
+    let folder = Folder::new();
+    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30]"), &[]).expect_code(2);
+    assert!(finished.errors()[0].contains("`variant.synchronous`: found a loss that diverges"), "{finished}");
+}
+
+#[test]
 fn shipped_studies_are_valid() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("studies");
     let paths: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
