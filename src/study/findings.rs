@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::plan::{Plan, Variant};
 use super::runs::Runs;
-use super::statistics::{Mean, share_at};
+use super::statistics::{Mean, Share, share_at};
 use crate::error::{Error, Result};
 use crate::setup::plan::schedule;
 
@@ -32,6 +32,8 @@ struct Row {
     predict: String,
     lead: String,
     rate: f64,
+    /// Whether it is the lowest or the highest of the rates that were tried: a better one may lie beyond.
+    rate_at_edge: bool,
     /// One a seed.
     losses: Vec<f64>,
     loss: Mean,
@@ -41,10 +43,27 @@ struct Row {
     /// Seed by seed, from the reference's loss.
     difference: Option<Mean>,
     /// Tokens over those that the reference needs to the same loss; seed by seed.
-    tax: Option<Mean>,
+    tax: Option<Tax>,
     /// The same of the mean losses, against the reference that is best of all.
-    tax_of_best: Option<f64>,
+    tax_of_best: Option<Tax>,
     goal_tax: Option<f64>,
+}
+
+/// The tokens that a variant needs, over those that a reference needs to the same loss.
+#[derive(Debug, Serialize)]
+struct Tax {
+    #[serde(flatten)]
+    value: Mean,
+    /// Whether a loss lies beyond those of the reference's runs: a guess, not a measurement.
+    extrapolated: bool,
+}
+
+impl Tax {
+    /// Of the shares at which the reference has each of the losses.
+    fn of(shares: &[Share]) -> Tax {
+        let taxes: Vec<f64> = shares.iter().map(|share| 1.0 / share.share).collect();
+        Tax { value: Mean::of(&taxes), extrapolated: shares.iter().any(|share| share.extrapolated) }
+    }
 }
 
 impl Findings {
@@ -67,17 +86,20 @@ impl Findings {
             let (variant, rate) = (&plan.list[reference], best[reference]);
             let curves: Vec<Vec<(f64, f64)>> =
                 plan.seeds.iter().map(|seed| curve(plan, variant, rate, *seed, runs)).collect::<Result<_>>()?;
+
             let pairs = rows[i].losses.iter().zip(&rows[reference].losses);
             let differences: Vec<f64> = pairs.map(|(loss, of_reference)| loss - of_reference).collect();
-            let taxes = rows[i].losses.iter().zip(&curves).map(|(loss, curve)| Some(1.0 / share_at(curve, *loss)?));
-            let taxes: Option<Vec<f64>> = taxes.collect();
             rows[i].difference = Some(Mean::of(&differences));
-            rows[i].tax = taxes.map(|taxes| Mean::of(&taxes));
+
+            let shares = rows[i].losses.iter().zip(&curves).map(|(loss, curve)| share_at(curve, *loss));
+            let shares: Option<Vec<Share>> = shares.collect();
+            rows[i].tax = shares.map(|shares| Tax::of(&shares));
         }
+
         let references = rows.iter().filter(|row| row.against.is_none());
         let top = references.min_by(|a, b| a.loss.mean.total_cmp(&b.loss.mean)).map(|row| row.shares.clone());
         for row in &mut rows {
-            row.tax_of_best = top.as_ref().and_then(|curve| Some(1.0 / share_at(curve, row.loss.mean)?));
+            row.tax_of_best = top.as_ref().and_then(|curve| Some(Tax::of(&[share_at(curve, row.loss.mean)?])));
         }
 
         let tokens = config.steps * config.batch * config.data.sequence;
@@ -111,19 +133,28 @@ impl Findings {
         text.push_str("|---|---|---|---|---|---|---|---|\n");
         for row in &self.variants {
             let delays: Vec<String> = row.delays.iter().map(ToString::to_string).collect();
-            let mean = |mean: &Option<Mean>, digits: usize| mean.as_ref().map_or("-".into(), |mean| show(mean, digits));
-            let of_best = row.tax_of_best.map_or("-".to_owned(), |tax| format!("{tax:.2}"));
+            let rate = format!("{}{}", row.rate, if row.rate_at_edge { "*" } else { "" });
+            let difference = row.difference.as_ref().map_or("-".into(), |mean| show(mean, 4));
+            let tax = |tax: &Option<Tax>| tax.as_ref().map_or("-".into(), show_tax);
+
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {} | {} | {} | {} | {of_best} |",
+                "| {} | {} | {} | {rate} | {} | {difference} | {} | {} |",
                 row.name,
                 row.grid,
                 delays.join(","),
-                row.rate,
                 show(&row.loss, 4),
-                mean(&row.difference, 4),
-                mean(&row.tax, 2)
+                tax(&row.tax),
+                tax(&row.tax_of_best)
             );
+        }
+
+        if self.variants.iter().any(|row| row.rate_at_edge) {
+            text.push_str("\n*: the lowest or the highest rate that was tried; a better one may lie beyond.\n");
+        }
+        let taxes = self.variants.iter().flat_map(|row| [&row.tax, &row.tax_of_best]).flatten();
+        if taxes.into_iter().any(|tax| tax.extrapolated) {
+            text.push_str("\n~: a loss beyond those of the reference's runs; extrapolated, not measured.\n");
         }
         text
     }
@@ -132,7 +163,7 @@ impl Findings {
     pub fn missed(&self) -> Vec<String> {
         let missed = |row: &Row| {
             let goal = row.goal_tax?;
-            let tax = row.tax.map_or(f64::INFINITY, |tax| tax.mean);
+            let tax = row.tax.as_ref().map_or(f64::INFINITY, |tax| tax.value.mean);
             (tax > goal).then(|| format!("{}: a token tax of {tax:.3}, {goal} at most is wanted", row.name))
         };
         self.variants.iter().filter_map(missed).collect()
@@ -165,6 +196,7 @@ impl Row {
             predict: word(&config.optimizer.common.predict),
             lead: word(&config.optimizer.adamw.lead),
             rate,
+            rate_at_edge: plan.at_edge(variant, rate),
             loss: Mean::of(&losses),
             losses,
             shares,
@@ -187,4 +219,9 @@ fn show(mean: &Mean, digits: usize) -> String {
         Some(half) => format!("{:.digits$} ± {half:.digits$}", mean.mean),
         None => format!("{:.digits$}", mean.mean),
     }
+}
+
+fn show_tax(tax: &Tax) -> String {
+    let sign = if tax.extrapolated { "~" } else { "" };
+    format!("{sign}{}", show(&tax.value, 2))
 }

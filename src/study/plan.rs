@@ -95,6 +95,13 @@ impl Plan {
         variant.rates.as_deref().unwrap_or(&self.rates)
     }
 
+    /// Whether a rate is the lowest or the highest of those that a variant was searched over, if it was searched.
+    pub fn at_edge(&self, variant: &Variant, rate: f64) -> bool {
+        let rates = self.rates_of(variant);
+        let inside = rates.iter().any(|other| *other < rate) && rates.iter().any(|other| *other > rate);
+        rates.len() > 1 && !inside
+    }
+
     /// The runs of a variant's search at one seed.
     pub fn searched<'a>(&'a self, variant: &'a Variant, seed: u64) -> impl Iterator<Item = Run> + 'a {
         self.rates_of(variant).iter().map(move |rate| self.run(variant, *rate, seed, 1.0))

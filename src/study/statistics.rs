@@ -21,9 +21,17 @@ impl Mean {
     }
 }
 
+/// A share of a reference's steps.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    pub share: f64,
+    /// Whether no runs of the reference stand on both sides of it.
+    pub extrapolated: bool,
+}
+
 /// The share of the steps at which a reference has a loss: between its points (share, loss), and beyond them along the
 /// nearest two, in the logarithm of the share. None of fewer than two points, or if they do not fall.
-pub fn share_at(points: &[(f64, f64)], loss: f64) -> Option<f64> {
+pub fn share_at(points: &[(f64, f64)], loss: f64) -> Option<Share> {
     let mut points = points.to_vec();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     let falls = points.windows(2).all(|pair| pair[1].1 < pair[0].1);
@@ -35,7 +43,9 @@ pub fn share_at(points: &[(f64, f64)], loss: f64) -> Option<f64> {
     let i = points.windows(2).position(|pair| loss >= pair[1].1).unwrap_or(last);
     let [(from, high), (to, low)] = [points[i], points[i + 1]];
     let part = (high - loss) / (high - low);
-    Some((from.ln() + part * (to.ln() - from.ln())).exp())
+    let share = (from.ln() + part * (to.ln() - from.ln())).exp();
+
+    Some(Share { share, extrapolated: !(0.0..=1.0).contains(&part) })
 }
 
 #[cfg(test)]
@@ -55,8 +65,14 @@ mod tests {
     #[test]
     fn a_loss_is_worth_a_share_of_the_steps() {
         let points = [(1.0, 2.0), (0.5, 3.0), (2.0, 1.5)];
-        for (loss, share) in [(3.0, 0.5), (2.0, 1.0), (1.5, 2.0), (2.5, 0.5f64.sqrt()), (4.0, 0.25), (1.0, 4.0)] {
-            assert!((share_at(&points, loss).unwrap() - share).abs() < 1e-12, "{loss}");
+        let between = [(3.0, 0.5), (2.0, 1.0), (1.5, 2.0), (2.5, 0.5f64.sqrt())];
+        let beyond = [(4.0, 0.25), (1.0, 4.0)];
+        for (rows, extrapolated) in [(&between[..], false), (&beyond[..], true)] {
+            for (loss, share) in rows {
+                let found = share_at(&points, *loss).unwrap();
+                assert!((found.share - share).abs() < 1e-12, "{loss}");
+                assert_eq!(found.extrapolated, extrapolated, "{loss}");
+            }
         }
         assert_eq!(share_at(&points[..1], 2.0), None);
         assert_eq!(share_at(&[(0.5, 2.0), (1.0, 2.5)], 2.0), None, "a reference that does not learn says nothing");

@@ -66,6 +66,12 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
         (pair(&variants[1], 0) - pair(&variants[0], 0) + pair(&variants[1], 1) - pair(&variants[0], 1)) / 2.0;
     assert!((variants[1]["difference"]["mean"].as_f64().unwrap() - difference).abs() < 1e-12);
     assert!(variants[1]["tax"]["mean"].as_f64().unwrap() > 0.0);
+    // Of two rates, each is at an edge; a tax below or above those of the reference's own runs is marked as a guess.
+    let table = fs::read_to_string(folder.path("out/tiny.md")).unwrap();
+    assert!(variants.iter().all(|row| row["rate_at_edge"] == true) && table.contains("\n*: the lowest"), "{table}");
+    let measured = 1.0..=2.0;
+    let tax = variants[1]["tax_of_best"]["mean"].as_f64().unwrap();
+    assert_eq!(variants[1]["tax_of_best"]["extrapolated"], !measured.contains(&tax), "{table}");
     assert!(fs::read_to_string(folder.path("out/tiny.md")).unwrap().contains("| predict and lead | 3x1 | 1,1,0 |"));
 
     // What is made stays made; a run that is missing is made again, with the same result.
