@@ -3,7 +3,7 @@
 //! the optimizers with the grid, but neither `stage`, `table` nor `worker` nor any message.
 //!
 //! ```text
-//! for t:   w_k = W_k[max(s, t - D_k)]  for every stage k;  v = V[max(s, t - D_0)], or V[t] under tie = "fresh"
+//! for t:   w_k = W_k[max(s, t - D_k)]  for every stage k;  v = V[max(s, t - D_0)], or V[t]: `schedule` says which by `tie`
 //!          for r: for j:  gradients of loss(x^{t,r,j}; w_0, ..., w_{K-1}, v as input, v as output),  added up over j
 //!                 layer l's memory for (t+1, r, j) is its own input here
 //!                 the table's parts put together, then everything added up over r
@@ -75,9 +75,7 @@ impl Emulator {
     pub fn new(setup: Arc<Setup>, reports: Reporter, gate: Arc<Gate>, out: PathBuf) -> Result<Emulator> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
-        let weights = |parameters: &[model::Parameter], delay: usize| -> Result<Weights> {
-            let layout = Layout::new(parameters);
-            let optimizer = setup.optimizer(&layout, delay)?;
+        let weights = |layout: Layout, optimizer: Optimizer, delay: usize| -> Result<Weights> {
             let (mut versions, mut predicted) = (BTreeMap::new(), BTreeMap::new());
             for (number, values) in setup.older_weights(&layout, delay)? {
                 if number == setup.start() {
@@ -90,12 +88,22 @@ impl Emulator {
             Ok(Weights { layout, optimizer, versions, predicted })
         };
         let delays = &setup.schedule.delays;
-        let stages =
-            (0..setup.grid.stages).map(|k| weights(&setup.stack(k).own(), delays[k])).collect::<Result<_>>()?;
-        let table = weights(&model::table(&setup.dimensions), setup.schedule.table_delay())?;
+        let stage = |k: usize| {
+            let layout = setup.layout(k);
+            let optimizer = setup.optimizer(&layout, delays[k])?;
+            weights(layout, optimizer, delays[k])
+        };
+        let stages = (0..setup.grid.stages).map(stage).collect::<Result<_>>()?;
+        let layout = Layout::new(&model::table(&setup.dimensions));
+        let optimizer = setup.table_optimizer(&layout)?;
+        let table = weights(layout, optimizer, embedding_delay(&setup))?;
         let model: Vec<Stack> = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
         let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
-        let (inputs, mut memories) = (BTreeMap::new(), BTreeMap::new());
+        let (mut inputs, mut memories) = (BTreeMap::new(), BTreeMap::new());
+        for replica in 0..setup.grid.replicas {
+            let parts = setup.waiting_parts(&table.layout, replica)?;
+            inputs.extend(parts.into_iter().map(|(step, part)| ((step, replica), part)));
+        }
         for (stage, replica) in (0..model.len()).flat_map(|k| (0..setup.grid.replicas).map(move |r| (k, r))) {
             for (microbatch, memory) in setup.memories(&model[stage], replica)? {
                 memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
@@ -159,7 +167,7 @@ impl Emulator {
             let mut snapshot = Snapshot::new(place, step, self.setup.grid.replicas);
             let table = Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
             let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
-            let table = table.map(|table| (table, schedule.table_delay()));
+            let table = table.map(|table| (table, embedding_delay(&self.setup)));
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
                 snapshot.add(&weights.layout, weights.newest()?, &weights.optimizer)?;
                 // The grid does not hold them any wider.
@@ -171,6 +179,10 @@ impl Emulator {
                     .collect::<Result<_>>()?;
                 snapshot.add_older(&weights.layout, older.iter().map(|(number, values)| (*number, values)))?;
             }
+            // The head keeps the parts.
+            let last = place.stage == self.setup.grid.stages - 1;
+            let waiting = self.inputs.iter().filter(|((_, replica), _)| last && *replica == place.replica);
+            snapshot.add_parts(&self.table.layout, waiting.map(|((step, _), part)| (*step, part)))?;
             for ((replica, microbatch), memories) in &self.memories {
                 if *replica == place.replica {
                     let rows = self.setup.train_rows(*replica, *microbatch);
@@ -187,15 +199,16 @@ impl Emulator {
         let setup = Arc::clone(&self.setup);
         let at = |delay: usize| version(sync, t, delay);
         let numbers: Vec<usize> = setup.schedule.delays.iter().map(|delay| at(*delay)).collect();
-        let table_delay = match setup.config.model.tie {
+        let head_delay = match setup.config.model.tie {
             Tie::Aligned => setup.schedule.delays[0],
             _ => 0,
         };
+        let table = [at(embedding_delay(&setup)), at(head_delay)];
         let (mut sums, mut table_sum): (Vec<Tensor>, Option<Tensor>) = (Vec::new(), None);
         // One replica has nothing to reduce.
         let reduced = (setup.grid.replicas > 1).then_some(setup.config.wire);
         for replica in 0..setup.grid.replicas {
-            let mut gradients = self.gradients(t, replica, &numbers, at(table_delay))?;
+            let mut gradients = self.gradients(t, replica, &numbers, table)?;
             let mut table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
             if let Some(wire) = reduced {
                 gradients.stages.iter_mut().chain([&mut table]).try_for_each(|flat| wire.round(flat))?;
@@ -229,15 +242,20 @@ impl Emulator {
         let schedule = &self.setup.schedule;
         self.inputs.insert((t, replica), input);
         let mut sum = output;
-        let last_of_segment = schedule.sync.contains(t + 1) || self.stop == Some(t + 1);
-        let steps: Vec<usize> = match self.setup.config.model.tie {
-            // D_0 steps old, and at a sync point whatever is still under way.
-            Tie::Fresh if !last_of_segment => {
-                t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync).into_iter().collect()
-            }
-            Tie::Fresh => (t.saturating_sub(schedule.delays[0]).max(sync)..=t).collect(),
-            _ => vec![t],
+        let synchronised = schedule.sync.contains(t + 1);
+        let stopped = self.stop == Some(t + 1);
+        let newest = match self.setup.config.model.tie {
+            // At a sync point whatever is still under way; under `fresh` a stop is one.
+            Tie::Fresh if synchronised || stopped => Some(t),
+            Tie::Head if synchronised => Some(t),
+            Tie::Fresh | Tie::Head => t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync),
+            _ => Some(t),
         };
+        // Those of a run that was stopped and goes on with other delays join the first update.
+        let left = sync == self.setup.start();
+        let due = |step: usize| newest.is_some_and(|newest| step <= newest) || (left && step < sync);
+        let steps: Vec<usize> =
+            self.inputs.keys().filter(|(step, of)| *of == replica && due(*step)).map(|(step, _)| *step).collect();
         for step in steps {
             let part = self.inputs.remove(&(step, replica));
             let part = part.ok_or_else(|| Error::Internal(format!("the oracle has no part of step {step}")))?;
@@ -248,14 +266,20 @@ impl Emulator {
 
     /// The parameters of the whole model at the given versions, as leaves: those of the stages, those of the table as
     /// the embedding uses it and as the head does.
-    fn leaves(&self, numbers: &[usize], table: usize) -> Result<[Vec<Tensor>; 3]> {
+    fn leaves(&self, numbers: &[usize], [input, head]: [usize; 2]) -> Result<[Vec<Tensor>; 3]> {
         let (mut own, kind) = (Vec::new(), self.setup.config.precision.kind());
         for (stage, number) in self.stages.iter().zip(numbers) {
-            own.extend(stage.leaves(*number, kind)?);
+            own.extend(leaves(&stage.layout, stage.used(*number)?, kind)?);
         }
         // Without a tie the table is empty and never updated.
-        let table = if self.setup.dimensions.tied { table } else { self.setup.start() };
-        Ok([own, self.table.leaves(table, kind)?, self.table.leaves(table, kind)?])
+        let number = |of: usize| if self.setup.dimensions.tied { of } else { self.setup.start() };
+        let input = self.table.used(number(input))?;
+        // A head that nothing delays has nothing to predict.
+        let head = match self.setup.config.model.tie {
+            Tie::Head => self.table.newest()?,
+            _ => self.table.used(number(head))?,
+        };
+        Ok([own, leaves(&self.table.layout, input, kind)?, leaves(&self.table.layout, head, kind)?])
     }
 
     /// The values of the parameters of every stage's layers.
@@ -295,7 +319,7 @@ impl Emulator {
     }
 
     /// Gradients of one replica, added up over its microbatches.
-    fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize], table: usize) -> Result<Gradients> {
+    fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize], table: [usize; 2]) -> Result<Gradients> {
         let setup = Arc::clone(&self.setup);
         let config = &setup.config;
         let leaves = self.leaves(numbers, table)?;
@@ -361,7 +385,7 @@ impl Emulator {
         let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: sum };
         weights.optimizer.update(buffers, &UpdateScalars { lr, mean, norm: &number })?;
         // V[t+1] = W[t+1] + H (W[t+1] - W[t]), but for an update that is left out.
-        let delay_of_rule = if stage.is_none() { self.setup.schedule.table_delay() } else { delay };
+        let delay_of_rule = if stage.is_none() { embedding_delay(&self.setup) } else { delay };
         let horizon = self.setup.horizon(delay_of_rule, t);
         if horizon != 0.0 && norm.is_finite() {
             let moved = new.f_sub(&old)?.f_mul_scalar(horizon)?;
@@ -374,7 +398,7 @@ impl Emulator {
     }
 
     fn evaluate(&mut self, t: usize) -> Result<()> {
-        let leaves = self.leaves(&vec![t; self.stages.len()], t)?;
+        let leaves = self.leaves(&vec![t; self.stages.len()], [t, t])?;
         let weights = self.weights(&leaves);
         for replica in 0..self.setup.grid.replicas {
             let (mut loss_sum, mut tokens) = (0.0, 0);
@@ -404,11 +428,18 @@ impl Weights {
         let flat = self.predicted.get(&number).or_else(|| self.versions.get(&number));
         flat.ok_or_else(|| Error::Internal(format!("the oracle does not hold version {number}")))
     }
+}
 
-    /// The parameters of a version, rounded to what the model computes with.
-    fn leaves(&self, number: usize, kind: Kind) -> Result<Vec<Tensor>> {
-        let flat = self.used(number)?;
-        let leaf = |view: Tensor| Ok(view.f_to_kind(kind)?.f_detach()?.f_set_requires_grad(true)?);
-        self.layout.views(flat)?.into_iter().map(leaf).collect()
+/// The parameters of a version, rounded to what the model computes with.
+fn leaves(layout: &Layout, flat: &Tensor, kind: Kind) -> Result<Vec<Tensor>> {
+    let leaf = |view: Tensor| Ok(view.f_to_kind(kind)?.f_detach()?.f_set_requires_grad(true)?);
+    layout.views(flat)?.into_iter().map(leaf).collect()
+}
+
+/// How many updates old the version of the tied table is that the embedding uses.
+fn embedding_delay(setup: &Setup) -> usize {
+    match setup.config.model.tie {
+        Tie::Aligned | Tie::Head => setup.schedule.delays[0],
+        Tie::Fresh | Tie::Untied => 0,
     }
 }

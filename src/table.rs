@@ -14,15 +14,7 @@ use crate::error::{Error, Result};
 use crate::number::{Number, Readback};
 use crate::optim::{Optimizer, UpdateScalars, norm};
 use crate::params::{Layout, Master, UpdateBuffers, Versions, bytes, here, zeros};
-
-/// The two uses of a tied table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// Rows of it are the model's input: stage 0.
-    Input,
-    /// It is the matrix of the head: stage K-1.
-    Output,
-}
+use crate::schedule::End;
 
 /// The tied table of one device.
 pub struct Table {
@@ -30,7 +22,7 @@ pub struct Table {
     optimizer: Optimizer,
     /// The ends that are on this device, in the order of the versions' sides.
     ends: Vec<End>,
-    /// On the device of stage 0: parts by step, complete and not yet used.
+    /// Of the joiner: parts by step, complete and not yet used.
     inputs: VecDeque<(usize, Tensor)>,
     outputs: VecDeque<(usize, Tensor)>,
     /// The gradient of the update that is under way.
@@ -54,6 +46,17 @@ impl Table {
         let gradients = ends.iter().map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
         let versions = Versions::with(layout, initial, held, gradients, kind, master)?;
         Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
+    }
+
+    /// Lets an end, if it is on this device, use the newest version as the update has made it, where versions are predicted.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn unpredicted(self, end: End) -> Result<Table> {
+        match self.side(end) {
+            Some(side) => Ok(Table { versions: self.versions.unpredicted(side)?, ..self }),
+            None => Ok(self),
+        }
     }
 
     /// The parameters of a version as an end uses them; none if that end is on another device.
@@ -110,7 +113,8 @@ impl Table {
         parts.iter().any(|(of, _)| *of == step)
     }
 
-    /// Puts the gradient of update `step` together: the head's part, then the input parts of `inputs` in order.
+    /// Puts the gradient of update `step` together: the head's part, then the input parts of `inputs` in order, and before
+    /// them those of earlier steps that an earlier run, whose delays were others, has left.
     ///
     /// # Errors
     /// [`Error::Internal`] if a part is missing.
@@ -120,11 +124,20 @@ impl Table {
             part.map(|(_, part)| part).ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
         };
         let mut whole = taken(&mut self.outputs, step)?;
+        let left = self.inputs.iter().take_while(|(of, _)| *of < inputs.start).count();
+        for (_, part) in self.inputs.drain(..left) {
+            let _ = whole.f_add_(&part)?;
+        }
         for step in inputs {
             let _ = whole.f_add_(&taken(&mut self.inputs, step)?)?;
         }
         self.whole = Some(whole.shallow_clone());
         Ok(whole)
+    }
+
+    /// The input parts that have not joined an update yet, each with its step.
+    pub fn waiting(&self) -> impl Iterator<Item = (usize, &Tensor)> {
+        self.inputs.iter().map(|(step, part)| (*step, part))
     }
 
     /// A copy of the gradient of the update under way.

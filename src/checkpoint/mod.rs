@@ -7,6 +7,8 @@
 //!                                 the parameters
 //! stage-K.older.safetensors        weights of earlier versions that delayed steps still use, `NAME@UPDATES`, of a run
 //!                                  that was stopped between two sync points
+//! stage-K.replica-R.parts.safetensors      input parts of a tied table's gradient that have joined no update, `NAME@STEP/R`, of a
+//!                                  run under `tie = "head"` that was stopped between two sync points
 //! stage-K.replica-R.memory.safetensors     what a Transformer-XL remembers: `LAYER/ROW`, the rows of the batch from ROW on
 //! vocabulary.json                 of characters and words
 //! manifest.json                   step, config, grid, versions; size, digest and tensors of every file
@@ -45,7 +47,7 @@ const MANIFEST: &str = "manifest.json";
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
 
-/// What a file holds. In a manifest a word: `weights`, `memory`, `older`, else the name of a buffer of state.
+/// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of a buffer of state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum ShardKind {
@@ -55,6 +57,8 @@ pub enum ShardKind {
     Memory,
     /// Weights of earlier versions.
     Older,
+    /// Parts of the tied table's gradient that wait for their update.
+    Parts,
 }
 
 impl From<String> for ShardKind {
@@ -63,6 +67,7 @@ impl From<String> for ShardKind {
             "weights" => ShardKind::Weights,
             "memory" => ShardKind::Memory,
             "older" => ShardKind::Older,
+            "parts" => ShardKind::Parts,
             _ => ShardKind::State(word),
         }
     }
@@ -74,6 +79,7 @@ impl From<ShardKind> for String {
             ShardKind::Weights => "weights".into(),
             ShardKind::Memory => "memory".into(),
             ShardKind::Older => "older".into(),
+            ShardKind::Parts => "parts".into(),
             ShardKind::State(name) => name,
         }
     }
@@ -155,6 +161,11 @@ impl Manifest {
 /// The name of a parameter's earlier version.
 fn older(name: &str, version: usize) -> String {
     format!("{name}@{version}")
+}
+
+/// The name of a replica's part of a step of a parameter's gradient.
+fn part(name: &str, step: usize, replica: usize) -> String {
+    format!("{name}@{step}/{replica}")
 }
 
 fn folder(out: &Path, step: usize, suffix: &str) -> PathBuf {
@@ -297,6 +308,7 @@ mod tests {
             ("left_basis", ShardKind::State("left_basis".into())),
             ("memory", ShardKind::Memory),
             ("older", ShardKind::Older),
+            ("parts", ShardKind::Parts),
         ] {
             assert_eq!(serde_json::to_value(&kind).unwrap(), word);
             assert_eq!(serde_json::from_value::<ShardKind>(word.into()).unwrap(), kind);

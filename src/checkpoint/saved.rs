@@ -1,6 +1,6 @@
 //! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::{Device, Tensor};
 
-use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, digest, entries, index, older};
+use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, digest, entries, index, older, part};
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
@@ -178,6 +178,23 @@ impl Checkpoint {
         let mut named = layout.clone();
         named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, version));
         self.flat(&ShardKind::Older, &named)
+    }
+
+    /// A replica's part of a step of the tied table's gradient.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is not there.
+    pub fn part(&self, layout: &Layout, step: usize, replica: usize) -> Result<Tensor> {
+        let mut named = layout.clone();
+        named.entries.iter_mut().for_each(|entry| entry.parameter.name = part(&entry.parameter.name, step, replica));
+        self.flat(&ShardKind::Parts, &named)
+    }
+
+    /// The steps of which parts of the tied table's gradient were saved, in order.
+    pub fn steps_of_parts(&self) -> BTreeSet<usize> {
+        let parts = self.manifest.shards.iter().filter(|shard| shard.kind == ShardKind::Parts);
+        let step = |name: &String| name.rsplit_once('@')?.1.split_once('/')?.0.parse().ok();
+        parts.flat_map(|shard| shard.tensors.iter().filter_map(step)).collect()
     }
 
     /// A flat buffer of saved values of one kind.

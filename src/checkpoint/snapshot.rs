@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::file::Content;
-use super::{Shard, ShardKind, Written, folder, older, room};
+use super::{Shard, ShardKind, Written, folder, older, part, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
@@ -110,6 +110,21 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Copies parts of the tied table's gradient that this replica's joiner keeps, each with its step.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn add_parts<'a>(&mut self, layout: &Layout, parts: impl Iterator<Item = (usize, &'a Tensor)>) -> Result<()> {
+        for (step, values) in parts {
+            let mut named = layout.clone();
+            let rename =
+                |entry: &mut Entry| entry.parameter.name = part(&entry.parameter.name, step, self.place.replica);
+            named.entries.iter_mut().for_each(rename);
+            self.copy(ShardKind::Parts, &named, values)?;
+        }
+        Ok(())
+    }
+
     /// Copies what layers remember of the rows of the batch from `row` on.
     ///
     /// # Errors
@@ -158,6 +173,7 @@ impl Snapshot {
             ShardKind::Weights => format!("stage-{stage}.safetensors"),
             ShardKind::State(name) => format!("stage-{stage}.{name}.safetensors"),
             ShardKind::Older => format!("stage-{stage}.older.safetensors"),
+            ShardKind::Parts => format!("stage-{stage}.replica-{replica}.parts.safetensors"),
             ShardKind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
         };
         let path = folder.join(&file);

@@ -128,8 +128,8 @@ fn connected(
     // A GPU's gradients are on the GPU.
     let values = |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
     let gradients: Vec<usize> = setup.grid.held(world.identity.rank).iter().map(values).collect();
-    let (capacity, wire) = (setup.schedule.link_capacity(), setup.config.wire);
-    let connected = world.connect(setup.grid, capacity, wire, limit, stall, &gradients);
+    let (capacity, joiner) = (setup.schedule.link_capacity(), setup.schedule.joiner());
+    let connected = world.connect(setup.grid, (capacity, joiner), setup.config.wire, limit, stall, &gradients);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {

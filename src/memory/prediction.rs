@@ -10,7 +10,7 @@ use crate::number::READBACK_STEPS;
 use crate::optim::{state_layouts, workspace};
 use crate::params::{Layout, Master};
 use crate::precision::Precision;
-use crate::schedule::Tie;
+use crate::schedule::{End, Tie};
 use crate::setup::Setup;
 use crate::wire::Wire;
 
@@ -48,14 +48,21 @@ impl Prediction {
             sum.add_place(setup, *place);
         }
         let value = setup.config.precision.bytes() as u64;
-        let ends = held.iter().flat_map(|place| setup.table_ends(place.stage)).count() as u64;
-        if ends > 0 {
+        let ends: Vec<End> = held.iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
+        if let Some(end) = ends.first() {
             let layout = Layout::new(&model::table(&setup.dimensions));
             let table = layout.len as u64 * VALUE;
-            // Parts wait on stage 0's device; the other copy only gets sums.
-            let parts = if setup.grid.device_of(rank) == 0 { setup.schedule.delays[0] as u64 + 4 } else { 3 };
+            // Parts wait for the joiner; the other copy only gets sums, under `head` as late as it may.
+            let waits = setup.grid.device_of(rank) == 0 || setup.schedule.tie == Tie::Head;
+            let parts = if waits { setup.schedule.delays[0] as u64 + 4 } else { 3 };
+            let delay = setup.schedule.table_delay(*end);
             let held = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
-            sum.weights += held * table / VALUE * value + master(setup, table, setup.schedule.table_delay());
+            sum.weights += held * table / VALUE * value + master(setup, table, delay);
+            let ends = ends.len() as u64;
+            // Of both ends here the head reads the newest weights unpredicted, in bf16 a copy of them.
+            if setup.schedule.tie == Tie::Head && ends == 2 && setup.master(delay) == Master::Always {
+                sum.weights += narrow(setup, table);
+            }
             sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
             sum.add_optimizer(setup, &layout);
         }
@@ -66,7 +73,7 @@ impl Prediction {
         }
         let copies: u64 = held.iter().map(|place| copied(setup, *place)).sum();
         // Where a run ends, or is stopped, nothing else is under way.
-        let older: u64 = held.iter().map(|place| copied_older(setup, *place)).sum();
+        let older: u64 = held.iter().map(|place| copied_older(setup, *place) + copied_parts(setup, *place)).sum();
         let at_stop = (copies + older).saturating_sub(sum.activations + sum.transient);
         sum.saving = if setup.config.checkpoint.every.is_some() { copies.max(at_stop) } else { at_stop };
         sum.holes = (sum.activations + sum.transient) / HOLES;
@@ -147,7 +154,7 @@ fn narrow(setup: &Setup, flat: u64) -> u64 {
 /// Which values decay, a byte each: of a GPU's optimizer.
 fn decays(setup: &Setup, held: &[Place]) -> u64 {
     let own = held.iter().map(|place| setup.layout(place.stage).len as u64).sum::<u64>();
-    let table = held.iter().any(|place| !setup.table_ends(place.stage).is_empty());
+    let table = held.iter().any(|place| setup.schedule.uses_table(place.stage));
     own + if table { Layout::new(&model::table(&setup.dimensions)).len as u64 } else { 0 }
 }
 
@@ -172,7 +179,18 @@ fn copied_older(setup: &Setup, place: Place) -> u64 {
     }
     let (schedule, own) = (&setup.schedule, setup.layout(place.stage).len);
     let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
-    (schedule.delays[place.stage] * own + schedule.table_delay() * table) as u64 * VALUE
+    (schedule.delays[place.stage] * own + schedule.table_delay(End::Input) * table) as u64 * VALUE
+}
+
+/// The parts of the tied table's gradient that a place copies if it is stopped between two sync points.
+fn copied_parts(setup: &Setup, place: Place) -> u64 {
+    let schedule = &setup.schedule;
+    match schedule.tie {
+        Tie::Head if place.stage == schedule.joiner() => {
+            (schedule.delays[0] * Layout::new(&model::table(&setup.dimensions)).len) as u64 * VALUE
+        }
+        _ => 0,
+    }
 }
 
 /// What one place's reducer holds of the parts that it reduces at once, where gradients travel (it is not known yet whether they

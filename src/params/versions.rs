@@ -9,7 +9,8 @@
 //! gradient   [ norm1 | qkv | ... ]                 every version's parameters add theirs into this one
 //! ```
 //!
-//! A table that two ends use has a side for each: its own leaves over the same buffers, its own gradient.
+//! A table that two ends use has a side for each: its own leaves over the same buffers, its own gradient. A side may be
+//! `unpredicted`: it reads the newest weights as updates make them, and no older ones.
 //!
 //! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
@@ -33,6 +34,8 @@ pub struct Versions {
     /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
     buffers: Vec<Tensor>,
     sides: Vec<Side>,
+    /// Of an unpredicted side: the newest weights, where steps use them rounded.
+    rounded: Option<Tensor>,
     /// The newest version: how many updates have been made.
     newest: usize,
 }
@@ -60,7 +63,7 @@ pub enum Master {
 
 /// One use of the weights.
 struct Side {
-    /// The parameters of every buffer, leaves of autograd.
+    /// The parameters of every buffer, leaves of autograd; of an unpredicted side those of the newest weights.
     leaves: Vec<Vec<Tensor>>,
     /// The sum over a step's microbatches, f32.
     gradient: Tensor,
@@ -111,14 +114,33 @@ impl Versions {
             Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient, narrow })
         };
         let sides = gradients.into_iter().map(side).collect::<Result<_>>()?;
-        Ok(Versions { layout, master: apart.then_some(initial), buffers, sides, newest: 0 })
+        Ok(Versions { layout, master: apart.then_some(initial), buffers, sides, rounded: None, newest: 0 })
+    }
+
+    /// Lets a side use the newest weights as updates make them, where the versions are predicted ones.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn unpredicted(mut self, side: usize) -> Result<Versions> {
+        let (Some(master), kind) = (&self.master, self.buffers[0].kind()) else { return Ok(self) };
+        self.rounded = (kind != Kind::Float).then(|| master.f_to_kind(kind)).transpose()?;
+
+        let read = self.layout.views(self.rounded.as_ref().unwrap_or(master))?;
+        let side = &mut self.sides[side];
+        let gradients = self.layout.views(side.narrow.as_ref().unwrap_or(&side.gradient))?;
+        side.leaves =
+            vec![read.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect::<Result<_>>()?];
+        Ok(self)
     }
 
     /// The same weights as version `newest`, for a run that goes on.
     pub fn at(mut self, newest: usize) -> Versions {
         let by = newest % self.buffers.len();
         self.buffers.rotate_right(by);
-        self.sides.iter_mut().for_each(|side| side.leaves.rotate_right(by));
+        self.sides.iter_mut().for_each(|side| {
+            let by = newest % side.leaves.len();
+            side.leaves.rotate_right(by);
+        });
         self.newest = newest;
         self
     }
@@ -136,7 +158,7 @@ impl Versions {
     /// # Panics
     /// If the version is not written yet or no longer held: a fault of the schedule.
     pub fn parameters(&self, version: usize, side: usize) -> &[Tensor] {
-        let held = self.buffers.len();
+        let held = self.sides[side].leaves.len();
         assert!(
             version <= self.newest && self.newest - version < held,
             "version {version} is not held: the newest is {} of {held}",
@@ -208,7 +230,8 @@ impl Versions {
         let gradient = &mut self.sides[0].gradient;
         if let Some(master) = &mut self.master {
             let published = Published { version: &mut self.buffers[next], horizon: horizon as f32 };
-            return update(UpdateBuffers { old: None, new: master, published: Some(published), gradient });
+            update(UpdateBuffers { old: None, new: master, published: Some(published), gradient })?;
+            return self.rounded.as_mut().map_or(Ok(()), |rounded| publish(master, rounded));
         }
         if held == 1 {
             return update(UpdateBuffers { old: None, new: &mut self.buffers[0], published: None, gradient });

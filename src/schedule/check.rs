@@ -1,7 +1,7 @@
 //! Whether a set of action lists is a run of the algorithm: every message meets its receive, nothing deadlocks, every
 //! version that is used exists and is still held, no bound on memory is passed.
 
-use super::{Action, Costs, Fault, Op, Pass, Schedule, simulate};
+use super::{Action, Costs, End, Fault, Op, Pass, Schedule, Tie, simulate};
 use crate::delay::version;
 
 /// Checks the lists of all devices of `replicas` pipelines (in the order of their ranks) against `schedule`.
@@ -18,7 +18,7 @@ pub fn check(schedule: &Schedule, replicas: usize, lists: &[Vec<Action>]) -> Res
                 return Err(Fault(format!("{action} stands in the list of {}", grid.name(rank))));
             };
             // On a ring the other stage of this device may update the table.
-            let tables = ledgers[0].tables;
+            let tables = ledgers.iter().find(|ledger| ledger.updates_table()).map_or(0, |ledger| ledger.tables);
             let broken = |rule| Fault(format!("{action} on {}: {rule}", held[i]));
             ledgers[i].take(action, tables).map_err(broken)?;
         }
@@ -59,13 +59,14 @@ impl<'a> Ledger<'a> {
             updates: start,
             parts: start,
             received: start,
-            joined: start,
+            // Parts of a run that goes on between two sync points may wait still.
+            joined: schedule.table_inputs(start, schedule.sync.since, false).start,
             reduced_table: None,
             tables: start,
         }
     }
 
-    /// `tables`: updates of the table that this device's first stage has made.
+    /// `tables`: updates of the table that this device has made.
     fn take(&mut self, action: &Action, tables: usize) -> Result<(), String> {
         if !self.updates_table() {
             self.tables = tables;
@@ -124,8 +125,8 @@ impl<'a> Ledger<'a> {
 
     /// Whether this stage's list holds the updates of the table that it uses.
     fn updates_table(&self) -> bool {
-        let grid = self.schedule.grid(1);
-        self.schedule.uses_table(self.stage) && grid.device(self.stage) == self.stage
+        let alone = self.schedule.grid(1).held(self.schedule.grid(1).device(self.stage)).len() == 1;
+        self.schedule.uses_table(self.stage) && (alone || self.stage == self.schedule.joiner())
     }
 
     fn table(&mut self, action: &Action) -> Result<(), String> {
@@ -145,8 +146,9 @@ impl<'a> Ledger<'a> {
             Op::ReduceTable => {
                 in_order(step, self.tables)?;
                 let inputs = self.inputs(step);
-                let output = if self.schedule.stages == 1 { self.parts } else { self.received };
-                if self.parts < inputs.end || output <= step {
+                let other = if self.schedule.stages == 1 { self.parts } else { self.received };
+                let (input, output) = if self.stage == 0 { (self.parts, other) } else { (other, self.parts) };
+                if input < inputs.end || output <= step {
                     return Err("an all-reduce of the table without its parts".into());
                 }
                 if inputs.start != self.joined {
@@ -156,7 +158,7 @@ impl<'a> Ledger<'a> {
                 self.reduced_table = Some(step);
             }
             Op::SendTable if self.reduced_table != Some(step) => return Err("a sum that is not made".into()),
-            Op::UpdateTable if self.stage > 0 => {
+            Op::UpdateTable if self.stage != self.schedule.joiner() => {
                 in_order(step, self.tables)?;
                 if self.received != step + 1 {
                     return Err("an update of the table without its sum".into());
@@ -187,16 +189,25 @@ impl<'a> Ledger<'a> {
         if !self.schedule.uses_table(self.stage) {
             return Ok(());
         }
-        let needed = version(self.schedule.sync.before(step), step, self.schedule.table_delay());
-        if needed > self.tables {
-            return Err(format!("version {needed} of the table is not written yet, only {}", self.tables));
-        }
-        let held = self.schedule.tables_held(self.schedule.grid(1).device(self.stage));
-        if self.tables - needed >= held {
-            return Err(format!("version {needed} of the table is overwritten by version {}", self.tables));
-        }
-        if forward && self.schedule.tie == super::Tie::Fresh && needed != self.tables {
-            return Err(format!("version {needed} of the table is not the newest, {}", self.tables));
+        let (sync, held) =
+            (self.schedule.sync.before(step), self.schedule.tables_held(self.schedule.grid(1).device(self.stage)));
+        for end in self.schedule.ends(self.stage) {
+            let needed = version(sync, step, self.schedule.table_delay(end));
+            if needed > self.tables {
+                return Err(format!("version {needed} of the table is not written yet, only {}", self.tables));
+            }
+            if self.tables - needed >= held {
+                return Err(format!("version {needed} of the table is overwritten by version {}", self.tables));
+            }
+            // Under `head` the head's backward uses the newest version too.
+            let newest = match self.schedule.tie {
+                Tie::Fresh => forward,
+                Tie::Head => end == End::Output,
+                Tie::Aligned | Tie::Untied => false,
+            };
+            if newest && needed != self.tables {
+                return Err(format!("version {needed} of the table is not the newest, {}", self.tables));
+            }
         }
         Ok(())
     }
@@ -207,7 +218,7 @@ impl<'a> Ledger<'a> {
         if self.updates != steps {
             return Err(format!("{} updates in {steps} steps", self.updates));
         }
-        let joined = if self.stage == 0 { self.joined } else { steps };
+        let joined = if self.stage == self.schedule.joiner() { self.joined } else { steps };
         if self.updates_table() && (self.tables != steps || joined != steps) {
             return Err(format!("{} updates of the table in {steps} steps, {} parts", self.tables, self.joined));
         }
@@ -250,7 +261,11 @@ mod tests {
     }
 
     fn any_tie() -> impl Strategy<Value = Tie> {
-        prop_oneof![Just(Tie::Untied), Just(Tie::Aligned), Just(Tie::Fresh)]
+        prop_oneof![Just(Tie::Untied), Just(Tie::Aligned), Just(Tie::Head), Just(Tie::Fresh)]
+    }
+
+    fn waits_for_nobody() -> impl Strategy<Value = Tie> {
+        prop_oneof![Just(Tie::Untied), Just(Tie::Aligned), Just(Tie::Head)]
     }
 
     fn any_kind() -> impl Strategy<Value = Kind> {
@@ -286,10 +301,10 @@ mod tests {
         /// No idle device in the steady state when messages are free.
         #[test]
         fn decoupled_stages_are_never_idle(
-            k in 1usize..=6, m in 1usize..=6, h in 1usize..=3, backward in 1u32..4, tied: bool,
+            k in 1usize..=6, m in 1usize..=6, h in 1usize..=3, backward in 1u32..4, tie in waits_for_nobody(),
         ) {
             let mut schedule = Schedule::new(Kind::Decoupled, k, m, h, SyncPoints::ends(1));
-            schedule.tie = if tied { Tie::Aligned } else { Tie::Untied };
+            schedule.tie = tie;
             let costs = Costs { forward: 1.0, backward: backward as f64, message: 0.0 };
             for share in crate::schedule::ideal(&schedule, costs).unwrap().utilization {
                 prop_assert!((share - 1.0).abs() < 1e-9, "{share}");
@@ -324,6 +339,42 @@ mod tests {
         schedule.delays[0] = 2;
         let fault = check(&schedule, 1, &made_with_enough).unwrap_err();
         assert_eq!(fault.0, "0F3.0 on stage 0, replica 0: version 1 is not written yet, only 0");
+    }
+
+    /// A run that goes on between two sync points: what was under way joins as if it had not been stopped.
+    #[test]
+    fn lists_that_go_on_between_sync_points_are_runs_too() {
+        for (stages, m, ring) in
+            [(1, 1, false), (2, 1, false), (4, 1, false), (4, 3, false), (4, 1, true), (5, 2, true)]
+        {
+            for (start, tie) in (1..12).flat_map(|start| [(start, Tie::Head), (start, Tie::Aligned)]) {
+                let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(12));
+                schedule.sync.from(start, 0);
+                schedule.tie = tie;
+                if ring {
+                    schedule.placement = Placement::Ring;
+                }
+                assert_eq!(check(&schedule, 2, &lists(&schedule, 2)), Ok(()), "K = {stages}, m = {m}, from {start}");
+            }
+        }
+    }
+
+    /// On a ring the table's newest version is written while the embedding still uses much older ones.
+    #[test]
+    fn a_ring_under_head_holds_more_tables() {
+        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(20));
+        (schedule.placement, schedule.tie) = (Placement::Ring, Tie::Head);
+        let (mut written, mut oldest, mut most) = (0, 0, 0);
+        for action in schedule.device_actions(0) {
+            match (action.op, action.stage) {
+                (Op::UpdateTable, _) => written = action.step + 1,
+                // The version of the oldest step under way, which its backward, run again, may read.
+                (Op::Backward, 0) => oldest = action.step + 1,
+                _ => {}
+            }
+            most = most.max(written + 1 - version(0, oldest, schedule.delays[0]).min(written));
+        }
+        assert_eq!((most, schedule.tables_held(0)), (7, 7));
     }
 
     #[test]

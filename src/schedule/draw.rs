@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::simulate::BEFORE_DRAIN;
-use super::{Action, Costs, Fault, Op, Schedule, Span, Tie, ideal, simulate};
+use super::{Action, Costs, End, Fault, Op, Schedule, Span, Tie, ideal, simulate};
 
 /// Delays, versions and activations held, utilisation of every device, and the speed-up in the steady state.
 ///
@@ -34,7 +34,17 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let _ = writeln!(out, "versions held     {}", list(stages().map(|k| schedule.versions_held(k)).collect()));
     let _ = writeln!(out, "activations held  {}", list(stages().map(|k| schedule.activations_held(k)).collect()));
     if schedule.tie != Tie::Untied {
-        let _ = writeln!(out, "table's delay     {}", schedule.table_delay());
+        let (input, head) = (schedule.table_delay(End::Input), schedule.table_delay(End::Output));
+        let _ = match schedule.tie {
+            Tie::Head => {
+                let applied = input + schedule.delays[0];
+                writeln!(
+                    out,
+                    "table's delay     head {head}, embedding {input}; its part is applied {applied} updates old"
+                )
+            }
+            _ => writeln!(out, "table's delay     {input}"),
+        };
     }
     let shares: Vec<String> = ideal.utilization.iter().map(|u| format!("{u:.2}")).collect();
     let _ = writeln!(out, "utilisation       {}", shares.join(" "));

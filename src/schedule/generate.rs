@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Action, Op, Pass, Schedule, Tie};
+use super::{Action, End, Op, Pass, Schedule, Tie};
 use crate::delay::version;
 use crate::grid::Placement;
 
@@ -22,6 +22,8 @@ pub struct Actions<'a> {
     /// The next step whose update of the tied table has not been started, and the one that has been and is not complete.
     table: usize,
     pending_table: Option<usize>,
+    /// Under `head`: the next step whose input part the last stage takes.
+    part: usize,
     queue: VecDeque<Action>,
     /// No step from here on is begun.
     limit: usize,
@@ -42,6 +44,7 @@ impl<'a> Actions<'a> {
             pending_update: None,
             table: start,
             pending_table: None,
+            part: start,
             queue: VecDeque::new(),
             limit: usize::MAX,
             end: schedule.sync.steps,
@@ -192,13 +195,21 @@ impl<'a> Actions<'a> {
     }
 
     /// The last backward of a step is over: its part of the table's gradient is complete. Under `aligned` the input's
-    /// part is the later one, so stage 0 can start the update.
+    /// part is the later one, so stage 0 can start the update. Under `head` the last stage can, but at a sync point, where it
+    /// has to wait for parts that it does not need before.
     fn table_after_step(&mut self, step: usize) {
-        if self.schedule.uses_table(self.stage) {
-            self.push(Op::Part, Pass::Train, step, 0);
-            if self.stage == 0 && self.schedule.tie == Tie::Aligned {
-                self.start_table(step);
-            }
+        if !self.schedule.uses_table(self.stage) {
+            return;
+        }
+
+        self.push(Op::Part, Pass::Train, step, 0);
+        let starts = match self.schedule.tie {
+            Tie::Aligned => self.stage == 0,
+            Tie::Head => self.is_last() && !self.schedule.joins_all(step + 1, false),
+            Tie::Fresh | Tie::Untied => false,
+        };
+        if starts {
+            self.start_table(step);
         }
     }
 
@@ -207,12 +218,17 @@ impl<'a> Actions<'a> {
     fn table_before_forward(&mut self, i: usize) {
         let sync = self.segment.0;
         let step = sync + i / self.schedule.microbatches;
-        self.table_updates(version(sync, step, self.schedule.table_delay()));
+        let end = if self.is_last() { End::Output } else { End::Input };
+        self.table_updates(version(sync, step, self.schedule.table_delay(end)));
     }
 
-    /// At the end of a segment every update is made.
+    /// At the end of a segment every update is made, and no part is under way.
     fn table_at_sync(&mut self, end: usize) {
         self.table_updates(end);
+        if self.schedule.tie == Tie::Head && self.stage == self.schedule.joiner() {
+            self.take_inputs(end);
+        }
+
         let copies = self.schedule.placement == Placement::Line && self.schedule.stages > 1;
         if copies && self.schedule.uses_table(self.stage) {
             self.push(Op::Digest, Pass::Train, end, 0);
@@ -225,14 +241,14 @@ impl<'a> Actions<'a> {
             return;
         }
         while self.table < past {
-            match (self.stage, self.schedule.placement) {
-                (0, _) => self.start_table(self.table),
-                (_, Placement::Line) => {
+            match self.schedule.placement {
+                _ if self.stage == self.schedule.joiner() => self.start_table(self.table),
+                Placement::Line => {
                     self.push(Op::RecvTable, Pass::Train, self.table, 0);
                     self.push(Op::UpdateTable, Pass::Train, self.table, 0);
                     self.table += 1;
                 }
-                (_, Placement::Ring) => {
+                Placement::Ring => {
                     self.push(Op::AwaitTable, Pass::Train, self.table, 0);
                     self.table += 1;
                 }
@@ -243,15 +259,34 @@ impl<'a> Actions<'a> {
         }
     }
 
-    /// Stage 0 takes the head's part and starts the all-reduce.
+    /// The joiner takes the other end's part and starts the all-reduce.
     fn start_table(&mut self, step: usize) {
         self.finish_table();
-        if self.schedule.stages > 1 {
+        if self.schedule.tie == Tie::Head {
+            let all = self.schedule.joins_all(step + 1, false);
+            self.take_inputs(self.schedule.table_inputs(step, self.since(), all).end);
+        } else if self.schedule.stages > 1 {
             self.push(Op::RecvPart, Pass::Train, step, 0);
         }
         self.push(Op::ReduceTable, Pass::Train, step, 0);
         self.pending_table = Some(step);
         self.table = step + 1;
+    }
+
+    /// The last stage takes the input parts of the steps before `past`.
+    fn take_inputs(&mut self, past: usize) {
+        while self.part < past {
+            if self.schedule.stages > 1 {
+                self.push(Op::RecvPart, Pass::Train, self.part, 0);
+            }
+            self.part += 1;
+        }
+    }
+
+    /// The sync point that the segment's delays count from.
+    fn since(&self) -> usize {
+        let (sync, start) = (&self.schedule.sync, self.segment.0);
+        if start == sync.start { sync.since } else { start }
     }
 
     fn finish_table(&mut self) {
@@ -341,6 +376,8 @@ mod tests {
             (Kind::Decoupled, 1, super::Tie::Aligned, Placement::Line),
             (Kind::Decoupled, 2, super::Tie::Fresh, Placement::Line),
             (Kind::Decoupled, 2, super::Tie::Aligned, Placement::Ring),
+            (Kind::Decoupled, 1, super::Tie::Head, Placement::Line),
+            (Kind::Decoupled, 2, super::Tie::Head, Placement::Ring),
             (Kind::Gpipe, 3, super::Tie::Untied, Placement::Line),
         ] {
             let mut schedule = Schedule::new(kind, 4, m, 1, SyncPoints::ends(20));
@@ -382,6 +419,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Under `head` the last stage joins the input part of a delay before, updates before its next forward and sends the sum;
+    /// at the sync point it takes all that are under way.
+    #[test]
+    fn a_fresh_head_of_a_small_grid() {
+        let mut schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
+        schedule.tie = super::Tie::Head;
+        assert_eq!(
+            list(&schedule, 0),
+            "0L0.0 0F0.0 0SA0.0 0L1.0 0F1.0 0SA1.0 0RG0.0 0B0.0 0R0 0P0 0RT0 0TU0 0U0 0L2.0 0F2.0 0SA2.0 0RG1.0 0B1.0 0R1 0P1 \
+             0U1 0RG2.0 0B2.0 0R2 0P2 0U2 0RT1 0TU1 0RT2 0TU2 0D3"
+        );
+        assert_eq!(
+            list(&schedule, 1),
+            "1L0.0 1RA0.0 1F0.0 1B0.0 1SG0.0 1R0 1P0 1TR0 1ST0 1TU0 1U0 1L1.0 1RA1.0 1F1.0 1B1.0 1SG1.0 1R1 1P1 1RP0 1TR1 \
+             1ST1 1TU1 1U1 1L2.0 1RA2.0 1F2.0 1B2.0 1SG2.0 1R2 1P2 1U2 1RP1 1RP2 1TR2 1ST2 1TU2 1D3"
+        );
     }
 
     #[test]

@@ -29,17 +29,20 @@
 //!
 //! With tied embeddings a table V is used by stage 0 (rows of it are the input) and by stage K-1 (the head). Each use
 //! gives a part of its gradient; an update of V needs a part of either. `d_in^t` and `d_out^t` are the parts of step t,
-//! D_0 the delay of stage 0:
+//! E = D_0 the delay of stage 0:
 //!
 //! ```text
-//! aligned   V[t+1] = V[t] + optimizer(d_out^t + d_in^t)        used at step t: V[max(s, t - D_0)]
-//! fresh     V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-D_0})  used at step t: V[t]
+//!                                                        used at step t by the embedding    by the head
+//! aligned   V[t+1] = V[t] + optimizer(d_out^t + d_in^t)         V[max(s, t - E)]          V[max(s, t - E)]
+//! head      V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-E})     V[max(s, t - E)]          V[t]
+//! fresh     V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-E})     V[t]                      V[t]
 //! ```
 //!
-//! (fresh: no input part for the first D_0 steps after a sync point; those still under way at the next one join the
-//! update of the last step before it.) Stage 0 puts the parts together and reduces them; the last stage gets the reduced
+//! (head, fresh: no input part for the first E steps after a sync point; those still under way at the next one join the
+//! update of the last step before it, in order. Under `head` an input part is 2E updates old when it is applied.) One stage
+//! puts the parts together and reduces them, the joiner: stage 0, under `head` the last one. The other gets the reduced
 //! sum and makes the same update of its own copy. So the copies cannot differ by the order of any sum, and one all-reduce
-//! serves both:
+//! serves both. Where stage 0 is the joiner:
 //!
 //! ```text
 //! stage K-1   ... B(last)  P --.                                      .--> RT  TU      P   the part is complete
@@ -50,7 +53,17 @@
 //!                                                                                     TU  write the next version
 //! ```
 //!
-//! On a ring there is one table, which stage 0 updates: the last stage hands its part over, and before it needs a
+//! Under `head` the last stage joins: it has its own part of step t and the input's of step t - E, which stage 0 has sent by
+//! then, and needs V[t+1] for its next forward; stage 0 needs that only for the forward of step t+1+E, and so makes the
+//! same update when its backward of step t is over, as late as it may:
+//!
+//! ```text
+//! stage 0     ... B(last of t-E)  P --.                                             RT(t)  TU(t)  F(t+1+E) ...
+//!                                     '--part--.                                .--sum-'
+//! stage K-1   ... B(last of t)    P             '--> RP(t-E)  TR(t) ... ST(t) --'  TU(t)  F(t+1) ...
+//! ```
+//!
+//! On a ring there is one table, which the joiner updates: the other stage hands its part over, and before it needs a
 //! version it awaits the update (`AT`) that writes it. Under `aligned` nobody waits: stage 0 takes the head's part long
 //! after it was sent, and sends the sum before the forward whose activations the last stage waits for anyway.
 
@@ -88,15 +101,15 @@ pub enum Op {
     Reduce,
     /// Wait for the all-reduce and write the next version of the weights.
     Update,
-    /// The step's part of the tied table's gradient is complete: hand it to the other end.
+    /// The step's part of the tied table's gradient is complete: hand it to the joiner.
     Part,
-    /// Stage 0: take the head's part.
+    /// The joiner: take the other end's part.
     RecvPart,
-    /// Stage 0: put the parts of an update together and start their all-reduce.
+    /// The joiner: put the parts of an update together and start their all-reduce.
     ReduceTable,
-    /// Stage 0: wait for the all-reduce and send the sum to the other copy.
+    /// The joiner: wait for the all-reduce and send the sum to the other copy.
     SendTable,
-    /// Last stage: take the sum.
+    /// The other end: take the sum.
     RecvTable,
     /// Write the next version of the table.
     UpdateTable,
@@ -235,12 +248,24 @@ impl Kind {
 pub enum Tie {
     /// Both parts of one step.
     Aligned,
+    /// The head's part of a step with the input's part of `D_0` steps before, of which only the head uses the newest version:
+    /// nobody waits.
+    Head,
     /// The head's part of a step with the input's part of `D_0` steps before: the paper's rule, for which stage 0 waits.
     Fresh,
     /// Nothing is tied: two tables.
     #[serde(rename = "none")]
     #[value(name = "none")]
     Untied,
+}
+
+/// The two uses of a tied table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Rows of it are the model's input: stage 0.
+    Input,
+    /// It is the matrix of the head: stage K-1.
+    Output,
 }
 
 /// Evaluations: one before every step that is a multiple of `every` (step 0 apart), and one at the end of the run.
@@ -331,30 +356,50 @@ impl Schedule {
         self.tie != Tie::Untied && (stage == 0 || stage == self.stages - 1)
     }
 
-    /// How many updates old the version of the tied table is that a step uses.
-    pub fn table_delay(&self) -> usize {
-        match self.tie {
-            Tie::Aligned => self.delays[0],
-            _ => 0,
+    /// The ends of the tied table that a stage has.
+    pub fn ends(&self, stage: usize) -> impl Iterator<Item = End> + use<> {
+        let input = (stage == 0).then_some(End::Input);
+        let output = (stage == self.stages - 1).then_some(End::Output);
+        let tied = self.tie != Tie::Untied;
+        input.into_iter().chain(output).filter(move |_| tied)
+    }
+
+    /// How many updates old the version of the tied table is that an end uses for a step.
+    pub fn table_delay(&self, end: End) -> usize {
+        match (self.tie, end) {
+            (Tie::Aligned, _) | (Tie::Head, End::Input) => self.delays[0],
+            (Tie::Head, End::Output) | (Tie::Fresh | Tie::Untied, _) => 0,
         }
     }
 
+    /// The stage that puts the parts of the tied table's gradient together and updates it first.
+    pub fn joiner(&self) -> usize {
+        if self.tie == Tie::Head { self.stages - 1 } else { 0 }
+    }
+
     /// The versions of the tied table that a device holds at most: an input part is computed at the version of its
-    /// forward.
+    /// forward. On a ring under `head` one table serves both ends: updated early for the head, read late by the embedding.
     pub fn tables_held(&self, device: usize) -> usize {
         match self.tie {
-            Tie::Fresh if device != 0 => 1,
+            Tie::Fresh | Tie::Head if device != 0 => 1,
+            Tie::Head if self.placement == Placement::Ring => 2 * self.delays[0] + 1,
             _ => self.delays[0] + 1,
         }
     }
 
-    /// The steps whose input parts join the update of step `t`; `from` is the last sync point, and `last` says that the
-    /// next one comes right after the step.
+    /// The steps whose input parts join the update of step `t`; `from` is the last sync point, and `last` says that all that
+    /// are under way join.
     pub fn table_inputs(&self, t: usize, from: usize, last: bool) -> Range<usize> {
-        let delay = if self.tie == Tie::Fresh { self.delays[0] } else { 0 };
+        let delay = if matches!(self.tie, Tie::Fresh | Tie::Head) { self.delays[0] } else { 0 };
         let first = (t.max(from + delay) - delay).max(from);
         let past = if last { t + 1 } else { (t + 1).saturating_sub(delay).max(from) };
         first.min(past)..past
+    }
+
+    /// Whether every input part that is under way joins the update of the step before boundary `t`: at a sync point; under
+    /// `fresh` wherever the pipeline is drained, as where a run is `stopped`.
+    pub fn joins_all(&self, t: usize, stopped: bool) -> bool {
+        self.sync.contains(t) || (stopped && self.tie == Tie::Fresh)
     }
 
     /// Whether an evaluation stands before step `t` (at the end of the run: after the last step).
@@ -433,5 +478,13 @@ mod tests {
         );
         assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, t == 3)).collect::<Vec<_>>(), [2..2, 2..4]);
         assert_eq!(schedule.table_inputs(2, 2, true), 2..3);
+
+        schedule.tie = Tie::Head;
+        assert_eq!(
+            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
+            [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]
+        );
+        // Stopped before step 6 and gone on: what was under way joins as if it had not been.
+        assert_eq!((6..8).map(|t| schedule.table_inputs(t, 2, false)).collect::<Vec<_>>(), [3..4, 4..5]);
     }
 }

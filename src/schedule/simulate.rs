@@ -66,20 +66,22 @@ struct Reduced {
 /// What is known of all places at some moment of a simulation.
 pub(super) struct World {
     grid: Grid,
+    /// The stage that puts the parts of the tied table's gradient together.
+    joiner: usize,
     stages: Vec<StageCosts>,
     message: f64,
     /// (from, to, what) -> messages under way, in order.
     links: HashMap<(Place, Place, Op), VecDeque<Message>>,
     /// (stage, step, what) -> the all-reduces under way.
     reduces: HashMap<(usize, usize, Op), Reduced>,
-    /// replica -> updates of the table on its first device, and when the last of them was made.
+    /// replica -> updates of the table by the joiner, and when the last of them was made.
     tables: HashMap<usize, (usize, f64)>,
 }
 
 impl World {
     pub(super) fn new(schedule: &Schedule, replicas: usize, stages: Vec<StageCosts>, message: f64) -> World {
-        let grid = schedule.grid(replicas);
-        World { grid, stages, message, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
+        let (grid, joiner) = (schedule.grid(replicas), schedule.joiner());
+        World { grid, joiner, stages, message, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
     }
 
     /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not known.
@@ -92,7 +94,7 @@ impl World {
             Op::RecvTable => self.arrival(place, self.other_end(place), Op::SendTable, action)?,
             Op::Update => self.reduced(Op::Reduce, action),
             Op::SendTable => self.reduced(Op::ReduceTable, action),
-            Op::UpdateTable if place.stage == 0 => self.reduced(Op::ReduceTable, action),
+            Op::UpdateTable if place.stage == self.joiner => self.reduced(Op::ReduceTable, action),
             Op::AwaitTable => {
                 let (updates, made) = self.tables.get(&replica).copied().unwrap_or_default();
                 (updates > action.step).then_some(made)
@@ -110,8 +112,8 @@ impl World {
             Op::Backward => return Ok(start + costs.backward),
             Op::SendActivation => self.send(place, self.grid.downstream(place), action, start)?,
             Op::SendGradient => self.send(place, self.grid.upstream(place), action, start)?,
-            // Stage 0 keeps its part.
-            Op::Part if place.stage == 0 => {}
+            // The joiner keeps its part.
+            Op::Part if place.stage == self.joiner => {}
             Op::Part | Op::SendTable => self.send(place, self.other_end(place), action, start)?,
             Op::RecvActivation => self.take(place, self.grid.upstream(place), Op::SendActivation),
             Op::RecvGradient => self.take(place, self.grid.downstream(place), Op::SendGradient),
@@ -124,7 +126,7 @@ impl World {
                 self.used(Op::Reduce, action);
                 return Ok(start + costs.update);
             }
-            Op::UpdateTable if place.stage == 0 => {
+            Op::UpdateTable if place.stage == self.joiner => {
                 self.tables.insert(replica, (action.step + 1, start));
                 self.used(Op::ReduceTable, action);
             }
@@ -369,6 +371,20 @@ mod tests {
         }
     }
 
+    /// Whatever a message takes: a fresh head is as fast as no tie.
+    #[test]
+    fn a_fresh_head_waits_for_nobody() {
+        for (stages, m, slack) in (1..=6).flat_map(|k| (1..=5).flat_map(move |m| (1..=3).map(move |h| (k, m, h)))) {
+            for message in [0.0, 0.3, 1.0] {
+                let mut schedule = Schedule::new(Kind::Decoupled, stages, m, slack, SyncPoints::ends(1));
+                let untied = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
+                schedule.tie = Tie::Head;
+                let head = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
+                assert!(head > untied - 1e-9, "K = {stages}, m = {m}, h = {slack}, c = {message}: {head} of {untied}");
+            }
+        }
+    }
+
     #[test]
     fn the_slowest_stage_sets_the_pace() {
         let stage = |forward, update| StageCosts { forward, backward: 2.0, update };
@@ -379,7 +395,8 @@ mod tests {
 
     #[test]
     fn a_ring_keeps_all_its_devices_busy() {
-        for (stages, m, tie) in [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied)]
+        for (stages, m, tie) in
+            [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied), (5, 2, Tie::Head)]
         {
             let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(1));
             (schedule.placement, schedule.tie) = (Placement::Ring, tie);

@@ -19,7 +19,6 @@ use crate::number::{READBACK_STEPS, Readback};
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule};
-use crate::table::End;
 use crate::wire::Wire;
 
 /// A run, ready to be started.
@@ -152,13 +151,6 @@ impl Setup {
     /// Values of all parameters.
     pub fn parameters(&self) -> usize {
         model::count(&self.dimensions)
-    }
-
-    /// The ends of the tied table that a stage has; none without a tie.
-    pub fn table_ends(&self, stage: usize) -> Vec<End> {
-        let input = (stage == 0).then_some(End::Input);
-        let output = (stage == self.grid.stages - 1).then_some(End::Output);
-        input.into_iter().chain(output).filter(|_| self.dimensions.tied).collect()
     }
 
     /// What the sum of a tied table's parts is multiplied by.

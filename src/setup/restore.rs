@@ -12,7 +12,8 @@ use crate::delay::version;
 use crate::error::Result;
 use crate::model::{Memory, Stack};
 use crate::optim::{Optimizer, horizon, predicts};
-use crate::params::{Layout, Master};
+use crate::params::{Layout, Master, zeros};
+use crate::schedule::End;
 
 impl Setup {
     /// The weights that a set of parameters begins with.
@@ -74,6 +75,41 @@ impl Setup {
             optimizer.restore(saved.step(), of)?;
         }
         Ok(optimizer)
+    }
+
+    /// The optimizer of the tied table, the same at both ends: that of the head's delay.
+    ///
+    /// # Errors
+    /// As [`Setup::optimizer`].
+    pub fn table_optimizer(&self, layout: &Layout) -> Result<Optimizer> {
+        self.optimizer(layout, self.schedule.table_delay(End::Output))
+    }
+
+    /// The input parts of the tied table's gradient that had not joined an update where the run was stopped, each with its
+    /// step. The run of other replicas gives the first of them the sums.
+    ///
+    /// # Errors
+    /// Saved ones that cannot be read.
+    pub fn waiting_parts(&self, layout: &Layout, replica: usize) -> Result<Vec<(usize, Tensor)>> {
+        let Some(saved) = &self.resumed else { return Ok(Vec::new()) };
+        let before = &saved.manifest.config;
+        let same = before.grid.replicas == self.grid.replicas;
+        // A microbatch's gradient is its mean, and the sums will be divided by so many.
+        let count = |config: &Config| (config.microbatches * config.grid.replicas) as f64;
+        let scale = count(&self.config) / count(before);
+
+        let part = |step: usize| -> Result<Tensor> {
+            let mut sum = zeros(layout.len, tch::Device::Cpu)?;
+            let of = if same { replica..replica + 1 } else { 0..before.grid.replicas };
+            for from in of.filter(|_| same || replica == 0) {
+                let _ = sum.f_add_(&saved.part(layout, step, from)?)?;
+            }
+            if scale != 1.0 {
+                let _ = sum.f_mul_scalar_(scale)?;
+            }
+            Ok(sum.f_to_device(self.device)?)
+        };
+        saved.steps_of_parts().into_iter().map(|step| Ok((step, part(step)?))).collect()
     }
 
     /// What the layers of a stage remember of the rows of every microbatch.

@@ -17,7 +17,8 @@ use crate::grid::Place;
 use crate::model::{Dropout, Memory, Run, Stack};
 use crate::number::Number;
 use crate::params::Versions;
-use crate::table::{End, Table};
+use crate::schedule::End;
+use crate::table::Table;
 
 /// Which microbatch of which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +36,20 @@ pub enum Output {
     Loss(Number),
 }
 
-/// The versions that a step uses: of the stage's own weights, of the tied table.
+/// The versions that a step uses: of the stage's own weights, of the tied table as each end that the stage has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct At {
     pub own: usize,
-    pub table: usize,
+    pub input: Option<usize>,
+    pub output: Option<usize>,
+}
+
+impl At {
+    /// The newest of each.
+    fn newest(held: Held) -> At {
+        let table = held.table.map(Table::newest);
+        At { own: held.own.newest(), input: table, output: table }
+    }
 }
 
 /// The weights that a stage works with: its own, and the tied table if it uses it.
@@ -205,7 +215,7 @@ impl Stage {
     /// # Errors
     /// What libtorch reports.
     pub fn evaluate(&mut self, held: Held, input: &Input) -> Result<Output> {
-        let at = At { own: held.own.newest(), table: held.table.map_or(0, Table::newest) };
+        let at = At::newest(held);
         if input.restart {
             self.eval_memory = Memory::new(self.settings.eval_mem_len);
         }
@@ -247,8 +257,12 @@ impl Stage {
 
     /// The values of all parameters of the layers, as leaves.
     fn weights(&self, at: At, held: Held) -> Vec<Tensor> {
-        let end = |end| held.table.map_or(&[][..], |table| table.parameters(at.table, end));
-        self.stack.weights(held.own.parameters(at.own, 0), end(End::Input), end(End::Output))
+        let of_end = |end, version: Option<usize>| match (held.table, version) {
+            (Some(table), Some(version)) => table.parameters(version, end),
+            _ => &[],
+        };
+        let (input, output) = (of_end(End::Input, at.input), of_end(End::Output, at.output));
+        self.stack.weights(held.own.parameters(at.own, 0), input, output)
     }
 
     /// How the layers are cut in the backward of a microbatch.
@@ -330,7 +344,7 @@ mod tests {
         Input { x, targets: Some(targets), restart: true }
     }
 
-    const AT: At = At { own: 0, table: 0 };
+    const AT: At = At { own: 0, input: None, output: None };
 
     /// Loss, gradient of the input and of all weights of the last microbatch; and the buckets that were ready.
     fn run(config: &Config) -> (f64, Tensor, Vec<f32>, Vec<(usize, i64)>) {

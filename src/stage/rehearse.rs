@@ -6,7 +6,6 @@ use super::{At, Held, Input, Output, Slot, Stage};
 use crate::error::Result;
 use crate::number::Number;
 use crate::optim::norm;
-use crate::table::Table;
 use crate::wire::Wire;
 
 impl Stage {
@@ -19,7 +18,7 @@ impl Stage {
         let memories = std::mem::take(&mut self.memories);
         // The last microbatch of a step is cut into buckets.
         let slot = Slot { step: 0, microbatch: self.settings.microbatches - 1 };
-        let at = At { own: held.own.newest(), table: held.table.map_or(0, Table::newest) };
+        let at = At::newest(held);
         // The second time with a memory.
         for restart in [true, false] {
             let (x, targets) = (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));

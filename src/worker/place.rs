@@ -13,7 +13,7 @@ use crate::grid::Place;
 use crate::number::Number;
 use crate::optim::Optimizer;
 use crate::params::{Versions, zeros};
-use crate::schedule::Action;
+use crate::schedule::{Action, End};
 use crate::setup::Setup;
 use crate::stage::{At, Held, Input, Output, Settings, Slot, Stage, is_finite};
 use crate::table::Table;
@@ -117,7 +117,10 @@ impl PlaceState {
         }
 
         let at = |delay| version(self.sync, step, delay);
-        let at = At { own: at(schedule.delays[self.place.stage]), table: at(schedule.table_delay()) };
+        let of_table =
+            |of| schedule.ends(self.place.stage).find(|end| *end == of).map(|end| at(schedule.table_delay(end)));
+        let own = at(schedule.delays[self.place.stage]);
+        let at = At { own, input: of_table(End::Input), output: of_table(End::Output) };
         self.compute.forward(Slot { step, microbatch }, at, held(&self.versions, table), input)
     }
 

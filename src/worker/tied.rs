@@ -12,36 +12,46 @@ use crate::inject::Fault;
 use crate::model;
 use crate::number::Number;
 use crate::optim::learning_rate;
-use crate::params::Layout;
-use crate::schedule::{Action, Pass};
+use crate::params::{Layout, Master};
+use crate::schedule::{Action, End, Pass, Tie};
 use crate::setup::Setup;
-use crate::table::{End, Table};
+use crate::table::Table;
 use crate::wire::Wire;
 
 /// The tied table of a rank, and its all-reduce under way.
 pub(super) struct TiedTable {
     table: Table,
     reduction: Option<Reduction>,
+    /// How old the version is that steps use of this copy: with the newest one, if the embedding uses it.
+    delay: usize,
 }
 
 impl TiedTable {
     /// That of a rank, if its stages use one.
     pub(super) fn of_rank(setup: &Setup, rank: usize) -> Result<Option<TiedTable>> {
-        let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.table_ends(place.stage)).collect();
+        let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
         if ends.is_empty() {
             return Ok(None);
         }
 
-        let layout = Layout::new(&model::table(&setup.dimensions));
-        let delay = setup.schedule.table_delay();
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout, delay)?);
-        let held = setup.schedule.tables_held(setup.grid.device_of(rank));
+        let (schedule, layout) = (&setup.schedule, Layout::new(&model::table(&setup.dimensions)));
+        // On one device with both ends the embedding's is the older one.
+        let delay = schedule.table_delay(ends[0]);
+        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.table_optimizer(&layout)?);
+        let held = schedule.tables_held(setup.grid.device_of(rank));
         let older = setup.older_weights(&layout, delay)?;
         let kind = setup.config.precision.kind();
-        let mut table =
-            Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?.at(setup.start());
+        let joins = setup.grid.held(rank).into_iter().find(|place| place.stage == schedule.joiner());
+        let waiting = joins.map_or(Ok(Vec::new()), |place| setup.waiting_parts(&layout, place.replica))?;
+
+        let mut table = Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?;
+        if schedule.tie == Tie::Head && setup.master(delay) == Master::Always {
+            table = table.unpredicted(End::Output)?;
+        }
+        let mut table = table.at(setup.start());
         older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
-        Ok(Some(TiedTable { table, reduction: None }))
+        waiting.into_iter().for_each(|(step, part)| table.keep(End::Input, step, part));
+        Ok(Some(TiedTable { table, reduction: None, delay }))
     }
 
     pub(super) fn table(&self) -> &Table {
@@ -59,13 +69,14 @@ impl Worker {
         table.ok_or_else(|| Error::Internal(format!("{action} finds no table")))
     }
 
-    /// The step's parts of the table's gradient are complete here: kept on stage 0's device, else sent there.
+    /// The step's parts of the table's gradient are complete here: kept on the joiner's device, else sent there.
     pub(super) fn close_part(&mut self, action: &Action) -> Result<()> {
-        for end in self.context.setup.table_ends(action.stage) {
+        let joins = action.stage == self.context.setup.schedule.joiner();
+        for end in self.context.setup.schedule.ends(action.stage) {
             let part = self.table(action)?.close(end)?;
             let header = self.table_header(Content::Part, action)?;
             match &mut self.place(action).ends.twin {
-                Some(twin) if end == End::Output => twin.send(header, part)?,
+                Some(twin) if !joins => twin.send(header, part)?,
                 _ => self.table(action)?.keep(end, action.step, part),
             }
         }
@@ -87,18 +98,19 @@ impl Worker {
 
     pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {
         let header = self.table_header(Content::Part, action)?;
+        let other = if action.stage == 0 { End::Output } else { End::Input };
         if let Some(twin) = &mut self.place(action).ends.twin {
             let part = twin.receive(header)?.f_view([-1])?;
-            self.table(action)?.keep(End::Output, action.step, part);
+            self.table(action)?.keep(other, action.step, part);
         }
-        // Without a twin the head is on this device, and has closed its part already.
-        let here = self.table(action)?.has(End::Output, action.step);
+        // Without a twin the other end is on this device, and has closed its part already.
+        let here = self.table(action)?.has(other, action.step);
         if here { Ok(()) } else { Err(Error::Internal(format!("{action} finds no part"))) }
     }
 
     pub(super) fn reduce_table(&mut self, action: &Action) -> Result<()> {
         let schedule = &self.context.setup.schedule;
-        let last = schedule.sync.contains(action.step + 1) || self.stop == Some(action.step + 1);
+        let last = schedule.joins_all(action.step + 1, self.stop == Some(action.step + 1));
         // The next segment's forwards begin only after this one's updates of the table.
         let sync = self.places[self.context.slot(action)].sync;
         let inputs = schedule.table_inputs(action.step, sync, last);
@@ -140,7 +152,8 @@ impl Worker {
         let mean = self.context.mean() * setup.tie_factor();
         let lr = learning_rate(&config.optimizer, action.step, config.steps);
         let skips = self.context.skips();
-        let horizon = setup.horizon(setup.schedule.table_delay(), action.step);
+        let delay = self.table.as_ref().map_or(0, |table| table.delay);
+        let horizon = setup.horizon(delay, action.step);
         let norm = self.table(action)?.update(lr, horizon, mean, readback)?;
 
         let place = self.place(action).place;
@@ -164,16 +177,14 @@ impl Worker {
         if copies && setup.verifies_at(step) && !setup.schedule.sync.contains(step) {
             self.digest(&Action { step, ..*action })?;
         }
-        match place {
-            Place { stage: 0, replica: 0 } => {
-                let step = action.step;
-                self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
-                    true => Ok(Some(Report::TableNorm { step, norm })),
-                    false => Err(wrong(step)),
-                })
-            }
-            _ => Ok(()),
+        if place != (Place { stage: self.context.setup.schedule.joiner(), replica: 0 }) {
+            return Ok(());
         }
+        let step = action.step;
+        self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
+            true => Ok(Some(Report::TableNorm { step, norm })),
+            false => Err(wrong(step)),
+        })
     }
 
     pub(super) fn await_table(&mut self, action: &Action) -> Result<()> {

@@ -31,6 +31,13 @@ fn schedules_show_delays_and_speed_up() {
             ["ideal speed-up    2.00 of 4 devices", "before a drain    2.11 over the 30 steps up to a sync point"],
         ),
         (
+            &["--grid", "4x1", "-m", "1", "--tie", "head"][..],
+            [
+                "table's delay     head 0, embedding 3; its part is applied 6 updates old",
+                "ideal speed-up    4.00 of 4 devices",
+            ],
+        ),
+        (
             &["--grid", "5x1", "--placement", "ring"][..],
             ["devices           0 1 2 3 0", "ideal speed-up    4.00 of 4 devices"],
         ),

@@ -7,7 +7,7 @@ use crate::harness::{Draw, as_threads, by_oracle, tiny};
 use crate::mpirun::compare;
 use crate::stop::stopped_again_and_again;
 
-const DRAWN: usize = 80;
+const DRAWN: usize = 100;
 const LAYERS: usize = 6;
 
 /// The keys of configuration `number`, and the names of what it covers.
@@ -49,10 +49,17 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     let rate = ["constant", "linear", "cosine"][draw.below(3)];
     cover(rate, format!("optimizer.schedule={rate}"));
 
-    let tie = ["aligned", "aligned", "fresh", "none"][draw.below(4)];
+    let tie = ["aligned", "head", "head", "fresh", "none"][draw.below(5)];
     cover(tie, format!("model.tie={tie}"));
     if stages > 2 && draw.one_in(2) {
-        cover(if tie == "none" { "ring" } else { "tied ring" }, "grid.placement=ring".into());
+        let name = if tie == "none" {
+            "ring"
+        } else if tie == "head" {
+            "ring under head"
+        } else {
+            "tied ring"
+        };
+        cover(name, "grid.placement=ring".into());
     }
     match draw.below(3) {
         0 => cover("recompute", "recompute=true".into()),
@@ -108,10 +115,12 @@ fn the_drawn_cures_cover_everything() {
         "linear",
         "cosine",
         "aligned",
+        "head",
         "fresh",
         "none",
         "ring",
         "tied ring",
+        "ring under head",
         "recompute",
         "recompute by blocks",
         "bf16",
@@ -136,6 +145,8 @@ fn predicted_runs_that_are_stopped_end_as_if_they_had_not_been() {
         &["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"],
         &["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"],
         &["grid.stages=3", "steps=24", "model.tie=none", "optimizer.kind=sgd", "optimizer.predict_scale=0.5"],
+        &["grid.stages=3", "steps=24", "model.tie=head"],
+        &["grid.stages=4", "grid.placement=ring", "steps=31", "precision=bf16", "model.tie=head", "recompute=true"],
     ] {
         stopped_again_and_again(&[&predict, more].concat());
     }
@@ -150,6 +161,8 @@ fn ranks_that_predict_equal_the_oracle() {
         ("4x1", &["grid.placement=ring", "optimizer.predict_scale=0.5"]),
         ("2x2", &["precision=bf16", "wire=bf16"]),
         ("3x1", &["model.tie=fresh", "sync_at=[4]"]),
+        ("3x2", &["model.tie=head", "sync_at=[6]"]),
+        ("4x1", &["model.tie=head", "grid.placement=ring", "recompute=true"]),
     ] {
         compare(grid, &[&predict, more].concat());
     }

@@ -126,6 +126,8 @@ fn ranks_with_a_tied_table_equal_the_oracle() {
     compare("2x2", &["model.tie=fresh", "model.tie_gradient=mean", "microbatches=2"]);
     compare("5x1", &["model.tie=none", "sync_at=[3]"]);
     compare("3x1", &["model.tie=fresh", "sync_at=[5]"]);
+    compare("3x2", &["model.tie=head", "microbatches=2", "sync_at=[5]"]);
+    compare("4x1", &["model.tie=head", "grid.placement=ring"]);
 }
 
 /// Streams that end after five steps, evaluated in six.

@@ -44,7 +44,7 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
         cover("hand-made delays", format!("grid.delays=[{}]", delays.join(", ")));
     }
-    let tie = ["aligned", "aligned", "fresh", "none"][draw.below(4)];
+    let tie = ["aligned", "head", "fresh", "none"][draw.below(4)];
     cover(tie, format!("model.tie={tie}"));
     if tie != "none" && draw.one_in(3) {
         cover("mean of the parts", "model.tie_gradient=mean".into());
@@ -318,6 +318,7 @@ fn the_draws_cover_everything() {
         "bf16 weights and activations",
         "several buckets",
         "aligned",
+        "head",
         "fresh",
         "none",
         "mean of the parts",
@@ -359,10 +360,26 @@ fn a_wrong_delay_would_be_seen() {
     assert_ne!(right[3], wrong[3]);
 }
 
+/// With one stage, and with every step a sync point, a fresh head is an aligned one.
+#[test]
+fn a_fresh_head_without_delay_is_an_aligned_one() {
+    for keys in [
+        &["grid.stages=1", "microbatches=2"][..],
+        &["grid.stages=4", "schedule=1f1b", "microbatches=3"],
+        &["grid.stages=3", "sync_steps=8", "grid.placement=ring", "optimizer.predict=update"],
+    ] {
+        let run = |tie| as_threads(&tiny(&[keys, &["steps=8", tie]].concat()));
+        assert_eq!(run("model.tie=head"), run("model.tie=aligned"), "{keys:?}");
+    }
+    // With delays it is not.
+    let losses = |tie| as_threads(&tiny(&["grid.stages=3", "steps=8", tie])).losses();
+    assert_ne!(losses("model.tie=head"), losses("model.tie=aligned"));
+}
+
 /// Delays far above what the lag needs keep many parts of the tied table under way between the two ends.
 #[test]
 fn long_delays_do_not_fill_the_links() {
-    for tie in ["model.tie=fresh", "model.tie=aligned"] {
+    for tie in ["model.tie=fresh", "model.tie=aligned", "model.tie=head"] {
         let setup = tiny(&["grid.stages=2", "microbatches=4", "grid.delays=[9, 0]", "steps=16", tie]);
         assert_eq!(as_threads(&setup), by_oracle(&setup), "{tie}");
     }

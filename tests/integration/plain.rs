@@ -90,6 +90,56 @@ fn a_tied_model_on_one_device_is_plain_training() {
     }
 }
 
+/// The rule of `tie = "head"` written out, with a delay of two at the embedding's stage: losses of the grid against those of
+/// a loop that keeps every version and every part.
+#[test]
+fn a_fresh_head_follows_its_formula() {
+    const E: usize = 2;
+    let sets =
+        ["grid.stages=2", "grid.delays=[2, 0]", "optimizer.kind=sgd", "optimizer.momentum=0.0", "optimizer.clip=1e9"];
+    let more =
+        ["optimizer.weight_decay=0.0", "optimizer.schedule=constant", "steps=10", "sync_at=[6]", "model.tie=head"];
+    let setup = tiny(&[&sets[..], &more].concat());
+    let config = &setup.config;
+    let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
+    let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
+    let parameters = ouroboros::model::parameters(&setup.dimensions);
+    // Behind the table those of the first stage, then those of the last.
+    let first = 1 + setup.stack(0).own().len();
+    let start = |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]);
+    let mut versions: Vec<Vec<Tensor>> = vec![parameters.iter().map(start).collect()];
+
+    let (mut parts, mut losses): (Vec<Tensor>, Vec<f64>) = (Vec::new(), Vec::new());
+    for t in 0..config.steps {
+        let sync = if t < 6 { 0 } else { 6 };
+        let late = sync.max(t.saturating_sub(E));
+        let leaf = |n: usize, i: usize| versions[n][i].copy().set_requires_grad(true);
+        let (input, head) = (leaf(late, 0), leaf(t, 0));
+        let own: Vec<Tensor> = (1..parameters.len()).map(|i| leaf(if i < first { late } else { t }, i)).collect();
+
+        let batch = batches.train(t, 0..config.batch);
+        let weights = model.weights(&own, &[input.shallow_clone()], &[head.shallow_clone()]);
+        let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
+        let loss = model.loss(&weights, &hidden, &batch.targets, None).unwrap();
+        losses.push(loss.double_value(&[]));
+        let leaves: Vec<&Tensor> = [&input, &head].into_iter().chain(&own).collect();
+        let gradients = Tensor::run_backward(&[&loss], &leaves, false, false);
+
+        parts.push(gradients[0].copy());
+        let mut table = gradients[1].copy();
+        let last = t + 1 == 6 || t + 1 == config.steps;
+        for u in (sync..=t).filter(|u| u + E == t || (last && u + E > t)) {
+            table += &parts[u];
+        }
+        let lr = ouroboros::optim::learning_rate(&config.optimizer, t, config.steps);
+        let step = |i: usize| if i == 0 { &table } else { &gradients[i + 1] };
+        versions.push((0..parameters.len()).map(|i| &versions[t][i] - step(i) * lr).collect());
+    }
+    for (t, (a, b)) in as_threads(&setup).losses().iter().zip(&losses).enumerate() {
+        assert!((a / b - 1.0).abs() < 1e-6, "step {t}: {a} on the grid, {b} in the loop");
+    }
+}
+
 /// The whole batch at once, AdamW written with tensor operations in f64.
 fn plain_loop(steps: usize) -> Vec<f64> {
     let setup = tiny(&["schedule=1f1b", "optimizer.clip=1e9", "steps=12", "model.tie=none"]);
@@ -192,7 +242,7 @@ fn a_gradient_computed_by_hand() {
     let slot = Slot { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
     let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
-    let output = stage.forward(slot, At { own: 0, table: 0 }, held, input).unwrap();
+    let output = stage.forward(slot, At { own: 0, input: None, output: None }, held, input).unwrap();
     let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
     let found = found.now().unwrap();
     assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");

@@ -62,6 +62,9 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     stopped_again_and_again(&["grid.stages=3", "schedule=1f1b", "microbatches=3", "steps=17", "model.tie=none"]);
     stopped_again_and_again(&["grid.stages=2", "grid.delays=[3, 1]", "steps=31", "model.tie=none", "recompute=true"]);
     stopped_again_and_again(&["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"]);
+    stopped_again_and_again(&["grid.stages=4", "grid.replicas=2", "steps=31", "eval.every=7", "model.tie=head"]);
+    stopped_again_and_again(&["grid.stages=4", "grid.placement=ring", "steps=31", "model.tie=head"]);
+    stopped_again_and_again(&["grid.stages=1", "grid.delays=[2]", "steps=24", "model.tie=head"]);
     stopped_again_and_again(&[xl, &["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=22"]].concat());
 }
 
@@ -89,19 +92,52 @@ fn a_stop_is_a_sync_point_of_a_fresh_tie() {
     }
 }
 
-/// From the state of a stop another grid goes on as its oracle does: there it is a sync point.
+/// From the state of a stop another grid goes on as its oracle does: there it is a sync point. Parts of the table's gradient
+/// that wait are not lost.
 #[test]
 fn another_grid_goes_on_from_a_stop() {
+    for (before, other) in [
+        (&["grid.stages=3"][..], &["grid.stages=4", "grid.replicas=2", "microbatches=2"][..]),
+        (&["grid.stages=4", "model.tie=head"], &["grid.stages=3", "grid.placement=ring", "model.tie=head"]),
+        (&["grid.stages=4", "grid.replicas=2", "model.tie=head"], &["grid.stages=2", "model.tie=aligned"]),
+        (&["grid.stages=3", "grid.replicas=2", "model.tie=head"], &["grid.stages=3", "model.tie=head"]),
+        (&["grid.stages=3", "model.tie=head"], &["grid.stages=3", "grid.replicas=2", "model.tie=head"]),
+    ] {
+        let steps = ["steps=20"];
+        let out = TempDir::new().unwrap();
+        assert!(leg(setup(&[before, &steps].concat()), out.path(), false, true).stopped);
+        let [threads, oracle] = [false, true].map(|oracle| {
+            let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
+            let rest = TempDir::new().unwrap();
+            leg(setup(&[other, &steps].concat()).resume(saved).unwrap(), rest.path(), oracle, false);
+            ends(rest.path(), 20)
+        });
+        assert!(threads == oracle, "{before:?} to {other:?}");
+    }
+}
+
+/// Another number of replicas goes on with the parts' sum, as the mean over all rows that it is.
+#[test]
+fn waiting_parts_are_shared_out_anew() {
+    use ouroboros::params::Layout;
+    let sets = ["grid.stages=3", "model.tie=head", "steps=20"];
     let out = TempDir::new().unwrap();
-    assert!(leg(setup(&["grid.stages=3", "steps=20"]), out.path(), false, true).stopped);
-    let other = ["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=20"];
-    let [threads, oracle] = [false, true].map(|oracle| {
-        let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
-        let rest = TempDir::new().unwrap();
-        leg(setup(&other).resume(saved).unwrap(), rest.path(), oracle, false);
-        ends(rest.path(), 20)
-    });
-    assert!(threads == oracle);
+    assert!(leg(setup(&[&sets[..], &["grid.replicas=2"]].concat()), out.path(), false, true).stopped);
+    let saved = || Checkpoint::newest(out.path()).unwrap().unwrap();
+    let resumed = |replicas: &str| setup(&[&sets[..], &[replicas]].concat()).resume(saved()).unwrap();
+    let layout = Layout::new(&ouroboros::model::table(&resumed("grid.replicas=1").dimensions));
+
+    let parts = |replicas: &str, replica| resumed(replicas).waiting_parts(&layout, replica).unwrap();
+    let (first, second) = (parts("grid.replicas=2", 0), parts("grid.replicas=2", 1));
+    let (alone, other) = (parts("grid.replicas=1", 0), parts("grid.replicas=3", 1));
+    assert_eq!(alone.len(), 2, "as many as the delay");
+    for (i, (step, sum)) in alone.iter().enumerate() {
+        assert_eq!((*step, first[i].0, second[i].0), (saved().step() - 2 + i, *step, *step));
+        // Two replicas' means count half as much as one's.
+        assert_eq!(*sum, (&first[i].1 + &second[i].1) * 0.5);
+        assert!(sum.abs().max().double_value(&[]) > 0.0);
+        assert_eq!(other[i].1.abs().max().double_value(&[]), 0.0, "the first replica has all");
+    }
 }
 
 #[test]

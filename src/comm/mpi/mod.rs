@@ -115,7 +115,8 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks.
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks; stage
+    /// `joiner` takes the parts of the tied table's gradient.
     /// `gradients` are the values of the gradient of each place that this rank holds, for memory that its replicas share. If
     /// nothing moves here for much longer than `stall` and rank 0 does not ask why, it is lost. All ranks must call this.
     ///
@@ -124,7 +125,7 @@ impl World {
     pub fn connect(
         &self,
         grid: Grid,
-        capacity: usize,
+        (capacity, joiner): (usize, usize),
         wire: Wire,
         limit: usize,
         stall: Duration,
@@ -145,7 +146,7 @@ impl World {
             places.push(Ends {
                 upstream: link(*place, grid.upstream(*place), Content::Activation),
                 downstream: link(*place, grid.downstream(*place), Content::Gradient),
-                twin: link(*place, grid.twin(*place), if place.stage == 0 { Content::Part } else { Content::Sum }),
+                twin: link(*place, grid.twin(*place), if place.stage == joiner { Content::Part } else { Content::Sum }),
                 group: None,
             });
         }
