@@ -264,6 +264,16 @@ impl Emulator {
         Ok(sum)
     }
 
+    /// The newest weights, as nothing is predicted of them, as leaves.
+    fn newest(&self) -> Result<[Vec<Tensor>; 3]> {
+        let (mut own, kind) = (Vec::new(), self.setup.config.precision.kind());
+        for stage in &self.stages {
+            own.extend(leaves(&stage.layout, stage.newest()?, kind)?);
+        }
+        let table = || leaves(&self.table.layout, self.table.newest()?, kind);
+        Ok([own, table()?, table()?])
+    }
+
     /// The parameters of the whole model at the given versions, as leaves: those of the stages, those of the table as
     /// the embedding uses it and as the head does.
     fn leaves(&self, numbers: &[usize], [input, head]: [usize; 2]) -> Result<[Vec<Tensor>; 3]> {
@@ -398,7 +408,7 @@ impl Emulator {
     }
 
     fn evaluate(&mut self, t: usize) -> Result<()> {
-        let leaves = self.leaves(&vec![t; self.stages.len()], [t, t])?;
+        let leaves = self.newest()?;
         let weights = self.weights(&leaves);
         for replica in 0..self.setup.grid.replicas {
             let (mut loss_sum, mut tokens) = (0.0, 0);

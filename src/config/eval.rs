@@ -4,13 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Evaluation on the held-out text while training; each one is a sync point.
+/// Evaluation on the held-out text while training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalConfig {
     /// Steps between two evaluations; one more stands at the end of the run.
     #[serde(default = "default_every")]
     pub every: usize,
+    /// Whether each evaluation is a sync point; else the weights are read as they stand, which only the oracle can.
+    #[serde(default = "default_drain", skip_serializing_if = "is_default")]
+    pub drain: bool,
     /// Tokens of the held-out text to read; none: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<usize>,
@@ -40,4 +43,12 @@ impl EvalConfig {
 
 fn default_every() -> usize {
     100
+}
+
+fn default_drain() -> bool {
+    true
+}
+
+fn is_default(drain: &bool) -> bool {
+    *drain
 }

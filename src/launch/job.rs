@@ -66,6 +66,10 @@ impl Job {
         if self.mode.bench {
             config = self.measured(config);
         }
+        if !self.emulate && config.eval.as_ref().is_some_and(|eval| !eval.drain) {
+            let remedy = "only the oracle reads the weights while steps are under way; leave it out, or add --emulate";
+            return Err(Error::config("eval.drain", false, remedy));
+        }
         let setup = Setup::new(config)?;
         if self.mode.bench {
             clock::check(&setup.schedule)?;
@@ -92,7 +96,7 @@ impl Job {
         }
         let place = Place { stage: injection.stage.unwrap_or(0), replica: injection.replica.unwrap_or(0) };
         if injection.fault == Fault::AlterTable && (!setup.dimensions.tied || grid.twin(place).is_none()) {
-            let remedy = "take an end of a line of two stages or more, with model.tie = \"aligned\" or \"fresh\"";
+            let remedy = "take an end of a line of two stages or more, with a model.tie other than \"none\"";
             return Err(Error::config("--inject", format!("{injection}, which holds no copy"), remedy));
         }
         Ok(())

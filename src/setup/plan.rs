@@ -116,7 +116,7 @@ pub fn schedule(config: &Config) -> Result<Schedule> {
     let mut sync = SyncPoints::ends(config.steps);
     sync.warm_up = config.sync_steps;
     sync.at.extend(&config.sync_at);
-    sync.periods.extend(config.eval.as_ref().map(|eval| eval.every));
+    sync.periods.extend(config.eval.as_ref().filter(|eval| eval.drain).map(|eval| eval.every));
     sync.periods.extend(config.checkpoint.every);
     let stages = config.grid.stages;
     let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);

@@ -196,6 +196,11 @@ fn bad_input_is_told_once_before_training() {
             "`grid.placement`: found `ring`; needs at least 3 stages, there are 2",
         ),
         (
+            vec!["eval.every=3".into(), "eval.drain=false".into()],
+            2,
+            "`eval.drain`: found false; only the oracle reads the weights while steps are under way",
+        ),
+        (
             vec!["model.embedding_width=8".into()],
             2,
             "`model.embedding_width`: found 8, and a head_width of 16; a tied table has one width",

@@ -376,6 +376,26 @@ fn a_fresh_head_without_delay_is_an_aligned_one() {
     assert_ne!(losses("model.tie=head"), losses("model.tie=aligned"));
 }
 
+/// The oracle can evaluate the weights as they stand, which changes nothing of the training.
+#[test]
+fn the_oracle_evaluates_without_a_sync_point() {
+    let keys = ["grid.stages=3", "steps=12", "optimizer.predict=update", "eval.tokens=80"];
+    let lines = |more: &[&str]| by_oracle(&tiny(&[&keys, more].concat())).lines;
+    let of = |lines: &[serde_json::Value], key: &str| -> Vec<(u64, f64)> {
+        lines.iter().filter_map(|line| Some((line["step"].as_u64()?, line.get(key)?.as_f64()?))).collect()
+    };
+    let (rare, often, drained) =
+        (lines(&["eval.every=100"]), lines(&["eval.every=3", "eval.drain=false"]), lines(&["eval.every=3"]));
+    assert_eq!(of(&rare, "loss"), of(&often, "loss"));
+    assert_ne!(of(&rare, "loss"), of(&drained, "loss"));
+
+    let steps = of(&often, "eval_loss").into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+    assert_eq!(steps, [3, 6, 9, 12]);
+    // The first is of the same weights; so is the last, of which nothing is under way.
+    assert_eq!(of(&often, "eval_loss")[0], of(&drained, "eval_loss")[0]);
+    assert_eq!(of(&often, "eval_loss").last(), of(&rare, "eval_loss").last());
+}
+
 /// Delays far above what the lag needs keep many parts of the tied table under way between the two ends.
 #[test]
 fn long_delays_do_not_fill_the_links() {
