@@ -70,6 +70,9 @@ pub struct TrainArgs {
     /// Compute the whole grid's arithmetic in one process, in order: the definition of correct.
     #[arg(long, conflicts_with_all = ["transport", "inject"])]
     pub emulate: bool,
+    /// Be killed when the process that has started this one is: a study's runs.
+    #[arg(long, hide = true)]
+    pub dies_with_parent: bool,
     /// Folder of the run [default: runs/NAME].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,

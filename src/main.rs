@@ -9,7 +9,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, device, failure, launch, prepare, study};
+use ouroboros::{commands, device, failure, launch, prepare, runtime, study};
 
 fn main() -> ExitCode {
     device::prepare_environment();
@@ -26,7 +26,12 @@ fn main() -> ExitCode {
         }
     };
     ExitCode::from(match cli.command {
-        Command::Train(args) => launch::train(&args.job()),
+        Command::Train(args) => {
+            if args.dies_with_parent {
+                runtime::die_with_parent();
+            }
+            launch::train(&args.job())
+        }
         Command::Bench(args) => args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job)),
         Command::Study(args) => answer_code(|| study::study(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),

@@ -77,6 +77,12 @@ pub fn log_to(out: &Path, rank: usize) -> Result<()> {
     Ok(())
 }
 
+/// From here on the kernel kills this process when the one that has started it is gone, where it is Linux's.
+pub fn die_with_parent() {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -22,6 +22,8 @@ pub struct Bench {
     grid: String,
     schedule: crate::schedule::Kind,
     microbatches: usize,
+    /// Of a microbatch.
+    rows: usize,
     parameters: usize,
     emulated: bool,
     /// Steps that were measured; the time of one, and what the schedule makes of the stages' times.
@@ -117,6 +119,7 @@ impl Bench {
             grid: setup.grid.to_string(),
             schedule: config.schedule,
             microbatches: config.microbatches,
+            rows: setup.rows,
             parameters: setup.parameters(),
             emulated: emulation.is_some(),
             steps,

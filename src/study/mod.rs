@@ -10,10 +10,12 @@
 //! Every run is the oracle in a process of its own, so a study needs no more devices than there are cores; what is done is
 //! kept in the study's folder, and a study that was killed does the rest.
 
+mod curves;
+mod times;
 mod plan;
-mod findings;
 mod runs;
 mod statistics;
+mod findings;
 
 use std::path::{Path, PathBuf};
 
@@ -73,7 +75,10 @@ pub fn study(request: &Request) -> Result<u8> {
     let findings = Findings::new(&plan, &best, &runs)?;
     findings.write(&out)?;
     print!("{}", findings.table());
-    let missed = findings.missed();
+    let mut missed = findings.missed();
+    if let Some(document) = plan.quoted.as_ref().filter(|_| request.check) {
+        missed.extend(findings.misquoted(&plan.folder.join(document))?);
+    }
     missed.iter().for_each(|text| println!("missed: {text}"));
     Ok(if request.check && !missed.is_empty() { MISSED } else { 0 })
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::times::TimeConfig;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -25,8 +26,18 @@ pub struct Plan {
     /// Shares of the steps at which the references are run too, each with its whole own rate schedule: what a token is worth.
     #[serde(default = "default_shares")]
     pub shares: Vec<f64>,
+    /// A document, relative to the study's folder, that quotes the table of findings between `<!-- study NAME -->` and
+    /// `<!-- end -->`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quoted: Option<PathBuf>,
+    /// What a step takes.
+    #[serde(default)]
+    pub time: TimeConfig,
     #[serde(rename = "variant")]
     pub list: Vec<Variant>,
+    /// Where the file lies.
+    #[serde(skip)]
+    pub folder: PathBuf,
 }
 
 /// One way to run the base.
@@ -42,9 +53,18 @@ pub struct Variant {
     /// The variant without delay that this one is compared with; none: it is such a reference itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<String>,
+    /// Another variant, whose losses are subtracted seed by seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside: Option<String>,
     /// The largest token tax that is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub goal_tax: Option<f64>,
+    /// The least speed-up over 1F1B to a loss that is wanted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal_speed_up: Option<f64>,
+    /// Whether its losses may not be above those of `beside` by more than the interval.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub goal_not_worse: bool,
 }
 
 /// One training.
@@ -80,7 +100,8 @@ impl Plan {
         let wrong = |problem: String| Error::config("STUDY", path.display(), problem);
         let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
         let mut plan: Plan = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
-        plan.base = path.parent().unwrap_or(Path::new(".")).join(&plan.base);
+        plan.folder = path.parent().unwrap_or(Path::new(".")).to_owned();
+        plan.base = plan.folder.join(&plan.base);
         plan.check()?;
         Ok(plan)
     }
@@ -154,6 +175,8 @@ impl Plan {
             return Err(Error::config("shares", share, "must be above 0 and at most 4"));
         }
 
+        self.time.check()?;
+
         if self.config(&self.list[0])?.eval.is_none() {
             return Err(Error::config("eval", "none", "a study compares held-out losses; set eval.every in its `set`"));
         }
@@ -165,9 +188,30 @@ impl Plan {
             }
             let reference = variant.against.as_ref().map(|name| self.reference(name)).transpose();
             reference.map_err(|remedy| Error::config(format!("{setting}.against"), "no reference", remedy))?;
+            self.check_goals(variant, &setting)?;
             self.check_comparable(variant)?;
         }
         Ok(())
+    }
+
+    fn check_goals(&self, variant: &Variant, setting: &str) -> Result<()> {
+        let compared = variant.goal_tax.is_some() || variant.goal_speed_up.is_some();
+        if compared && variant.is_reference() {
+            let remedy = "a token tax is told against a variant without delay; name one in `against`";
+            return Err(Error::config(format!("{setting}.against"), "none, and a goal", remedy));
+        }
+
+        let Some(beside) = &variant.beside else {
+            let goal = format!("{setting}.goal_not_worse");
+            return match variant.goal_not_worse {
+                true => Err(Error::config(goal, true, "than what? name another variant in `beside`")),
+                false => Ok(()),
+            };
+        };
+        match self.list.iter().any(|other| other.name == *beside && other.name != variant.name) {
+            true => Ok(()),
+            false => Err(Error::config(format!("{setting}.beside"), beside, "name another variant of the study")),
+        }
     }
 
     /// The reference of this name; what to do if there is none.

@@ -78,6 +78,13 @@ impl Runs {
         }
     }
 
+    /// The held-out losses of a complete run on its way: steps made, nats a token.
+    pub fn evaluations(&self, run: &Run) -> Vec<(usize, f64)> {
+        let of =
+            |line: &serde_json::Value| Some((line.get("step")?.as_u64()? as usize, line.get("eval_loss")?.as_f64()?));
+        self.lines(run).iter().filter_map(of).collect()
+    }
+
     /// The metrics of a run.
     fn lines(&self, run: &Run) -> Vec<serde_json::Value> {
         let text = fs::read_to_string(self.folder.join(&run.id).join("metrics.jsonl")).unwrap_or_default();
@@ -178,7 +185,7 @@ impl Runs {
 
         let program = std::env::current_exe().map_err(|error| Error::Internal(error.to_string()))?;
         let mut command = Command::new(program);
-        command.arg("train").arg(&self.base).args(["--emulate", "--out"]).arg(&folder);
+        command.arg("train").arg(&self.base).args(["--emulate", "--dies-with-parent", "--out"]).arg(&folder);
         run.sets.iter().for_each(|set| {
             command.args(["--set", set]);
         });

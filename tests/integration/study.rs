@@ -10,10 +10,13 @@ use crate::harness::{Finished, Folder, LIMIT, ouroboros, run};
 const STUDY: &str = r#"
 name = "tiny"
 base = "tiny.toml"
-set = ["steps=8", "grid.stages=3", "microbatches=2", "eval.every=100", "eval.tokens=80"]
+set = ["steps=8", "grid.stages=3", "microbatches=2", "eval.every=3", "eval.drain=false", "eval.tokens=80"]
 rates = [1e-3, 1e-2]
 seeds = [1, 2]
 shares = [0.5, 1.0]
+quoted = "said.md"
+[time]
+update = 1.5
 [[variant]]
 name = "synchronous"
 set = ["schedule=1f1b"]
@@ -24,7 +27,9 @@ against = "synchronous"
 name = "predict and lead"
 set = ["optimizer.predict=update", "optimizer.lead=one"]
 against = "synchronous"
+beside = "delayed"
 goal_tax = 100.0
+goal_speed_up = 0.01
 "#;
 
 fn study(folder: &Folder, text: &str, more: &[&str]) -> Finished {
@@ -40,7 +45,7 @@ fn findings(folder: &Folder) -> serde_json::Value {
 #[test]
 fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     let folder = Folder::new();
-    let finished = study(&folder, STUDY, &["--check"]).expect_code(0);
+    let finished = study(&folder, STUDY, &[]).expect_code(0);
     // Searched: three variants at two rates; then one more seed each, and half of the steps of the reference.
     let made = |finished: &Finished| finished.stdout.lines().filter(|line| line.contains("-seed")).count();
     assert_eq!(made(&finished), 3 * 2 + 3 + 2, "{finished}");
@@ -74,6 +79,33 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     assert_eq!(variants[1]["tax_of_best"]["extrapolated"], !measured.contains(&tax), "{table}");
     assert!(fs::read_to_string(folder.path("out/tiny.md")).unwrap().contains("| predict and lead | 3x1 | 1,1,0 |"));
 
+    // Curves: evaluations on the way, which are no sync points, and at the end.
+    for row in variants {
+        let curve = row["curve"].as_array().unwrap();
+        let tokens: Vec<u64> = curve.iter().map(|point| point[0].as_u64().unwrap()).collect();
+        assert_eq!(tokens, [3, 6, 8].map(|steps| steps * 24 * 8), "{row}");
+        assert!((curve[2][1].as_f64().unwrap() - row["loss"]["mean"].as_f64().unwrap()).abs() < 1e-12, "{row}");
+    }
+    let picture = fs::read_to_string(folder.path("out/tiny.svg")).unwrap();
+    assert!(
+        picture.starts_with("<svg")
+            && picture.matches("<polyline").count() >= 3
+            && picture.contains("predict and lead")
+    );
+
+    // 24 rows on three stages: two microbatches of twelve, 3 a row; 1F1B is best with rows one by one.
+    let time = |row: usize, key: &str| variants[row]["times"][key].clone();
+    assert_eq!((time(1, "step"), time(1, "one_device")), (73.5.into(), 220.5.into()));
+    assert_eq!(time(1, "one_f_one_b"), serde_json::json!([79.5, 24]));
+    let (tax, speed_up) = (&variants[1]["tax"]["mean"], &variants[1]["speed_up"]);
+    let expected = 79.5 / 73.5 / tax.as_f64().unwrap();
+    assert!((speed_up["over_1f1b"].as_f64().unwrap() - expected).abs() < 1e-9, "{speed_up}");
+    let beside = &variants[2]["beside"];
+    let difference = variants[2]["loss"]["mean"].as_f64().unwrap() - variants[1]["loss"]["mean"].as_f64().unwrap();
+    assert_eq!(beside[0], "delayed");
+    assert!((beside[1]["mean"].as_f64().unwrap() - difference).abs() < 1e-12, "{beside}");
+    assert!(table.contains("\npredict and lead less delayed: "), "{table}");
+
     // What is made stays made; a run that is missing is made again, with the same result.
     let gone = fs::read_dir(folder.path("out/runs")).unwrap().flatten();
     let gone = gone.map(|entry| entry.path()).find(|path| path.to_str().unwrap().contains("delayed")).unwrap();
@@ -86,10 +118,30 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     let strict = STUDY.replace("goal_tax = 100.0", "goal_tax = 0.001");
     let refused = study(&folder, &strict, &["--check"]).expect_code(2);
     assert!(refused.errors()[0].contains("holds the runs of another study"), "{refused}");
-    fs::remove_file(folder.path("out/study.toml")).unwrap();
+    let say = |text: &str| fs::write(folder.path("said.md"), text).unwrap();
+    let quote = format!("some words\n<!-- study tiny -->\n{table}<!-- end -->\n");
+    say(&quote);
+    study(&folder, STUDY, &["--check"]).expect_code(0);
+    let begin_anew = || fs::remove_file(folder.path("out/study.toml")).unwrap();
+    begin_anew();
     let missed = study(&folder, &strict, &["--check"]).expect_code(1);
     assert!(missed.stdout.contains("missed: predict and lead: a token tax of "), "{missed}");
     study(&folder, &strict, &[]).expect_code(0);
+    begin_anew();
+    let fast = STUDY.replace("goal_speed_up = 0.01", "goal_speed_up = 99.0");
+    let missed = study(&folder, &fast, &["--check"]).expect_code(1);
+    assert!(missed.stdout.contains("missed: predict and lead: a speed-up over 1F1B of "), "{missed}");
+    begin_anew();
+
+    // A document that says something else, or nothing.
+    let loss = variants[1]["loss"]["mean"].as_f64().unwrap();
+    let half = variants[1]["loss"]["half_interval"].as_f64().unwrap();
+    say(&quote.replace(&format!("| {loss:.4} ± "), &format!("| {:.4} ± ", loss + half + 0.02)));
+    let wrong = study(&folder, STUDY, &["--check"]).expect_code(1);
+    assert!(wrong.stdout.contains("missed: delayed: a loss of ") && wrong.stdout.contains(" is quoted"), "{wrong}");
+    say("");
+    let absent = study(&folder, STUDY, &["--check"]).expect_code(2);
+    assert!(absent.errors()[0].contains("`quoted`") && absent.errors()[0].contains("no table between"), "{absent}");
 }
 
 #[test]
@@ -106,7 +158,17 @@ fn a_study_that_compares_nothing_is_refused() {
         ("\"schedule=1f1b\"", "\"schedule=1f1b\", \"steps=9\"", "found another steps than variant synchronous"),
         ("\"schedule=1f1b\"", "\"schedule=1f2b\"", "unknown variant `1f2b`"),
         ("name = \"delayed\"", "name = \"synchronous\"", "found twice"),
-        (", \"eval.every=100\", \"eval.tokens=80\"", "", "`eval`: found none"),
+        (", \"eval.every=3\", \"eval.drain=false\", \"eval.tokens=80\"", "", "`eval`: found none"),
+        ("update = 1.5", "update = -1.5", "`time.update`: found -1.5"),
+        ("update = 1.5", "profile = \"none.json\"", "none.json; cannot be read"),
+        ("update = 1.5", "rows = 7", "`time.rows`: found 7; must be a multiple of microbatches = 2"),
+        ("beside = \"delayed\"", "beside = \"nobody\"", "`variant.predict and lead.beside`: found nobody"),
+        ("beside = \"delayed\"", "goal_not_worse = true", "than what? name another variant in `beside`"),
+        (
+            "\"schedule=1f1b\"]",
+            "\"schedule=1f1b\"]\ngoal_tax = 2.0",
+            "`variant.synchronous.against`: found none, and a goal",
+        ),
     ];
     for (from, to, expected) in table {
         let folder = Folder::new();
@@ -132,6 +194,38 @@ fn a_rate_that_diverges_is_no_candidate() {
     let folder = Folder::new();
     let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30]"), &[]).expect_code(2);
     assert!(finished.errors()[0].contains("`variant.synchronous`: found a loss that diverges"), "{finished}");
+}
+
+/// Whoever kills a study kills its runs, and the study goes on with the same result.
+#[test]
+fn a_killed_study_leaves_nothing_behind_and_goes_on() {
+    let whole = Folder::new();
+    study(&whole, STUDY, &[]).expect_code(0);
+
+    let folder = Folder::new();
+    fs::write(folder.path("study.toml"), STUDY).unwrap();
+    let (file, out) = (folder.text("study.toml"), folder.text("out"));
+    let mut begun = ouroboros(&["study", &file, "--out", &out]).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let children = || {
+        let of = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("cmdline")).ok();
+        let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(of);
+        lines.filter(|line| line.contains("--dies-with-parent") && line.contains(&out)).count()
+    };
+    let until = |what: &str, good: &dyn Fn() -> bool| {
+        let begun = std::time::Instant::now();
+        while !good() {
+            assert!(begun.elapsed().as_secs() < LIMIT, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    let complete = || fs::read_dir(folder.path("out/runs")).map_or(0, |runs| runs.flatten().count());
+    until("no run begins", &|| children() > 0 && complete() > 3);
+    begun.kill().unwrap();
+    begun.wait().unwrap();
+    until("runs outlive their study", &|| children() == 0);
+
+    study(&folder, STUDY, &[]).expect_code(0);
+    assert_eq!(findings(&folder), findings(&whole));
 }
 
 #[test]

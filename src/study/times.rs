@@ -1,0 +1,229 @@
+//! What a step of a variant takes, by the simulation of its schedule, and what that is worth to a loss.
+//!
+//! ```text
+//! times       of a row (given, or measured by `ouroboros bench`)  x  rows of a microbatch  ->  simulation  ->  time of a step
+//! one device  forward, backward and update of all stages, one after the other
+//! 1F1B, GPipe on the variant's devices, with the number of microbatches that makes their step shortest
+//! to a loss   a reference needs 1 / tax of the variant's steps to its loss: speed-up = (time of a reference's step / own) / tax
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::schedule::{Fault, Kind, Schedule, StageCosts, step_time};
+use crate::setup::plan::schedule;
+
+/// The section `[time]` of a study: times of one row on a device that holds one stage, in any unit, or those of a profile.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TimeConfig {
+    /// Rows of a step, a replica; none: those of the config.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<usize>,
+    #[serde(default = "one")]
+    pub forward: f64,
+    #[serde(default = "two")]
+    pub backward: f64,
+    /// Of one update of a stage.
+    #[serde(default)]
+    pub update: f64,
+    /// Of one message, whatever its size.
+    #[serde(default)]
+    pub message: f64,
+    /// A bench.json of `ouroboros bench` instead, relative to the study's folder; times are seconds then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<PathBuf>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn two() -> f64 {
+    2.0
+}
+
+impl Default for TimeConfig {
+    fn default() -> TimeConfig {
+        TimeConfig { rows: None, forward: one(), backward: two(), update: 0.0, message: 0.0, profile: None }
+    }
+}
+
+/// Times of a row on every stage.
+pub struct RowTimes {
+    stages: Vec<StageCosts>,
+    message: f64,
+}
+
+/// The steps of a variant beside those of others on the same rows, in the unit of the times.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepTimes {
+    /// Rows of a step, a replica.
+    pub rows: usize,
+    pub step: f64,
+    /// Of one device that holds the whole model.
+    pub one_device: f64,
+    /// Each with the microbatches that make it shortest.
+    pub one_f_one_b: (f64, usize),
+    pub gpipe: (f64, usize),
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    rows: usize,
+    stages: Vec<ProfileStage>,
+}
+
+#[derive(Deserialize)]
+struct ProfileStage {
+    forward_ms: f64,
+    backward_ms: f64,
+    copies_ms: f64,
+    update_ms: f64,
+    table_ms: f64,
+}
+
+impl TimeConfig {
+    /// Whether the times can be used.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `time`.
+    pub fn check(&self) -> Result<()> {
+        let times = [
+            ("forward", self.forward),
+            ("backward", self.backward),
+            ("update", self.update),
+            ("message", self.message),
+        ];
+        for (key, value) in times {
+            let least = if matches!(key, "forward" | "backward") { f64::MIN_POSITIVE } else { 0.0 };
+            Error::unless(
+                value >= least,
+                &format!("time.{key}"),
+                value,
+                "must be 0 or more, forward and backward above 0",
+            )?;
+        }
+        Error::unless_at_least_one("time.rows", self.rows.unwrap_or(1))
+    }
+
+    /// The times of a row on each of so many stages.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `time.profile`.
+    pub fn of_row(&self, folder: &Path, stages: usize) -> Result<RowTimes> {
+        let Some(profile) = &self.profile else {
+            let costs = StageCosts { forward: self.forward, backward: self.backward, update: self.update };
+            return Ok(RowTimes { stages: vec![costs; stages], message: self.message });
+        };
+
+        let path = folder.join(profile);
+        let wrong = |problem: String| Error::config("time.profile", path.display(), problem);
+        let text = std::fs::read_to_string(&path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let profile: Profile = serde_json::from_str(&text)
+            .map_err(|error| wrong(format!("is no bench.json of `ouroboros bench` ({error})")))?;
+        if profile.stages.len() != stages || profile.rows == 0 {
+            let found = profile.stages.len();
+            return Err(wrong(format!("has {found} stages, the variant {stages}; measure that grid")));
+        }
+
+        let of_stage = |stage: &ProfileStage| StageCosts {
+            forward: (stage.forward_ms + stage.copies_ms) / 1e3 / profile.rows as f64,
+            backward: stage.backward_ms / 1e3 / profile.rows as f64,
+            update: (stage.update_ms + stage.table_ms) / 1e3,
+        };
+        Ok(RowTimes { stages: profile.stages.iter().map(of_stage).collect(), message: self.message })
+    }
+}
+
+impl RowTimes {
+    /// What a step takes under a schedule of `rows` rows a replica. A microbatch of b rows takes b times as long as one.
+    fn step(&self, schedule: &Schedule, rows: usize) -> Result<f64> {
+        let b = rows as f64 / schedule.microbatches as f64;
+        let of_microbatch =
+            |stage: &StageCosts| StageCosts { forward: stage.forward * b, backward: stage.backward * b, ..*stage };
+        let fault = |fault: Fault| Error::Internal(format!("schedule: {fault}"));
+        step_time(schedule, self.stages.iter().map(of_microbatch).collect(), self.message).map_err(fault)
+    }
+
+    /// The shortest step of a synchronous schedule, and its number of microbatches.
+    fn best(&self, config: &Config, kind: Kind, rows: usize) -> Result<(f64, usize)> {
+        let mut best = (f64::INFINITY, 1);
+        for microbatches in (1..=rows).filter(|m| rows.is_multiple_of(*m)) {
+            let mut other = Config { schedule: kind, microbatches, ..config.clone() };
+            other.grid.delays = None;
+            let step = self.step(&schedule(&other)?, rows)?;
+            if step < best.0 {
+                best = (step, microbatches);
+            }
+        }
+        Ok(best)
+    }
+}
+
+impl StepTimes {
+    /// Of a variant.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `time.rows` or `time.profile`.
+    pub fn new(time: &TimeConfig, folder: &Path, config: &Config) -> Result<StepTimes> {
+        let rows = time.rows.unwrap_or(config.batch / config.grid.replicas);
+        let m = config.microbatches;
+        if !rows.is_multiple_of(m) {
+            return Err(Error::config("time.rows", rows, format!("must be a multiple of microbatches = {m}")));
+        }
+
+        let times = time.of_row(folder, config.grid.stages)?;
+        let of_device = |stage: &StageCosts| (stage.forward + stage.backward) * rows as f64 + stage.update;
+        Ok(StepTimes {
+            rows,
+            step: times.step(&schedule(config)?, rows)?,
+            one_device: times.stages.iter().map(of_device).sum(),
+            one_f_one_b: times.best(config, Kind::OneForwardOneBackward, rows)?,
+            gpipe: times.best(config, Kind::Gpipe, rows)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(sets: &[&str]) -> Config {
+        let text = "batch = 8\n[model]\nlayers = 4\ntie = \"none\"\n[grid]\nstages = 4";
+        Config::parse(text, &sets.iter().map(|set| (*set).to_owned()).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn times(time: &TimeConfig, sets: &[&str]) -> StepTimes {
+        StepTimes::new(time, Path::new("."), &config(sets)).unwrap()
+    }
+
+    /// Eight rows on four devices: 1F1B is best with rows one by one, whose bubble is 3 of 11; decoupled has none.
+    #[test]
+    fn steps_of_eight_rows_on_four_devices() {
+        let found = times(&TimeConfig::default(), &["microbatches=4"]);
+        assert_eq!((found.rows, found.step, found.one_device), (8, 24.0, 96.0));
+        assert_eq!((found.one_f_one_b, found.gpipe), ((33.0, 8), (33.0, 8)));
+        assert_eq!(found.one_f_one_b.0 / found.step, 1.375);
+        // One microbatch of all rows: everything in turn.
+        assert_eq!(times(&TimeConfig::default(), &["microbatches=1", "schedule=1f1b"]).step, 96.0);
+    }
+
+    #[test]
+    fn updates_count() {
+        let found = times(&TimeConfig { update: 3.0, ..TimeConfig::default() }, &["microbatches=4"]);
+        assert_eq!((found.step, found.one_device, found.one_f_one_b.0), (27.0, 108.0, 36.0));
+    }
+
+    #[test]
+    fn rows_of_their_own() {
+        let time = TimeConfig { rows: Some(16), ..TimeConfig::default() };
+        assert_eq!(times(&time, &["microbatches=4"]).step, 48.0);
+        let odd = TimeConfig { rows: Some(6), ..TimeConfig::default() };
+        let error = StepTimes::new(&odd, Path::new("."), &config(&["microbatches=4"])).unwrap_err().to_string();
+        assert!(error.contains("`time.rows`: found 6; must be a multiple of microbatches = 4"), "{error}");
+    }
+}
