@@ -21,6 +21,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use safetensors::tensor::{Dtype, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::error::{Error, Result};
 use crate::params::as_bytes;
 
 /// Of a direct write: what its place in the file, its memory and its length are multiples of, bytes. No disk asks for more.
@@ -44,9 +45,14 @@ struct Buffer {
 
 impl Content {
     /// Copies tensors, each with its name, its shape and its values.
-    pub fn add<'a>(&mut self, tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone) {
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn add<'a>(&mut self, tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone) -> Result<()> {
         let count: usize = tensors.clone().map(|(.., values)| values.len()).sum();
-        let mut memory: Vec<f32> = Vec::with_capacity(count + ALIGN / 4);
+        let mut memory: Vec<f32> = Vec::new();
+        let reserved = memory.try_reserve_exact(count + ALIGN / 4);
+        reserved.map_err(|_| Error::Memory(format!("not enough for a copy of {} bytes to save", 4 * count)))?;
         // The allocation does not move: it has room for everything.
         let lead = (self.bytes + memory.as_ptr().align_offset(ALIGN) * 4) % ALIGN / 4;
         memory.resize(lead, 0.0);
@@ -56,6 +62,7 @@ impl Content {
         }
         self.bytes += 4 * count;
         self.buffers.push(Buffer { memory, lead });
+        Ok(())
     }
 
     /// Of all values.
@@ -196,7 +203,7 @@ mod tests {
             .collect();
         let mut content = Content::default();
         for part in [&tensors[..2], &tensors[2..3], &tensors[3..]] {
-            content.add(part.iter().map(|(name, shape, values)| (name.clone(), &shape[..], &values[..])));
+            content.add(part.iter().map(|(name, shape, values)| (name.clone(), &shape[..], &values[..]))).unwrap();
         }
         let path = folder.join("values");
         let (size, digest) = content.write(&path).unwrap();
@@ -229,7 +236,7 @@ mod tests {
         let mut content = Content::default();
         for count in [3usize, 5000, 12_345, 1024] {
             let (position, values) = (content.bytes(), vec![1.0; count]);
-            content.add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter());
+            content.add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter()).unwrap();
             let Buffer { memory, lead } = content.buffers.last().unwrap();
             assert_eq!(memory[*lead..].as_ptr().addr() % ALIGN, position % ALIGN);
         }

@@ -153,7 +153,7 @@ impl Manifest {
             grid: config.grid().to_string(),
             time_ms: now.as_millis() as u64,
             shards,
-            config: config.clone(),
+            config: config.settled(),
         }
     }
 }

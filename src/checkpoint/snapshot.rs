@@ -62,8 +62,7 @@ impl Snapshot {
         self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
             let values = &flat[*offset..offset + parameter.count()];
             (parameter.name.clone(), &parameter.shape[..], values)
-        }));
-        Ok(())
+        }))
     }
 
     /// Copies weights and their optimizer's state, as far as this replica writes them.
@@ -134,7 +133,7 @@ impl Snapshot {
             let (shape, flat) =
                 (states.size(), here(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
-            self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor));
+            self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor))?;
         }
         Ok(())
     }

@@ -136,7 +136,7 @@ impl Config {
     pub fn notes(&self) -> Vec<String> {
         let optimizer = &self.optimizer;
         let sgd = optimizer.common.kind == OptimizerKind::Sgd && optimizer.sgd.momentum == 0.0;
-        let harmful = sgd && optimizer.common.predict == Predict::Update;
+        let harmful = sgd && optimizer.predict() == Predict::Update;
         let text = "note: optimizer.predict = \"update\" with kind = \"sgd\" and momentum = 0: a prediction along single \
                     gradients harms; set optimizer.momentum, or predict = \"off\"";
         harmful.then(|| text.to_owned()).into_iter().collect()
@@ -198,9 +198,14 @@ impl Config {
         parse::parse(text, sets)
     }
 
+    /// The same with every default that may change written out, as it is saved.
+    pub fn settled(&self) -> Config {
+        Config { optimizer: self.optimizer.settled(), ..self.clone() }
+    }
+
     /// The config as TOML, every key written out.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).unwrap_or_else(|error| format!("# {error}\n"))
+        toml::to_string(&self.settled()).unwrap_or_else(|error| format!("# {error}\n"))
     }
 
     /// The grid that is asked for.
@@ -228,7 +233,8 @@ mod tests {
     fn the_written_config_reads_back() {
         let text = "steps = 7\n[grid]\nlayers_per_stage = [1, 3]\n[data]\nheld_out = \"x.txt\"\n[eval]\nevery = 5\n";
         let config = Config::parse(text, &[]).unwrap();
-        assert_eq!(Config::parse(&config.to_toml(), &[]).unwrap(), config);
+        let read = Config::parse(&config.to_toml(), &[]).unwrap();
+        assert_eq!((&read, &read.settled()), (&config.settled(), &read));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! is c = b1): the numerator is
 //!
 //! ```text
-//! u = (c m + (1-c) g) / (1 - c b1^n)        c = b1 ("one"), or b1^max(D, 1) ("delay")
+//! u = (c m + (1-c) g) / (1 - c b1^n)        c = b1 ("one"; "where-delayed": if D > 0), or b1^max(D, 1) ("delay")
 //! ```
 //!
 //! Keys: `betas`, `eps`, `lead`. State: `first` (m), `second` (v).
@@ -31,27 +31,35 @@ pub struct Keys {
     pub betas: [f64; 2],
     /// Keeps the step of a small gradient small.
     pub eps: f64,
-    /// Whether steps lead the average of gradients: by one update, or by the delay.
-    pub lead: Lead,
+    /// Whether steps lead the average of gradients: by one update, or by the delay; none: where there is a delay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lead: Option<Lead>,
 }
 
 /// By how many updates a step leads the average of gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Lead {
     Off,
     One,
+    /// By one on stages with a delay, not at all on others: what is not delayed keeps every bit.
+    WhereDelayed,
     /// By `D_k` of the stage, also right after a sync point; by one where that is 0.
     Delay,
 }
 
 impl Default for Keys {
     fn default() -> Keys {
-        Keys { betas: [0.9, 0.95], eps: 1e-8, lead: Lead::Off }
+        Keys { betas: [0.9, 0.95], eps: 1e-8, lead: None }
     }
 }
 
 impl Keys {
+    /// By how many updates steps lead.
+    pub fn lead(&self) -> Lead {
+        self.lead.unwrap_or(Lead::WhereDelayed)
+    }
+
     /// Whether they can be used.
     pub fn check(&self) -> Result<()> {
         for beta in self.betas {
@@ -72,9 +80,10 @@ pub struct Adamw {
 impl Adamw {
     pub fn new(keys: &Keys, delay: usize) -> Adamw {
         let beta1 = keys.betas[0];
-        let lead = match keys.lead {
+        let lead = match keys.lead() {
             Lead::Off => None,
-            Lead::One => Some(beta1),
+            Lead::WhereDelayed if delay == 0 => None,
+            Lead::One | Lead::WhereDelayed => Some(beta1),
             Lead::Delay => Some(beta1.powi(delay.max(1) as i32)),
         };
         Adamw { keys: keys.clone(), lead }
@@ -184,7 +193,7 @@ mod tests {
             [(Lead::One, 3, 0.9f64), (Lead::Delay, 3, 0.9f64.powi(3)), (Lead::Delay, 0, 0.9), (Lead::Off, 3, 1.0)]
         {
             let mut config = OptimizerConfig::of(Common { weight_decay: 0.0, clip: None, ..Common::default() });
-            config.adamw.lead = lead;
+            config.adamw.lead = Some(lead);
             let (mut w, mut m, mut v) = (w0, 0.0f64, 0.0f64);
             for n in 1..=3 {
                 // The second gradient has the other sign.

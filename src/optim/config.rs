@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::adamw::Lead;
 use super::keys::Keys;
 use super::{adamw, sgd};
 use crate::error::{Error, Result};
@@ -83,8 +84,9 @@ pub struct Common {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
     pub clip_scope: ClipScope,
-    /// `update`: stages with a delay use predicted weights.
-    pub predict: Predict,
+    /// `update`: stages with a delay use predicted weights; none: that of the optimizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predict: Option<Predict>,
     /// Of the horizon of a prediction.
     pub predict_scale: f64,
     pub schedule: RateKind,
@@ -102,7 +104,7 @@ impl Default for Common {
             weight_decay: 0.1,
             clip: Some(1.0),
             clip_scope: ClipScope::Stage,
-            predict: Predict::Off,
+            predict: None,
             predict_scale: 1.0,
             schedule: RateKind::Cosine,
             warmup: 20,
@@ -112,6 +114,35 @@ impl Default for Common {
 }
 
 impl OptimizerConfig {
+    /// Whether delayed steps use predicted weights. With AdamW they do, unless it is said; of others it is not known to help.
+    pub fn predict(&self) -> Predict {
+        let default = match self.common.kind {
+            OptimizerKind::Adamw => Predict::Update,
+            OptimizerKind::Sgd => Predict::Off,
+        };
+        self.common.predict.unwrap_or(default)
+    }
+
+    /// The same with every default that may change written out, as it is saved.
+    pub fn settled(&self) -> OptimizerConfig {
+        let mut settled = self.clone();
+        settled.common.predict = Some(self.predict());
+        settled.adamw.lead = Some(self.adamw.lead());
+        settled
+    }
+
+    /// That of a run that goes on from a state of `saved`: what was not known when it was saved stays off, unless it is asked for.
+    pub fn going_on(&self, saved: &OptimizerConfig) -> OptimizerConfig {
+        let mut config = self.clone();
+        if saved.common.predict.is_none() {
+            config.common.predict.get_or_insert(Predict::Off);
+        }
+        if saved.adamw.lead.is_none() {
+            config.adamw.lead.get_or_insert(Lead::Off);
+        }
+        config
+    }
+
     /// These keys, and the defaults of every rule's own.
     pub fn of(common: Common) -> OptimizerConfig {
         OptimizerConfig { common, ..OptimizerConfig::default() }

@@ -386,7 +386,7 @@ mod tests {
         };
         is_that_of_the_processor(&of(OptimizerKind::Adamw));
         let mut leading = of(OptimizerKind::Adamw);
-        leading.adamw.lead = Lead::Delay;
+        leading.adamw.lead = Some(Lead::Delay);
         is_that_of_the_processor(&leading);
         is_that_of_the_processor(&of(OptimizerKind::Sgd));
     }

@@ -26,7 +26,7 @@ pub fn horizon(config: &OptimizerConfig, delay: usize, n: usize, steps: usize, d
 
 /// Whether weights with this delay are predicted.
 pub fn predicts(config: &OptimizerConfig, delay: usize) -> bool {
-    config.common.predict == Predict::Update && delay > 0
+    config.predict() == Predict::Update && delay > 0
 }
 
 #[cfg(test)]
@@ -36,7 +36,7 @@ mod tests {
 
     fn config(schedule: RateKind, scale: f64) -> OptimizerConfig {
         let common = Common { schedule, lr: 1.0, min_lr: 0.0, warmup: 4, ..Common::default() };
-        OptimizerConfig::of(Common { predict: Predict::Update, predict_scale: scale, ..common })
+        OptimizerConfig::of(Common { predict: Some(Predict::Update), predict_scale: scale, ..common })
     }
 
     #[test]
@@ -58,7 +58,7 @@ mod tests {
         let constant = config(RateKind::Constant, 1.0);
         assert_eq!(horizon(&constant, 0, 5, 20, false), 0.0, "no delay");
         assert_eq!(horizon(&constant, 2, 5, 20, true), 0.0, "a sync point");
-        let off = OptimizerConfig::of(Common { predict: Predict::Off, ..constant.common });
+        let off = OptimizerConfig::of(Common { predict: Some(Predict::Off), ..constant.common });
         assert_eq!(horizon(&off, 2, 5, 20, false), 0.0);
     }
 }

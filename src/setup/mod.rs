@@ -97,17 +97,20 @@ impl Setup {
     /// [`Error::Config`](crate::error::Error) about a setting that would make another run of it.
     pub fn resume(self, saved: Checkpoint) -> Result<Setup> {
         saved.fits(&self.config)?;
-        // Other delays, another cut of the layers, another prediction: the state is a sync point.
         let before = &saved.manifest.config;
+        let optimizer = self.config.optimizer.going_on(&before.optimizer);
+        let earlier = before.optimizer.going_on(&before.optimizer);
+        // Other delays, another cut of the layers, another prediction: the state is a sync point.
         let same = self.pipeline(saved.manifest.pipeline.since) == saved.manifest.pipeline
             && before.model.tie == self.config.model.tie
-            && before.optimizer.common.predict == self.config.optimizer.common.predict
-            && before.optimizer.common.predict_scale == self.config.optimizer.common.predict_scale;
+            && earlier.predict() == optimizer.predict()
+            && earlier.common.predict_scale == optimizer.common.predict_scale;
         let since = if same { saved.manifest.pipeline.since } else { saved.step() };
         let mut schedule = self.schedule;
         schedule.sync.from(saved.step(), since);
         schedule.saves_again = saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();
-        Ok(Setup { schedule, resumed: Some(Arc::new(saved)), ..self })
+        let config = Config { optimizer, ..self.config };
+        Ok(Setup { config, schedule, resumed: Some(Arc::new(saved)), ..self })
     }
 
     /// What a state needs to know of the pipeline.

@@ -77,12 +77,12 @@ impl Setup {
         Ok(optimizer)
     }
 
-    /// The optimizer of the tied table, the same at both ends: that of the head's delay.
+    /// The optimizer of the tied table, the same at both ends: that of the embedding's delay.
     ///
     /// # Errors
     /// As [`Setup::optimizer`].
     pub fn table_optimizer(&self, layout: &Layout) -> Result<Optimizer> {
-        self.optimizer(layout, self.schedule.table_delay(End::Output))
+        self.optimizer(layout, self.schedule.table_delay(End::Input))
     }
 
     /// The input parts of the tied table's gradient that had not joined an update where the run was stopped, each with its

@@ -64,8 +64,8 @@ impl Probe for Faults {
     }
 }
 
-/// Changes the lowest bit of a weight.
+/// Changes a bit in the middle of a weight's: the lowest one may be rounded away by an update.
 pub(super) fn flip(weight: &mut Tensor) -> Result<()> {
-    let flipped = weight.f_view_dtype(Kind::Int)?.f_bitwise_xor(1)?;
+    let flipped = weight.f_view_dtype(Kind::Int)?.f_bitwise_xor(1 << 12)?;
     Ok(weight.f_copy_(&flipped.f_view_dtype(Kind::Float)?)?)
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 
 use crate::harness::{Draw, as_threads, by_oracle, tiny};
 use crate::mpirun::compare;
-use crate::stop::stopped_again_and_again;
+use crate::stop::{ends, leg, setup, stopped_again_and_again};
+use ouroboros::checkpoint::Checkpoint;
+use tempfile::TempDir;
 
 const DRAWN: usize = 100;
 const LAYERS: usize = 6;
@@ -32,7 +34,9 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         cover("delays by hand", format!("grid.delays=[{}]", delays.join(", ")));
     }
 
-    if !draw.one_in(5) {
+    if draw.one_in(5) {
+        cover("no prediction", "optimizer.predict=off".into());
+    } else {
         cover("predict", "optimizer.predict=update".into());
         if draw.one_in(3) {
             cover("half a horizon", "optimizer.predict_scale=0.5".into());
@@ -40,10 +44,14 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     }
     let kind = if draw.one_in(6) { "sgd" } else { "adamw" };
     cover(kind, format!("optimizer.kind={kind}"));
-    let lead = ["off", "one", "delay"][draw.below(3)];
+    let lead = ["off", "one", "where-delayed", "delay"][draw.below(4)];
     cover(
-        ["no lead", "lead of one", "lead of the delay"]
-            [["off", "one", "delay"].iter().position(|l| *l == lead).unwrap()],
+        match lead {
+            "off" => "no lead",
+            "one" => "lead of one",
+            "delay" => "lead of the delay",
+            _ => "lead where delayed",
+        },
         format!("optimizer.lead={lead}"),
     );
     let rate = ["constant", "linear", "cosine"][draw.below(3)];
@@ -105,12 +113,14 @@ fn the_drawn_cures_cover_everything() {
         "m > 1",
         "delays by hand",
         "predict",
+        "no prediction",
         "half a horizon",
         "adamw",
         "sgd",
         "no lead",
         "lead of one",
         "lead of the delay",
+        "lead where delayed",
         "constant",
         "linear",
         "cosine",
@@ -152,6 +162,32 @@ fn predicted_runs_that_are_stopped_end_as_if_they_had_not_been() {
     }
 }
 
+/// The state of a program that knew no cures goes on without them, unless they are asked for.
+#[test]
+fn a_state_without_the_keys_goes_on_as_it_began() {
+    let off = ["optimizer.predict=off", "optimizer.lead=off"];
+    let keys = ["grid.stages=3", "steps=20"];
+    let out = TempDir::new().unwrap();
+    assert!(leg(setup(&[&keys[..], &off].concat()), out.path(), false, true).stopped);
+
+    let manifest = Checkpoint::newest(out.path()).unwrap().unwrap().path.join("manifest.json");
+    let mut value: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&manifest).unwrap()).unwrap();
+    let optimizer = value["config"]["optimizer"].as_object_mut().unwrap();
+    for key in ["predict", "predict_scale", "lead"] {
+        assert!(optimizer.remove(key).is_some(), "{key} is not saved");
+    }
+    std::fs::write(&manifest, value.to_string()).unwrap();
+
+    let goes_on = |more: &[&str]| {
+        let rest = TempDir::new().unwrap();
+        let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
+        leg(setup(&[&keys, more].concat()).resume(saved).unwrap(), rest.path(), false, false);
+        ends(rest.path(), 20)
+    };
+    assert!(goes_on(&[]) == goes_on(&off));
+    assert!(goes_on(&[]) != goes_on(&["optimizer.predict=update"]));
+}
+
 #[test]
 fn ranks_that_predict_equal_the_oracle() {
     let predict = ["optimizer.predict=update", "optimizer.lead=one"];
@@ -174,11 +210,15 @@ fn ranks_that_predict_equal_the_oracle() {
 fn a_prediction_is_felt_where_it_is_first_used() {
     let keys = ["grid.stages=2", "microbatches=2", "model.tie=none", "steps=8"];
     let losses = |more: &[&str]| as_threads(&tiny(&[&keys, more].concat())).losses();
-    let (plain, predicted) = (losses(&[]), losses(&["optimizer.predict=update"]));
+    let off = ["optimizer.predict=off", "optimizer.lead=off"];
+    let (plain, predicted) = (losses(&off), losses(&["optimizer.predict=update", "optimizer.lead=off"]));
     assert_eq!(plain[..2], predicted[..2]);
     assert_ne!(plain[2], predicted[2]);
-    // Without delays there is nothing to predict.
-    let synchronous = ["schedule=1f1b"];
-    let cured = ["schedule=1f1b", "optimizer.predict=update"];
-    assert_eq!(losses(&synchronous), losses(&cured));
+    // They are what is done where nothing is said; without delays there is nothing to cure.
+    let cured = ["optimizer.predict=update", "optimizer.lead=where-delayed"];
+    assert_eq!(losses(&[]), losses(&cured));
+    assert_ne!(losses(&[]), losses(&off));
+    let synchronous = |more: &[&str]| losses(&[&["schedule=1f1b"], more].concat());
+    assert_eq!(synchronous(&[]), synchronous(&off));
+    assert_eq!(synchronous(&[]), synchronous(&cured));
 }

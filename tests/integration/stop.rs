@@ -10,12 +10,12 @@ use tempfile::TempDir;
 
 use crate::harness::{Folder, LIMIT, Outcome, TINY, child, files, mpirun, ouroboros, run, signalled, slices, trained};
 
-fn setup(sets: &[&str]) -> Setup {
+pub fn setup(sets: &[&str]) -> Setup {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
     Setup::new(Config::parse(TINY, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"))).unwrap()
 }
 
-fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
+pub fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
     if stop {
         std::fs::write(out.join("STOP"), "").unwrap();
     }
@@ -23,7 +23,7 @@ fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
 }
 
 /// The files of the last state, and the lines about the run.
-fn ends(out: &Path, steps: usize) -> (Vec<(String, Vec<u8>)>, Vec<serde_json::Value>) {
+pub fn ends(out: &Path, steps: usize) -> (Vec<(String, Vec<u8>)>, Vec<serde_json::Value>) {
     (files(out, steps), Outcome::read(out).lines)
 }
 
