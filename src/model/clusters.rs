@@ -40,10 +40,11 @@ pub(super) fn tables(
     role: Role,
 ) -> Vec<Parameter> {
     let count = clusters.len();
+    let init = Init::Normal(if role == Role::Table { d.embedding_std } else { TABLE_STD });
     let mut parameters = Vec::new();
     for (i, cluster) in clusters.iter().enumerate() {
         let shape = [cluster.tokens, cluster.width];
-        parameters.push(Parameter::new(numbered(rows, i, count), &shape, Init::Normal(TABLE_STD), role));
+        parameters.push(Parameter::new(numbered(rows, i, count), &shape, init, role));
         if cluster.width != d.d_model {
             // Rows come out as large as those of a table that is D wide.
             let std = 1.0 / (cluster.width as f64).sqrt();

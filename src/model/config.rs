@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::TABLE_STD;
 use super::architecture::Architecture;
 use crate::error::{Error, Result};
 use crate::schedule::Tie;
@@ -48,6 +49,9 @@ pub struct ModelConfig {
     pub embedding_width: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_width: Option<usize>,
+    /// Standard deviation of the first values of the embedding's tables, of the positions too. GPT-2's 0.02 suits small learning
+    /// rates: at 6e-3 a step of AdamW moves such a row by a third of itself, which delayed steps stand badly.
+    pub embedding_std: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
     /// What a tied table's gradient is made of its two parts.
@@ -94,6 +98,8 @@ impl ModelConfig {
         for (setting, rate) in [("model.dropout", self.dropout), ("model.attention_dropout", self.attention_dropout)] {
             Error::unless((0.0..1.0).contains(&rate), setting, rate, "must be at least 0 and below 1")?;
         }
+        let std = self.embedding_std;
+        Error::unless(std > 0.0, "model.embedding_std", std, "must be above 0")?;
         self.check_widths()?;
         self.check_architecture()
     }
@@ -187,6 +193,7 @@ impl Default for ModelConfig {
             div_val: 1,
             embedding_width: None,
             head_width: None,
+            embedding_std: TABLE_STD,
             tie: Tie::Aligned,
             tie_gradient: TieGradient::Sum,
             mem_len: 0,

@@ -21,6 +21,8 @@ pub struct Dimensions {
     /// Of the rows of the embedding's and the head's first cluster.
     pub embedding_width: i64,
     pub head_width: i64,
+    /// Standard deviation of the first values of the embedding's tables.
+    pub embedding_std: f64,
     /// Whether the head's matrix is the embedding's table.
     pub tied: bool,
     pub architecture: &'static Architecture,
@@ -52,6 +54,7 @@ impl Dimensions {
             div_val: model.div_val as i64,
             embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
             head_width: model.head_width.unwrap_or(model.d_model) as i64,
+            embedding_std: model.embedding_std,
             tied: model.tie != Tie::Untied,
             architecture: model.architecture(),
             mem_len: model.mem_len as i64,

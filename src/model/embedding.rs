@@ -4,7 +4,7 @@
 use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
-use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role, TABLE_STD};
+use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role};
 use crate::error::Result;
 
 /// Layer 0 of the dropout keys.
@@ -62,7 +62,7 @@ impl Layer for Embedding {
         parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
         if self.d.architecture.positions == Positions::Learned {
             let shape = [self.d.sequence, self.d.d_model];
-            let init = Init::Normal(TABLE_STD);
+            let init = Init::Normal(self.d.embedding_std);
             parameters.push(Parameter::new("embedding.positions".into(), &shape, init, Role::Table));
         }
         parameters

@@ -67,7 +67,7 @@ pub(super) fn named(layer: &str, shapes: &[(&str, &[i64], Init)]) -> Vec<Paramet
     shapes.iter().map(parameter).collect()
 }
 
-/// Standard deviation of the first values of tables and of the head, as in GPT-2 (Radford et al. 2019).
+/// Standard deviation of the first values of the head, and of tables unless it is said, as in GPT-2 (Radford et al. 2019).
 pub(super) const TABLE_STD: f64 = 0.02;
 
 /// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small init" of Nguyen and

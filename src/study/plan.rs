@@ -146,15 +146,18 @@ impl Plan {
         best.ok_or_else(|| Error::config(setting, "a loss that diverges at each of its rates", "add smaller `rates`"))
     }
 
-    /// One training of a variant, over a share of the steps.
+    /// One training of a variant, over a share of the steps and of the warm-up.
     pub fn run(&self, variant: &Variant, rate: f64, seed: u64, share: f64) -> Run {
         let id = format!("{}-lr{rate:?}-seed{seed}-x{share}", variant.folder());
         let mut sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
         sets.push(format!("optimizer.lr={rate:?}"));
         sets.push(format!("seed={seed}"));
-        if share != 1.0 {
-            let steps = self.config(variant).map_or(1, |config| config.steps);
-            sets.push(format!("steps={}", (steps as f64 * share).round().max(1.0) as usize));
+        if share != 1.0
+            && let Ok(config) = self.config(variant)
+        {
+            let of = |steps: usize| (steps as f64 * share).round().max(1.0) as usize;
+            sets.push(format!("steps={}", of(config.steps)));
+            sets.push(format!("optimizer.warmup={}", of(config.optimizer.common.warmup)));
         }
         Run { id, sets }
     }
