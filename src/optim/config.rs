@@ -131,15 +131,12 @@ impl OptimizerConfig {
         settled
     }
 
-    /// That of a run that goes on from a state of `saved`: what was not known when it was saved stays off, unless it is asked for.
+    /// That of a run that goes on from a state of `saved`: as it began, unless something else is asked for; off what was not
+    /// known when it was saved.
     pub fn going_on(&self, saved: &OptimizerConfig) -> OptimizerConfig {
         let mut config = self.clone();
-        if saved.common.predict.is_none() {
-            config.common.predict.get_or_insert(Predict::Off);
-        }
-        if saved.adamw.lead.is_none() {
-            config.adamw.lead.get_or_insert(Lead::Off);
-        }
+        config.common.predict.get_or_insert(saved.common.predict.unwrap_or(Predict::Off));
+        config.adamw.lead.get_or_insert(saved.adamw.lead.unwrap_or(Lead::Off));
         config
     }
 

@@ -2,6 +2,7 @@
 
 use super::Setup;
 use crate::grid::Place;
+use crate::schedule::{End, Tie};
 
 impl Setup {
     /// A picture of the grid: ranks, layers and delays of every stage.
@@ -19,6 +20,13 @@ impl Setup {
             out.push_str(&format!(
                 "stage {stage}: layers {}..{last}, delay {delay}, versions {versions}\n",
                 layers.start
+            ));
+        }
+        let (input, head) = (self.schedule.table_delay(End::Input), self.schedule.table_delay(End::Output));
+        if self.schedule.tie == Tie::Head && input > 0 {
+            let applied = input + self.schedule.delays[0];
+            out.push_str(&format!(
+                "tied table: delay {head} at the head, {input} at the embedding, whose part is applied {applied} updates old\n"
             ));
         }
         out
