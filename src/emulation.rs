@@ -5,10 +5,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::schedule::Schedule;
+use crate::schedule::{Schedule, StageCosts};
 
 /// How long the stages sleep for one microbatch.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,16 +19,52 @@ pub enum Emulation {
     Profile(Vec<StageTime>),
 }
 
-/// Times of one microbatch on one stage, in milliseconds: a part of the file that `ouroboros bench` writes.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+/// Times of one stage, means over its replicas, in milliseconds: a part of the file that `ouroboros bench` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StageTime {
+    /// Of a microbatch.
     pub forward_ms: f64,
     pub backward_ms: f64,
+    /// Reading batches and handing messages over, a microbatch.
+    pub copies_ms: f64,
+    pub update_ms: f64,
+    /// The work on the tied table, an update.
+    pub table_ms: f64,
+    /// Least wait for the sum over the replicas, an update.
+    pub reduce_ms: f64,
 }
 
-#[derive(Deserialize)]
-struct Profile {
-    stages: Vec<StageTime>,
+impl StageTime {
+    /// What the simulation takes, in seconds: copies go with the forward, the table with the update.
+    pub fn costs(&self) -> StageCosts {
+        StageCosts {
+            forward: (self.forward_ms + self.copies_ms) / 1e3,
+            backward: self.backward_ms / 1e3,
+            update: (self.update_ms + self.reduce_ms + self.table_ms) / 1e3,
+        }
+    }
+}
+
+/// What `ouroboros bench` has measured of every stage.
+#[derive(Debug, Deserialize)]
+pub struct Profile {
+    /// Of a microbatch; none of a profile that does not tell.
+    pub rows: Option<usize>,
+    pub stages: Vec<StageTime>,
+}
+
+impl Profile {
+    /// Reads a bench.json.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn read(path: &Path) -> std::result::Result<Profile, String> {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read ({error})"))?;
+        let profile: Profile = serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
+        let good = profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
+        if good { Ok(profile) } else { Err(format!("has times that are not between 0 and {LONGEST_MS} ms")) }
+    }
 }
 
 /// How long one stage sleeps.
@@ -69,13 +105,7 @@ impl Emulation {
                 format!("{problem}; write F,B or name a bench.json of `ouroboros bench`"),
             )
         };
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
-        let profile: Profile =
-            serde_json::from_str(&text).map_err(|error| wrong(format!("is no profile ({error})")))?;
-        if !profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms)) {
-            return Err(wrong(format!("has times that are not between 0 and {LONGEST_MS} ms")));
-        }
-        Ok(Emulation::Profile(profile.stages))
+        Profile::read(path).map(|profile| Emulation::Profile(profile.stages)).map_err(wrong)
     }
 
     /// Whether there is a time for every stage.
@@ -127,7 +157,8 @@ mod tests {
         let text = r#"{"stages": [{"forward_ms": 3, "backward_ms": 6.5, "update_ms": 1}], "more": 1}"#;
         std::fs::write(file.path(), text).unwrap();
         let profile = Emulation::read(file.path().to_str().unwrap()).unwrap();
-        assert_eq!(profile, Emulation::Profile(vec![StageTime { forward_ms: 3.0, backward_ms: 6.5 }]));
+        let stage = StageTime { forward_ms: 3.0, backward_ms: 6.5, update_ms: 1.0, ..StageTime::default() };
+        assert_eq!(profile, Emulation::Profile(vec![stage]));
         assert!(profile.check(1).is_ok());
         assert!(profile.check(2).unwrap_err().to_string().contains("a profile of 1 stages; the grid has 2"));
     }

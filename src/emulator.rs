@@ -95,7 +95,7 @@ impl Emulator {
         };
         let stages = (0..setup.grid.stages).map(stage).collect::<Result<_>>()?;
         let layout = Layout::new(&model::table(&setup.dimensions));
-        let optimizer = setup.table_optimizer(&layout)?;
+        let optimizer = setup.optimizer(&layout, embedding_delay(&setup))?;
         let table = weights(layout, optimizer, embedding_delay(&setup))?;
         let model: Vec<Stack> = (0..setup.grid.stages).map(|k| setup.stack(k)).collect();
         let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());

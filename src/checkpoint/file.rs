@@ -52,7 +52,12 @@ impl Content {
         let count: usize = tensors.clone().map(|(.., values)| values.len()).sum();
         let mut memory: Vec<f32> = Vec::new();
         let reserved = memory.try_reserve_exact(count + ALIGN / 4);
-        reserved.map_err(|_| Error::Memory(format!("not enough for a copy of {} bytes to save", 4 * count)))?;
+        reserved.map_err(|_| {
+            Error::Memory(format!(
+                "not enough for the {} bytes that are copied to be saved; give it more, or take more stages",
+                4 * count
+            ))
+        })?;
         // The allocation does not move: it has room for everything.
         let lead = (self.bytes + memory.as_ptr().align_offset(ALIGN) * 4) % ALIGN / 4;
         memory.resize(lead, 0.0);

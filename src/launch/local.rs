@@ -35,11 +35,11 @@ fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
     let setup = setup.on(chosen.device());
-    check(&setup)?;
     let setup = match job.saved(&setup)? {
         Some(saved) => setup.resume(saved)?,
         None => setup,
     };
+    check(&setup)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));
     let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;

@@ -13,7 +13,7 @@ use super::devices::{apart, carried, chosen};
 use super::job::{Job, Transport};
 use super::{announce, watch};
 use crate::comm::Ports;
-use crate::comm::mpi::World;
+use crate::comm::mpi::{Wanted, World};
 use crate::comm::{nccl, staged};
 use crate::control::{Report, STOPPED, SignalWatch};
 use crate::coordinator::{Coordinator, Ranks};
@@ -129,7 +129,8 @@ fn connected(
     let values = |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
     let gradients: Vec<usize> = setup.grid.held(world.identity.rank).iter().map(values).collect();
     let (capacity, joiner) = (setup.schedule.link_capacity(), setup.schedule.joiner());
-    let connected = world.connect(setup.grid, (capacity, joiner), setup.config.wire, limit, stall, &gradients);
+    let wanted = Wanted { capacity, joiner, wire: setup.config.wire, stall };
+    let connected = world.connect(setup.grid, &wanted, limit, &gradients);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {

@@ -179,7 +179,10 @@ fn copied_older(setup: &Setup, place: Place) -> u64 {
     }
     let (schedule, own) = (&setup.schedule, setup.layout(place.stage).len);
     let table = if place.stage == 0 { Layout::new(&model::table(&setup.dimensions)).len } else { 0 };
-    (schedule.delays[place.stage] * own + schedule.table_delay(End::Input) * table) as u64 * VALUE
+    // With prediction that of the newest weights too.
+    let versions = |delay: usize| delay + usize::from(setup.master(delay) == Master::Always);
+    let own = versions(schedule.delays[place.stage]) * own;
+    (own + versions(schedule.table_delay(End::Input)) * table) as u64 * VALUE
 }
 
 /// The parts of the tied table's gradient that a place copies if it is stopped between two sync points.

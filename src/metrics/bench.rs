@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::thousands;
 use crate::clock::{Share, StageTimes, Times};
-use crate::emulation::Emulation;
+use crate::emulation::{Emulation, StageTime};
 use crate::error::{Error, Result};
 use crate::memory::Prediction;
 use crate::params::Layout;
-use crate::schedule::{StageCosts, step_time};
+use crate::schedule::step_time;
 use crate::setup::Setup;
 use crate::stage::Settings;
 
@@ -39,19 +39,12 @@ pub struct Bench {
     devices: Vec<Device>,
 }
 
-/// Times of a microbatch or an update on one stage, means over its replicas.
+/// One stage.
 #[derive(Debug, Serialize)]
 struct Stage {
     stage: usize,
-    forward_ms: f64,
-    backward_ms: f64,
-    /// Reading batches and handing messages over, a microbatch.
-    copies_ms: f64,
-    update_ms: f64,
-    /// The work on the tied table, an update.
-    table_ms: f64,
-    /// Least wait for the sum over the replicas, an update.
-    reduce_ms: f64,
+    #[serde(flatten)]
+    time: StageTime,
     /// Values of the pieces in which its gradient is reduced, as the backward makes them.
     bucket_values: Vec<usize>,
 }
@@ -90,7 +83,7 @@ impl Bench {
         let steps = measured.first().map_or(0, |(_, times)| times.steps);
         let step_s = mean(measured.iter().map(|(_, times)| times.seconds / times.steps as f64));
         let stages: Vec<Stage> = (0..setup.grid.stages).map(|stage| Stage::new(setup, stage, &measured)).collect();
-        let costs = stages.iter().map(Stage::costs).collect();
+        let costs = stages.iter().map(|stage| stage.time.costs()).collect();
         let predicted_step_s =
             step_time(&setup.schedule, costs, 0.0).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
         // What a device was asked to sleep is its work, however late it was woken.
@@ -166,9 +159,8 @@ impl Bench {
         text.push_str("\nms                   forward   backward     copies     update      table     reduce\n");
         for stage in &self.stages {
             let _ = write!(text, "stage {:<11}", stage.stage);
-            for ms in
-                [stage.forward_ms, stage.backward_ms, stage.copies_ms, stage.update_ms, stage.table_ms, stage.reduce_ms]
-            {
+            let StageTime { forward_ms, backward_ms, copies_ms, update_ms, table_ms, reduce_ms } = stage.time;
+            for ms in [forward_ms, backward_ms, copies_ms, update_ms, table_ms, reduce_ms] {
                 let _ = write!(text, " {ms:>10.2}");
             }
             text.push('\n');
@@ -197,25 +189,15 @@ impl Stage {
             .collect();
         let ms = |seconds: f64, count: usize| 1e3 * seconds / count.max(1) as f64;
         let waits = found.iter().map(|(of, times)| ms(times.shares[Share::Reduce as usize], of.updates));
-        Stage {
-            stage,
+        let time = StageTime {
             forward_ms: mean(found.iter().map(|(of, _)| ms(of.forward, of.microbatches))),
             backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
             copies_ms: mean(found.iter().map(|(of, _)| ms(of.copies, of.microbatches))),
             update_ms: mean(found.iter().map(|(of, _)| ms(of.update, of.updates))),
             table_ms: mean(found.iter().map(|(of, _)| ms(of.table, of.updates))),
             reduce_ms: waits.fold(f64::INFINITY, f64::min),
-            bucket_values: buckets(setup, stage),
-        }
-    }
-
-    /// What the simulation takes: copies go with the forward, the table with the update.
-    fn costs(&self) -> StageCosts {
-        StageCosts {
-            forward: (self.forward_ms + self.copies_ms) / 1e3,
-            backward: self.backward_ms / 1e3,
-            update: (self.update_ms + self.reduce_ms + self.table_ms) / 1e3,
-        }
+        };
+        Stage { stage, time, bucket_values: buckets(setup, stage) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The sizes that every layer is made from.
 
-use super::{Architecture, ModelConfig, Norm, clusters};
+use super::{Architecture, ModelConfig, Norm, TABLE_STD, clusters};
 use crate::schedule::Tie;
 
 /// The sizes that every layer is made from.
@@ -38,6 +38,13 @@ pub struct Dimensions {
 }
 
 impl Dimensions {
+    /// What a tied table's rows are multiplied by at both ends: rows that begin larger make the same model at first, of which a
+    /// step of the same length moves less. (That is a learning rate of the table's own, for optimizers whose steps do not depend
+    /// on the gradient's length.)
+    pub fn table_scale(&self) -> f64 {
+        if self.tied { TABLE_STD / self.embedding_std } else { 1.0 }
+    }
+
     /// The sizes of a config's model over `vocabulary` tokens and sequences of `sequence`.
     pub fn new(model: &ModelConfig, vocabulary: usize, sequence: usize) -> Dimensions {
         let cutoffs: Vec<i64> = model.cutoffs.iter().map(|cut| *cut as i64).collect();

@@ -96,7 +96,9 @@ impl Head {
             Some(dropout) if self.d.architecture.head_dropout => dropout.apply(x, self.d.layers + 1, 0)?,
             _ => x,
         };
-        Ok(x.f_reshape([-1, self.d.d_model])?)
+        let x = x.f_reshape([-1, self.d.d_model])?;
+        let scale = self.d.table_scale();
+        if scale == 1.0 { Ok(x) } else { Ok(x.f_mul_scalar(scale)?) }
     }
 
     /// [N, D] -> the logits of the first softmax, [N, n_0 + further clusters].

@@ -417,6 +417,21 @@ mod tests {
         assert_eq!(middle.runs(1), [Run { layers: 0..1, first: 0 }]);
     }
 
+    /// Rows of a tied table that begin larger make the same model at first.
+    #[test]
+    fn a_tied_table_may_begin_larger() {
+        let loss = |embedding_std: f64| {
+            let tied =
+                ModelConfig { arch: Arch::TransformerXl, tie: Tie::Aligned, embedding_std, ..ModelConfig::default() };
+            let d = Dimensions::new(&ModelConfig { layers: 2, d_model: 8, heads: 2, d_ff: 16, ..tied }, 11, 5);
+            let stack = Stack::new(&d, 0..2);
+            let tokens = Tensor::from_slice(&[1i64, 5, 3, 3, 9]).view([1, 5]);
+            let hidden = run(&stack, &tokens, None);
+            stack.loss(&values(&stack), &hidden, &tokens.flip([1]), None).unwrap().double_value(&[])
+        };
+        assert!((loss(0.2) / loss(0.02) - 1.0).abs() < 1e-6, "{} {}", loss(0.2), loss(0.02));
+    }
+
     #[test]
     fn a_tied_model_has_its_table_once() {
         let tied = Dimensions { tied: true, ..dimensions() };

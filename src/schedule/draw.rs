@@ -58,7 +58,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
 }
 
 /// A setting's value as it is written in a config.
-fn word(value: &impl serde::Serialize) -> String {
+pub fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default().trim_matches('"').to_owned()
 }
 

@@ -23,65 +23,25 @@
 //!
 //! Sends and receives are derived from the forwards and backwards, never ordered by hand. The all-reduce of a step is
 //! started in its last backward, bucket by bucket, its rest right after it, and waited for by the update, which stands as late as it may: before the next
-//! backward (which needs the gradient buffer) and before the first forward that needs the new version.
-//!
-//! # The tied table
-//!
-//! With tied embeddings a table V is used by stage 0 (rows of it are the input) and by stage K-1 (the head). Each use
-//! gives a part of its gradient; an update of V needs a part of either. `d_in^t` and `d_out^t` are the parts of step t,
-//! E = D_0 the delay of stage 0:
-//!
-//! ```text
-//!                                                        used at step t by the embedding    by the head
-//! aligned   V[t+1] = V[t] + optimizer(d_out^t + d_in^t)         V[max(s, t - E)]          V[max(s, t - E)]
-//! head      V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-E})     V[max(s, t - E)]          V[t]
-//! fresh     V[t+1] = V[t] + optimizer(d_out^t + d_in^{t-E})     V[t]                      V[t]
-//! ```
-//!
-//! (head, fresh: no input part for the first E steps after a sync point; those still under way at the next one join the
-//! update of the last step before it, in order. Under `head` an input part is 2E updates old when it is applied.) One stage
-//! puts the parts together and reduces them, the joiner: stage 0, under `head` the last one. The other gets the reduced
-//! sum and makes the same update of its own copy. So the copies cannot differ by the order of any sum, and one all-reduce
-//! serves both. Where stage 0 is the joiner:
-//!
-//! ```text
-//! stage K-1   ... B(last)  P --.                                      .--> RT  TU      P   the part is complete
-//!                              '--part--.                            |                RP  take the head's part
-//! stage 0     ... B(last)  P             '--> RP  TR   ...   ST --sum-'    TU          TR  start the all-reduce
-//!                                                                                     ST  wait for it, send the sum
-//!                                                                                     RT  take it
-//!                                                                                     TU  write the next version
-//! ```
-//!
-//! Under `head` the last stage joins: it has its own part of step t and the input's of step t - E, which stage 0 has sent by
-//! then, and needs V[t+1] for its next forward; stage 0 needs that only for the forward of step t+1+E, and so makes the
-//! same update when its backward of step t is over, as late as it may:
-//!
-//! ```text
-//! stage 0     ... B(last of t-E)  P --.                                             RT(t)  TU(t)  F(t+1+E) ...
-//!                                     '--part--.                                .--sum-'
-//! stage K-1   ... B(last of t)    P             '--> RP(t-E)  TR(t) ... ST(t) --'  TU(t)  F(t+1) ...
-//! ```
-//!
-//! On a ring there is one table, which the joiner updates: the other stage hands its part over, and before it needs a
-//! version it awaits the update (`AT`) that writes it. Under `aligned` nobody waits: stage 0 takes the head's part long
-//! after it was sent, and sends the sum before the forward whose activations the last stage waits for anyway.
+//! backward (which needs the gradient buffer) and before the first forward that needs the new version. `tie` has the actions of the
+//! tied table.
 
 mod check;
 mod draw;
 mod generate;
 mod merge;
 mod simulate;
+mod tie;
 
 use std::fmt;
-use std::ops::Range;
 use std::str::FromStr;
 
 pub use check::check;
-pub use draw::{draw, summary};
+pub use draw::{draw, summary, word};
 pub use generate::Actions;
 pub use merge::DeviceActions;
 pub use simulate::{Costs, Fault, Ideal, Span, StageCosts, ideal, simulate, step_time};
+pub use tie::{End, Tie};
 
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::grid::{Grid, Placement};
@@ -242,32 +202,6 @@ impl Kind {
     }
 }
 
-/// Whether the two ends use one table, and which parts of its gradient an update puts together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Tie {
-    /// Both parts of one step.
-    Aligned,
-    /// The head's part of a step with the input's part of `D_0` steps before, of which only the head uses the newest version:
-    /// nobody waits.
-    Head,
-    /// The head's part of a step with the input's part of `D_0` steps before: the paper's rule, for which stage 0 waits.
-    Fresh,
-    /// Nothing is tied: two tables.
-    #[serde(rename = "none")]
-    #[value(name = "none")]
-    Untied,
-}
-
-/// The two uses of a tied table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// Rows of it are the model's input: stage 0.
-    Input,
-    /// It is the matrix of the head: stage K-1.
-    Output,
-}
-
 /// Evaluations: one before every step that is a multiple of `every` (step 0 apart), and one at the end of the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evals {
@@ -351,57 +285,6 @@ impl Schedule {
         if grid.held(grid.device(stage)).len() == 2 { 0.5 } else { 1.0 }
     }
 
-    /// Whether a stage uses the tied table.
-    pub fn uses_table(&self, stage: usize) -> bool {
-        self.tie != Tie::Untied && (stage == 0 || stage == self.stages - 1)
-    }
-
-    /// The ends of the tied table that a stage has.
-    pub fn ends(&self, stage: usize) -> impl Iterator<Item = End> + use<> {
-        let input = (stage == 0).then_some(End::Input);
-        let output = (stage == self.stages - 1).then_some(End::Output);
-        let tied = self.tie != Tie::Untied;
-        input.into_iter().chain(output).filter(move |_| tied)
-    }
-
-    /// How many updates old the version of the tied table is that an end uses for a step.
-    pub fn table_delay(&self, end: End) -> usize {
-        match (self.tie, end) {
-            (Tie::Aligned, _) | (Tie::Head, End::Input) => self.delays[0],
-            (Tie::Head, End::Output) | (Tie::Fresh | Tie::Untied, _) => 0,
-        }
-    }
-
-    /// The stage that puts the parts of the tied table's gradient together and updates it first.
-    pub fn joiner(&self) -> usize {
-        if self.tie == Tie::Head { self.stages - 1 } else { 0 }
-    }
-
-    /// The versions of the tied table that a device holds at most: an input part is computed at the version of its
-    /// forward. On a ring under `head` one table serves both ends: updated early for the head, read late by the embedding.
-    pub fn tables_held(&self, device: usize) -> usize {
-        match self.tie {
-            Tie::Fresh | Tie::Head if device != 0 => 1,
-            Tie::Head if self.placement == Placement::Ring => 2 * self.delays[0] + 1,
-            _ => self.delays[0] + 1,
-        }
-    }
-
-    /// The steps whose input parts join the update of step `t`; `from` is the last sync point, and `last` says that all that
-    /// are under way join.
-    pub fn table_inputs(&self, t: usize, from: usize, last: bool) -> Range<usize> {
-        let delay = if matches!(self.tie, Tie::Fresh | Tie::Head) { self.delays[0] } else { 0 };
-        let first = (t.max(from + delay) - delay).max(from);
-        let past = if last { t + 1 } else { (t + 1).saturating_sub(delay).max(from) };
-        first.min(past)..past
-    }
-
-    /// Whether every input part that is under way joins the update of the step before boundary `t`: at a sync point; under
-    /// `fresh` wherever the pipeline is drained, as where a run is `stopped`.
-    pub fn joins_all(&self, t: usize, stopped: bool) -> bool {
-        self.sync.contains(t) || (stopped && self.tie == Tie::Fresh)
-    }
-
     /// Whether an evaluation stands before step `t` (at the end of the run: after the last step).
     pub fn evaluates_at(&self, t: usize) -> bool {
         self.evals.is_some_and(|e| t > 0 && (t == self.sync.steps || t.is_multiple_of(e.every)))
@@ -461,30 +344,5 @@ mod tests {
         for wrong in ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"] {
             assert!(wrong.parse::<Action>().is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn every_input_part_joins_one_update() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
-        schedule.tie = Tie::Aligned;
-        assert_eq!(
-            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
-            [2..3, 3..4, 4..5, 5..6, 6..7, 7..8]
-        );
-        schedule.tie = Tie::Fresh;
-        assert_eq!(
-            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
-            [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]
-        );
-        assert_eq!((2..4).map(|t| schedule.table_inputs(t, 2, t == 3)).collect::<Vec<_>>(), [2..2, 2..4]);
-        assert_eq!(schedule.table_inputs(2, 2, true), 2..3);
-
-        schedule.tie = Tie::Head;
-        assert_eq!(
-            (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),
-            [2..2, 2..2, 2..2, 2..3, 3..4, 4..8]
-        );
-        // Stopped before step 6 and gone on: what was under way joins as if it had not been.
-        assert_eq!((6..8).map(|t| schedule.table_inputs(t, 2, false)).collect::<Vec<_>>(), [3..4, 4..5]);
     }
 }

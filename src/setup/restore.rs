@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::model::{Memory, Stack};
 use crate::optim::{Optimizer, horizon, predicts};
 use crate::params::{Layout, Master, zeros};
-use crate::schedule::End;
 
 impl Setup {
     /// The weights that a set of parameters begins with.
@@ -75,14 +74,6 @@ impl Setup {
             optimizer.restore(saved.step(), of)?;
         }
         Ok(optimizer)
-    }
-
-    /// The optimizer of the tied table, the same at both ends: that of the embedding's delay.
-    ///
-    /// # Errors
-    /// As [`Setup::optimizer`].
-    pub fn table_optimizer(&self, layout: &Layout) -> Result<Optimizer> {
-        self.optimizer(layout, self.schedule.table_delay(End::Input))
     }
 
     /// The input parts of the tied table's gradient that had not joined an update where the run was stopped, each with its

@@ -1,72 +1,67 @@
-//! What comes of a study: `NAME.json` (its schema is in docs/studies.md), `NAME.md` with the same figures as tables, `NAME.svg` with
-//! the curves.
-
-use std::fmt::Write as _;
-use std::fs;
-use std::path::Path;
+//! What comes of a study: the figures of every variant. As JSON they are `NAME.json`, whose schema is in docs/studies.md.
 
 use serde::Serialize;
 
-use super::curves::{self, Curve};
 use super::plan::{Plan, Variant};
 use super::runs::Runs;
 use super::statistics::{Mean, Share, share_at};
 use super::times::StepTimes;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::schedule::word;
 use crate::setup::plan::schedule;
 
 /// A study's figures. Losses are held-out, in nats a token, at the end of each run.
 #[derive(Debug, Serialize)]
 pub struct Findings {
-    name: String,
-    seeds: Vec<u64>,
-    steps: usize,
-    tokens: usize,
-    variants: Vec<Row>,
+    pub(super) name: String,
+    pub(super) seeds: Vec<u64>,
+    pub(super) steps: usize,
+    pub(super) tokens: usize,
+    pub(super) variants: Vec<Row>,
 }
 
 /// A variant at its best learning rate.
 #[derive(Debug, Serialize)]
-struct Row {
-    name: String,
-    grid: String,
-    delays: Vec<usize>,
-    optimizer: String,
-    predict: String,
-    lead: String,
-    rate: f64,
+pub(super) struct Row {
+    pub(super) name: String,
+    pub(super) grid: String,
+    pub(super) delays: Vec<usize>,
+    pub(super) optimizer: String,
+    pub(super) predict: String,
+    pub(super) lead: String,
+    pub(super) rate: f64,
     /// Whether it is the lowest or the highest of the rates that were tried: a better one may lie beyond.
-    rate_at_edge: bool,
+    pub(super) rate_at_edge: bool,
     /// One a seed.
-    losses: Vec<f64>,
-    loss: Mean,
+    pub(super) losses: Vec<f64>,
+    pub(super) loss: Mean,
     /// Of a reference: the mean losses at shares of the steps.
-    shares: Vec<(f64, f64)>,
-    against: Option<String>,
+    pub(super) shares: Vec<(f64, f64)>,
+    pub(super) against: Option<String>,
     /// Seed by seed, from the reference's loss.
-    difference: Option<Mean>,
+    pub(super) difference: Option<Mean>,
     /// Tokens over those that the reference needs to the same loss; seed by seed.
-    tax: Option<Tax>,
+    pub(super) tax: Option<Tax>,
     /// The same of the mean losses, against the reference that is best of all.
-    tax_of_best: Option<Tax>,
+    pub(super) tax_of_best: Option<Tax>,
     /// Seed by seed, from the losses of the variant that it stands beside.
-    beside: Option<(String, Mean)>,
+    pub(super) beside: Option<(String, Mean)>,
     /// Mean held-out losses on the way: tokens, loss.
-    curve: Vec<(usize, f64)>,
-    times: StepTimes,
-    speed_up: Option<SpeedUp>,
-    goal_tax: Option<f64>,
-    goal_speed_up: Option<f64>,
-    goal_not_worse: bool,
+    pub(super) curve: Vec<(usize, f64)>,
+    pub(super) times: StepTimes,
+    pub(super) speed_up: Option<SpeedUp>,
+    pub(super) goal_tax: Option<f64>,
+    pub(super) goal_speed_up: Option<f64>,
+    pub(super) goal_not_worse: bool,
 }
 
 /// How much sooner than others a variant has the loss that it ends with: they need fewer tokens, and longer for each. Of the mean tax.
 #[derive(Debug, Serialize)]
-struct SpeedUp {
-    over_1f1b: f64,
-    over_gpipe: f64,
-    over_one_device: f64,
+pub(super) struct SpeedUp {
+    pub(super) over_1f1b: f64,
+    pub(super) over_gpipe: f64,
+    pub(super) over_one_device: f64,
 }
 
 impl SpeedUp {
@@ -82,11 +77,11 @@ impl SpeedUp {
 
 /// The tokens that a variant needs, over those that a reference needs to the same loss.
 #[derive(Debug, Serialize)]
-struct Tax {
+pub(super) struct Tax {
     #[serde(flatten)]
-    value: Mean,
+    pub(super) value: Mean,
     /// Whether a loss lies beyond those of the reference's runs: a guess, not a measurement.
-    extrapolated: bool,
+    pub(super) extrapolated: bool,
 }
 
 impl Tax {
@@ -150,140 +145,9 @@ impl Findings {
         Ok(Findings { name: plan.name.clone(), seeds: plan.seeds.clone(), steps: config.steps, tokens, variants: rows })
     }
 
-    /// Writes all files into the study's folder.
-    ///
-    /// # Errors
-    /// [`Error::Config`] about `--out`.
-    pub fn write(&self, out: &Path) -> Result<()> {
-        let json = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(error.to_string()))?;
-        for (ending, text) in [("json", json), ("md", self.table())] {
-            let path = out.join(format!("{}.{ending}", self.name));
-            let wrong = |error| Error::config("--out", path.display(), format!("cannot be written ({error})"));
-            fs::write(&path, text).map_err(wrong)?;
-        }
-
-        let curve = |row: &Row| Curve {
-            name: row.name.clone(),
-            points: row.curve.iter().map(|(tokens, loss)| (*tokens as f64, *loss)).collect(),
-        };
-        let path = out.join(format!("{}.svg", self.name));
-        let title = format!("{}: each variant at its best rate, means of {} seeds", self.name, self.seeds.len());
-        curves::draw(&path, &title, &self.variants.iter().map(curve).collect::<Vec<_>>())
-            .map_err(|error| Error::config("--out", path.display(), format!("cannot be written ({error})")))
-    }
-
-    /// The figures as a table.
-    pub fn table(&self) -> String {
-        let mut text = format!(
-            "{}: {} steps, {} tokens a run, {} paired seeds; held-out nats a token, 95 % intervals\n\n",
-            self.name,
-            self.steps,
-            self.tokens,
-            self.seeds.len()
-        );
-        text.push_str("| variant | grid | delays | rate | loss | difference | token tax | of the best |\n");
-        text.push_str("|---|---|---|---|---|---|---|---|\n");
-        for row in &self.variants {
-            let delays: Vec<String> = row.delays.iter().map(ToString::to_string).collect();
-            let rate = format!("{}{}", row.rate, if row.rate_at_edge { "*" } else { "" });
-            let difference = row.difference.as_ref().map_or("-".into(), |mean| show(mean, 4));
-            let tax = |tax: &Option<Tax>| tax.as_ref().map_or("-".into(), show_tax);
-
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {rate} | {} | {difference} | {} | {} |",
-                row.name,
-                row.grid,
-                delays.join(","),
-                show(&row.loss, 4),
-                tax(&row.tax),
-                tax(&row.tax_of_best)
-            );
-        }
-
-        if self.variants.iter().any(|row| row.rate_at_edge) {
-            text.push_str("\n*: the lowest or the highest rate that was tried; a better one may lie beyond.\n");
-        }
-        let taxes = self.variants.iter().flat_map(|row| [&row.tax, &row.tax_of_best]).flatten();
-        if taxes.into_iter().any(|tax| tax.extrapolated) {
-            text.push_str("\n~: a loss beyond those of the reference's runs; extrapolated, not measured.\n");
-        }
-        for row in &self.variants {
-            if let Some((name, difference)) = &row.beside {
-                let _ = writeln!(text, "\n{} less {name}: {}", row.name, show(difference, 4));
-            }
-        }
-        text.push('\n');
-        self.add_times(&mut text);
-        text
-    }
-
-    /// The second table: time to the loss that each variant ends with.
-    fn add_times(&self, text: &mut String) {
-        let rows = self.variants.first().map_or(0, |row| row.times.rows);
-        let _ = writeln!(
-            text,
-            "times by simulation, {rows} rows a step and replica; speed-ups to the loss that the variant ends with\n"
-        );
-        text.push_str("| variant | step | one device | 1F1B, best m | GPipe, best m | over 1F1B | over GPipe | over one device |\n");
-        text.push_str("|---|---|---|---|---|---|---|---|\n");
-        for row in &self.variants {
-            let StepTimes { step, one_device, one_f_one_b, gpipe, .. } = &row.times;
-            let best = |(step, m): &(f64, usize)| format!("{step:.4} (m = {m})");
-            let speed_up =
-                |of: fn(&SpeedUp) -> f64| row.speed_up.as_ref().map_or("-".into(), |s| format!("{:.2}", of(s)));
-            let _ = writeln!(
-                text,
-                "| {} | {step:.4} | {one_device:.4} | {} | {} | {} | {} | {} |",
-                row.name,
-                best(one_f_one_b),
-                best(gpipe),
-                speed_up(|s| s.over_1f1b),
-                speed_up(|s| s.over_gpipe),
-                speed_up(|s| s.over_one_device)
-            );
-        }
-    }
-
     /// The goals of the study that are missed, each in words.
     pub fn missed(&self) -> Vec<String> {
         self.variants.iter().flat_map(Row::missed).collect()
-    }
-
-    /// What a document says of a loss or a tax that was not found again, each in words.
-    ///
-    /// # Errors
-    /// [`Error::Config`] about `quoted` if there is no such table.
-    pub fn misquoted(&self, document: &Path) -> Result<Vec<String>> {
-        let wrong = |problem: String| Error::config("quoted", document.display(), problem);
-        let text = fs::read_to_string(document).map_err(|error| wrong(format!("cannot be read ({error})")))?;
-        let quoted = quoted(&text, &self.name).ok_or_else(|| {
-            wrong(format!(
-                "has no table between `<!-- study {} -->` and `<!-- end -->`; quote NAME.md there",
-                self.name
-            ))
-        })?;
-
-        let mut missed = Vec::new();
-        for row in &self.variants {
-            let Some(cells) = quoted.iter().find(|cells| cells.first() == Some(&row.name)) else {
-                missed.push(format!("{}: {} does not quote it", row.name, document.display()));
-                continue;
-            };
-            for (what, column, found, least) in [
-                ("loss", LOSS_COLUMN, Some(&row.loss), LEAST_LOSS),
-                ("token tax", TAX_COLUMN, row.tax.as_ref().map(|tax| &tax.value), LEAST_TAX),
-            ] {
-                let (Some(found), Some(said)) = (found, cells.get(column).and_then(|cell| number(cell))) else {
-                    continue;
-                };
-                let far = (said - found.mean).abs();
-                if far > found.half_interval.unwrap_or(0.0).max(least) {
-                    missed.push(format!("{}: a {what} of {}, {said} is quoted", row.name, show(found, 4)));
-                }
-            }
-        }
-        Ok(missed)
     }
 }
 
@@ -292,19 +156,18 @@ impl Row {
         let config = plan.config(variant)?;
         let seeds = plan.seeds.iter();
         let losses: Vec<f64> =
-            seeds.map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0))).collect::<Result<_>>()?;
+            seeds.map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0)?)).collect::<Result<_>>()?;
         let mut shares = Vec::new();
         if variant.is_reference() {
             for share in &plan.shares {
                 let seeds = plan.seeds.iter();
                 let all: Vec<f64> = seeds
-                    .map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, *share)))
+                    .map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, *share)?))
                     .collect::<Result<_>>()?;
                 shares.push((*share, Mean::of(&all).mean));
             }
         }
 
-        let word = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
         Ok(Row {
             name: variant.name.clone(),
             grid: config.grid().to_string(),
@@ -322,7 +185,7 @@ impl Row {
             tax: None,
             tax_of_best: None,
             beside: None,
-            curve: mean_curve(plan, variant, rate, &config, runs),
+            curve: mean_curve(plan, variant, rate, &config, runs)?,
             times: StepTimes::new(&plan.time, &plan.folder, &config)?,
             speed_up: None,
             goal_tax: variant.goal_tax,
@@ -348,7 +211,7 @@ impl Row {
         if let Some((other, difference)) = self.beside.as_ref().filter(|_| self.goal_not_worse)
             && difference.mean > difference.half_interval.unwrap_or(0.0)
         {
-            let shown = show(difference, 4);
+            let shown = difference.show(4);
             missed.push(format!(
                 "{}: a loss above that of {other} by {shown}, none beyond the interval is wanted",
                 self.name
@@ -358,50 +221,20 @@ impl Row {
     }
 }
 
-/// Columns of the first table, and how far at least a quoted figure may be off: other processors round in other ways.
-const LOSS_COLUMN: usize = 4;
-const TAX_COLUMN: usize = 6;
-const LEAST_LOSS: f64 = 0.01;
-const LEAST_TAX: f64 = 0.03;
-
-/// The rows of the table of a study that a document quotes, cell by cell.
-fn quoted(text: &str, name: &str) -> Option<Vec<Vec<String>>> {
-    let (_, rest) = text.split_once(&format!("<!-- study {name} -->"))?;
-    let (table, _) = rest.split_once("<!-- end -->")?;
-    let cells = |line: &str| line.trim().trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect();
-    Some(table.lines().filter(|line| line.trim_start().starts_with('|')).map(cells).collect())
-}
-
-/// The number that a cell begins with.
-fn number(cell: &str) -> Option<f64> {
-    cell.trim_start_matches('~').split_whitespace().next()?.parse().ok()
-}
-
 /// A variant's mean held-out losses on the way to its end.
-fn mean_curve(plan: &Plan, variant: &Variant, rate: f64, config: &Config, runs: &Runs) -> Vec<(usize, f64)> {
-    let seeds: Vec<Vec<(usize, f64)>> =
-        plan.seeds.iter().map(|seed| runs.evaluations(&plan.run(variant, rate, *seed, 1.0))).collect();
+fn mean_curve(plan: &Plan, variant: &Variant, rate: f64, config: &Config, runs: &Runs) -> Result<Vec<(usize, f64)>> {
+    let of_seed = |seed: &u64| Ok(runs.evaluations(&plan.run(variant, rate, *seed, 1.0)?));
+    let seeds: Vec<Vec<(usize, f64)>> = plan.seeds.iter().map(of_seed).collect::<Result<_>>()?;
     let tokens = config.batch * config.data.sequence;
     let mean = |i: usize, step: usize| {
         let losses: Option<Vec<f64>> = seeds.iter().map(|seed| seed.get(i).map(|(_, loss)| *loss)).collect();
         Some((step * tokens, Mean::of(&losses?).mean))
     };
-    seeds[0].iter().enumerate().filter_map(|(i, (step, _))| mean(i, *step)).collect()
+    Ok(seeds[0].iter().enumerate().filter_map(|(i, (step, _))| mean(i, *step)).collect())
 }
 
 /// A reference's losses at shares of the steps, of one seed.
 fn curve(plan: &Plan, variant: &Variant, rate: f64, seed: u64, runs: &Runs) -> Result<Vec<(f64, f64)>> {
-    plan.shares.iter().map(|share| Ok((*share, runs.finite_loss(&plan.run(variant, rate, seed, *share))?))).collect()
-}
-
-fn show(mean: &Mean, digits: usize) -> String {
-    match mean.half_interval {
-        Some(half) => format!("{:.digits$} ± {half:.digits$}", mean.mean),
-        None => format!("{:.digits$}", mean.mean),
-    }
-}
-
-fn show_tax(tax: &Tax) -> String {
-    let sign = if tax.extrapolated { "~" } else { "" };
-    format!("{sign}{}", show(&tax.value, 2))
+    let of_share = |share: &f64| Ok((*share, runs.finite_loss(&plan.run(variant, rate, seed, *share)?)?));
+    plan.shares.iter().map(of_share).collect()
 }

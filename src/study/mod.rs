@@ -16,6 +16,8 @@ mod plan;
 mod runs;
 mod statistics;
 mod findings;
+mod report;
+mod quotes;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +26,7 @@ pub use plan::{Plan, Variant};
 use crate::error::{Error, Result};
 use findings::Findings;
 use plan::Run;
+use quotes::Quoted;
 use runs::Runs;
 
 /// What is asked for.
@@ -54,20 +57,24 @@ pub fn study(request: &Request) -> Result<u8> {
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
 
+    let document = plan.quoted.as_ref().filter(|_| request.check);
+    let quoted = document.map(|document| Quoted::read(&plan.folder.join(document), &plan.name)).transpose()?;
+
     let mut runs = Runs::open(&out, &plan, jobs)?;
     runs.estimate(&plan)?;
     let first = plan.seeds[0];
 
-    let search: Vec<Run> = plan.variants().flat_map(|variant| plan.searched(variant, first)).collect();
-    runs.make(&search)?;
+    let search: Vec<Vec<Run>> = plan.variants().map(|variant| plan.searched(variant, first)).collect::<Result<_>>()?;
+    runs.make(&search.concat())?;
     let best: Vec<f64> = plan.variants().map(|variant| runs.best_rate(&plan, variant, first)).collect::<Result<_>>()?;
 
     let mut rest = Vec::new();
     for (variant, rate) in plan.variants().zip(&best) {
-        rest.extend(plan.seeds[1..].iter().map(|seed| plan.run(variant, *rate, *seed, 1.0)));
-        if variant.is_reference() {
-            let shares = plan.shares.iter().filter(|share| **share != 1.0);
-            rest.extend(shares.flat_map(|share| plan.seeds.iter().map(|seed| plan.run(variant, *rate, *seed, *share))));
+        for seed in &plan.seeds {
+            let shares = plan.shares.iter().filter(|share| variant.is_reference() && **share != 1.0);
+            for share in shares.chain([&1.0]) {
+                rest.push(plan.run(variant, *rate, *seed, *share)?);
+            }
         }
     }
     runs.make(&rest)?;
@@ -76,9 +83,7 @@ pub fn study(request: &Request) -> Result<u8> {
     findings.write(&out)?;
     print!("{}", findings.table());
     let mut missed = findings.missed();
-    if let Some(document) = plan.quoted.as_ref().filter(|_| request.check) {
-        missed.extend(findings.misquoted(&plan.folder.join(document))?);
-    }
+    missed.extend(quoted.iter().flat_map(|quoted| quoted.missed(&findings)));
     missed.iter().for_each(|text| println!("missed: {text}"));
     Ok(if request.check && !missed.is_empty() { MISSED } else { 0 })
 }

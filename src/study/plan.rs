@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::times::TimeConfig;
+use super::times::{StepTimes, TimeConfig};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::setup::plan::schedule;
 
 /// A study: `studies/*.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -112,7 +113,7 @@ impl Plan {
     }
 
     /// The rates that a variant is searched over.
-    fn rates_of<'a>(&'a self, variant: &'a Variant) -> &'a [f64] {
+    pub fn rates_of<'a>(&'a self, variant: &'a Variant) -> &'a [f64] {
         variant.rates.as_deref().unwrap_or(&self.rates)
     }
 
@@ -124,8 +125,11 @@ impl Plan {
     }
 
     /// The runs of a variant's search at one seed.
-    pub fn searched<'a>(&'a self, variant: &'a Variant, seed: u64) -> impl Iterator<Item = Run> + 'a {
-        self.rates_of(variant).iter().map(move |rate| self.run(variant, *rate, seed, 1.0))
+    ///
+    /// # Errors
+    /// As [`Plan::config`].
+    pub fn searched(&self, variant: &Variant, seed: u64) -> Result<Vec<Run>> {
+        self.rates_of(variant).iter().map(|rate| self.run(variant, *rate, seed, 1.0)).collect()
     }
 
     /// The best of a variant's rates by the losses of its search.
@@ -136,7 +140,7 @@ impl Plan {
         let mut best = None;
         let mut least = f64::INFINITY;
         for rate in self.rates_of(variant) {
-            let loss = loss(&self.run(variant, *rate, seed, 1.0))?;
+            let loss = loss(&self.run(variant, *rate, seed, 1.0)?)?;
             if loss < least {
                 (least, best) = (loss, Some(*rate));
             }
@@ -147,32 +151,38 @@ impl Plan {
     }
 
     /// One training of a variant, over a share of the steps and of the warm-up.
-    pub fn run(&self, variant: &Variant, rate: f64, seed: u64, share: f64) -> Run {
+    ///
+    /// # Errors
+    /// As [`Plan::config`].
+    pub fn run(&self, variant: &Variant, rate: f64, seed: u64, share: f64) -> Result<Run> {
         let id = format!("{}-lr{rate:?}-seed{seed}-x{share}", variant.folder());
         let mut sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
         sets.push(format!("optimizer.lr={rate:?}"));
         sets.push(format!("seed={seed}"));
-        if share != 1.0
-            && let Ok(config) = self.config(variant)
-        {
-            let of = |steps: usize| (steps as f64 * share).round().max(1.0) as usize;
-            sets.push(format!("steps={}", of(config.steps)));
+        if share != 1.0 {
+            let config = self.config(variant)?;
+            let of = |steps: usize| (steps as f64 * share).round() as usize;
+            sets.push(format!("steps={}", of(config.steps).max(1)));
             sets.push(format!("optimizer.warmup={}", of(config.optimizer.common.warmup)));
         }
-        Run { id, sets }
+        Ok(Run { id, sets })
     }
 
     /// The config of a variant.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it cannot be read.
     pub fn config(&self, variant: &Variant) -> Result<Config> {
         let sets: Vec<String> = self.set.iter().chain(&variant.set).cloned().collect();
         Config::load(&self.base, &sets, None)
     }
 
     fn check(&self) -> Result<()> {
-        let empty =
-            [("rates", self.rates.is_empty()), ("seeds", self.seeds.is_empty()), ("variant", self.list.is_empty())];
-        if let Some((key, _)) = empty.iter().find(|(_, empty)| *empty) {
-            return Err(Error::config(*key, "an empty list", "a study needs at least one"));
+        check_list("rates", &self.rates)?;
+        check_list("seeds", &self.seeds)?;
+        check_list("shares", &self.shares)?;
+        if self.list.is_empty() {
+            return Err(Error::config("variant", "an empty list", "a study needs at least one"));
         }
         if let Some(share) = self.shares.iter().find(|share| !(**share > 0.0 && **share <= 4.0)) {
             return Err(Error::config("shares", share, "must be above 0 and at most 4"));
@@ -191,10 +201,23 @@ impl Plan {
             }
             let reference = variant.against.as_ref().map(|name| self.reference(name)).transpose();
             reference.map_err(|remedy| Error::config(format!("{setting}.against"), "no reference", remedy))?;
+            check_list(&format!("{setting}.rates"), self.rates_of(variant))?;
             self.check_goals(variant, &setting)?;
             self.check_comparable(variant)?;
+            self.check_reference(variant, &setting)?;
+            StepTimes::new(&self.time, &self.folder, &self.config(variant)?)?;
         }
         Ok(())
+    }
+
+    /// Whether a variant without `against` has no delays.
+    fn check_reference(&self, variant: &Variant, setting: &str) -> Result<()> {
+        let delays = schedule(&self.config(variant)?)?.delays;
+        if !variant.is_reference() || delays.iter().all(|delay| *delay == 0) {
+            return Ok(());
+        }
+        let found = format!("none, and delays {delays:?}");
+        Err(Error::config(format!("{setting}.against"), found, "name a variant without delay that it is compared with"))
     }
 
     fn check_goals(&self, variant: &Variant, setting: &str) -> Result<()> {
@@ -243,4 +266,13 @@ impl Plan {
             }
         }
     }
+}
+
+/// A list of a study has values, none of them twice.
+fn check_list<T: PartialEq + std::fmt::Debug>(setting: &str, values: &[T]) -> Result<()> {
+    if values.is_empty() {
+        return Err(Error::config(setting, "an empty list", "a study needs at least one"));
+    }
+    let twice = values.iter().enumerate().find(|(i, value)| values[..*i].contains(value));
+    twice.map_or(Ok(()), |(_, value)| Err(Error::config(setting, format!("{value:?} twice"), "give each value once")))
 }

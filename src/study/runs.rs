@@ -38,8 +38,13 @@ impl Runs {
         let folder = out.join("runs");
         fs::create_dir_all(&folder).map_err(|error| wrong(format!("cannot be made ({error})")))?;
 
-        let text = toml::to_string(plan).map_err(|error| Error::Internal(error.to_string()))?;
-        let kept = out.join("study.toml");
+        // What runs depend on: every variant's whole config, not what is made of their losses.
+        let mut text = format!("# rates {:?}, seeds {:?}, shares {:?}\n", plan.rates, plan.seeds, plan.shares);
+        for variant in plan.variants() {
+            let config = plan.config(variant)?.to_toml();
+            text.push_str(&format!("\n# {}, rates {:?}\n{config}", variant.name, variant.rates));
+        }
+        let kept = out.join("configs.toml");
         match fs::read_to_string(&kept) {
             Ok(before) if before != text => {
                 return Err(wrong("holds the runs of another study; choose another folder, or remove it".into()));
@@ -105,13 +110,13 @@ impl Runs {
     /// A run that fails.
     pub fn estimate(&mut self, plan: &Plan) -> Result<()> {
         let first = &plan.list[0];
-        let searched: usize = plan.variants().map(|variant| plan.searched(variant, plan.seeds[0]).count()).sum();
+        let searched: usize = plan.variants().map(|variant| plan.rates_of(variant).len()).sum();
         let further = plan.list.len() * (plan.seeds.len() - 1);
         let references = plan.variants().filter(|variant| variant.is_reference()).count();
         let shares: f64 = plan.shares.iter().filter(|share| **share != 1.0).sum();
         let runs = (searched + further) as f64 + references as f64 * plan.seeds.len() as f64 * shares;
 
-        let mut pilot = plan.run(first, plan.rates[0], plan.seeds[0], 1.0);
+        let mut pilot = plan.run(first, plan.rates[0], plan.seeds[0], 1.0)?;
         pilot.id = "pilot".into();
         pilot.sets.push(format!("steps={PILOT_STEPS}"));
         let _ = fs::remove_dir_all(self.folder.join(&pilot.id));

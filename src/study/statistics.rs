@@ -19,6 +19,14 @@ impl Mean {
         let half_interval = student.map(|student| student.inverse_cdf(0.975) * (variance / n).sqrt());
         Mean { mean, half_interval }
     }
+
+    /// With its interval, if there is one.
+    pub fn show(&self, digits: usize) -> String {
+        match self.half_interval {
+            Some(half) => format!("{:.digits$} ± {half:.digits$}", self.mean),
+            None => format!("{:.digits$}", self.mean),
+        }
+    }
 }
 
 /// A share of a reference's steps.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::emulation::{Profile, StageTime};
 use crate::error::{Error, Result};
 use crate::schedule::{Fault, Kind, Schedule, StageCosts, step_time};
 use crate::setup::plan::schedule;
@@ -71,21 +72,6 @@ pub struct StepTimes {
     pub gpipe: (f64, usize),
 }
 
-#[derive(Deserialize)]
-struct Profile {
-    rows: usize,
-    stages: Vec<ProfileStage>,
-}
-
-#[derive(Deserialize)]
-struct ProfileStage {
-    forward_ms: f64,
-    backward_ms: f64,
-    copies_ms: f64,
-    update_ms: f64,
-    table_ms: f64,
-}
-
 impl TimeConfig {
     /// Whether the times can be used.
     ///
@@ -110,32 +96,36 @@ impl TimeConfig {
         Error::unless_at_least_one("time.rows", self.rows.unwrap_or(1))
     }
 
-    /// The times of a row on each of so many stages.
+    /// The times of a row on each stage of a schedule.
     ///
     /// # Errors
     /// [`Error::Config`] about `time.profile`.
-    pub fn of_row(&self, folder: &Path, stages: usize) -> Result<RowTimes> {
+    fn of_row(&self, folder: &Path, schedule: &Schedule) -> Result<RowTimes> {
+        let message = self.message;
         let Some(profile) = &self.profile else {
-            let costs = StageCosts { forward: self.forward, backward: self.backward, update: self.update };
-            return Ok(RowTimes { stages: vec![costs; stages], message: self.message });
+            let of = |stage: usize| {
+                let share = schedule.share(stage);
+                StageCosts { forward: self.forward * share, backward: self.backward * share, update: self.update }
+            };
+            return Ok(RowTimes { stages: (0..schedule.stages).map(of).collect(), message });
         };
 
         let path = folder.join(profile);
         let wrong = |problem: String| Error::config("time.profile", path.display(), problem);
-        let text = std::fs::read_to_string(&path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
-        let profile: Profile = serde_json::from_str(&text)
-            .map_err(|error| wrong(format!("is no bench.json of `ouroboros bench` ({error})")))?;
-        if profile.stages.len() != stages || profile.rows == 0 {
-            let found = profile.stages.len();
-            return Err(wrong(format!("has {found} stages, the variant {stages}; measure that grid")));
+        let profile = Profile::read(&path).map_err(wrong)?;
+        let rows = profile.rows.filter(|rows| *rows > 0);
+        let rows =
+            rows.ok_or_else(|| wrong("does not tell its `rows`; measure it again with `ouroboros bench`".into()))?;
+        if profile.stages.len() != schedule.stages {
+            let (found, wanted) = (profile.stages.len(), schedule.stages);
+            return Err(wrong(format!("has {found} stages, the variant {wanted}; measure that grid")));
         }
 
-        let of_stage = |stage: &ProfileStage| StageCosts {
-            forward: (stage.forward_ms + stage.copies_ms) / 1e3 / profile.rows as f64,
-            backward: stage.backward_ms / 1e3 / profile.rows as f64,
-            update: (stage.update_ms + stage.table_ms) / 1e3,
+        let of_row = |stage: &StageTime| {
+            let StageCosts { forward, backward, update } = stage.costs();
+            StageCosts { forward: forward / rows as f64, backward: backward / rows as f64, update }
         };
-        Ok(RowTimes { stages: profile.stages.iter().map(of_stage).collect(), message: self.message })
+        Ok(RowTimes { stages: profile.stages.iter().map(of_row).collect(), message })
     }
 }
 
@@ -176,11 +166,14 @@ impl StepTimes {
             return Err(Error::config("time.rows", rows, format!("must be a multiple of microbatches = {m}")));
         }
 
-        let times = time.of_row(folder, config.grid.stages)?;
-        let of_device = |stage: &StageCosts| (stage.forward + stage.backward) * rows as f64 + stage.update;
+        let own = schedule(config)?;
+        let times = time.of_row(folder, &own)?;
+        // It has all replicas' rows, and one update of everything.
+        let all = (rows * config.grid.replicas) as f64;
+        let of_device = |stage: &StageCosts| (stage.forward + stage.backward) * all + stage.update;
         Ok(StepTimes {
             rows,
-            step: times.step(&schedule(config)?, rows)?,
+            step: times.step(&own, rows)?,
             one_device: times.stages.iter().map(of_device).sum(),
             one_f_one_b: times.best(config, Kind::OneForwardOneBackward, rows)?,
             gpipe: times.best(config, Kind::Gpipe, rows)?,
@@ -216,6 +209,15 @@ mod tests {
     fn updates_count() {
         let found = times(&TimeConfig { update: 3.0, ..TimeConfig::default() }, &["microbatches=4"]);
         assert_eq!((found.step, found.one_device, found.one_f_one_b.0), (27.0, 108.0, 36.0));
+    }
+
+    /// A ring's ends share a device, and have half a share of the work each; one device has the rows of all replicas.
+    #[test]
+    fn rings_and_replicas() {
+        let found = times(&TimeConfig::default(), &["microbatches=4", "grid.placement=ring"]);
+        assert_eq!((found.step, found.one_device), (24.0, 72.0));
+        let found = times(&TimeConfig::default(), &["microbatches=2", "grid.replicas=2"]);
+        assert_eq!((found.rows, found.step, found.one_device), (4, 12.0, 96.0));
     }
 
     #[test]

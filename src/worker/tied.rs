@@ -37,7 +37,9 @@ impl TiedTable {
         let (schedule, layout) = (&setup.schedule, Layout::new(&model::table(&setup.dimensions)));
         // On one device with both ends the embedding's is the older one.
         let delay = schedule.table_delay(ends[0]);
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.table_optimizer(&layout)?);
+        // The optimizer is the same at both ends.
+        let optimizer = setup.optimizer(&layout, schedule.table_delay(End::Input))?;
+        let initial = setup.first_weights(&layout)?;
         let held = schedule.tables_held(setup.grid.device_of(rank));
         let older = setup.older_weights(&layout, delay)?;
         let kind = setup.config.precision.kind();

@@ -114,31 +114,47 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     assert_eq!(made(&again), 1, "{again}");
     assert_eq!(findings(&folder), first);
 
-    // A goal that is missed; and a folder of another study.
-    let strict = STUDY.replace("goal_tax = 100.0", "goal_tax = 0.001");
-    let refused = study(&folder, &strict, &["--check"]).expect_code(2);
+    // A folder of another study; goals are no part of what its runs are.
+    let refused = study(&folder, &STUDY.replace("[1e-3, 1e-2]", "[1e-3, 2e-2]"), &[]).expect_code(2);
     assert!(refused.errors()[0].contains("holds the runs of another study"), "{refused}");
+    let config = fs::read_to_string(folder.path("tiny.toml")).unwrap();
+    fs::write(folder.path("tiny.toml"), config.replace("heads = 2", "heads = 4")).unwrap();
+    let refused = study(&folder, STUDY, &[]).expect_code(2);
+    assert!(refused.errors()[0].contains("holds the runs of another study"), "{refused}");
+    fs::write(folder.path("tiny.toml"), config).unwrap();
+}
+
+#[test]
+fn goals_and_quotes_are_checked() {
+    let folder = Folder::new();
+    let begun = study(&folder, STUDY, &["--check"]).expect_code(2);
+    assert!(begun.errors()[0].contains("`quoted`") && !folder.path("out").exists(), "{begun}");
+    study(&folder, STUDY, &[]).expect_code(0);
+    let table = fs::read_to_string(folder.path("out/tiny.md")).unwrap();
+
     let say = |text: &str| fs::write(folder.path("said.md"), text).unwrap();
     let quote = format!("some words\n<!-- study tiny -->\n{table}<!-- end -->\n");
     say(&quote);
     study(&folder, STUDY, &["--check"]).expect_code(0);
-    let begin_anew = || fs::remove_file(folder.path("out/study.toml")).unwrap();
-    begin_anew();
-    let missed = study(&folder, &strict, &["--check"]).expect_code(1);
-    assert!(missed.stdout.contains("missed: predict and lead: a token tax of "), "{missed}");
-    study(&folder, &strict, &[]).expect_code(0);
-    begin_anew();
-    let fast = STUDY.replace("goal_speed_up = 0.01", "goal_speed_up = 99.0");
-    let missed = study(&folder, &fast, &["--check"]).expect_code(1);
-    assert!(missed.stdout.contains("missed: predict and lead: a speed-up over 1F1B of "), "{missed}");
-    begin_anew();
+    for (from, to, expected) in [
+        ("goal_tax = 100.0", "goal_tax = 0.001", "missed: predict and lead: a token tax of "),
+        ("goal_speed_up = 0.01", "goal_speed_up = 99.0", "missed: predict and lead: a speed-up over 1F1B of "),
+    ] {
+        let strict = STUDY.replace(from, to);
+        let missed = study(&folder, &strict, &["--check"]).expect_code(1);
+        assert!(missed.stdout.contains(expected), "{missed}");
+        study(&folder, &strict, &[]).expect_code(0);
+    }
 
     // A document that says something else, or nothing.
-    let loss = variants[1]["loss"]["mean"].as_f64().unwrap();
-    let half = variants[1]["loss"]["half_interval"].as_f64().unwrap();
-    say(&quote.replace(&format!("| {loss:.4} ± "), &format!("| {:.4} ± ", loss + half + 0.02)));
-    let wrong = study(&folder, STUDY, &["--check"]).expect_code(1);
-    assert!(wrong.stdout.contains("missed: delayed: a loss of ") && wrong.stdout.contains(" is quoted"), "{wrong}");
+    let loss = &findings(&folder)["variants"][1]["loss"];
+    let (loss, half) = (loss["mean"].as_f64().unwrap(), loss["half_interval"].as_f64().unwrap());
+    for said in [format!("{:.4}", loss + half + 0.02), "-".to_owned()] {
+        say(&quote.replace(&format!("| {loss:.4} ± "), &format!("| {said} ± ")));
+        let wrong = study(&folder, STUDY, &["--check"]).expect_code(1);
+        assert!(wrong.stdout.contains("missed: delayed: a loss of "), "{wrong}");
+        assert!(wrong.stdout.contains(&format!("`{said} ± ")), "{wrong}");
+    }
     say("");
     let absent = study(&folder, STUDY, &["--check"]).expect_code(2);
     assert!(absent.errors()[0].contains("`quoted`") && absent.errors()[0].contains("no table between"), "{absent}");
@@ -159,6 +175,15 @@ fn a_study_that_compares_nothing_is_refused() {
         ("\"schedule=1f1b\"", "\"schedule=1f2b\"", "unknown variant `1f2b`"),
         ("name = \"delayed\"", "name = \"synchronous\"", "found twice"),
         (", \"eval.every=3\", \"eval.drain=false\", \"eval.tokens=80\"", "", "`eval`: found none"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "`seeds`: found 1 twice"),
+        ("rates = [1e-3, 1e-2]", "rates = [1e-3, 1e-3]", "`rates`: found 0.001 twice"),
+        ("shares = [0.5, 1.0]", "shares = [0.5, 0.5]", "`shares`: found 0.5 twice"),
+        ("beside = \"delayed\"", "rates = []", "`variant.predict and lead.rates`: found an empty list"),
+        (
+            "name = \"delayed\"\nagainst = \"synchronous\"",
+            "name = \"delayed\"",
+            "`variant.delayed.against`: found none, and delays [1, 1, 0]",
+        ),
         ("update = 1.5", "update = -1.5", "`time.update`: found -1.5"),
         ("update = 1.5", "profile = \"none.json\"", "none.json; cannot be read"),
         ("update = 1.5", "rows = 7", "`time.rows`: found 7; must be a multiple of microbatches = 2"),
@@ -175,6 +200,7 @@ fn a_study_that_compares_nothing_is_refused() {
         assert!(STUDY.contains(from), "{from}");
         let finished = study(&folder, &STUDY.replace(from, to), &[]).expect_code(2);
         assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{expected}{finished}");
+        assert!(!folder.path("out").exists(), "runs before {expected}");
     }
 
     let folder = Folder::new();

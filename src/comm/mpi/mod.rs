@@ -59,6 +59,18 @@ pub struct World {
     recorder: Option<FlightRecorder>,
 }
 
+/// What is wanted of links and groups.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Messages under way on a link, at most.
+    pub capacity: usize,
+    /// The stage that takes the parts of the tied table's gradient.
+    pub joiner: usize,
+    pub wire: Wire,
+    /// If nothing moves here for much longer and rank 0 does not ask why, it is lost.
+    pub stall: Duration,
+}
+
 impl World {
     /// Starts MPI on a thread of its own.
     ///
@@ -115,22 +127,20 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks; stage
-    /// `joiner` takes the parts of the tied table's gradient.
-    /// `gradients` are the values of the gradient of each place that this rank holds, for memory that its replicas share. If
-    /// nothing moves here for much longer than `stall` and rank 0 does not ask why, it is lost. All ranks must call this.
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks.
+    /// `gradients` are the values of the gradient of each place that this rank holds, for memory that its replicas share. All
+    /// ranks must call this.
     ///
     /// # Errors
     /// What MPI reports.
     pub fn connect(
         &self,
         grid: Grid,
-        (capacity, joiner): (usize, usize),
-        wire: Wire,
+        wanted: &Wanted,
         limit: usize,
-        stall: Duration,
         gradients: &[usize],
     ) -> Result<(Ports, Option<Receiver<Report>>)> {
+        let Wanted { capacity, joiner, wire, stall } = *wanted;
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
         let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
