@@ -11,6 +11,16 @@ pub struct Curve {
 }
 
 const SIZE: (u32, u32) = (900, 540);
+const FONT: (&str, u32) = ("sans-serif", 15);
+/// Okabe and Ito's, which everybody can tell apart, but for black and yellow.
+const COLORS: [RGBColor; 6] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
+    RGBColor(230, 159, 0),
+];
 /// Losses above the middle one by more than so many times the way from it to the least are of the first steps, and would flatten
 /// the rest.
 const HEADROOM: f64 = 1.6;
@@ -34,21 +44,24 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
         let mut chart = ChartBuilder::on(&area)
             .caption(title, ("sans-serif", 20))
             .margin(12)
-            .x_label_area_size(44)
-            .y_label_area_size(60)
+            .x_label_area_size(48)
+            .y_label_area_size(64)
             .build_cartesian_2d(0.0..tokens, least - margin..most + margin)?;
         let style = |value: &f64| format!("{value:.2}");
         chart
             .configure_mesh()
             .light_line_style(WHITE)
+            .label_style(FONT)
             .x_desc("tokens")
             .y_desc("held-out loss, nats a token")
-            .x_label_formatter(&|tokens| format!("{:.0}k", tokens / 1e3))
+            .x_label_formatter(&|tokens| {
+                if *tokens < 1e4 { format!("{tokens:.0}") } else { format!("{:.0}k", tokens / 1e3) }
+            })
             .y_label_formatter(&style)
             .draw()?;
 
         for (i, curve) in curves.iter().enumerate() {
-            let color = Palette99::pick(i).to_rgba();
+            let color = COLORS[i % COLORS.len()];
             let shown = curve.points.iter().copied().filter(|(_, loss)| *loss <= most);
             chart
                 .draw_series(LineSeries::new(shown, color.stroke_width(2)).point_size(2))?
@@ -57,6 +70,7 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
         }
         chart
             .configure_series_labels()
+            .label_font(FONT)
             .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.3))

@@ -85,13 +85,15 @@ impl Findings {
         text.push_str("|---|---|---|---|---|---|---|---|---|\n");
         for row in &self.variants {
             let StepTimes { rows, step, one_device, one_f_one_b, gpipe } = &row.times;
-            let best = |(step, m): &(f64, usize)| format!("{step:.4} (m = {m})");
+            let best = |(step, m): &(f64, usize)| format!("{} (m = {m})", time(*step));
             let speed_up =
                 |of: fn(&SpeedUp) -> f64| row.speed_up.as_ref().map_or("-".into(), |s| format!("{:.2}", of(s)));
             let _ = writeln!(
                 text,
-                "| {} | {rows} | {step:.4} | {one_device:.4} | {} | {} | {} | {} | {} |",
+                "| {} | {rows} | {} | {} | {} | {} | {} | {} | {} |",
                 row.name,
+                time(*step),
+                time(*one_device),
                 best(one_f_one_b),
                 best(gpipe),
                 speed_up(|s| s.over_1f1b),
@@ -105,4 +107,14 @@ impl Findings {
 fn show_tax(tax: &Tax) -> String {
     let sign = if tax.extrapolated { "~" } else { "" };
     format!("{sign}{}", tax.value.show(2))
+}
+
+/// A time in three or four digits.
+fn time(value: f64) -> String {
+    match value {
+        100.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        1.0.. => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
+    }
 }

@@ -106,6 +106,35 @@ fn drawn_cures_equal_the_oracle_bit_for_bit() {
     }
 }
 
+/// Some of them as ranks of mpirun.
+#[test]
+fn drawn_cures_as_ranks_equal_the_oracle() {
+    for number in (4..DRAWN).step_by(12) {
+        let (sets, _) = drawn(number);
+        let of = |key: &str| sets.iter().find_map(|set| set.strip_prefix(key)).unwrap();
+        let grid = format!("{}x{}", of("grid.stages="), of("grid.replicas="));
+        let more = sets
+            .iter()
+            .map(String::as_str)
+            .filter(|set| !set.starts_with("grid.stages") && !set.starts_with("grid.replicas"));
+        let more: Vec<&str> = more.chain(["steps=10"]).collect();
+        compare(&grid, &more);
+    }
+}
+
+/// Some of them, of more steps, stopped again and again: a step before a sync point or not. (Under `fresh` a stop is a sync point,
+/// which is another run.)
+#[test]
+fn drawn_cures_that_are_stopped_end_as_if_they_had_not_been() {
+    for number in (0..DRAWN).step_by(8) {
+        let (sets, covers) = drawn(number);
+        if !covers.contains("fresh") {
+            let sets: Vec<&str> = sets.iter().map(String::as_str).chain(["steps=40"]).collect();
+            stopped_again_and_again(&sets);
+        }
+    }
+}
+
 #[test]
 fn the_drawn_cures_cover_everything() {
     let wanted = [
