@@ -87,7 +87,7 @@ impl Variant {
     }
 
     /// Its name as a part of a folder's.
-    fn folder(&self) -> String {
+    pub fn folder(&self) -> String {
         self.name.replace(|c: char| !c.is_alphanumeric(), "_")
     }
 }

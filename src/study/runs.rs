@@ -38,19 +38,20 @@ impl Runs {
         let folder = out.join("runs");
         fs::create_dir_all(&folder).map_err(|error| wrong(format!("cannot be made ({error})")))?;
 
-        // What runs depend on: every variant's whole config, not what is made of their losses.
-        let mut text = format!("# rates {:?}, seeds {:?}, shares {:?}\n", plan.rates, plan.seeds, plan.shares);
+        // What runs depend on, besides rate, seed and share, which their names tell.
+        let configs = out.join("configs");
+        fs::create_dir_all(&configs).map_err(|error| wrong(format!("cannot be made ({error})")))?;
         for variant in plan.variants() {
-            let config = plan.config(variant)?.to_toml();
-            text.push_str(&format!("\n# {}, rates {:?}\n{config}", variant.name, variant.rates));
-        }
-        let kept = out.join("configs.toml");
-        match fs::read_to_string(&kept) {
-            Ok(before) if before != text => {
-                return Err(wrong("holds the runs of another study; choose another folder, or remove it".into()));
+            let (text, kept) = (plan.config(variant)?.to_toml(), configs.join(format!("{}.toml", variant.folder())));
+            match fs::read_to_string(&kept) {
+                Ok(before) if before != text => {
+                    let problem =
+                        format!("holds runs of another `{}`; choose another folder, or remove it", variant.name);
+                    return Err(wrong(problem));
+                }
+                Ok(_) => {}
+                Err(_) => fs::write(&kept, text).map_err(|error| wrong(format!("cannot be written ({error})")))?,
             }
-            Ok(_) => {}
-            Err(_) => fs::write(&kept, text).map_err(|error| wrong(format!("cannot be written ({error})")))?,
         }
         Ok(Runs { base: plan.base.clone(), folder, jobs })
     }
@@ -115,6 +116,11 @@ impl Runs {
         let references = plan.variants().filter(|variant| variant.is_reference()).count();
         let shares: f64 = plan.shares.iter().filter(|share| **share != 1.0).sum();
         let runs = (searched + further) as f64 + references as f64 * plan.seeds.len() as f64 * shares;
+        let made = fs::read_dir(&self.folder).map_or(0, |runs| runs.flatten().count());
+        let left = (runs - made as f64).max(0.0);
+        if left < 1.0 {
+            return Ok(());
+        }
 
         let mut pilot = plan.run(first, plan.rates[0], plan.seeds[0], 1.0)?;
         pilot.id = "pilot".into();
@@ -130,8 +136,9 @@ impl Runs {
         let step = steps.get(steps.len() / 2).copied().unwrap_or_default();
         let seconds = whole + step * plan.config(first)?.steps.saturating_sub(PILOT_STEPS) as f64;
 
-        let minutes = runs * seconds / self.jobs as f64 / 60.0;
-        println!("{}: {runs:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
+        let _ = fs::remove_dir_all(self.folder.join(&pilot.id));
+        let minutes = left * seconds / self.jobs as f64 / 60.0;
+        println!("{}: {left:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
         Ok(())
     }
 

@@ -115,13 +115,17 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     assert_eq!(findings(&folder), first);
 
     // A folder of another study; goals are no part of what its runs are.
-    let refused = study(&folder, &STUDY.replace("[1e-3, 1e-2]", "[1e-3, 2e-2]"), &[]).expect_code(2);
-    assert!(refused.errors()[0].contains("holds the runs of another study"), "{refused}");
+    let refused = study(&folder, &STUDY.replace("optimizer.lead=one", "optimizer.lead=delay"), &[]).expect_code(2);
+    assert!(refused.errors()[0].contains("holds runs of another `predict and lead`"), "{refused}");
     let config = fs::read_to_string(folder.path("tiny.toml")).unwrap();
     fs::write(folder.path("tiny.toml"), config.replace("heads = 2", "heads = 4")).unwrap();
     let refused = study(&folder, STUDY, &[]).expect_code(2);
-    assert!(refused.errors()[0].contains("holds the runs of another study"), "{refused}");
+    assert!(refused.errors()[0].contains("holds runs of another `synchronous`"), "{refused}");
     fs::write(folder.path("tiny.toml"), config).unwrap();
+
+    // More rates are the same study: what is made stays made.
+    let more = study(&folder, &STUDY.replace("[1e-3, 1e-2]", "[1e-3, 3e-3, 1e-2]"), &[]).expect_code(0);
+    assert!((3..=8).contains(&made(&more)), "{more}");
 }
 
 #[test]
@@ -264,6 +268,14 @@ fn shipped_studies_run_in_a_short_form() {
 
     for path in paths {
         let plan = Plan::load(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        if let Some(document) = &plan.quoted {
+            let text = fs::read_to_string(plan.folder.join(document)).unwrap();
+            let quoted = text.split_once(&format!("<!-- study {} -->", plan.name)).unwrap().1;
+            let rows =
+                quoted.split_once("<!-- end -->").unwrap().0.lines().filter(|line| line.starts_with("| ")).count();
+            assert_eq!(rows, 1 + plan.variants().count(), "{}", plan.name);
+        }
+
         let mut short: toml::Table = toml::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
         let base = path.parent().unwrap().join(short["base"].as_str().unwrap());
         short.insert("base".into(), base.to_str().unwrap().into());
