@@ -53,7 +53,7 @@ def row(folder, grid, m, schedule="decoupled", slack=2, tie="none", layers=None,
     ideal = predicted(grid, m, schedule, slack, tie)
     stages = int(grid.split("x")[0])
     share = statistics.median(shares)
-    name = f"fresh, {schedule}" if tie == "fresh" else schedule
+    name = schedule if tie == "none" else f"{tie}, {schedule}"
     off = statistics.median(result["predicted_step_s"] / result["step_s"] for result in results)
     found = {"grid": grid, "m": m, "slack": slack, "schedule": name, "layers": layers or stages, "utilisation": share,
              "speed_up": share * stages, "predicted": ideal, "step_prediction": off, "rounds": shares,
@@ -79,7 +79,7 @@ def main():
         wide = [row(folder, f"{k}x{r}", 8, rounds=rounds if f"{k}x{r}" in wanted else 1) for k in stages for r in replicas]
         # The paper's setting: one microbatch a step, the least slack.
         paper = [row(folder, f"{k}x1", 1, slack=1, rounds=rounds if k == 4 else 1) for k in stages]
-        paper += [row(folder, f"{k}x1", 1, slack=1, tie="fresh") for k in stages if k > 2]
+        paper += [row(folder, f"{k}x1", 1, slack=1, tie=tie) for tie in ("head", "fresh") for k in stages if k > 2]
         others = ["1f1b", "gpipe", "sequential"]
         draining = [(m, kind, k) for m in (1, 8) for kind in others for k in stages]
         if args.short:
