@@ -170,7 +170,7 @@ pub struct StudyArgs {
     /// Runs at once [default: one a core].
     #[arg(long)]
     pub jobs: Option<usize>,
-    /// Exit with code 1 if a goal of the study is missed.
+    /// Exit with code 1 if a goal of the study is missed, or a figure that a document quotes of it was not found again.
     #[arg(long)]
     pub check: bool,
 }
