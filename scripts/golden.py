@@ -59,6 +59,10 @@ ROWS = [
     Row("head line", "4x1", "mpirun", ["model.tie=head", "optimizer.predict=update", "sync_at=[5]"]),
     Row("head ring, bf16", "4x2", "threads", ["model.tie=head", "grid.placement=ring", "optimizer.predict=update", BF16]),
     Row("sgd", "2x2", "threads", ["optimizer.kind=sgd", "optimizer.lr=0.1", "optimizer.clip=0.3"]),
+    Row("muon", "4x2", "threads", ["optimizer.kind=muon", "optimizer.predict=update", "optimizer.lead=delay"]),
+    Row("muon, bf16", "3x1", "mpirun", ["optimizer.kind=muon", BF16]),
+    Row("soap", "4x1", "mpirun", ["optimizer.kind=soap", "optimizer.predict=update", "optimizer.lead=one"]),
+    Row("soap, smaller sides, memory", "2x2", "threads", XL + ["optimizer.kind=soap", "optimizer.soap_sides=smaller"]),
     Row("constant, no decay", "2x1", "oracle", ["optimizer.schedule=constant", "optimizer.weight_decay=0.0"]),
     Row("inverse square root", "1x1", "threads", ["optimizer.schedule=inverse-sqrt", "optimizer.betas=[0.8, 0.99]"]),
     Row("wire bf16", "2x2", "mpirun", ["wire=bf16", "microbatches=2", "optimizer.schedule=linear"]),
@@ -84,6 +88,7 @@ ROWS = [
     Row("resumed, aligned", "4x1", "threads", ["steps=12", "model.tie=aligned"], "4x1"),
     Row("resumed, head", "4x1", "mpirun", ["steps=12", "model.tie=head"], "4x1"),
     Row("resumed, ring, bf16", "3x1", "mpirun", ["steps=12", "model.tie=aligned", "grid.placement=ring", BF16], "3x1"),
+    Row("resumed, soap", "3x1", "threads", ["steps=12", "optimizer.kind=soap", "optimizer.soap_every=3"], "3x1"),
     Row("resumed, memory, sgd", "2x1", "oracle", XL + ["steps=12", "optimizer.kind=sgd", "optimizer.lr=0.1"], "2x1"),
 ]
 

@@ -383,7 +383,7 @@ impl Emulator {
             None => (&mut self.table, self.setup.schedule.delays[0], self.setup.tie_factor()),
         };
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
-        let number = norm(sum, self.setup.readback)?;
+        let number = weights.optimizer.usable(norm(sum, self.setup.readback)?, mean)?;
         let norm = number.now()? * mean;
         if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let place = Place { stage: stage.unwrap_or(0), replica: 0 };

@@ -161,7 +161,7 @@ impl Table {
     /// [`Error::Internal`] if there is none.
     pub fn update(&mut self, lr: f64, horizon: f64, mean: f64, readback: Readback) -> Result<Number> {
         let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
-        let norm = norm(&gradient, readback)?;
+        let norm = self.optimizer.usable(norm(&gradient, readback)?, mean)?;
         let (optimizer, scalars) = (&mut self.optimizer, UpdateScalars { lr, mean, norm: &norm });
         self.versions.advance(horizon, |own| {
             let buffers = UpdateBuffers { gradient: &mut gradient, ..own };

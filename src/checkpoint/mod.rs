@@ -322,7 +322,7 @@ mod tests {
 
         for kind in OptimizerKind::ALL {
             let config = OptimizerConfig::of(Common { kind, ..Common::default() });
-            for (name, _) in rule(&config, 1).state(&Layout::new(&[])) {
+            for (name, _) in rule(&config, 1, crate::precision::Precision::F32).state(&Layout::new(&[])) {
                 assert_eq!(ShardKind::from(name.to_owned()), ShardKind::State(name.into()), "{kind:?}");
             }
         }

@@ -91,7 +91,8 @@ impl Checkpoint {
                 format!("format {} is not known to this version, which reads {}", value["format"], super::FORMAT);
             return Err(wrong(&problem));
         }
-        let manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+        let mut manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+        manifest.config.optimizer = manifest.config.optimizer.known();
         let vocabulary = vocabulary(path, manifest.config.data.tokenizer)?;
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
     }
@@ -138,9 +139,17 @@ impl Checkpoint {
         if old.data.tokenizer != new.data.tokenizer {
             return differs("data.tokenizer", &old.data.tokenizer.word(), &new.data.tokenizer.word());
         }
-        let kinds = (format!("{:?}", old.optimizer.common.kind), format!("{:?}", new.optimizer.common.kind));
+        let kinds = (old.optimizer.common.kind, new.optimizer.common.kind);
         if kinds.0 != kinds.1 {
             return differs("optimizer.kind", &kinds.0, &kinds.1);
+        }
+        // They shape the state.
+        let (before, now) = (&old.optimizer.soap, &new.optimizer.soap);
+        if before.soap_sides != now.soap_sides {
+            return differs("optimizer.soap_sides", &before.soap_sides, &now.soap_sides);
+        }
+        if before.soap_limit != now.soap_limit {
+            return differs("optimizer.soap_limit", &before.soap_limit, &now.soap_limit);
         }
         let numbers = [
             ("batch", old.batch as u64, new.batch as u64),
@@ -342,7 +351,14 @@ mod tests {
     use crate::params::{UpdateBuffers, slice};
 
     fn parameter(name: &str, shape: &[i64]) -> Parameter {
-        Parameter { name: name.into(), shape: shape.into(), init: Init::Normal(1.0), role: Role::Matrix, tied: false }
+        Parameter {
+            name: name.into(),
+            shape: shape.into(),
+            init: Init::Normal(1.0),
+            role: Role::Matrix,
+            tied: false,
+            fused: 1,
+        }
     }
 
     fn layout(stage: usize) -> Layout {
@@ -351,7 +367,7 @@ mod tests {
 
     /// An optimizer that has made an update, so that its state is not zeros.
     fn optimizer(config: &Config, layout: &Layout) -> Optimizer {
-        let mut optimizer = Optimizer::new(&config.optimizer, layout, 0, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(&config.optimizer, layout, 0, config.precision, 1, Device::Cpu).unwrap();
         let (mut new, mut gradient) = (layout.initial(2).unwrap(), layout.initial(3).unwrap());
         let norm = crate::number::Number::Known(1.0);
         let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: &mut gradient };

@@ -134,12 +134,28 @@ impl Config {
 
     /// What can be done but is hardly meant, for the user to know.
     pub fn notes(&self) -> Vec<String> {
+        self.harmful_prediction().into_iter().chain(self.sides_without_basis()).collect()
+    }
+
+    fn harmful_prediction(&self) -> Option<String> {
         let optimizer = &self.optimizer;
         let sgd = optimizer.common.kind == OptimizerKind::Sgd && optimizer.sgd.momentum == 0.0;
         let harmful = sgd && optimizer.predict() == Predict::Update;
         let text = "note: optimizer.predict = \"update\" with kind = \"sgd\" and momentum = 0: a prediction along single \
                     gradients harms; set optimizer.momentum, or predict = \"off\"";
-        harmful.then(|| text.to_owned()).into_iter().collect()
+        harmful.then(|| text.to_owned())
+    }
+
+    /// Of SOAP: which sides of matrices are too long.
+    fn sides_without_basis(&self) -> Option<String> {
+        let limit = self.optimizer.soap.soap_limit;
+        let sides = [self.model.d_model, self.model.d_ff];
+        let long: Vec<String> = sides.iter().filter(|side| **side > limit).map(ToString::to_string).collect();
+        let told = self.optimizer.common.kind == OptimizerKind::Soap && !long.is_empty();
+        let sides = long.join(" and ");
+        told.then(|| {
+            format!("note: optimizer.soap_limit = {limit}: sides of {sides} keep no basis, and take AdamW's steps along them")
+        })
     }
 
     /// How the corpus is read.
@@ -249,6 +265,42 @@ mod tests {
     }
 
     #[test]
+    fn sides_that_keep_no_basis_are_told() {
+        let notes = |kind: &str, limit: usize| {
+            let text =
+                format!("[model]\nd_model = 32\nd_ff = 128\n[optimizer]\nkind = \"{kind}\"\nsoap_limit = {limit}");
+            Config::parse(&text, &[]).unwrap().notes()
+        };
+        assert!(notes("soap", 64)[0].contains("sides of 128 keep no basis"));
+        assert!(notes("soap", 16)[0].contains("sides of 32 and 128"));
+        assert!(notes("soap", 128).is_empty());
+    }
+
+    /// A key of a rule that is not asked for does nothing: refused, unless the file is for another kind than `--set` says.
+    #[test]
+    fn a_key_of_another_rule_is_refused() {
+        let refused = |text: &str, sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+            let config = Config::parse(&format!("[optimizer]\n{text}"), &sets).unwrap();
+            crate::optim::check(&config.optimizer).err().map(|error| error.to_string())
+        };
+        insta::assert_snapshot!(refused("momentum = 0.5", &[]).unwrap(), @r#"
+        setting `optimizer.momentum`: found 0.5; a key of kind = "sgd"; with kind = "adamw" leave it out
+        "#);
+        insta::assert_snapshot!(refused("kind = \"sgd\"\nbetas = [0.8, 0.9]", &[]).unwrap(), @r#"
+        setting `optimizer.betas`: found [0.8, 0.9]; a key of kind = "adamw", "muon", "soap"; with kind = "sgd" leave it out
+        "#);
+        assert!(refused("kind = \"muon\"\nsoap_every = 5", &[]).unwrap().contains("`optimizer.soap_every`: found 5"));
+        assert!(refused("", &["optimizer.muon_momentum=0.5"]).unwrap().contains("`optimizer.muon_momentum`"));
+        assert_eq!(refused("kind = \"soap\"\nbetas = [0.8, 0.9]\nsoap_every = 5", &[]), None);
+
+        assert_eq!(refused("betas = [0.8, 0.9]", &["optimizer.kind=sgd"]), None);
+        assert_eq!(refused("kind = \"soap\"\nsoap_every = 5\neps = 1e-6", &["optimizer.kind=\"muon\""]), None);
+        assert!(refused("momentum = 0.5", &["optimizer.kind=soap"]).unwrap().contains("`optimizer.momentum`"));
+        assert!(refused("betas = [0.8, 0.9]", &["optimizer.kind=sgd", "optimizer.eps=1e-6"]).is_some());
+    }
+
+    #[test]
     fn set_overrides_any_key() {
         let sets = ["model.d_model=256", "schedule=1f1b", "data.path=a b.txt", "eval.every=10", "optimizer.lr=3e-4"];
         let config = Config::parse("[model]\nd_model = 64", &sets.map(str::to_owned)).unwrap();
@@ -280,14 +332,14 @@ mod tests {
         setting `optimizer.betas[1]`: found invalid type: boolean `true`; expected a number
         ");
         insta::assert_snapshot!(error("[optimizer]\nbeta = 0.9", &[]), @r"
-        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `lead`, `momentum`
+        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `lead`, `momentum`, `muon_momentum`, `soap_sides`, `soap_every`, `soap_limit`
         ");
         assert!(
             error("[optimizer]\noptimizer = 1", &[]).starts_with("setting `optimizer.optimizer`: found an unknown key")
         );
         assert!(error("[optimizer]\nr = 1", &[]).starts_with("setting `optimizer.r`: found an unknown key"));
         insta::assert_snapshot!(error("[optimizer]\nkind = \"adam\"", &[]), @r"
-        setting `optimizer.kind`: found unknown variant `adam`; expected `adamw` or `sgd`
+        setting `optimizer.kind`: found unknown variant `adam`; expected one of `adamw`, `sgd`, `muon`, `soap`
         ");
         insta::assert_snapshot!(error("schedule = \"fast\"", &[]), @r"
         setting `schedule`: found unknown variant `fast`; expected one of `decoupled`, `1f1b`, `gpipe`, `sequential`

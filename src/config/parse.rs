@@ -2,6 +2,7 @@
 
 use super::Config;
 use crate::error::{Error, Result};
+use crate::optim;
 
 /// A config's text with `key=value` pairs over it.
 pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
@@ -9,6 +10,10 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
         let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
         Error::config("CONFIG", format!("not TOML in line {line}"), error.message())
     })?;
+    let kind = sets.iter().rev().find_map(|set| set.trim_start().strip_prefix("optimizer.kind="));
+    if let (Some(kind), Some(section)) = (kind, table.get_mut("optimizer").and_then(toml::Value::as_table_mut)) {
+        optim::override_kind(section, kind.trim().trim_matches('"'));
+    }
     for set in sets {
         apply(&mut table, set)?;
     }

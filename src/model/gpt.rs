@@ -8,8 +8,8 @@ use tch::Tensor;
 use super::architecture::Blocks;
 use super::linear::linear;
 use super::{
-    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, layer_norm, matrix_std,
-    named,
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm,
+    matrix_std, named,
 };
 use crate::error::Result;
 
@@ -96,7 +96,7 @@ impl Layer for Block {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
-        named(&self.name(), shapes)
+        fused(named(&self.name(), shapes), "attention.qkv.weight", 3)
     }
 
     /// `x`: [B, T, D] -> [B, T, D].

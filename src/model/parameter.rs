@@ -40,11 +40,13 @@ pub struct Parameter {
     pub role: Role,
     /// Whether it belongs to the table that embedding and head share.
     pub tied: bool,
+    /// How many matrices of as many rows it is, one below the other: 1, or those of one product for queries, keys and values.
+    pub fused: usize,
 }
 
 impl Parameter {
     pub(super) fn new(name: String, shape: &[i64], init: Init, role: Role) -> Parameter {
-        Parameter { name, shape: shape.to_vec(), init, role, tied: false }
+        Parameter { name, shape: shape.to_vec(), init, role, tied: false, fused: 1 }
     }
 
     /// A bias, or the weights of a normalisation.
@@ -65,6 +67,13 @@ pub(super) fn named(layer: &str, shapes: &[(&str, &[i64], Init)]) -> Vec<Paramet
         Parameter::new(format!("{layer}.{short}"), shape, *init, role)
     };
     shapes.iter().map(parameter).collect()
+}
+
+/// Says of one of these parameters, by its short name, that it is so many matrices.
+pub(super) fn fused(mut parameters: Vec<Parameter>, short: &str, matrices: usize) -> Vec<Parameter> {
+    let of_name = parameters.iter_mut().filter(|parameter| parameter.name.ends_with(short));
+    of_name.for_each(|parameter| parameter.fused = matrices);
+    parameters
 }
 
 /// Standard deviation of the first values of the head, and of tables unless it is said, as in GPT-2 (Radford et al. 2019).

@@ -30,8 +30,8 @@ use tch::Tensor;
 use super::architecture::Blocks;
 use super::linear::linear;
 use super::{
-    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, layer_norm, matrix_std,
-    named,
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm,
+    matrix_std, named,
 };
 use crate::error::Result;
 
@@ -217,7 +217,7 @@ impl Layer for XlBlock {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
-        named(&self.name(), shapes)
+        fused(named(&self.name(), shapes), "attention.key_value.weight", 2)
     }
 
     /// `x`: [B, T, D] -> [B, T, D]; remembers the last M rows of what it has been given.

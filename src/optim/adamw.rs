@@ -89,6 +89,11 @@ impl Adamw {
         Adamw { keys: keys.clone(), lead }
     }
 
+    /// c; none: no lead.
+    pub fn lead(&self) -> Option<f64> {
+        self.lead
+    }
+
     fn numbers(&self, step: &Step) -> Numbers {
         let [beta1, beta2] = self.keys.betas;
         let lead = self.lead.unwrap_or(1.0);
@@ -121,7 +126,7 @@ impl Rule for Adamw {
 
     fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
         let (common, numbers) = (Common::new(step, weights), self.numbers(step));
-        elementwise::update(buffers, state, weights.pool, |chunk| pass(chunk, &common, &numbers));
+        elementwise::update(buffers, state, weights, |chunk| pass(chunk, &common, &numbers));
         Ok(())
     }
 

@@ -1,10 +1,12 @@
 //! The section `[optimizer]`, and its check. Keys of one rule stand in that rule's file, with their check.
 
-use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::adamw::Lead;
-use super::keys::Keys;
-use super::{adamw, sgd};
+use super::keys::{Keys, names};
+use super::{adamw, muon, sgd, soap};
 use crate::error::{Error, Result};
 
 /// The optimizers.
@@ -13,11 +15,36 @@ use crate::error::{Error, Result};
 pub enum OptimizerKind {
     Adamw,
     Sgd,
+    Muon,
+    Soap,
 }
 
 impl OptimizerKind {
     /// All of them.
-    pub const ALL: [OptimizerKind; 2] = [OptimizerKind::Adamw, OptimizerKind::Sgd];
+    pub const ALL: [OptimizerKind; 4] =
+        [OptimizerKind::Adamw, OptimizerKind::Sgd, OptimizerKind::Muon, OptimizerKind::Soap];
+}
+
+impl fmt::Display for OptimizerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OptimizerKind::Adamw => "adamw",
+            OptimizerKind::Sgd => "sgd",
+            OptimizerKind::Muon => "muon",
+            OptimizerKind::Soap => "soap",
+        })
+    }
+}
+
+/// The kinds that go by the keys of a rule's file.
+mod kinds {
+    use super::OptimizerKind::{self, Adamw, Muon, Sgd, Soap};
+
+    /// Muon and SOAP take AdamW's steps with what is no matrix.
+    pub const OF_ADAMW: &[OptimizerKind] = &[Adamw, Muon, Soap];
+    pub const OF_SGD: &[OptimizerKind] = &[Sgd];
+    pub const OF_MUON: &[OptimizerKind] = &[Muon];
+    pub const OF_SOAP: &[OptimizerKind] = &[Soap];
 }
 
 /// What a norm is taken over when gradients are clipped.
@@ -53,22 +80,70 @@ pub enum RateKind {
 }
 
 /// The optimizer and its learning rate: the keys of every rule, and those of some.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct OptimizerConfig {
-    #[serde(flatten)]
     pub common: Common,
-    #[serde(flatten)]
     pub adamw: adamw::Keys,
-    #[serde(flatten)]
     pub sgd: sgd::Keys,
+    pub muon: muon::Keys,
+    pub soap: soap::Keys,
+    /// Keys of rules that its kind does not go by.
+    foreign: Vec<Foreign>,
+}
+
+/// A key of another rule.
+#[derive(Debug, Clone, PartialEq)]
+struct Foreign {
+    key: String,
+    value: String,
+    kinds: &'static [OptimizerKind],
 }
 
 impl<'de> Deserialize<'de> for OptimizerConfig {
     fn deserialize<D: Deserializer<'de>>(section: D) -> std::result::Result<OptimizerConfig, D::Error> {
         let mut keys = Keys::read(section)?;
-        let config = OptimizerConfig { common: keys.take()?, adamw: keys.take()?, sgd: keys.take()? };
+        let common: Common = keys.take()?;
+        let kind = common.kind;
+
+        let mut foreign = Vec::new();
+        let mut set_aside = |others: Vec<(String, String)>, kinds| {
+            foreign.extend(others.into_iter().map(|(key, value)| Foreign { key, value, kinds }));
+        };
+        let adamw = keys.take_if(kinds::OF_ADAMW.contains(&kind), |others| set_aside(others, kinds::OF_ADAMW))?;
+        let sgd = keys.take_if(kinds::OF_SGD.contains(&kind), |others| set_aside(others, kinds::OF_SGD))?;
+        let muon = keys.take_if(kinds::OF_MUON.contains(&kind), |others| set_aside(others, kinds::OF_MUON))?;
+        let soap = keys.take_if(kinds::OF_SOAP.contains(&kind), |others| set_aside(others, kinds::OF_SOAP))?;
         keys.finish()?;
-        Ok(config)
+        Ok(OptimizerConfig { common, adamw, sgd, muon, soap, foreign })
+    }
+}
+
+impl Serialize for OptimizerConfig {
+    /// The keys that its kind goes by.
+    fn serialize<S: Serializer>(&self, section: S) -> std::result::Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Written<'a> {
+            #[serde(flatten)]
+            common: &'a Common,
+            #[serde(flatten)]
+            adamw: Option<&'a adamw::Keys>,
+            #[serde(flatten)]
+            sgd: Option<&'a sgd::Keys>,
+            #[serde(flatten)]
+            muon: Option<&'a muon::Keys>,
+            #[serde(flatten)]
+            soap: Option<&'a soap::Keys>,
+        }
+
+        let of = |kinds: &[OptimizerKind]| kinds.contains(&self.common.kind);
+        let written = Written {
+            common: &self.common,
+            adamw: of(kinds::OF_ADAMW).then_some(&self.adamw),
+            sgd: of(kinds::OF_SGD).then_some(&self.sgd),
+            muon: of(kinds::OF_MUON).then_some(&self.muon),
+            soap: of(kinds::OF_SOAP).then_some(&self.soap),
+        };
+        written.serialize(section)
     }
 }
 
@@ -114,10 +189,10 @@ impl Default for Common {
 }
 
 impl OptimizerConfig {
-    /// Whether delayed steps use predicted weights. With AdamW they do, unless it is said; of others it is not known to help.
+    /// Whether delayed steps use predicted weights. They do, unless it is said; of SGD it is not known to help.
     pub fn predict(&self) -> Predict {
         let default = match self.common.kind {
-            OptimizerKind::Adamw => Predict::Update,
+            OptimizerKind::Adamw | OptimizerKind::Muon | OptimizerKind::Soap => Predict::Update,
             OptimizerKind::Sgd => Predict::Off,
         };
         self.common.predict.unwrap_or(default)
@@ -140,9 +215,33 @@ impl OptimizerConfig {
         config
     }
 
+    /// The same without the keys of other rules, as earlier versions of the program wrote them into states.
+    pub fn known(self) -> OptimizerConfig {
+        OptimizerConfig { foreign: Vec::new(), ..self }
+    }
+
     /// These keys, and the defaults of every rule's own.
     pub fn of(common: Common) -> OptimizerConfig {
         OptimizerConfig { common, ..OptimizerConfig::default() }
+    }
+}
+
+/// Takes the keys out of the section of a file that go with its kind and not with `kind`, which stands over it.
+pub fn override_kind(section: &mut toml::Table, kind: &str) {
+    let parsed = |word: &str| OptimizerKind::ALL.into_iter().find(|kind| kind.to_string() == word);
+    let of_file = section.get("kind").map_or(Some(Common::default().kind), |word| parsed(word.as_str()?));
+    let (Some(of_file), Some(kind)) = (of_file, parsed(kind)) else { return };
+
+    let owners = [
+        (kinds::OF_ADAMW, names::<adamw::Keys>()),
+        (kinds::OF_SGD, names::<sgd::Keys>()),
+        (kinds::OF_MUON, names::<muon::Keys>()),
+        (kinds::OF_SOAP, names::<soap::Keys>()),
+    ];
+    for (kinds, names) in owners {
+        if kinds.contains(&of_file) && !kinds.contains(&kind) {
+            names.iter().for_each(|name| drop(section.remove(*name)));
+        }
     }
 }
 
@@ -152,6 +251,12 @@ impl OptimizerConfig {
 /// [`Error::Config`] for the first that cannot.
 pub fn check(config: &OptimizerConfig) -> Result<()> {
     let o = &config.common;
+    if let Some(Foreign { key, value, kinds }) = config.foreign.first() {
+        let kinds: Vec<String> = kinds.iter().map(|kind| format!("\"{kind}\"")).collect();
+        let remedy =
+            format!("a key of kind = {}; with kind = \"{}\" leave it out", kinds.join(", "), config.common.kind);
+        return Err(Error::config(format!("optimizer.{key}"), value, remedy));
+    }
     Error::unless(o.lr > 0.0, "optimizer.lr", o.lr, "must be above 0")?;
     Error::unless(
         o.min_lr >= 0.0 && o.min_lr <= o.lr,
@@ -161,6 +266,8 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
     )?;
     config.adamw.check()?;
     config.sgd.check()?;
+    config.muon.check()?;
+    config.soap.check()?;
     Error::unless(o.weight_decay >= 0.0, "optimizer.weight_decay", o.weight_decay, "must be 0 or more")?;
 
     let clip = o.clip.unwrap_or(1.0);

@@ -1,11 +1,10 @@
-//! One pass over the flat buffers of an update on the processor, for rules that take every value by itself.
+//! One pass over the flat buffers of an update on the processor, over the runs of values that a rule takes one by one.
 //!
-//! The buffers are cut in chunks that stay in the cache between the loops over them; threads share the chunks out. Every
+//! The runs are cut in chunks that stay in the cache between the loops over them; threads share the chunks out. Every
 //! operation is IEEE's and alone, so neither threads nor the width of vectors change a bit.
 
 use std::ops::Range;
 
-use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::StateBuffer;
@@ -63,31 +62,56 @@ impl<'a> Common<'a> {
     }
 }
 
-/// Runs `pass` on every chunk of the buffers of a rule with N buffers of state; then the gradient is clear.
+/// Runs `pass` on every chunk of the runs of a rule with N buffers of state; then their gradient is clear.
 pub fn update<const N: usize>(
     buffers: UpdateBuffers,
     state: &mut [StateBuffer],
-    pool: Option<&ThreadPool>,
+    weights: &Weights,
     pass: impl Fn(Chunk<N>) + Send + Sync,
 ) {
     let old = buffers.old.map(slice);
-    let mut state = state.iter_mut().map(|buffer| slice_mut(&mut buffer.values).chunks_mut(CHUNK));
-    let mut state: [_; N] =
-        std::array::from_fn(|_| state.next().unwrap_or_else(|| <&mut [f32]>::default().chunks_mut(CHUNK)));
+    let (mut new, mut gradient) = (Rest::of(slice_mut(buffers.new)), Rest::of(slice_mut(buffers.gradient)));
+    let mut state = state.iter_mut().map(|buffer| Rest::of(slice_mut(&mut buffer.values)));
+    let mut state: [Rest; N] = std::array::from_fn(|_| state.next().unwrap_or_else(|| Rest::of(&mut [])));
 
-    let pieces = slice_mut(buffers.new).chunks_mut(CHUNK).zip(slice_mut(buffers.gradient).chunks_mut(CHUNK));
-    let chunks = pieces.enumerate().map(|(index, (new, gradient))| {
-        let start = index * CHUNK;
-        let old = old.map(|old| &old[start..start + new.len()]);
-        let state = state.each_mut().map(|chunks| chunks.next().unwrap_or_default());
+    let chunks = weights.runs.iter().flat_map(|run| {
+        let length = run.weights.len();
+        (0..length).step_by(CHUNK).map(move |from| (run, from, CHUNK.min(length - from)))
+    });
+    let chunks = chunks.map(|(run, from, length)| {
+        let start = run.weights.start + from;
+        let old = old.map(|old| &old[start..start + length]);
+        let (new, gradient) = (new.take(start, length), gradient.take(start, length));
+        let mut starts = run.state.iter();
+        let state = state.each_mut().map(|rest| starts.next().map_or(&mut [][..], |at| rest.take(at + from, length)));
         Chunk { start, old, new, gradient, state }
     });
 
-    match pool {
+    match weights.pool {
         None => chunks.for_each(pass),
         Some(pool) => {
             let chunks: Vec<_> = chunks.collect();
             pool.install(|| chunks.into_par_iter().for_each(pass));
         }
+    }
+}
+
+/// What is left of a buffer of which parts are taken from its beginning on.
+struct Rest<'a> {
+    start: usize,
+    values: &'a mut [f32],
+}
+
+impl<'a> Rest<'a> {
+    fn of(values: &'a mut [f32]) -> Rest<'a> {
+        Rest { start: 0, values }
+    }
+
+    /// `length` values from `start` on, which nothing before has taken.
+    fn take(&mut self, start: usize, length: usize) -> &'a mut [f32] {
+        let values = std::mem::take(&mut self.values);
+        let (taken, rest) = values[start - self.start..].split_at_mut(length);
+        (self.start, self.values) = (start + length, rest);
+        taken
     }
 }

@@ -9,7 +9,7 @@ use cudarc::driver::{CudaContext, result, sys};
 use tch::{Device, Kind, Tensor};
 
 use super::config::OptimizerConfig;
-use super::{StateBuffer, UpdateScalars};
+use super::{Run, StateBuffer, UpdateScalars};
 use crate::device::{compiler, driver};
 use crate::error::{Error, Result};
 use crate::number::Number;
@@ -92,17 +92,19 @@ impl Kernel {
         Ok(Kernel { context, function, decays })
     }
 
-    /// Puts an update on libtorch's stream of the device. `constants` are the rule's, in the order of its struct.
+    /// Puts an update of some runs of the buffers on libtorch's stream of the device. `constants` are the rule's, in the order
+    /// of its struct.
     ///
     /// # Errors
     /// What the driver reports.
     pub fn update(
         &self,
-        buffers: UpdateBuffers,
+        buffers: &UpdateBuffers,
         config: &OptimizerConfig,
         scalars: &UpdateScalars,
         constants: &[f32],
         state: &[StateBuffer],
+        runs: &[Run],
     ) -> Result<()> {
         let Number::Pending(norm) = scalars.norm else {
             return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
@@ -110,15 +112,14 @@ impl Kernel {
         let norm = norm.f_to_kind(Kind::Float)?;
 
         let horizon = buffers.published.as_ref().map_or(0.0, |published| published.horizon);
-        let mut arguments = Arguments {
-            common: Common::new(config, scalars, horizon),
-            constants: Constants::new(constants)?,
-            ..self.buffers(buffers, state, &norm)?
-        };
-        if arguments.count == 0 {
-            return Ok(());
+        let (common, constants) = (Common::new(config, scalars, horizon), Constants::new(constants)?);
+        for run in runs.iter().filter(|run| !run.weights.is_empty()) {
+            self.launch(Arguments { common, constants, ..self.buffers(buffers, state, &norm, run)? })?;
         }
+        Ok(())
+    }
 
+    fn launch(&self, mut arguments: Arguments) -> Result<()> {
         let blocks = arguments.count.div_ceil(u64::from(THREADS)).min(BLOCKS) as u32;
         let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
         self.context.bind_to_thread().map_err(failed)?;
@@ -133,44 +134,42 @@ impl Kernel {
         }
     }
 
-    /// Where the buffers of an update lie: all on one device, of one length, of the types that the pass takes.
-    fn buffers(&self, buffers: UpdateBuffers, state: &[StateBuffer], norm: &Tensor) -> Result<Arguments> {
+    /// Where a run of the buffers of an update lies: all on one device, long enough, of the types that the pass takes.
+    fn buffers(&self, buffers: &UpdateBuffers, state: &[StateBuffer], norm: &Tensor, run: &Run) -> Result<Arguments> {
         let UpdateBuffers { old, new, published, gradient } = buffers;
-        let (device, count) = (new.device(), new.numel());
-        let at = |tensor: &Tensor, kind| -> Result<sys::CUdeviceptr> {
-            match tensor.device() == device && tensor.is_contiguous() && tensor.kind() == kind {
-                true => Ok(tensor.data_ptr() as sys::CUdeviceptr),
-                false => Err(Error::Internal(format!(
-                    "a buffer of the update is {:?} on {:?}",
-                    tensor.kind(),
-                    tensor.device()
-                ))),
+        let (device, start, count) = (new.device(), run.weights.start, run.weights.len());
+        let at = |tensor: &Tensor, kind: Kind, start: usize, count: usize| -> Result<sys::CUdeviceptr> {
+            if tensor.device() != device || !tensor.is_contiguous() || tensor.kind() != kind {
+                let found = format!("a buffer of the update is {:?} on {:?}", tensor.kind(), tensor.device());
+                return Err(Error::Internal(found));
             }
+            if start + count > tensor.numel() {
+                return Err(Error::Internal("a buffer of an update is too short".into()));
+            }
+            Ok((tensor.data_ptr() as usize + start * kind.elt_size_in_bytes()) as sys::CUdeviceptr)
         };
-
-        let version = published.map(|published| &*published.version);
-        let state: Vec<&Tensor> = state.iter().map(|buffer| &buffer.values).collect();
-        let long = [Some(&*new), old, version, Some(&*gradient), Some(&self.decays)];
-        if long.into_iter().flatten().chain(state.iter().copied()).any(|buffer| buffer.numel() != count) {
-            return Err(Error::Internal("the buffers of an update differ in length".into()));
-        }
-        if state.len() > STATE {
-            return Err(Error::Internal(format!("{} buffers of state, the kernel takes {STATE}", state.len())));
+        if run.state.len() > STATE {
+            return Err(Error::Internal(format!("{} buffers of state, the kernel takes {STATE}", run.state.len())));
         }
 
-        let updated = at(new, Kind::Float)?;
-        let version_of = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| at(it, kind));
-        let state_at = |number: usize| state.get(number).map_or(Ok(0), |buffer| at(buffer, Kind::Float));
+        let here = |tensor: &Tensor, kind| at(tensor, kind, start, count);
+        let updated = here(new, Kind::Float)?;
+        let version = published.as_ref().map(|published| &*published.version);
+        let version_of = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind));
+        let state_at = |number: usize| {
+            let start = run.state.get(number);
+            start.map_or(Ok(0), |start| at(&state[number].values, Kind::Float, *start, count))
+        };
         Ok(Arguments {
             updated,
-            old: old.map_or(Ok(updated), |old| at(old, Kind::Float))?,
+            old: old.map_or(Ok(updated), |old| here(old, Kind::Float))?,
             published: version_of(Kind::Float)?,
             rounded: version_of(Kind::BFloat16)?,
-            gradient: at(gradient, Kind::Float)?,
+            gradient: here(gradient, Kind::Float)?,
             first: state_at(0)?,
             second: state_at(1)?,
-            decays: at(&self.decays, Kind::Uint8)?,
-            norm: at(norm, Kind::Float)?,
+            decays: here(&self.decays, Kind::Uint8)?,
+            norm: at(norm, Kind::Float, 0, 1)?,
             count: count as u64,
             common: Common::default(),
             constants: Constants::default(),
@@ -233,6 +232,7 @@ mod tests {
     use crate::optim::tests::{layout, wave};
     use crate::optim::{Optimizer, OptimizerKind, config, rule};
     use crate::params::{Layout, Published, slice, zeros};
+    use crate::precision::Precision;
 
     fn of_kind(kind: OptimizerKind) -> OptimizerConfig {
         OptimizerConfig::of(config::Common { kind, ..config::Common::default() })
@@ -246,7 +246,7 @@ mod tests {
         for capability in [(8, 0), (9, 0), (10, 0)] {
             let ptx = compiler::ptx("update.cu", SOURCE, capability).unwrap().into_string().unwrap();
             for kind in OptimizerKind::ALL {
-                let entry = rule(&of_kind(kind), 1).kernel();
+                let entry = rule(&of_kind(kind), 1, Precision::F32).kernel();
                 assert!(ptx.contains(&format!(".entry {entry}")), "{ptx}");
             }
             assert!(!ptx.contains("fma.rn"), "contracted: {ptx}");
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn a_rule_that_the_kernel_does_not_know_is_an_error() {
         for kind in OptimizerKind::ALL {
-            assert!(entry_name(rule(&of_kind(kind), 1).kernel()).is_ok());
+            assert!(entry_name(rule(&of_kind(kind), 1, Precision::F32).kernel()).is_ok());
         }
         let error = entry_name("update_muon").unwrap_err().to_string();
         assert!(error.contains("no update_muon"), "{error}");
@@ -347,7 +347,7 @@ mod tests {
     fn is_that_of_the_processor(config: &OptimizerConfig) {
         let folder = tempfile::tempdir().unwrap();
         let (library, layout) = (compiled(folder.path()), layout());
-        let mut optimizer = Optimizer::new(config, &layout, 2, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(config, &layout, 2, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         let mut version = zeros(layout.len, Device::Cpu).unwrap();
         let mut buffers = Buffers::new(&layout);
@@ -364,7 +364,7 @@ mod tests {
 
             let step = optimizer.step(&scalars, 1.0);
             let common = Common::new(config, &scalars, horizon);
-            let rule = rule(config, 2);
+            let rule = rule(config, 2, Precision::F32);
             buffers.pass(&library, rule.kernel(), norm, common, &rule.constants(&step));
             assert_eq!(buffers.weights, slice(&weights), "{config:?} {n}");
             for (ours, theirs) in optimizer.state().iter().zip(&buffers.state) {

@@ -37,6 +37,23 @@ impl Keys {
         })
     }
 
+    /// The keys of one owner if it is `asked`; else those that are there are set aside, each with its value.
+    pub fn take_if<T: DeserializeOwned + Default, E: de::Error>(
+        &mut self,
+        asked: bool,
+        set_aside: impl FnOnce(Vec<(String, String)>),
+    ) -> Result<T, E> {
+        if asked {
+            return self.take();
+        }
+
+        let names = names::<T>();
+        self.known.extend(names);
+        let there = names.iter().filter_map(|name| Some(((*name).to_owned(), self.table.remove(*name)?.to_string())));
+        set_aside(there.collect());
+        Ok(T::default())
+    }
+
     /// Nothing may be left.
     pub fn finish<E: de::Error>(self) -> Result<(), E> {
         let Some(unknown) = self.table.keys().next() else { return Ok(()) };
@@ -46,7 +63,7 @@ impl Keys {
 }
 
 /// The names of a struct's fields, as they are deserialised.
-fn names<T: DeserializeOwned>() -> &'static [&'static str] {
+pub fn names<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut names: &'static [&'static str] = &[];
     let _ = T::deserialize(Names(&mut names)); // It ends when it has told them.
     names

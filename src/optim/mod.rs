@@ -3,9 +3,11 @@
 //! ```text
 //! config, keys the section [optimizer], and its check
 //! rule         what every rule says of itself: its state, its step; the list of them
-//! adamw, sgd   one file a rule: formula, constants, check of its keys, tests by hand
-//! elementwise  the pass over chunks of the buffers on the processor, for rules that take every value by itself
+//! adamw, sgd   rules that take every value by itself: formula, constants, check of its keys, tests by hand
+//! muon, soap   rules that take matrices whole, and what is none as AdamW does
+//! elementwise  the pass over chunks of the buffers on the processor, for what is taken value by value
 //! kernel       the same pass on a GPU: update.cu, compiled when it is first needed
+//! matrices     what is taken whole, in batches of one shape, with libtorch's products on any device
 //! clip, rate   norms and clipping; the learning rate of a step
 //! predict      how far ahead of the weights the versions are that delayed steps use
 //! ```
@@ -17,25 +19,32 @@ mod rate;
 mod rule;
 mod predict;
 mod elementwise;
+mod matrices;
 mod kernel;
 mod adamw;
 mod sgd;
+mod muon;
+mod soap;
+#[cfg(test)]
+mod reference;
 
 use std::ops::Range;
 
 use rayon::ThreadPool;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use clip::{clip_factor, norm};
-pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check};
+pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check, override_kind};
 use kernel::Kernel;
+use matrices::{Batch, Target, batches};
 pub use predict::{horizon, predicts};
 pub use rate::learning_rate;
-pub use rule::{Rule, Step, rule};
+pub use rule::{Rule, Run, Step, rule};
 
 use crate::error::{Error, Result};
 use crate::number::Number;
 use crate::params::{Layout, UpdateBuffers, publish, slice, slice_mut, zeros};
+use crate::precision::Precision;
 
 /// What one update goes by.
 pub struct UpdateScalars<'a> {
@@ -60,7 +69,9 @@ pub struct StateBuffer {
 pub struct Optimizer {
     config: OptimizerConfig,
     rule: Box<dyn Rule>,
-    layout: Layout,
+    /// What the rule takes value by value, and the matrices that it takes whole.
+    runs: Vec<Run>,
+    batches: Vec<Batch>,
     /// Sorted, without gaps: which part of the buffer decays.
     decay: Vec<(Range<usize>, bool)>,
     state: Vec<StateBuffer>,
@@ -71,8 +82,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// The optimizer of a set of weights with the given layout, whose gradients are `delay` updates old; on the processor more
-    /// than one thread makes it parallel.
+    /// The optimizer of a set of weights with the given layout, whose gradients are `delay` updates old, in a model of this
+    /// precision; on the processor more than one thread makes it parallel.
     ///
     /// # Errors
     /// If the threads cannot be started, or the pass cannot be compiled for the GPU.
@@ -80,10 +91,11 @@ impl Optimizer {
         config: &OptimizerConfig,
         layout: &Layout,
         delay: usize,
+        precision: Precision,
         threads: usize,
         device: Device,
     ) -> Result<Optimizer> {
-        Optimizer::with(rule(config, delay), config, layout, threads, device)
+        Optimizer::with(rule(config, delay, precision), config, layout, threads, device)
     }
 
     fn with(
@@ -106,7 +118,10 @@ impl Optimizer {
             state.push(StateBuffer { name, layout, values });
         }
 
-        Ok(Optimizer { config: config.clone(), rule, layout: layout.clone(), decay, state, updates: 0, pool, kernel })
+        let runs = runs(layout, rule.as_ref(), &state);
+        let whole = layout.entries.iter().any(|entry| rule.takes_whole(&entry.parameter));
+        let batches = if whole { batches(layout) } else { Vec::new() };
+        Ok(Optimizer { config: config.clone(), rule, runs, batches, decay, state, updates: 0, pool, kernel })
     }
 
     /// The state, one flat buffer a name.
@@ -124,7 +139,27 @@ impl Optimizer {
         }
 
         self.updates = i32::try_from(updates).unwrap_or(i32::MAX);
-        Ok(())
+        self.rule.restored(&self.state)
+    }
+
+    /// The norm of a sum of gradients whose mean is `mean` times it, as updates go by it: no number where the rule cannot take
+    /// the clipped mean.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn usable(&self, norm: Number, mean: f64) -> Result<Number> {
+        let largest = match self.config.common.clip {
+            Some(clip) if clip <= self.rule.largest() => return Ok(norm),
+            _ => self.rule.largest() / mean,
+        };
+        Ok(match norm {
+            Number::Known(norm) if norm > largest => Number::Known(f64::NAN),
+            Number::Pending(norm) if largest.is_finite() => {
+                let none = norm.f_full_like(f64::NAN)?;
+                Number::Pending(norm.f_where_self(&norm.f_le(largest)?, &none)?)
+            }
+            norm => norm,
+        })
     }
 
     /// Writes the next weights, publishes them where versions are not f32, and clears the gradient.
@@ -134,9 +169,8 @@ impl Optimizer {
     pub fn update(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
         self.updates += 1;
 
-        if let Some(kernel) = &self.kernel {
-            let constants = self.rule.constants(&self.step(scalars, 1.0));
-            return kernel.update(buffers, &self.config, scalars, &constants, &self.state);
+        if self.kernel.is_some() {
+            return self.update_on_gpu(buffers, scalars);
         }
 
         let UpdateBuffers { old, new, mut published, gradient } = buffers;
@@ -148,9 +182,17 @@ impl Optimizer {
 
         if norm.is_finite() {
             let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.common.clip));
-            let buffers = UpdateBuffers { old, new, published: None, gradient };
-            let weights = rule::Weights { layout: &self.layout, decay: &self.decay, pool: self.pool.as_ref() };
+            let buffers = UpdateBuffers { old, new: &mut *new, published: None, gradient: &mut *gradient };
+            let weights = rule::Weights { runs: &self.runs, decay: &self.decay, pool: self.pool.as_ref() };
             self.rule.step(buffers, &mut self.state, &step, &weights)?;
+
+            if !self.batches.is_empty() {
+                let scale = Tensor::from(step.scale as f32);
+                let (published, made) = (None, None);
+                let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made, keep: step.keep };
+                self.matrices(target, &step)?;
+                slice_mut(gradient).fill(0.0);
+            }
         } else {
             if let Some(old) = old {
                 slice_mut(new).copy_from_slice(slice(old));
@@ -165,6 +207,41 @@ impl Optimizer {
         }
     }
 
+    /// The same where the host does not know the norm: what is not finite leaves everything as it is.
+    fn update_on_gpu(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
+        let Some(kernel) = &self.kernel else { return Err(Error::Internal("an update without its kernel".into())) };
+        let constants = self.rule.constants(&self.step(scalars, 1.0));
+        kernel.update(&buffers, &self.config, scalars, &constants, &self.state, &self.runs)?;
+        if self.batches.is_empty() {
+            return Ok(());
+        }
+        self.matrices_unread(buffers, scalars)
+    }
+
+    /// The matrices by a norm that only the device knows.
+    fn matrices_unread(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
+        let UpdateBuffers { old, new, published, gradient } = buffers;
+        let Number::Pending(norm) = scalars.norm else {
+            return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
+        };
+        let norm = norm.f_mul_scalar(scalars.mean)?;
+        let scale = match self.config.common.clip {
+            Some(clip) => norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(clip)?.f_clamp_max(1.0)?,
+            None => norm.f_ones_like()?,
+        };
+        let scale = scale.f_mul_scalar(scalars.mean)?.f_to_kind(Kind::Float)?;
+        let step = self.step(scalars, 1.0);
+        let (made, keep) = (Some(norm.f_isfinite()?), step.keep);
+        let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made, keep };
+        self.matrices(target, &step)?;
+        let _ = gradient.f_zero_()?;
+        Ok(())
+    }
+
+    fn matrices(&mut self, target: Target, step: &Step) -> Result<()> {
+        self.rule.matrices(&target, &mut self.state, step, &self.batches)
+    }
+
     /// The numbers of the update that is being made.
     fn step(&self, scalars: &UpdateScalars, scale: f64) -> Step {
         let keep = 1.0 - scalars.lr * self.config.common.weight_decay;
@@ -174,12 +251,34 @@ impl Optimizer {
 
 /// The layouts of the buffers of state that a rule keeps of a set of weights.
 pub fn state_layouts(config: &OptimizerConfig, layout: &Layout) -> Vec<Layout> {
-    rule(config, 0).state(layout).into_iter().map(|(_, layout)| layout).collect()
+    rule(config, 0, Precision::F32).state(layout).into_iter().map(|(_, layout)| layout).collect()
 }
 
 /// Values that an update of a set of weights needs for a moment, besides its buffers.
 pub fn workspace(config: &OptimizerConfig, layout: &Layout) -> usize {
-    rule(config, 0).workspace(layout)
+    rule(config, 0, Precision::F32).workspace(layout)
+}
+
+/// The parameters that a rule takes value by value, neighbours together: of the buffers and of its state.
+fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (i, entry) in layout.entries.iter().enumerate() {
+        if rule.takes_whole(&entry.parameter) {
+            continue;
+        }
+
+        let end = layout.offset(i + 1);
+        if let Some(run) = runs.last_mut().filter(|run| run.weights.end == entry.offset) {
+            run.weights.end = end;
+            continue;
+        }
+        let at = |buffer: &StateBuffer| {
+            let mut entries = buffer.layout.entries.iter();
+            entries.find(|of| of.parameter.name == entry.parameter.name).map(|of| of.offset)
+        };
+        runs.push(Run { weights: entry.offset..end, state: state.iter().map_while(at).collect() });
+    }
+    runs
 }
 
 /// Which parts of a flat buffer decay, sorted and without gaps.
@@ -203,6 +302,7 @@ fn pool(threads: usize) -> Result<Option<ThreadPool>> {
 pub(crate) mod tests {
     use super::*;
     use crate::model::{Init, Parameter, Role};
+    use crate::params::Published;
 
     /// A matrix that decays, longer than a chunk of the pass; a vector that does not; and a small matrix.
     pub(crate) fn layout() -> Layout {
@@ -212,6 +312,7 @@ pub(crate) mod tests {
             init: Init::Ones,
             role,
             tied: false,
+            fused: 1,
         };
         Layout::new(&[
             parameter("matrix", &[160, 128], Role::Matrix),
@@ -239,7 +340,7 @@ pub(crate) mod tests {
         lr: f64,
     ) -> (f64, f64) {
         let layout = layout();
-        let mut optimizer = Optimizer::new(config, &layout, delay, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(config, &layout, delay, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
 
         for g in gradients {
@@ -256,14 +357,15 @@ pub(crate) mod tests {
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
         let layout = layout();
         let config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
-        let mut optimizer = Optimizer::new(&config, &layout, 0, threads, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::new(&config, &layout, 0, Precision::F32, threads, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         for n in 0..3 {
             let mut gradient = wave(layout.len, 0.3, n as f32);
             let old = weights.f_detach_copy().unwrap();
             let old = if in_place { None } else { Some(&old) };
             if !in_place {
-                let _ = weights.fill_(f64::NAN);
+                // Between the parameters there is nothing but zeros.
+                layout.views(&weights).unwrap().iter_mut().for_each(|view| drop(view.fill_(f64::NAN)));
             }
             let scalars = UpdateScalars { lr: 0.01, mean: 0.5, norm: &Number::Known(1.0) };
             let buffers = UpdateBuffers { old, new: &mut weights, published: None, gradient: &mut gradient };
@@ -282,6 +384,63 @@ pub(crate) mod tests {
         }
     }
 
+    /// What a GPU does with matrices, whose host does not know the norm, done here: the same bits, an update that is left
+    /// out and the versions that are published ahead too.
+    #[test]
+    fn matrices_by_a_norm_that_is_not_read() {
+        for kind in [OptimizerKind::Muon, OptimizerKind::Soap] {
+            let layout = layout();
+            let mut config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
+            config.soap.soap_every = 2;
+            let new = || Optimizer::new(&config, &layout, 1, Precision::F32, 1, Device::Cpu).unwrap();
+            let (mut known, mut unread) = (new(), new());
+            let mut weights = [wave(layout.len, 0.7, 0.0), wave(layout.len, 0.7, 0.0)];
+            let mut versions = [0, 1].map(|_| zeros(layout.len, Device::Cpu).unwrap());
+
+            for (n, norm) in [f64::NAN, 1.0, 1.0, f64::INFINITY, 1.0, 1.0].into_iter().enumerate() {
+                let horizon = [0.0, 1.5][n % 2];
+                let [mut one, mut other] = [0, 1].map(|_| wave(layout.len, 0.31 + 0.01 * n as f32, n as f32));
+                let [of_known, of_unread] = &mut versions;
+                let [weights_known, weights_unread] = &mut weights;
+                let norms = [Number::Known(norm), Number::Pending(Tensor::from(norm))];
+                let scalars = |norm| UpdateScalars { lr: 0.01, mean: 0.5, norm };
+
+                let published = Some(Published { version: of_known, horizon });
+                let buffers = UpdateBuffers { old: None, new: weights_known, published, gradient: &mut one };
+                known.update(buffers, &scalars(&norms[0])).unwrap();
+                let published = Some(Published { version: of_unread, horizon });
+                let buffers = UpdateBuffers { old: None, new: weights_unread, published, gradient: &mut other };
+                unread.updates += 1;
+                unread.matrices_unread(buffers, &scalars(&norms[1])).unwrap();
+
+                for (of, pair) in [("weights", &weights), ("versions", &versions)] {
+                    for entry in layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix) {
+                        let at = entry.offset..entry.offset + entry.parameter.count();
+                        let [one, other] = [&slice(&pair[0])[at.clone()], &slice(&pair[1])[at]];
+                        assert!(one == other, "{kind}, update {n}: {of} of {}", entry.parameter.name);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gradient_too_large_for_a_product_is_left_out() {
+        let usable = |kind, clip, norm: f64| {
+            let config = OptimizerConfig::of(Common { kind, clip, ..Common::default() });
+            let optimizer = Optimizer::new(&config, &layout(), 0, Precision::F32, 1, Device::Cpu).unwrap();
+            let known = optimizer.usable(Number::Known(norm), 0.5).unwrap().now().unwrap();
+            let pending = optimizer.usable(Number::Pending(Tensor::from(norm)), 0.5).unwrap().now().unwrap();
+            assert_eq!(known.is_nan(), pending.is_nan(), "{kind} {clip:?} {norm:e}");
+            known == norm
+        };
+        for kind in [OptimizerKind::Muon, OptimizerKind::Soap] {
+            assert!(usable(kind, None, 1e19) && !usable(kind, None, 1e20));
+            assert!(usable(kind, Some(1.0), 1e30));
+        }
+        assert!(usable(OptimizerKind::Adamw, None, 1e30));
+    }
+
     /// A rule that takes whole matrices: steps along the sign of each row's sum, and counts in a state of its own shape.
     struct RowSigns;
 
@@ -294,23 +453,30 @@ pub(crate) mod tests {
             vec![("rows", Layout::new(&rows.collect::<Vec<_>>()))]
         }
 
-        fn step(
-            &self,
-            buffers: UpdateBuffers,
+        fn takes_whole(&self, parameter: &Parameter) -> bool {
+            parameter.role == Role::Matrix
+        }
+
+        fn step(&self, _: UpdateBuffers, _: &mut [StateBuffer], _: &Step, _: &rule::Weights) -> Result<()> {
+            Ok(())
+        }
+
+        fn matrices(
+            &mut self,
+            target: &Target,
             state: &mut [StateBuffer],
             step: &Step,
-            weights: &rule::Weights,
+            batches: &[Batch],
         ) -> Result<()> {
-            let UpdateBuffers { new, gradient, .. } = buffers;
-            let signs = state[0].layout.views(&state[0].values)?;
-            let matrices = weights.layout.entries.iter().zip(weights.layout.views(new)?);
-            let matrices = matrices.zip(weights.layout.views(gradient)?);
-            let matrices = matrices.filter(|((entry, _), _)| entry.parameter.role == Role::Matrix);
-            for (((_, mut w), g), mut sign) in matrices.zip(signs) {
-                sign.f_copy_(&g.f_sum_dim_intlist([1i64].as_slice(), false, None)?.f_sign()?)?;
-                let _ = w.f_sub_(&sign.f_mul_scalar(step.lr)?.f_unsqueeze(1)?)?;
+            for batch in batches {
+                let signs = target.gradient(batch)?.f_sum_dim_intlist([2i64].as_slice(), true, None)?.f_sign()?;
+                for (member, sign) in batch.members.iter().zip(signs.f_unbind(0)?) {
+                    let entry = state[0].layout.entries.iter().find(|entry| entry.parameter.name == member.name);
+                    let mut rows = state[0].values.narrow(0, entry.unwrap().offset as i64, batch.rows as i64);
+                    rows.f_copy_(&sign.f_view([-1])?)?;
+                }
+                target.advance(batch, &signs, step.lr)?;
             }
-            let _ = gradient.f_zero_()?;
             Ok(())
         }
 
@@ -327,7 +493,14 @@ pub(crate) mod tests {
     fn a_rule_may_work_on_whole_matrices_and_keep_a_state_of_its_own_shape() {
         let layout = layout();
         let rule = Box::new(RowSigns);
-        let mut optimizer = Optimizer::with(rule, &OptimizerConfig::default(), &layout, 1, Device::Cpu).unwrap();
+        let mut optimizer = Optimizer::with(
+            rule,
+            &OptimizerConfig::of(Common { weight_decay: 0.0, ..Common::default() }),
+            &layout,
+            1,
+            Device::Cpu,
+        )
+        .unwrap();
         let shapes = optimizer.state()[0].layout.entries.iter().map(|entry| entry.parameter.shape.clone());
         assert_eq!(shapes.collect::<Vec<_>>(), [vec![160], vec![4]]);
 

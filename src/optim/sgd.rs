@@ -51,7 +51,7 @@ impl Rule for Sgd {
 
     fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
         let (common, momentum, lr) = (Common::new(step, weights), self.keys.momentum as f32, step.lr as f32);
-        elementwise::update(buffers, state, weights.pool, |chunk| pass(chunk, &common, momentum, lr));
+        elementwise::update(buffers, state, weights, |chunk| pass(chunk, &common, momentum, lr));
         Ok(())
     }
 

@@ -165,6 +165,7 @@ pub(crate) mod tests {
             init: Init::Normal(1.0),
             role: Role::Matrix,
             tied: false,
+            fused: 1,
         };
         Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
     }

@@ -67,8 +67,8 @@ impl Setup {
     /// # Errors
     /// Threads that cannot be started, or a saved state that cannot be read.
     pub fn optimizer(&self, layout: &Layout, delay: usize) -> Result<Optimizer> {
-        let Config { optimizer, threads, .. } = &self.config;
-        let mut optimizer = Optimizer::new(optimizer, layout, delay, *threads, self.device)?;
+        let Config { optimizer, threads, precision, .. } = &self.config;
+        let mut optimizer = Optimizer::new(optimizer, layout, delay, *precision, *threads, self.device)?;
         if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
             let of = |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
             optimizer.restore(saved.step(), of)?;

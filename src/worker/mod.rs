@@ -252,6 +252,7 @@ impl Worker {
 
         let config = &context.setup.config;
         let norm = norm(place.versions.gradient(0), context.setup.readback)?;
+        let norm = place.optimizer.usable(norm, context.mean())?;
         if let Number::Known(norm) = norm
             && !norm.is_finite()
             && config.on_nonfinite == OnNonfinite::Stop

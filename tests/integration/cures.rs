@@ -1,5 +1,5 @@
-//! Cures for delay (predicted weights, steps that lead): threads and mpirun against the oracle, bit for bit, over drawn
-//! configurations; and runs that are stopped and resumed.
+//! Cures for delay (predicted weights, steps that lead, rules that take whole matrices): threads and mpirun against the oracle,
+//! bit for bit, over drawn configurations; and runs that are stopped and resumed.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,9 @@ use crate::stop::{ends, leg, setup, stopped_again_and_again};
 use ouroboros::checkpoint::Checkpoint;
 use tempfile::TempDir;
 
-const DRAWN: usize = 100;
+const DRAWN: usize = 160;
+/// From here on rules that take whole matrices.
+const OF_MATRICES: usize = 100;
 const LAYERS: usize = 6;
 
 /// The keys of configuration `number`, and the names of what it covers.
@@ -43,17 +45,28 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         }
     }
     let kind = if draw.one_in(6) { "sgd" } else { "adamw" };
+    let kind = if number >= OF_MATRICES { ["muon", "soap", "soap"][draw.below(3)] } else { kind };
     cover(kind, format!("optimizer.kind={kind}"));
     let lead = ["off", "one", "where-delayed", "delay"][draw.below(4)];
-    cover(
-        match lead {
-            "off" => "no lead",
-            "one" => "lead of one",
-            "delay" => "lead of the delay",
-            _ => "lead where delayed",
-        },
-        format!("optimizer.lead={lead}"),
-    );
+    if kind != "sgd" {
+        cover(
+            match lead {
+                "off" => "no lead",
+                "one" => "lead of one",
+                "delay" => "lead of the delay",
+                _ => "lead where delayed",
+            },
+            format!("optimizer.lead={lead}"),
+        );
+    }
+    if kind == "soap" {
+        let sides = ["both", "smaller"][draw.below(2)];
+        cover(if sides == "both" { "both sides" } else { "smaller side" }, format!("optimizer.soap_sides={sides}"));
+        cover("refreshes", format!("optimizer.soap_every={}", [1, 2, 3, 7][draw.below(4)]));
+        if draw.one_in(4) {
+            cover("long sides", "optimizer.soap_limit=16".into());
+        }
+    }
     let rate = ["constant", "linear", "cosine"][draw.below(3)];
     cover(rate, format!("optimizer.schedule={rate}"));
 
@@ -109,7 +122,7 @@ fn drawn_cures_equal_the_oracle_bit_for_bit() {
 /// Some of them as ranks of mpirun.
 #[test]
 fn drawn_cures_as_ranks_equal_the_oracle() {
-    for number in (4..DRAWN).step_by(12) {
+    for number in (4..DRAWN).step_by(11) {
         let (sets, _) = drawn(number);
         let of = |key: &str| sets.iter().find_map(|set| set.strip_prefix(key)).unwrap();
         let grid = format!("{}x{}", of("grid.stages="), of("grid.replicas="));
@@ -146,6 +159,12 @@ fn the_drawn_cures_cover_everything() {
         "half a horizon",
         "adamw",
         "sgd",
+        "muon",
+        "soap",
+        "both sides",
+        "smaller side",
+        "refreshes",
+        "long sides",
         "no lead",
         "lead of one",
         "lead of the delay",
@@ -183,7 +202,7 @@ fn predicted_runs_that_are_stopped_end_as_if_they_had_not_been() {
         &["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=24", "eval.every=7"],
         &["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"],
         &["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"],
-        &["grid.stages=3", "steps=24", "model.tie=none", "optimizer.kind=sgd", "optimizer.predict_scale=0.5"],
+        &["grid.stages=3", "steps=24", "model.tie=none", "optimizer.kind=muon", "optimizer.predict_scale=0.5"],
         &["grid.stages=3", "steps=24", "model.tie=head"],
         &["grid.stages=4", "grid.placement=ring", "steps=31", "precision=bf16", "model.tie=head", "recompute=true"],
     ] {

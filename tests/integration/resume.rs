@@ -71,8 +71,10 @@ fn any_grid_goes_on_from_any_other() {
         &["grid.stages=2", "grid.replicas=3", "microbatches=2", "schedule=gpipe"],
         &["grid.replicas=4", "microbatches=3"],
     ];
-    for (i, from) in grids.iter().enumerate() {
-        let (from, to) = ([&XL[..], from].concat(), [&XL[..], grids[(i + 1) % grids.len()]].concat());
+    let rules: [&[&str]; 2] = [&[], &["optimizer.kind=soap", "optimizer.soap_every=2"]];
+    for (i, rule) in (0..grids.len()).flat_map(|i| rules.map(|rule| (i, rule))) {
+        let with = |grid: usize| [&XL[..], rule, grids[grid % grids.len()]].concat();
+        let (from, to) = (with(i), with(i + 1));
         let saved = TempDir::new().unwrap();
         trained(setup(&[&from[..], &["steps=6"]].concat()), saved.path(), false);
         let [threads, oracle] = [false, true].map(|oracle| {
@@ -88,7 +90,8 @@ fn any_grid_goes_on_from_any_other() {
 /// A run that has nothing left to do is saved for another grid, and for the first one again: the same bytes.
 #[test]
 fn a_state_goes_to_another_grid_and_back() {
-    for more in [&[][..], &["model.tie=none", "optimizer.kind=sgd"]] {
+    let rules = ["optimizer.kind=muon", "optimizer.kind=soap"];
+    for more in [&[][..], &["model.tie=none", "optimizer.kind=sgd"], &rules[..1], &rules[1..]] {
         let first = ["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=4"];
         let others: [&[&str]; 3] = [
             &["grid.stages=5", "microbatches=4", "steps=4"],
@@ -208,7 +211,7 @@ fn another_run_is_refused_by_name() {
         ("batch=12", "setting `batch`: found 12; "),
         ("seed=9", "setting `seed`: found 9; "),
         ("data.sequence=16", "setting `data.sequence`: found 16; "),
-        ("optimizer.kind=sgd", "setting `optimizer.kind`: found "),
+        ("optimizer.kind=sgd", "setting `optimizer.kind`: found sgd; "),
         ("data.tokenizer=characters", "setting `data.tokenizer`: found characters; "),
         ("steps=3", "setting `steps`: found 3; "),
     ] {
@@ -219,4 +222,19 @@ fn another_run_is_refused_by_name() {
     // A longer run, another rate of dropout and another kind of tie are the same run.
     let sets = ["steps=8", "model.dropout=0.1", "model.tie=fresh"];
     run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
+}
+
+#[test]
+fn other_bases_of_soap_are_refused_by_name() {
+    let folder = Folder::new();
+    let soap = ["optimizer.kind=soap", "checkpoint.every=2", "steps=2"];
+    run(ouroboros(&slices(&folder.train("out", &soap, &[]))), LIMIT).expect_code(0);
+    for (set, expected) in [
+        ("optimizer.soap_sides=smaller", "setting `optimizer.soap_sides`: found smaller; "),
+        ("optimizer.soap_limit=16", "setting `optimizer.soap_limit`: found 16; "),
+    ] {
+        let sets = [&soap[..], &[set]].concat();
+        let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(2);
+        assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{set}: {finished}");
+    }
 }

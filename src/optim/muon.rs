@@ -1,0 +1,199 @@
+//! Muon (Keller Jordan 2024) with Moonlight's scale (Liu et al. 2025, arXiv 2502.16982), for the matrices of attention and
+//! feed-forward; tables, head, norms and biases take AdamW's steps by its own keys. G is the clipped mean gradient of one matrix
+//! [out, in], of fused ones each by itself:
+//!
+//! ```text
+//! M = mu M + (1-mu) G;   U = c M + (1-c) G           c = mu (Nesterov's), or mu^max(D, 1) with lead = "delay"
+//! X = U / (|U| + 1e-7), lying on its long side
+//! five times:  A = X X';  X = 3.4445 X + (-4.7750 A + 2.0315 A A) X
+//! W = W (1 - lr wd) - lr 0.2 sqrt(max(out, in)) X
+//! ```
+//!
+//! X is about the nearest matrix whose singular values are 1. A step is about as long as one of AdamW, whose rate and decay
+//! carry over. With `precision = "bf16"` X is bf16.
+//!
+//! Key: `muon_momentum`, beside AdamW's. State: `first` (M, and AdamW's m), `second` (AdamW's v, of what is no such matrix).
+
+use std::sync::Once;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::StateBuffer;
+use super::adamw::{self, Adamw, Lead};
+use super::matrices::{Batch, Target, batches, gather, scatter};
+use super::rule::{Rule, Step, Weights};
+use crate::error::{Error, Result};
+use crate::model::{Parameter, Role};
+use crate::params::{Entry, Layout, UpdateBuffers};
+use crate::precision::Precision;
+
+/// Iterations of Newton and Schulz, and their polynomial.
+const ITERATIONS: usize = 5;
+const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
+/// What the root mean square of AdamW's steps is about.
+const SCALE: f64 = 0.2;
+
+/// Of a larger gradient the norm is not finite in f32.
+const LARGEST: f64 = 1e19;
+
+/// Its key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Keys {
+    /// How much of the average of gradients stays.
+    pub muon_momentum: f64,
+}
+
+impl Default for Keys {
+    fn default() -> Keys {
+        Keys { muon_momentum: 0.95 }
+    }
+}
+
+impl Keys {
+    /// Whether it can be used.
+    pub fn check(&self) -> Result<()> {
+        let good = (0.0..1.0).contains(&self.muon_momentum);
+        Error::unless(good, "optimizer.muon_momentum", self.muon_momentum, "must be at least 0 and below 1")
+    }
+}
+
+/// The rule.
+pub struct Muon {
+    momentum: f64,
+    /// c.
+    lead: f64,
+    precision: Precision,
+    /// Of what is no matrix.
+    rest: Adamw,
+}
+
+impl Muon {
+    pub fn new(keys: &Keys, adamw: &adamw::Keys, delay: usize, precision: Precision) -> Muon {
+        let momentum = keys.muon_momentum;
+        let lead = match adamw.lead() {
+            Lead::Delay => momentum.powi(delay.max(1) as i32),
+            // What has no lead has Nesterov's.
+            Lead::Off | Lead::One | Lead::WhereDelayed => momentum,
+        };
+        Muon { momentum, lead, precision, rest: Adamw::new(adamw, delay) }
+    }
+
+    fn batch(&self, batch: &Batch, target: &Target, average: &Tensor, step: &Step) -> Result<()> {
+        let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
+        let gradient = target.gradient(batch)?;
+        let before = gather(average, &offsets, shape)?;
+        let fresh = gradient.f_mul_scalar(1.0 - self.momentum)?;
+        let average_now = before.f_mul_scalar(self.momentum)?.f_add_(&fresh)?;
+        let update = average_now.f_mul_scalar(self.lead)?.f_add_(&gradient.f_mul_scalar(1.0 - self.lead)?)?;
+        scatter(average, &offsets, &target.chosen(average_now, &before)?)?;
+
+        let steps = orthogonal(&update, self.precision)?;
+        let longest = batch.rows.max(batch.columns) as f64;
+        target.advance(batch, &steps, step.lr * SCALE * longest.sqrt())
+    }
+}
+
+impl Rule for Muon {
+    fn state(&self, layout: &Layout) -> Vec<(&'static str, Layout)> {
+        let rest = layout.entries.iter().filter(|entry| !self.takes_whole(&entry.parameter));
+        let rest: Vec<Parameter> = rest.map(|Entry { parameter, .. }| parameter.clone()).collect();
+        vec![("first", layout.clone()), ("second", Layout::new(&rest))]
+    }
+
+    fn takes_whole(&self, parameter: &Parameter) -> bool {
+        parameter.role == Role::Matrix
+    }
+
+    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
+        self.rest.step(buffers, state, step, weights)
+    }
+
+    fn matrices(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+        batches.iter().try_for_each(|batch| self.batch(batch, target, &state[0].values, step))
+    }
+
+    fn kernel(&self) -> &'static str {
+        self.rest.kernel()
+    }
+
+    fn constants(&self, step: &Step) -> Vec<f32> {
+        self.rest.constants(step)
+    }
+
+    fn largest(&self) -> f64 {
+        LARGEST
+    }
+
+    /// Of one batch: the gradient, the average before and after, the update, X before and after a product, twice A.
+    fn workspace(&self, layout: &Layout) -> usize {
+        let of = |batch: &Batch| 6 * batch.len() + 2 * batch.members.len() * batch.rows.min(batch.columns).pow(2);
+        batches(layout).iter().map(of).max().unwrap_or(0)
+    }
+}
+
+/// [B, m, n] -> about the nearest matrices whose singular values are 1. What does not stay finite in bf16 is made again in f32, where
+/// that can be seen without waiting for a GPU.
+fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
+    if precision == Precision::Bf16 {
+        let found = iterated(matrices, Kind::BFloat16)?;
+        if matrices.device().is_cuda() || found.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0 {
+            return Ok(found);
+        }
+        static TOLD: Once = Once::new();
+        TOLD.call_once(|| tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32"));
+    }
+    iterated(matrices, Kind::Float)
+}
+
+/// The iterations in one precision; what comes out is f32.
+fn iterated(matrices: &Tensor, kind: Kind) -> Result<Tensor> {
+    let size = matrices.size();
+    let high = size[1] > size[2];
+    let norms = matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
+    let mut x = matrices.f_div(&norms)?.f_to_kind(kind)?;
+    if high {
+        x = x.f_transpose(1, 2)?.f_contiguous()?;
+    }
+
+    let [a, b, c] = POLYNOMIAL;
+    for _ in 0..ITERATIONS {
+        let square = x.f_bmm(&x.f_transpose(1, 2)?)?;
+        let polynomial = square.f_baddbmm(&square, &square, b, c)?;
+        x = x.f_baddbmm(&polynomial, &x, a, 1.0)?;
+    }
+
+    let x = if high { x.f_transpose(1, 2)?.f_contiguous()? } else { x };
+    Ok(x.f_to_kind(Kind::Float)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// Five iterations bring every singular value near 1, of high, of wide matrices and in bf16, at any scale.
+    #[test]
+    fn singular_values_come_near_one() {
+        tch::manual_seed(7);
+        for (rows, columns, scale) in [(24, 24, 1.0), (48, 12, 1e-6), (12, 40, 1e6)] {
+            let matrices = Tensor::randn([3, rows, columns], (Kind::Float, Device::Cpu)) * scale;
+            for (precision, far) in [(Precision::F32, 0.35), (Precision::Bf16, 0.4)] {
+                let found = orthogonal(&matrices, precision).unwrap();
+                assert_eq!(found.size(), matrices.size());
+                let (_, values, _) = found.svd(true, true);
+                let (least, most) = (values.min().double_value(&[]), values.max().double_value(&[]));
+                // A random square has singular values near 0, which stay behind.
+                assert!(most < 1.0 + far && (rows == columns || least > 1.0 - far), "{least} {most}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_of_zeros_stays_where_it_is() {
+        let found = orthogonal(&Tensor::zeros([1, 4, 3], (Kind::Float, Device::Cpu)), Precision::F32).unwrap();
+        assert_eq!(f64::try_from(found.abs().sum(Kind::Double)).unwrap(), 0.0);
+    }
+}
