@@ -6,7 +6,7 @@
 //! ```
 //!
 //! so that a product, and with it every bit, depends on shapes only, not on where a matrix stands. A batch is as large as the
-//! products need it, and not larger: its copies are what an update needs for a moment.
+//! products need it, and not larger: its copies stay in the cache, and are what an update needs for a moment.
 
 use tch::Tensor;
 
@@ -15,7 +15,7 @@ use crate::model::Role;
 use crate::params::{Layout, Published};
 
 /// Values of a batch, unless one matrix has more.
-const VALUES: usize = 1 << 20;
+const VALUES: usize = 1 << 18;
 
 /// Matrices of one shape.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,8 +62,6 @@ pub struct Target<'a> {
     pub scale: Tensor,
     /// Whether the update is made at all, without dimensions; none: it is.
     pub made: Option<Tensor>,
-    /// What decay leaves of a weight.
-    pub keep: f64,
 }
 
 impl Target<'_> {
@@ -87,22 +85,20 @@ impl Target<'_> {
         }
     }
 
-    /// `W = keep W - by step` of a batch, and its version; `step` is [B, rows, columns].
+    /// The next weights of a batch, and its version, by what makes them of the newest, [B, rows, columns].
     ///
     /// # Errors
-    /// What libtorch reports.
-    pub fn advance(&self, batch: &Batch, step: &Tensor, by: f64) -> Result<()> {
+    /// What libtorch reports, and those of `step`.
+    pub fn advance(&self, batch: &Batch, step: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<()> {
         let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
-        let before = gather(self.old.unwrap_or(self.new), &offsets, shape)?;
-        let after = before.f_mul_scalar(self.keep)?.f_sub_(&step.f_mul_scalar(by)?)?;
-        let after = self.chosen(after, &before)?;
+        let before = read(self.old.unwrap_or(self.new), &offsets, shape)?;
+        let after = self.chosen(step(&before)?, &before)?;
 
-        scatter(self.new, &offsets, &after)?;
         if let Some(Published { version, horizon }) = &self.published {
             let ahead = after.f_sub(&before)?.f_mul_scalar_(f64::from(*horizon))?.f_add_(&after)?;
             scatter(version, &offsets, &ahead)?;
         }
-        Ok(())
+        scatter(self.new, &offsets, &after)
     }
 }
 
@@ -148,6 +144,17 @@ fn layer_of(name: &str) -> usize {
 pub fn gather(flat: &Tensor, offsets: &[usize], [rows, columns]: [usize; 2]) -> Result<Tensor> {
     let views = offsets.iter().map(|offset| view(flat, *offset, [rows, columns])).collect::<Result<Vec<_>>>()?;
     Ok(Tensor::f_stack(&views, 0)?)
+}
+
+/// The same for what takes values one by one: of one matrix not copied.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn read(flat: &Tensor, offsets: &[usize], shape: [usize; 2]) -> Result<Tensor> {
+    match offsets {
+        [offset] => Ok(view(flat, *offset, shape)?.f_unsqueeze(0)?),
+        _ => gather(flat, offsets, shape),
+    }
 }
 
 /// Copies matrices [B, rows, columns] to where they begin in a flat buffer.

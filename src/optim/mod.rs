@@ -189,7 +189,7 @@ impl Optimizer {
             if !self.batches.is_empty() {
                 let scale = Tensor::from(step.scale as f32);
                 let (published, made) = (None, None);
-                let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made, keep: step.keep };
+                let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made };
                 self.matrices(target, &step)?;
                 slice_mut(gradient).fill(0.0);
             }
@@ -230,10 +230,9 @@ impl Optimizer {
             None => norm.f_ones_like()?,
         };
         let scale = scale.f_mul_scalar(scalars.mean)?.f_to_kind(Kind::Float)?;
-        let step = self.step(scalars, 1.0);
-        let (made, keep) = (Some(norm.f_isfinite()?), step.keep);
-        let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made, keep };
-        self.matrices(target, &step)?;
+        let made = Some(norm.f_isfinite()?);
+        let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made };
+        self.matrices(target, &self.step(scalars, 1.0))?;
         let _ = gradient.f_zero_()?;
         Ok(())
     }
@@ -475,7 +474,7 @@ pub(crate) mod tests {
                     let mut rows = state[0].values.narrow(0, entry.unwrap().offset as i64, batch.rows as i64);
                     rows.f_copy_(&sign.f_view([-1])?)?;
                 }
-                target.advance(batch, &signs, step.lr)?;
+                target.advance(batch, |before| Ok(before.f_sub(&signs.f_mul_scalar(step.lr)?)?))?;
             }
             Ok(())
         }

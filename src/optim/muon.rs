@@ -21,7 +21,7 @@ use tch::{Kind, Tensor};
 
 use super::StateBuffer;
 use super::adamw::{self, Adamw, Lead};
-use super::matrices::{Batch, Target, batches, gather, scatter};
+use super::matrices::{Batch, Target, batches, read, scatter};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Role};
@@ -83,15 +83,15 @@ impl Muon {
     fn batch(&self, batch: &Batch, target: &Target, average: &Tensor, step: &Step) -> Result<()> {
         let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
         let gradient = target.gradient(batch)?;
-        let before = gather(average, &offsets, shape)?;
-        let fresh = gradient.f_mul_scalar(1.0 - self.momentum)?;
-        let average_now = before.f_mul_scalar(self.momentum)?.f_add_(&fresh)?;
-        let update = average_now.f_mul_scalar(self.lead)?.f_add_(&gradient.f_mul_scalar(1.0 - self.lead)?)?;
-        scatter(average, &offsets, &target.chosen(average_now, &before)?)?;
+        let before = read(average, &offsets, shape)?;
+        let now = before.f_lerp(&gradient, 1.0 - self.momentum)?;
+        let update = gradient.f_lerp(&now, self.lead)?;
+        scatter(average, &offsets, &target.chosen(now, &before)?)?;
 
         let steps = orthogonal(&update, self.precision)?;
         let longest = batch.rows.max(batch.columns) as f64;
-        target.advance(batch, &steps, step.lr * SCALE * longest.sqrt())
+        let by = step.lr * SCALE * longest.sqrt();
+        target.advance(batch, |before| Ok(before.f_mul_scalar(step.keep)?.f_sub_(&steps.f_mul_scalar(by)?)?))
     }
 }
 
@@ -133,39 +133,81 @@ impl Rule for Muon {
     }
 }
 
-/// [B, m, n] -> about the nearest matrices whose singular values are 1. What does not stay finite in bf16 is made again in f32, where
-/// that can be seen without waiting for a GPU.
+/// [B, m, n] -> about the nearest matrices whose singular values are 1. What does not stay finite in bf16 is made again in f32,
+/// where that can be seen without waiting for a GPU.
 fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     if precision == Precision::Bf16 {
-        let found = iterated(matrices, Kind::BFloat16)?;
+        let found = iterated(matrices, precision)?;
         if matrices.device().is_cuda() || found.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0 {
             return Ok(found);
         }
         static TOLD: Once = Once::new();
         TOLD.call_once(|| tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32"));
+        return iterated(matrices, Precision::F32);
     }
-    iterated(matrices, Kind::Float)
+    iterated(matrices, precision)
 }
 
 /// The iterations in one precision; what comes out is f32.
-fn iterated(matrices: &Tensor, kind: Kind) -> Result<Tensor> {
+fn iterated(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     let size = matrices.size();
     let high = size[1] > size[2];
     let norms = matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
-    let mut x = matrices.f_div(&norms)?.f_to_kind(kind)?;
+    let mut x = matrices.f_div(&norms)?.f_to_kind(precision.kind())?;
     if high {
         x = x.f_transpose(1, 2)?.f_contiguous()?;
     }
 
-    let [a, b, c] = POLYNOMIAL;
-    for _ in 0..ITERATIONS {
-        let square = x.f_bmm(&x.f_transpose(1, 2)?)?;
-        let polynomial = square.f_baddbmm(&square, &square, b, c)?;
-        x = x.f_baddbmm(&polynomial, &x, a, 1.0)?;
-    }
-
+    // The short way needs all of f32's mantissa.
+    let long = size[1].max(size[2]) >= 2 * size[1].min(size[2]);
+    x = if long && precision == Precision::F32 { by_squares(&x)? } else { by_itself(x)? };
     let x = if high { x.f_transpose(1, 2)?.f_contiguous()? } else { x };
     Ok(x.f_to_kind(Kind::Float)?)
+}
+
+/// The iterations as they stand: 5 (4 m^2 n + 2 m^3) operations a matrix.
+fn by_itself(mut x: Tensor) -> Result<Tensor> {
+    for _ in 0..ITERATIONS {
+        let square = x.f_bmm(&x.f_transpose(1, 2)?)?;
+        let [a, _, _] = POLYNOMIAL;
+        x = x.f_baddbmm(&polynomial(&square)?, &x, a, 1.0)?;
+    }
+    Ok(x)
+}
+
+/// The same for long matrices in 4 m^2 n + 34 m^3. With P = a + b A + c A A the next X is P X, and the next A is P A P: so all
+/// iterations can be made with A alone, and X is multiplied once.
+fn by_squares(x: &Tensor) -> Result<Tensor> {
+    let [a, _, _] = POLYNOMIAL;
+    let mut square = x.f_bmm(&x.f_transpose(1, 2)?)?;
+    // The product of all P so far, or none: 1.
+    let mut product: Option<Tensor> = None;
+    for iteration in 1..=ITERATIONS {
+        let rest = polynomial(&square)?; // P - a
+        let next = match &product {
+            None => rest.f_add(&identity(&rest)?.f_mul_scalar(a)?)?,
+            Some(product) => product.f_baddbmm(&rest, product, a, 1.0)?,
+        };
+        product = Some(next);
+        if iteration < ITERATIONS {
+            let half = square.f_baddbmm(&rest, &square, a, 1.0)?;
+            square = half.f_baddbmm(&half, &rest, a, 1.0)?;
+        }
+    }
+    match product {
+        Some(product) => Ok(product.f_bmm(x)?),
+        None => Ok(x.shallow_clone()),
+    }
+}
+
+/// `b A + c A A`.
+fn polynomial(square: &Tensor) -> Result<Tensor> {
+    let [_, b, c] = POLYNOMIAL;
+    Ok(square.f_baddbmm(square, square, b, c)?)
+}
+
+fn identity(like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_eye(like.size()[1], (like.kind(), like.device()))?)
 }
 
 #[cfg(test)]
@@ -188,6 +230,20 @@ mod tests {
                 // A random square has singular values near 0, which stay behind.
                 assert!(most < 1.0 + far && (rows == columns || least > 1.0 - far), "{least} {most}");
             }
+        }
+    }
+
+    /// Both ways to the same end, for singular values that are far apart too.
+    #[test]
+    fn the_short_way_is_as_good() {
+        tch::manual_seed(5);
+        for spread in [0.0, 3.0] {
+            let scales = (Tensor::arange(20, (Kind::Float, Device::Cpu)) * (-spread / 4.0)).exp().view([1, 20, 1]);
+            let x = Tensor::randn([2, 20, 80], (Kind::Float, Device::Cpu)) * scales;
+            let x = &x / x.norm_scalaropt_dim(2, [1i64, 2].as_slice(), true);
+            let (short, long) = (by_squares(&x).unwrap(), by_itself(x.shallow_clone()).unwrap());
+            let far = (short - long).abs().max().double_value(&[]);
+            assert!(far < 1e-3, "{spread}: {far:e}");
         }
     }
 

@@ -24,7 +24,7 @@ use tch::{Kind, Tensor};
 
 use super::StateBuffer;
 use super::adamw::{self, Adamw};
-use super::matrices::{Batch, Member, Target, batches, gather, scatter};
+use super::matrices::{Batch, Member, Target, batches, gather, read, scatter};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Role};
@@ -110,12 +110,12 @@ impl Side {
         }
     }
 
-    /// G G' or G' G of [B, m, n].
-    fn square(self, matrices: &Tensor) -> Result<Tensor> {
-        let transposed = matrices.f_transpose(1, 2)?;
+    /// `keep A + (1 - keep) G G'`, or G' G, of [B, m, n].
+    fn averaged(self, averages: &Tensor, gradient: &Tensor, keep: f64) -> Result<Tensor> {
+        let transposed = gradient.f_transpose(1, 2)?;
         Ok(match self {
-            Side::Left => matrices.f_bmm(&transposed)?,
-            Side::Right => transposed.f_bmm(matrices)?,
+            Side::Left => averages.f_baddbmm(gradient, &transposed, keep, 1.0 - keep)?,
+            Side::Right => averages.f_baddbmm(&transposed, gradient, keep, 1.0 - keep)?,
         })
     }
 
@@ -132,6 +132,14 @@ impl Side {
         Ok(match self {
             Side::Left => basis.f_bmm(matrices)?,
             Side::Right => matrices.f_bmm(&basis.f_transpose(1, 2)?)?,
+        })
+    }
+
+    /// `keep W - by Q X`, or X Q'.
+    fn stepped(self, basis: &Tensor, steps: &Tensor, weights: &Tensor, keep: f64, by: f64) -> Result<Tensor> {
+        Ok(match self {
+            Side::Left => weights.f_baddbmm(basis, steps, keep, -by)?,
+            Side::Right => weights.f_baddbmm(steps, &basis.f_transpose(1, 2)?, keep, -by)?,
         })
     }
 
@@ -205,10 +213,8 @@ impl Soap {
     ) -> Result<()> {
         let [average, basis] = side.buffers();
         let (offsets, length) = (offsets(&state[average].layout, batch), side.length(batch));
-        let before = gather(&state[average].values, &offsets, [length, length])?;
-        let fresh = side.square(gradient)?.f_mul_scalar_(1.0 - self.adamw.betas[1])?;
-        let now = before.f_mul_scalar(self.adamw.betas[1])?.f_add_(&fresh)?;
-        let now = target.chosen(now, &before)?;
+        let before = read(&state[average].values, &offsets, [length, length])?;
+        let now = target.chosen(side.averaged(&before, gradient, self.adamw.betas[1])?, &before)?;
         scatter(&state[average].values, &offsets, &now)?;
 
         if !self.begun {
@@ -262,14 +268,20 @@ impl Soap {
             bases.push((side, basis));
         }
 
-        let mut steps = self.in_the_bases(batch, &gradient, target, state, step.n)?;
+        let (mut steps, scale) = self.in_the_bases(batch, &gradient, target, state, step.n)?;
+        let by = step.lr * scale;
+        let last = bases.pop();
         for (side, basis) in &bases {
             steps = side.turned_back(basis, &steps)?;
         }
-        target.advance(batch, &steps, step.lr)
+        target.advance(batch, |before| match &last {
+            Some((side, basis)) => side.stepped(basis, &steps, before, step.keep, by),
+            None => Ok(before.f_mul_scalar(step.keep)?.f_sub_(&steps.f_mul_scalar(by)?)?),
+        })
     }
 
-    /// AdamW's step, but for the rate.
+    /// AdamW's step in the bases, but for the rate and for a factor, which comes with it: with the root of the correction of V
+    /// taken out of the quotient, `M / (sqrt(V) + eps sqrt(1-b2^n))` and `sqrt(1-b2^n) / (1-b1^n)`.
     fn in_the_bases(
         &self,
         batch: &Batch,
@@ -277,28 +289,24 @@ impl Soap {
         target: &Target,
         state: &[StateBuffer],
         n: i32,
-    ) -> Result<Tensor> {
+    ) -> Result<(Tensor, f64)> {
         let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
         let [beta1, beta2] = self.adamw.betas;
-        let before = [gather(&state[0].values, &offsets, shape)?, gather(&state[1].values, &offsets, shape)?];
-        let first = before[0].f_mul_scalar(beta1)?.f_add_(&gradient.f_mul_scalar(1.0 - beta1)?)?;
-        let square = gradient.f_mul(gradient)?.f_mul_scalar_(1.0 - beta2)?;
-        let second = before[1].f_mul_scalar(beta2)?.f_add_(&square)?;
+        let first = read(&state[0].values, &offsets, shape)?;
+        let second = read(&state[1].values, &offsets, shape)?;
+        let first_now = first.f_lerp(gradient, 1.0 - beta1)?;
+        let second_now = second.f_lerp(&gradient.f_mul(gradient)?, 1.0 - beta2)?;
 
-        let lead = self.rest.lead().unwrap_or(1.0);
-        let ahead = match self.rest.lead() {
-            None => first.f_div_scalar(1.0 - beta1.powi(n))?,
-            Some(_) => {
-                let now = gradient.f_mul_scalar(1.0 - lead)?;
-                first.f_mul_scalar(lead)?.f_add_(&now)?.f_div_scalar_(1.0 - lead * beta1.powi(n))?
-            }
+        let correction = (1.0 - beta2.powi(n)).sqrt();
+        let root = second_now.f_sqrt()?.f_add_scalar_(self.adamw.eps * correction)?;
+        let (steps, lead) = match self.rest.lead() {
+            None => (first_now.f_div(&root)?, 1.0),
+            Some(lead) => (gradient.f_lerp(&first_now, lead)?.f_div_(&root)?, lead),
         };
-        let root = second.f_div_scalar(1.0 - beta2.powi(n))?.f_sqrt_()?.f_add_scalar_(self.adamw.eps)?;
 
-        let [first_before, second_before] = &before;
-        scatter(&state[0].values, &offsets, &target.chosen(first, first_before)?)?;
-        scatter(&state[1].values, &offsets, &target.chosen(second, second_before)?)?;
-        Ok(ahead.f_div(&root)?)
+        scatter(&state[0].values, &offsets, &target.chosen(first_now, &first)?)?;
+        scatter(&state[1].values, &offsets, &target.chosen(second_now, &second)?)?;
+        Ok((steps, correction / (1.0 - lead * beta1.powi(n))))
     }
 }
 
@@ -343,7 +351,7 @@ impl Rule for Soap {
         };
         if !made {
             // The weights stay, and have to be published.
-            let stay = |batch: &Batch| target.advance(batch, &target.gradient(batch)?, 0.0);
+            let stay = |batch| target.advance(batch, |before| Ok(before.shallow_clone()));
             return batches.iter().try_for_each(stay);
         }
 
@@ -373,8 +381,8 @@ impl Rule for Soap {
         self.rest.constants(step)
     }
 
-    /// Of one batch: gradient, both moments before and after, the step and what becomes of it in the bases; both bases, and what
-    /// the refresh of one needs.
+    /// Of one batch: gradient, both moments before and after, the root and the step, as it is and turned; both bases, and what the
+    /// refresh of one needs.
     fn workspace(&self, layout: &Layout) -> usize {
         let of = |batch: &Batch| {
             let squares = self.sides(batch).map(|side| side.length(batch).pow(2));

@@ -272,3 +272,17 @@ fn a_prediction_is_felt_where_it_is_first_used() {
     assert_eq!(synchronous(&[]), synchronous(&off));
     assert_eq!(synchronous(&[]), synchronous(&cured));
 }
+
+/// With more threads libtorch may cut a product in another way, in one process or in several.
+#[test]
+fn rules_of_matrices_with_more_threads_agree_closely() {
+    for kind in ["muon", "soap"] {
+        let kind = format!("optimizer.kind={kind}");
+        let setup = tiny(&["grid.stages=3", "microbatches=2", "threads=2", &kind]);
+        let (grid, oracle) = (as_threads(&setup).losses(), by_oracle(&setup).losses());
+        assert_eq!(grid.len(), oracle.len());
+        for (one, other) in grid.iter().zip(&oracle) {
+            assert!((one - other).abs() < 1e-6, "{kind}: {grid:?} {oracle:?}");
+        }
+    }
+}

@@ -27,7 +27,7 @@ CASES = [
 ]
 
 SQUARE = {"layers.1.qkv": ([12, 4], 3), "layers.1.bias": ([5], 1), "layers.2.out": ([4, 4], 1)}
-OTHER = {"layers.1.up": ([5, 3], 1), "layers.1.bias": ([4], 1), "layers.1.kv": ([6, 4], 2), "layers.2.down": ([3, 5], 1)}
+OTHER = {"layers.1.up": ([5, 3], 1), "layers.1.bias": ([4], 1), "layers.1.kv": ([6, 4], 2), "layers.2.down": ([3, 5], 1), "layers.2.long": ([3, 7], 1)}
 
 
 def values(seed, shape):
