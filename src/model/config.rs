@@ -51,7 +51,7 @@ pub struct ModelConfig {
     pub head_width: Option<usize>,
     /// Standard deviation of the first values of the embedding's tables, of the positions too. GPT-2's 0.02 suits small learning
     /// rates: at 6e-3 a step of AdamW moves such a row by a third of itself, which delayed steps stand badly. A
-    /// tied table is divided by so much more at both ends that the model begins as with 0.02.
+    /// tied table is multiplied by so much less on its way in that the embedding begins as with 0.02, and by the root of that as the head.
     pub embedding_std: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,

@@ -38,11 +38,12 @@ pub struct Dimensions {
 }
 
 impl Dimensions {
-    /// What a tied table's rows are multiplied by at both ends: rows that begin larger make the same model at first, of which a
-    /// step of the same length moves less. (That is a learning rate of the table's own, for optimizers whose steps do not depend
-    /// on the gradient's length.)
-    pub fn table_scale(&self) -> f64 {
-        if self.tied { TABLE_STD / self.embedding_std } else { 1.0 }
+    /// What a tied table's rows are multiplied by, as embedding and as head. Rows that begin larger make the same embedding at
+    /// first, of which a step of the same length moves less: a learning rate of its own, for optimizers whose steps do not
+    /// depend on the gradient's length. A head that moved as much less would learn too slowly, so it takes the root of that.
+    pub fn table_scales(&self) -> [f64; 2] {
+        let scale = if self.tied { TABLE_STD / self.embedding_std } else { 1.0 };
+        [scale, scale.sqrt()]
     }
 
     /// The sizes of a config's model over `vocabulary` tokens and sequences of `sequence`.

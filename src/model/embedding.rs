@@ -75,7 +75,8 @@ impl Layer for Embedding {
         if self.d.tied || self.d.architecture.scales_embedding {
             // A table whose rows are small enough for the head would be lost among the other inputs (Vaswani et al.
             // 2017, section 3.4).
-            hidden = hidden.f_mul_scalar((self.d.d_model as f64).sqrt() * self.d.table_scale())?;
+            let [scale, _] = self.d.table_scales();
+            hidden = hidden.f_mul_scalar((self.d.d_model as f64).sqrt() * scale)?;
         }
         if let Some(positions) = weights.next() {
             hidden = hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?;

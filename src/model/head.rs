@@ -97,7 +97,7 @@ impl Head {
             _ => x,
         };
         let x = x.f_reshape([-1, self.d.d_model])?;
-        let scale = self.d.table_scale();
+        let [_, scale] = self.d.table_scales();
         if scale == 1.0 { Ok(x) } else { Ok(x.f_mul_scalar(scale)?) }
     }
 

@@ -417,19 +417,26 @@ mod tests {
         assert_eq!(middle.runs(1), [Run { layers: 0..1, first: 0 }]);
     }
 
-    /// Rows of a tied table that begin larger make the same model at first.
+    /// Rows of a tied table that begin a hundred times larger make the same hidden states at first, and logits that are ten times
+    /// larger.
     #[test]
     fn a_tied_table_may_begin_larger() {
-        let loss = |embedding_std: f64| {
+        let begins = |embedding_std: f64| {
             let tied =
                 ModelConfig { arch: Arch::TransformerXl, tie: Tie::Aligned, embedding_std, ..ModelConfig::default() };
             let d = Dimensions::new(&ModelConfig { layers: 2, d_model: 8, heads: 2, d_ff: 16, ..tied }, 11, 5);
             let stack = Stack::new(&d, 0..2);
             let tokens = Tensor::from_slice(&[1i64, 5, 3, 3, 9]).view([1, 5]);
             let hidden = run(&stack, &tokens, None);
-            stack.loss(&values(&stack), &hidden, &tokens.flip([1]), None).unwrap().double_value(&[])
+            let probabilities = stack.log_probabilities(&values(&stack), &hidden).unwrap();
+            // Differences of logits.
+            let logits = &probabilities - probabilities.narrow(-1, 0, 1);
+            (hidden, logits)
         };
-        assert!((loss(0.2) / loss(0.02) - 1.0).abs() < 1e-6, "{} {}", loss(0.2), loss(0.02));
+        let near = |one: &Tensor, other: &Tensor| (one - other).abs().max().double_value(&[]) < 1e-5;
+        let ((hidden, logits), (of_larger, logits_of_larger)) = (begins(0.02), begins(2.0));
+        assert!(near(&hidden, &of_larger));
+        assert!(near(&(logits * 10.0), &logits_of_larger));
     }
 
     #[test]
