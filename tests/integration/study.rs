@@ -309,7 +309,7 @@ fn shipped_studies_run_in_a_short_form() {
         for (row, variant) in rows.iter().zip(plan.variants()) {
             assert_eq!(row["name"], variant.name.as_str());
             let late = row["delays"].as_array().unwrap().iter().any(|delay| delay.as_u64() != Some(0));
-            assert_eq!(late, !variant.is_reference(), "{}", variant.name);
+            assert!(!late || !variant.is_reference(), "{} is a reference with delays", variant.name);
             assert!(row["loss"]["mean"].as_f64().unwrap() > 0.0, "{row}");
         }
         let goals = plan.variants().any(|variant| variant.goal_tax.is_some() || variant.goal_not_worse);
