@@ -19,6 +19,8 @@ PROGRAM = os.path.join("target", "release", "ouroboros")
 LIMIT = 60
 # Of a stored loss, relative.
 TOLERANCE = 1e-6
+# The same of a run with bases of eigenvectors, on another processor.
+TOLERANCE_OF_BASES = 1e-4
 STOPPED = 75
 # Keys of the base that a row with `defaults` leaves out, and a program that does not know them, which is as if they were off.
 CURES = ("predict", "lead")
@@ -26,6 +28,9 @@ CURES = ("predict", "lead")
 XL = ["model.arch=transformer-xl", "model.mem_len=16"]
 WORDS = ["data.tokenizer=words", "data.min_count=2"]
 BF16 = "precision=bf16"
+# What rounding leaves must stay small on every processor: so no side longer than the rank of a gradient, whose first basis would be any of
+# many, and an eps that makes no whole steps of next to nothing.
+SOAP = ["optimizer.kind=soap", "optimizer.soap_limit=32", "optimizer.eps=0.1"]
 
 
 class Row:
@@ -60,9 +65,9 @@ ROWS = [
     Row("head ring, bf16", "4x2", "threads", ["model.tie=head", "grid.placement=ring", "optimizer.predict=update", BF16]),
     Row("sgd", "2x2", "threads", ["optimizer.kind=sgd", "optimizer.lr=0.1", "optimizer.clip=0.3"]),
     Row("muon", "4x2", "threads", ["optimizer.kind=muon", "optimizer.predict=update", "optimizer.lead=delay"]),
-    Row("muon, bf16", "3x1", "mpirun", ["optimizer.kind=muon", BF16]),
-    Row("soap", "4x1", "mpirun", ["optimizer.kind=soap", "optimizer.predict=update", "optimizer.lead=one"]),
-    Row("soap, smaller sides, memory", "2x2", "threads", XL + ["optimizer.kind=soap", "optimizer.soap_sides=smaller"]),
+    Row("muon, memory", "3x1", "mpirun", XL + ["optimizer.kind=muon"]),
+    Row("soap", "4x1", "mpirun", SOAP + ["optimizer.predict=update", "optimizer.lead=one"]),
+    Row("soap, smaller sides, memory", "2x2", "threads", XL + SOAP + ["optimizer.soap_sides=smaller"]),
     Row("constant, no decay", "2x1", "oracle", ["optimizer.schedule=constant", "optimizer.weight_decay=0.0"]),
     Row("inverse square root", "1x1", "threads", ["optimizer.schedule=inverse-sqrt", "optimizer.betas=[0.8, 0.99]"]),
     Row("wire bf16", "2x2", "mpirun", ["wire=bf16", "microbatches=2", "optimizer.schedule=linear"]),
@@ -88,7 +93,7 @@ ROWS = [
     Row("resumed, aligned", "4x1", "threads", ["steps=12", "model.tie=aligned"], "4x1"),
     Row("resumed, head", "4x1", "mpirun", ["steps=12", "model.tie=head"], "4x1"),
     Row("resumed, ring, bf16", "3x1", "mpirun", ["steps=12", "model.tie=aligned", "grid.placement=ring", BF16], "3x1"),
-    Row("resumed, soap", "3x1", "threads", ["steps=12", "optimizer.kind=soap", "optimizer.soap_every=3"], "3x1"),
+    Row("resumed, soap", "3x1", "threads", SOAP + ["steps=12", "optimizer.soap_every=3"], "3x1"),
     Row("resumed, memory, sgd", "2x1", "oracle", XL + ["steps=12", "optimizer.kind=sgd", "optimizer.lr=0.1"], "2x1"),
 ]
 
@@ -217,7 +222,8 @@ def check(rows):
         found, wanted = run((program, program), row, row.runner), table[row.name]
         pairs = list(zip(losses(found["numbers"]), wanted["losses"]))
         far = max(abs(a - b) / abs(b) for a, b in pairs)
-        if len(pairs) != len(wanted["losses"]) or not far <= TOLERANCE:
+        tolerance = TOLERANCE_OF_BASES if "optimizer.kind=soap" in row.sets and not same else TOLERANCE
+        if len(pairs) != len(wanted["losses"]) or not far <= tolerance:
             good = False
             print(f"golden: {row.name}: losses differ by up to {far:.1e} of theirs:\n  found  {losses(found['numbers'])}"
                   f"\n  stored {wanted['losses']}")
