@@ -280,6 +280,8 @@ def checks(quick):
     yield "4x1 equals the oracle, synchronous start (NCCL)", grid_equals_oracle("4x1", 4, sets={"sync_steps": 3})
     yield "2x1 equals the oracle, dropout (NCCL)", grid_equals_oracle("2x1", 2, sets={"model.dropout": 0.1})
     yield "2x1 equals the oracle, Transformer-XL (NCCL)", grid_equals_oracle("2x1", 2, sets={"model.arch": "transformer-xl", "model.mem_len": 32})
+    yield "2x1 equals the oracle, Muon (NCCL)", grid_equals_oracle("2x1", 2, sets={"optimizer.kind": "muon"})
+    yield "3x1 equals the oracle, SOAP (NCCL)", grid_equals_oracle("3x1", 3, sets={"optimizer.kind": "soap", "optimizer.soap_every": 3})
     yield "3x2 equals the oracle, a fresh tied head (NCCL)", grid_equals_oracle("3x2", 6, sets={"model.tie": "head"})
     yield "4x1 as a ring equals the oracle, a fresh tied head, bf16 (NCCL)", grid_equals_oracle(
         "4x1", 3, sets={"model.tie": "head", "grid.placement": "ring", "precision": "bf16"})
