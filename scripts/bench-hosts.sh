@@ -59,7 +59,9 @@ exec ip netns exec "\$space" unshare --uts taskset -c "\$core" sh -c 'hostname "
 END
 cat >"$work/mpirun" <<END
 #!/usr/bin/env bash
-exec "$work/on" 10.77.0.1 exec mpirun --host 10.77.0.1:1,10.77.0.2:1 --bind-to none --mca plm_rsh_agent "$work/on" \
+slots=1
+case " \$* " in *" -n 4 "*) slots=2 ;; esac
+exec "$work/on" 10.77.0.1 exec mpirun --host "10.77.0.1:\$slots,10.77.0.2:\$slots" --bind-to none --mca plm_rsh_agent "$work/on" \
     --mca pml ob1 --mca btl self,tcp --mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24 "\$@"
 END
 chmod +x "$work/link" "$work/on" "$work/mpirun"

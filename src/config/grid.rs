@@ -19,6 +19,14 @@ pub struct GridConfig {
     /// Delays `D_k`, one a stage, where the least ones are not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delays: Option<Vec<usize>>,
+    /// Updates that every stage's delay is longer than the least one, the last stage's included, so that its all-reduce goes on
+    /// under the next forward.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub reduce_delay: usize,
+}
+
+fn is_zero(value: &usize) -> bool {
+    *value == 0
 }
 
 impl Default for GridConfig {
@@ -30,6 +38,7 @@ impl Default for GridConfig {
             order: grid::Order::default(),
             layers_per_stage: LayersPerStage::Balanced,
             delays: None,
+            reduce_delay: 0,
         }
     }
 }
@@ -42,6 +51,9 @@ impl GridConfig {
     pub fn check(&self) -> Result<()> {
         Error::unless_at_least_one("grid.stages", self.stages)?;
         Error::unless_at_least_one("grid.replicas", self.replicas)?;
+        if self.reduce_delay > 1 {
+            return Err(Error::config("grid.reduce_delay", self.reduce_delay, "must be 0 or 1"));
+        }
         self.placement.check(self.stages).map_err(|remedy| Error::config("grid.placement", "`ring`", remedy))
     }
 }

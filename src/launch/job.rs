@@ -143,7 +143,7 @@ impl Job {
         } else if !asked {
             let lag = (config.slack * config.grid.stages.saturating_sub(1)).div_ceil(config.microbatches.max(1));
             let longest = config.grid.delays.iter().flatten().copied().max().unwrap_or(0);
-            config.steps = MEASURED_STEPS + 4 * lag.max(longest);
+            config.steps = MEASURED_STEPS + 4 * (lag.max(longest) + config.grid.reduce_delay);
         }
         config
     }

@@ -211,6 +211,14 @@ mod tests {
     }
 
     #[test]
+    fn a_later_all_reduce_is_one_more_update_of_delay_on_every_stage() {
+        let delays = |text: &str| Setup::new(Config::parse(text, &[]).unwrap()).unwrap().schedule.delays;
+        assert_eq!(delays("microbatches = 1\n[grid]\nstages = 4\nreduce_delay = 1"), [4, 3, 2, 1]);
+        assert_eq!(delays("microbatches = 4\n[grid]\nstages = 4\nreduce_delay = 1"), [2, 2, 2, 1]);
+        assert_eq!(delays("[grid]\nreplicas = 2\nreduce_delay = 1"), [1]);
+    }
+
+    #[test]
     fn every_row_is_read_once() {
         let text = "batch = 24\nmicrobatches = 3\n[grid]\nreplicas = 2\n[eval]\nevery = 5\ntokens = 2900";
         let setup = Setup::new(Config::parse(text, &[]).unwrap()).unwrap();
@@ -237,6 +245,9 @@ mod tests {
                 "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3",
             ),
             ("schedule = \"gpipe\"\n[grid]\ndelays = [1]", "`grid.delays`: found [1]; only schedule"),
+            ("schedule = \"1f1b\"\n[grid]\nreduce_delay = 1", "`grid.reduce_delay`: found 1; only schedule"),
+            ("[grid]\ndelays = [1]\nreduce_delay = 1", "`grid.reduce_delay`: found 1; grid.delays has"),
+            ("[grid]\nreduce_delay = 2", "`grid.reduce_delay`: found 2; must be 0 or 1"),
             (
                 "[grid]\nstages = 2\nlayers_per_stage = [1, 2]",
                 "`grid.layers_per_stage`: found [1, 2]; every number at least 1, together model.layers = 4",

@@ -111,7 +111,7 @@ fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
 /// The schedule of a config.
 ///
 /// # Errors
-/// [`Error::Config`] about `grid.delays`.
+/// [`Error::Config`] about `grid.delays` or `grid.reduce_delay`.
 pub fn schedule(config: &Config) -> Result<Schedule> {
     let mut sync = SyncPoints::ends(config.steps);
     sync.warm_up = config.sync_steps;
@@ -122,7 +122,18 @@ pub fn schedule(config: &Config) -> Result<Schedule> {
     let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
     (schedule.placement, schedule.tie) = (config.grid.placement, config.model.tie);
     schedule.saves = Some(config.checkpoint.every.unwrap_or(config.steps));
-    let Some(delays) = &config.grid.delays else { return Ok(schedule) };
+    let later = config.grid.reduce_delay;
+    if later > 0 && config.schedule.synchronous() {
+        return Err(Error::config("grid.reduce_delay", later, "only schedule = \"decoupled\" has delays"));
+    }
+    let Some(delays) = &config.grid.delays else {
+        schedule.delays.iter_mut().for_each(|delay| *delay += later);
+        return Ok(schedule);
+    };
+    if later > 0 {
+        let remedy = "grid.delays has every delay as it shall be; leave one of them out";
+        return Err(Error::config("grid.reduce_delay", later, remedy));
+    }
     if config.schedule.synchronous() {
         return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));
     }

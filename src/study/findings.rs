@@ -65,12 +65,13 @@ pub(super) struct SpeedUp {
 }
 
 impl SpeedUp {
-    fn new(times: &StepTimes, tax: f64) -> SpeedUp {
-        let over = |step: f64| step / times.step / tax;
+    /// Of a step, beside those of the reference, whose updates may take another time.
+    fn new(step: f64, reference: &StepTimes, tax: f64) -> SpeedUp {
+        let over = |other: f64| other / step / tax;
         SpeedUp {
-            over_1f1b: over(times.one_f_one_b.0),
-            over_gpipe: over(times.gpipe.0),
-            over_one_device: over(times.one_device),
+            over_1f1b: over(reference.one_f_one_b.0),
+            over_gpipe: over(reference.gpipe.0),
+            over_one_device: over(reference.one_device),
         }
     }
 }
@@ -131,7 +132,8 @@ impl Findings {
             let tax = rows[i].tax.as_ref().map(|tax| tax.value.mean);
             // A reference is what it is compared with.
             let tax = tax.or(rows[i].against.is_none().then_some(1.0));
-            rows[i].speed_up = tax.map(|tax| SpeedUp::new(&rows[i].times, tax));
+            let reference = rows.iter().find(|row| rows[i].against.as_ref() == Some(&row.name)).unwrap_or(&rows[i]);
+            rows[i].speed_up = tax.map(|tax| SpeedUp::new(rows[i].times.step, &reference.times, tax));
             rows[i].beside = beside;
         }
 
@@ -186,7 +188,7 @@ impl Row {
             tax_of_best: None,
             beside: None,
             curve: mean_curve(plan, variant, rate, &config, runs)?,
-            times: StepTimes::new(&plan.time, &plan.folder, &config)?,
+            times: plan.times_of(variant)?,
             speed_up: None,
             goal_tax: variant.goal_tax,
             goal_speed_up: variant.goal_speed_up,

@@ -54,6 +54,9 @@ pub struct Variant {
     /// The variant without delay that this one is compared with; none: it is such a reference itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<String>,
+    /// What an update of a stage takes, where it is not that of `[time]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<f64>,
     /// Another variant, whose losses are subtracted seed by seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub beside: Option<String>,
@@ -122,6 +125,16 @@ impl Plan {
         let rates = self.rates_of(variant);
         let inside = rates.iter().any(|other| *other < rate) && rates.iter().any(|other| *other > rate);
         rates.len() > 1 && !inside
+    }
+
+    /// What a step of a variant takes.
+    ///
+    /// # Errors
+    /// As [`Plan::config`], and [`Error::Config`] about `time` or the variant's update.
+    pub fn times_of(&self, variant: &Variant) -> Result<StepTimes> {
+        let update = variant.update.unwrap_or(self.time.update);
+        let time = TimeConfig { update, ..self.time.clone() };
+        StepTimes::new(&time, &self.folder, &self.config(variant)?)
     }
 
     /// The runs of a variant's search at one seed.
@@ -205,9 +218,19 @@ impl Plan {
             self.check_goals(variant, &setting)?;
             self.check_comparable(variant)?;
             self.check_reference(variant, &setting)?;
-            StepTimes::new(&self.time, &self.folder, &self.config(variant)?)?;
+            self.check_update(variant, &setting)?;
+            self.times_of(variant)?;
         }
         Ok(())
+    }
+
+    /// Whether a variant's own time of an update is one, beside times that are given.
+    fn check_update(&self, variant: &Variant, setting: &str) -> Result<()> {
+        let Some(update) = variant.update else { return Ok(()) };
+        let setting = format!("{setting}.update");
+        Error::unless(update >= 0.0, &setting, update, "must be 0 or more")?;
+        let remedy = "`time.profile` has the times of updates; leave one of them out";
+        Error::unless(self.time.profile.is_none(), &setting, update, remedy)
     }
 
     /// Whether a variant without `against` has no delays.

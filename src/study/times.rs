@@ -144,7 +144,7 @@ impl RowTimes {
         let mut best = (f64::INFINITY, 1);
         for microbatches in (1..=rows).filter(|m| rows.is_multiple_of(*m)) {
             let mut other = Config { schedule: kind, microbatches, ..config.clone() };
-            other.grid.delays = None;
+            (other.grid.delays, other.grid.reduce_delay) = (None, 0);
             let step = self.step(&schedule(&other)?, rows)?;
             if step < best.0 {
                 best = (step, microbatches);

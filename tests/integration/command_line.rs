@@ -350,6 +350,7 @@ fn recipes_fit_three_four_and_five_stages() {
     use ouroboros::data::Tokenizer;
     use ouroboros::data::prepared::{Source, write};
     use ouroboros::data::{Listed, Vocabulary};
+    use ouroboros::optim::OptimizerKind;
 
     let folder = Folder::new();
     let table = [
@@ -374,9 +375,17 @@ fn recipes_fit_three_four_and_five_stages() {
         write(&path, source, &vocabulary, vec![("train", tokens(100_000)), ("valid", tokens(20_000))]).unwrap();
         for (stages, placement) in [(3, "line"), (4, "line"), (5, "line"), (3, "ring"), (4, "ring"), (5, "ring")] {
             let sets = [format!("data.path={}", path.display()), format!("grid.placement={placement}")];
-            let file = Path::new("configs").join(name).with_extension("toml");
-            let config = Config::load(&file, &sets, Some(Grid::line(stages, 1))).unwrap();
-            assert_eq!(config.name, name);
+            let load = |name: &str| {
+                let file = Path::new("configs").join(name).with_extension("toml");
+                let config = Config::load(&file, &sets, Some(Grid::line(stages, 1))).unwrap();
+                assert_eq!(config.name, name);
+                config
+            };
+            let config = load(name);
+            // The same with Muon.
+            let muon = load(&format!("{name}-muon"));
+            assert_eq!(muon.optimizer.common.kind, OptimizerKind::Muon);
+            assert_eq!(Config { name: name.into(), optimizer: config.optimizer.clone(), ..muon }, config);
             let setup = Setup::new(config).unwrap_or_else(|error| panic!("{name} {stages} {placement}: {error}"));
             let found = setup.parameters();
             assert!(found.abs_diff(parameters) < parameters / 20, "{name}: {found} parameters");

@@ -22,6 +22,7 @@ name = "synchronous"
 set = ["schedule=1f1b"]
 [[variant]]
 name = "delayed"
+update = 4.5
 against = "synchronous"
 [[variant]]
 name = "predict and lead"
@@ -95,10 +96,12 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
 
     // 24 rows on three stages: two microbatches of twelve, 3 a row; 1F1B is best with rows one by one.
     let time = |row: usize, key: &str| variants[row]["times"][key].clone();
-    assert_eq!((time(1, "step"), time(1, "one_device")), (73.5.into(), 220.5.into()));
-    assert_eq!(time(1, "one_f_one_b"), serde_json::json!([79.5, 24]));
+    assert_eq!((time(2, "step"), time(2, "one_device")), (73.5.into(), 220.5.into()));
+    assert_eq!(time(2, "one_f_one_b"), serde_json::json!([79.5, 24]));
+    // With updates of its own; the reference has the study's.
+    assert_eq!((time(1, "step"), time(1, "one_device")), (76.5.into(), 229.5.into()));
     let (tax, speed_up) = (&variants[1]["tax"]["mean"], &variants[1]["speed_up"]);
-    let expected = 79.5 / 73.5 / tax.as_f64().unwrap();
+    let expected = 79.5 / 76.5 / tax.as_f64().unwrap();
     assert!((speed_up["over_1f1b"].as_f64().unwrap() - expected).abs() < 1e-9, "{speed_up}");
     let beside = &variants[2]["beside"];
     let difference = variants[2]["loss"]["mean"].as_f64().unwrap() - variants[1]["loss"]["mean"].as_f64().unwrap();
@@ -184,11 +187,12 @@ fn a_study_that_compares_nothing_is_refused() {
         ("shares = [0.5, 1.0]", "shares = [0.5, 0.5]", "`shares`: found 0.5 twice"),
         ("beside = \"delayed\"", "rates = []", "`variant.predict and lead.rates`: found an empty list"),
         (
-            "name = \"delayed\"\nagainst = \"synchronous\"",
-            "name = \"delayed\"",
+            "update = 4.5\nagainst = \"synchronous\"",
+            "update = 4.5",
             "`variant.delayed.against`: found none, and delays [1, 1, 0]",
         ),
         ("update = 1.5", "update = -1.5", "`time.update`: found -1.5"),
+        ("beside = \"delayed\"", "update = -1.0", "`variant.predict and lead.update`: found -1"),
         ("update = 1.5", "profile = \"none.json\"", "none.json; cannot be read"),
         ("update = 1.5", "rows = 7", "`time.rows`: found 7; must be a multiple of microbatches = 2"),
         ("beside = \"delayed\"", "beside = \"nobody\"", "`variant.predict and lead.beside`: found nobody"),
