@@ -42,6 +42,7 @@ part "batch jobs, with a real Slurm" scripts/test-slurm.sh
 part "benchmark: peers, in short" peers
 part "benchmark: grids, in short" scripts/bench-grid.sh --short
 part "benchmark: hosts, in short" scripts/bench-hosts.sh --short
+part "benchmark: rules, in short" scripts/bench-rules.sh --short
 part "benchmark: saves, in short" scripts/bench-save.sh --short
 part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
 part "whether its checks work, on the processor" scripts/gpu-check.sh --quick --processor

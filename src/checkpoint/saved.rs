@@ -148,7 +148,8 @@ impl Checkpoint {
         if before.soap_sides != now.soap_sides {
             return differs("optimizer.soap_sides", &before.soap_sides, &now.soap_sides);
         }
-        if before.soap_limit != now.soap_limit {
+        let longest = new.model.d_model.max(new.model.d_ff);
+        if before.soap_limit.min(longest) != now.soap_limit.min(longest) {
             return differs("optimizer.soap_limit", &before.soap_limit, &now.soap_limit);
         }
         let numbers = [

@@ -22,7 +22,7 @@ use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::ModelConfig;
-use crate::optim::{OptimizerConfig, OptimizerKind, Predict};
+use crate::optim::{OptimizerConfig, OptimizerKind, Predict, Sides};
 use crate::precision::Precision;
 use crate::schedule::Kind;
 use crate::wire::Wire;
@@ -151,7 +151,10 @@ impl Config {
         let limit = self.optimizer.soap.soap_limit;
         let sides = [self.model.d_model, self.model.d_ff];
         let long: Vec<String> = sides.iter().filter(|side| **side > limit).map(ToString::to_string).collect();
-        let told = self.optimizer.common.kind == OptimizerKind::Soap && !long.is_empty();
+        // With the smaller sides alone the longer one keeps none anyway.
+        let shorter = self.model.d_model.min(self.model.d_ff);
+        let wanted = self.optimizer.soap.soap_sides == Sides::Both || shorter > limit;
+        let told = self.optimizer.common.kind == OptimizerKind::Soap && wanted && !long.is_empty();
         let sides = long.join(" and ");
         told.then(|| {
             format!("note: optimizer.soap_limit = {limit}: sides of {sides} keep no basis, and take AdamW's steps along them")

@@ -64,7 +64,7 @@ impl Prediction {
                 sum.weights += narrow(setup, table);
             }
             sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
-            sum.add_optimizer(setup, &layout);
+            sum.add_optimizer(setup, &layout, delay);
         }
         if setup.device.is_cuda() {
             sum.optimizer += decays(setup, &held);
@@ -119,15 +119,19 @@ impl Prediction {
         self.activations += memories;
         // The two stages of a device take turns.
         self.transient = self.transient.max(transient);
-        self.add_optimizer(setup, &layout);
+        self.add_optimizer(setup, &layout, delay);
     }
 
     /// The optimizer's state of a set of weights, and what its updates need for a moment.
-    fn add_optimizer(&mut self, setup: &Setup, layout: &Layout) {
+    fn add_optimizer(&mut self, setup: &Setup, layout: &Layout, delay: usize) {
         let config = &setup.config.optimizer;
         let state: usize = state_layouts(config, layout).iter().map(|layout| layout.len).sum();
         self.optimizer += state as u64 * VALUE;
-        self.transient = self.transient.max(workspace(config, layout) as u64 * VALUE);
+
+        // Of rounded versions that are predicted the weights before, which the fused pass of a GPU does without.
+        let rounded = setup.config.precision == Precision::Bf16 && setup.master(delay) == Master::Always;
+        let before = if rounded && !setup.device.is_cuda() { layout.len } else { 0 };
+        self.transient = self.transient.max((workspace(config, layout) + before) as u64 * VALUE);
     }
 
     /// What a GPU needs to hold of it: copies that are being written lie in the memory of the host.

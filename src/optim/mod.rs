@@ -40,6 +40,7 @@ use matrices::{Batch, Target, batches};
 pub use predict::{horizon, predicts};
 pub use rate::learning_rate;
 pub use rule::{Rule, Run, Step, rule};
+pub use soap::Sides;
 
 use crate::error::{Error, Result};
 use crate::number::Number;
@@ -149,6 +150,7 @@ impl Optimizer {
     /// What libtorch reports.
     pub fn usable(&self, norm: Number, mean: f64) -> Result<Number> {
         let largest = match self.config.common.clip {
+            _ if self.batches.is_empty() => return Ok(norm),
             Some(clip) if clip <= self.rule.largest() => return Ok(norm),
             _ => self.rule.largest() / mean,
         };
@@ -235,6 +237,23 @@ impl Optimizer {
         self.matrices(target, &self.step(scalars, 1.0))?;
         let _ = gradient.f_zero_()?;
         Ok(())
+    }
+
+    /// What is done for matrices, on a gradient of zeros, of which nothing stays: for what is loaded when it is first used.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn rehearse(&mut self, gradient: &Tensor) -> Result<()> {
+        if self.batches.is_empty() {
+            return Ok(());
+        }
+
+        let options = (Kind::Float, gradient.device());
+        let (scale, made) = (Tensor::f_ones([0i64; 0], options)?, Tensor::f_zeros([0i64; 0], (Kind::Bool, options.1))?);
+        // The weights of an update that is not made stay: those of the gradient are zeros.
+        let target = Target { old: None, new: gradient, published: None, gradient, scale, made: Some(made) };
+        let step = Step { n: 1, lr: 0.0, scale: 1.0, keep: 1.0 };
+        self.rule.rehearse(&target, &mut self.state, &step, &self.batches)
     }
 
     fn matrices(&mut self, target: Target, step: &Step) -> Result<()> {
@@ -397,6 +416,11 @@ pub(crate) mod tests {
             let mut versions = [0, 1].map(|_| zeros(layout.len, Device::Cpu).unwrap());
 
             for (n, norm) in [f64::NAN, 1.0, 1.0, f64::INFINITY, 1.0, 1.0].into_iter().enumerate() {
+                // Nothing stays of a rehearsal.
+                let nothing = zeros(layout.len, Device::Cpu).unwrap();
+                unread.rehearse(&nothing).unwrap();
+                assert!(slice(&nothing).iter().all(|value| *value == 0.0));
+
                 let horizon = [0.0, 1.5][n % 2];
                 let [mut one, mut other] = [0, 1].map(|_| wave(layout.len, 0.31 + 0.01 * n as f32, n as f32));
                 let [of_known, of_unread] = &mut versions;
@@ -421,6 +445,35 @@ pub(crate) mod tests {
                 }
             }
         }
+    }
+
+    /// A stage whose first updates were left out, read back beside one whose were not.
+    #[test]
+    fn a_matrix_without_a_basis_beside_others_is_not_turned() {
+        let layout = layout();
+        let config = OptimizerConfig::of(Common { kind: OptimizerKind::Soap, ..Common::default() });
+        let mut optimizer = Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
+        let (mut weights, mut gradient) = (wave(layout.len, 0.7, 0.0), wave(layout.len, 0.3, 1.0));
+        let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+        optimizer.update(buffers, &UpdateScalars { lr: 0.01, mean: 1.0, norm: &Number::Known(1.0) }).unwrap();
+
+        let kept = |name: &str| {
+            let of = optimizer.state().iter().find(|buffer| buffer.name == name).unwrap();
+            (of.layout.clone(), of.values.f_detach_copy().unwrap())
+        };
+        let (squares, values) = kept("right_basis");
+        let partly = values.f_detach_copy().unwrap();
+        let last = squares.entries.len() - 1;
+        let _ = squares.views(&partly).unwrap()[last].fill_(0.0);
+        let read =
+            |name: &str, _: &Layout| Ok(if name == "right_basis" { partly.shallow_clone() } else { kept(name).1 });
+
+        let mut resumed = Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
+        resumed.restore(1, read).unwrap();
+        let found = &resumed.state().iter().find(|buffer| buffer.name == "right_basis").unwrap().values;
+        let views = squares.views(found).unwrap();
+        assert_eq!(views[0], squares.views(&values).unwrap()[0]);
+        assert_eq!(views[last], Tensor::eye(views[last].size()[0], (Kind::Float, Device::Cpu)));
     }
 
     #[test]

@@ -133,27 +133,45 @@ impl Rule for Muon {
     }
 }
 
-/// [B, m, n] -> about the nearest matrices whose singular values are 1. What does not stay finite in bf16 is made again in f32,
-/// where that can be seen without waiting for a GPU.
+/// [B, m, n] -> about the nearest matrices whose singular values are 1. Those for which the products overflow in bf16 are made again
+/// in f32; on a GPU, where that would have to be waited for, they keep their direction and a norm of 1.
 fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
-    if precision == Precision::Bf16 {
-        let found = iterated(matrices, precision)?;
-        if matrices.device().is_cuda() || found.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0 {
-            return Ok(found);
-        }
-        static TOLD: Once = Once::new();
-        TOLD.call_once(|| tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32"));
-        return iterated(matrices, Precision::F32);
+    let found = iterated(matrices, precision)?;
+    if precision != Precision::Bf16 {
+        return Ok(found);
     }
-    iterated(matrices, precision)
+
+    let good = converged(&found)?;
+    if matrices.device().is_cuda() {
+        return Ok(found.f_where_self(&good, &normalised(matrices)?)?);
+    }
+    if good.f_all()?.f_int64_value(&[])? != 0 {
+        return Ok(found);
+    }
+    static TOLD: Once = Once::new();
+    TOLD.call_once(|| tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32"));
+    Ok(found.f_where_self(&good, &iterated(matrices, Precision::F32)?)?)
+}
+
+/// Whether singular values are about 1, [B, 1, 1]: those of what the polynomial keeps are at most 1.21, and from 1.27 on it diverges.
+fn converged(found: &Tensor) -> Result<Tensor> {
+    let size = found.size();
+    let most = 2.0 * size[1].min(size[2]) as f64;
+    let squares = found.f_mul(found)?.f_sum_dim_intlist([1i64, 2].as_slice(), true, Kind::Float)?;
+    Ok(squares.f_le(most)?)
+}
+
+/// [B, m, n], each by its norm.
+fn normalised(matrices: &Tensor) -> Result<Tensor> {
+    let norms = matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
+    Ok(matrices.f_div(&norms)?)
 }
 
 /// The iterations in one precision; what comes out is f32.
 fn iterated(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     let size = matrices.size();
     let high = size[1] > size[2];
-    let norms = matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
-    let mut x = matrices.f_div(&norms)?.f_to_kind(precision.kind())?;
+    let mut x = normalised(matrices)?.f_to_kind(precision.kind())?;
     if high {
         x = x.f_transpose(1, 2)?.f_contiguous()?;
     }
@@ -231,6 +249,15 @@ mod tests {
                 assert!(most < 1.0 + far && (rows == columns || least > 1.0 - far), "{least} {most}");
             }
         }
+    }
+
+    /// Of each matrix by itself: one is good, one has grown, one is no number.
+    #[test]
+    fn what_has_not_converged_is_seen() {
+        let matrices = Tensor::eye(4, (Kind::Float, Device::Cpu)).repeat([3, 1, 1]);
+        let _ = matrices.select(0, 1).g_mul_scalar_(1.5);
+        let _ = matrices.select(0, 2).fill_(f64::NAN);
+        assert_eq!(Vec::<bool>::try_from(converged(&matrices).unwrap().view(-1)).unwrap(), [true, false, false]);
     }
 
     /// Both ways to the same end, for singular values that are far apart too.

@@ -82,6 +82,11 @@ pub trait Rule: Send {
         Ok(())
     }
 
+    /// The same of an update that is not made, with everything that updates do now and then: so that a GPU has loaded it.
+    fn rehearse(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+        self.matrices(target, state, step, batches)
+    }
+
     /// The state has been read back.
     fn restored(&mut self, _state: &[StateBuffer]) -> Result<()> {
         Ok(())

@@ -28,7 +28,7 @@ use super::matrices::{Batch, Member, Target, batches, gather, read, scatter};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Role};
-use crate::params::{Layout, UpdateBuffers};
+use crate::params::{Entry, Layout, UpdateBuffers};
 
 /// Of a larger gradient G G' is not finite in f32.
 const LARGEST: f64 = 1e19;
@@ -221,6 +221,7 @@ impl Soap {
             let (_, vectors) = now.f_linalg_eigh("L")?;
             return scatter(&state[basis].values, &offsets, &vectors.f_flip([2i64].as_slice())?);
         }
+        drop((before, now));
 
         let due: Vec<usize> = (0..batch.members.len()).filter(|i| self.due(&batch.members[*i], side, n)).collect();
         if due.is_empty() {
@@ -234,15 +235,15 @@ impl Soap {
     fn refresh(&self, batch: &Batch, side: Side, target: &Target, state: &[StateBuffer]) -> Result<()> {
         let [average, basis] = side.buffers();
         let (offsets, length) = (offsets(&state[average].layout, batch), side.length(batch));
-        let averages = gather(&state[average].values, &offsets, [length, length])?;
         let old = gather(&state[basis].values, &offsets, [length, length])?;
-
-        let product = averages.f_bmm(&old)?;
+        let product = gather(&state[average].values, &offsets, [length, length])?.f_bmm(&old)?;
         let along = old.f_mul(&product)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
         let order = along.f_argsort_stable(true, 1, true)?;
-        let product = Side::Right.reordered(&order, &product)?.f_contiguous()?;
-        let (new, _) = Tensor::f_linalg_qr(&product, "reduced")?;
-        let new = new.f_contiguous()?;
+        let sorted = Side::Right.reordered(&order, &product)?;
+        drop(product);
+
+        let new = Tensor::f_linalg_qr(&sorted, "reduced")?.0.f_contiguous()?;
+        drop(sorted);
         let turn = old.f_transpose(1, 2)?.f_bmm(&new)?;
         scatter(&state[basis].values, &offsets, &target.chosen(new, &old)?)?;
 
@@ -322,6 +323,19 @@ fn offsets(layout: &Layout, batch: &Batch) -> Vec<usize> {
     batch.members.iter().map(offset).collect()
 }
 
+/// The squares of a buffer of one side, as views.
+fn squares_of(buffer: &StateBuffer) -> impl Iterator<Item = Result<Tensor>> + '_ {
+    let squares = |entry: &Entry| {
+        let length = entry.parameter.shape[entry.parameter.shape.len() - 1];
+        let (offset, fused) = (entry.offset as i64, entry.parameter.fused as i64);
+        (0..fused).map(move |part| (offset + part * length * length, length))
+    };
+    buffer.layout.entries.iter().flat_map(squares).map(|(offset, length)| {
+        let values = buffer.values.f_narrow(0, offset, length * length)?;
+        Ok(values.f_view([length, length])?)
+    })
+}
+
 impl Rule for Soap {
     fn state(&self, layout: &Layout) -> Vec<(&'static str, Layout)> {
         let [left, right] = Side::ALL.map(|side| self.squares(layout, side));
@@ -344,7 +358,7 @@ impl Rule for Soap {
     }
 
     fn matrices(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
-        // Bases begin with an update that is made: on a GPU the host waits for that once.
+        // Bases begin with an update that is made: on a GPU the host waits for each that may be the first.
         let made = match (&target.made, self.begun) {
             (Some(made), false) => made.f_int64_value(&[])? != 0,
             _ => true,
@@ -361,10 +375,43 @@ impl Rule for Soap {
     }
 
     fn restored(&mut self, state: &[StateBuffer]) -> Result<()> {
-        for side in Side::ALL {
+        let is_set = |values: &Tensor| Ok::<_, Error>(values.numel() > 0 && values.f_any()?.f_int64_value(&[])? != 0);
+        let bases = || Side::ALL.into_iter().map(|side| &state[side.buffers()[1]]);
+        for basis in bases() {
+            self.begun |= is_set(&basis.values)?;
+        }
+        if !self.begun {
+            return Ok(());
+        }
+
+        // Of stages whose first updates were left out, beside others.
+        for square in bases().flat_map(squares_of) {
+            let mut square = square?;
+            if !is_set(&square)? {
+                square.f_copy_(&Tensor::f_eye(square.size()[0], (Kind::Float, square.device()))?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rehearse(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+        let begun = std::mem::replace(&mut self.begun, true);
+        if !begun {
+            self.begun = false;
+            batches.iter().try_for_each(|batch| self.batch(batch, target, state, step))?;
+            self.begun = true;
+        }
+
+        // Every turn has other sizes.
+        for n in 1..=self.every as i32 {
+            let step = Step { n, ..*step };
+            batches.iter().try_for_each(|batch| self.batch(batch, target, state, &step))?;
+        }
+        self.begun = begun;
+
+        for side in Side::ALL.into_iter().filter(|_| !begun) {
             let [_, basis] = side.buffers();
-            let values = &state[basis].values;
-            self.begun |= values.numel() > 0 && values.f_any()?.f_int64_value(&[])? != 0;
+            let _ = state[basis].values.f_zero_()?;
         }
         Ok(())
     }
@@ -381,13 +428,13 @@ impl Rule for Soap {
         self.rest.constants(step)
     }
 
-    /// Of one batch: gradient, both moments before and after, the root and the step, as it is and turned; both bases, and what the
-    /// refresh of one needs.
+    /// Of one batch: gradient, both moments before and after, the root and the step, as it is and turned; and either both bases, or
+    /// what the refresh of one needs.
     fn workspace(&self, layout: &Layout) -> usize {
         let of = |batch: &Batch| {
             let squares = self.sides(batch).map(|side| side.length(batch).pow(2));
             let (sum, longest) = squares.fold((0, 0), |(sum, longest), square| (sum + square, square.max(longest)));
-            8 * batch.len() + batch.members.len() * (sum + 4 * longest)
+            8 * batch.len() + batch.members.len() * sum.max(5 * longest)
         };
         batches(layout).iter().map(of).max().unwrap_or(0)
     }

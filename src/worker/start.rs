@@ -77,7 +77,7 @@ pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf,
 /// under way, which wait for others, it must have happened.
 fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTable>) -> Result<()> {
     let (rows, sequence, device) = (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
-    for PlaceState { place, compute, versions, .. } in places {
+    for PlaceState { place, compute, versions, optimizer, .. } in places {
         let Compute::Real(stage) = compute else { continue };
         let tokens = || Tensor::f_zeros([rows, sequence], (Kind::Int64, device));
         let hidden = [rows, sequence, setup.dimensions.d_model];
@@ -88,6 +88,7 @@ fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTab
         let last = place.stage == setup.grid.stages - 1;
         let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
         stage.rehearse(held(versions, table.as_ref().map(TiedTable::table)), &input, setup.hidden_wire())?;
+        optimizer.rehearse(versions.gradient(0))?;
     }
     table.as_mut().map_or(Ok(()), |table| table.table_mut().forget())
 }

@@ -140,8 +140,14 @@ fn faults_are_told_with_their_place() {
 /// Whoever goes on leaves the same updates out as the oracle, and keeps finite weights.
 #[test]
 fn updates_that_are_not_finite_are_left_out() {
-    for more in [&["grid.stages=3", "grid.replicas=2"][..], &["grid.stages=4", "grid.placement=ring", "model.tie=none"]]
-    {
+    let grid = &["grid.stages=3", "grid.replicas=2"];
+    let table = [
+        &grid[..],
+        &["grid.stages=4", "grid.placement=ring", "model.tie=none"],
+        &[grid[0], grid[1], "optimizer.kind=muon"],
+        &[grid[0], grid[1], "optimizer.kind=soap"],
+    ];
+    for more in table {
         let sets = [&["optimizer.lr=1e30", "optimizer.clip=1e30", "on_nonfinite=skip", "steps=9"], more].concat();
         let setup = crate::harness::tiny(&sets);
         let (threads, oracle) = (crate::harness::as_threads(&setup), crate::harness::by_oracle(&setup));
