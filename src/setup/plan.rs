@@ -15,6 +15,8 @@ use crate::schedule::{Evals, Schedule, check};
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
 const CHECKED_STEPS: usize = 64;
 
+const ONLY_DECOUPLED: &str = "only schedule = \"decoupled\" has delays";
+
 /// Tokens that the held-out text must have for one window; one if nothing is evaluated.
 pub(super) fn held_sequence(config: &Config) -> usize {
     config.eval.as_ref().map_or(1, |_| config.eval_sequence())
@@ -118,39 +120,49 @@ pub fn schedule(config: &Config) -> Result<Schedule> {
     sync.at.extend(&config.sync_at);
     sync.periods.extend(config.eval.as_ref().filter(|eval| eval.drain).map(|eval| eval.every));
     sync.periods.extend(config.checkpoint.every);
-    let stages = config.grid.stages;
-    let mut schedule = Schedule::new(config.schedule, stages, config.microbatches, config.slack, sync);
+
+    let (stages, m) = (config.grid.stages, config.microbatches);
+    let mut schedule = Schedule::new(config.schedule, stages, m, config.slack, sync);
     (schedule.placement, schedule.tie) = (config.grid.placement, config.model.tie);
     schedule.saves = Some(config.checkpoint.every.unwrap_or(config.steps));
-    let later = config.grid.reduce_delay;
-    if later > 0 && config.schedule.synchronous() {
-        return Err(Error::config("grid.reduce_delay", later, "only schedule = \"decoupled\" has delays"));
-    }
-    let Some(delays) = &config.grid.delays else {
-        schedule.delays.iter_mut().for_each(|delay| *delay += later);
-        return Ok(schedule);
-    };
-    if later > 0 {
-        let remedy = "grid.delays has every delay as it shall be; leave one of them out";
-        return Err(Error::config("grid.reduce_delay", later, remedy));
-    }
-    if config.schedule.synchronous() {
-        return Err(Error::config("grid.delays", format!("{delays:?}"), "only schedule = \"decoupled\" has delays"));
-    }
-    if delays.len() != stages {
-        let remedy = format!("needs one number for each of grid.stages = {stages}");
-        return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
-    }
-    for (stage, delay) in delays.iter().enumerate() {
-        let least = least_delay(lag(config.slack, stages, stage), config.microbatches);
-        if *delay < least {
-            let remedy =
-                format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)");
-            return Err(Error::config("grid.delays", format!("{delays:?}"), remedy));
+
+    match (&config.grid.delays, config.grid.reduce_delay) {
+        (None, 0) => {}
+        (Some(delays), 0) => {
+            let found = format!("{delays:?}");
+            delays_by_hand(config, delays).map_err(|remedy| Error::config("grid.delays", found, remedy))?;
+            schedule.delays.clone_from(delays);
+        }
+        (None, later) if !config.schedule.synchronous() => {
+            schedule.delays.iter_mut().for_each(|delay| *delay += later);
+        }
+        (None, later) => return Err(Error::config("grid.reduce_delay", later, ONLY_DECOUPLED)),
+        (Some(_), later) => {
+            let remedy = "grid.delays has every delay as it shall be; leave one of them out";
+            return Err(Error::config("grid.reduce_delay", later, remedy));
         }
     }
-    schedule.delays.clone_from(delays);
     Ok(schedule)
+}
+
+/// Whether every stage has a delay that its lag allows; else what to do.
+fn delays_by_hand(config: &Config, delays: &[usize]) -> std::result::Result<(), String> {
+    let stages = config.grid.stages;
+    if config.schedule.synchronous() {
+        return Err(ONLY_DECOUPLED.into());
+    }
+    if delays.len() != stages {
+        return Err(format!("needs one number for each of grid.stages = {stages}"));
+    }
+
+    let least = |stage: usize| least_delay(lag(config.slack, stages, stage), config.microbatches);
+    match delays.iter().enumerate().find(|(stage, delay)| **delay < least(*stage)) {
+        None => Ok(()),
+        Some((stage, _)) => {
+            let least = least(stage);
+            Err(format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)"))
+        }
+    }
 }
 
 /// Runs `check` over the first steps of the run, with the synchronous warm-up cut short so that delayed steps are among
