@@ -277,6 +277,10 @@ mod tests {
         assert!(notes("soap", 64)[0].contains("sides of 128 keep no basis"));
         assert!(notes("soap", 16)[0].contains("sides of 32 and 128"));
         assert!(notes("soap", 128).is_empty());
+
+        // With the smaller sides alone the longer one keeps none anyway.
+        assert!(notes("soap", 64).len() == 1 && notes("soap\"\nsoap_sides = \"smaller", 64).is_empty());
+        assert!(notes("soap\"\nsoap_sides = \"smaller", 16)[0].contains("sides of 32 and 128"));
     }
 
     /// A key of a rule that is not asked for does nothing: refused, unless the file is for another kind than `--set` says.

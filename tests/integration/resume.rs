@@ -237,4 +237,8 @@ fn other_bases_of_soap_are_refused_by_name() {
         let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(2);
         assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{set}: {finished}");
     }
+
+    // A limit that no side reaches shapes the same state.
+    let sets = [&soap[..2], &["steps=4", "optimizer.soap_limit=8192"]].concat();
+    run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
 }
