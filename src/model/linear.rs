@@ -27,7 +27,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let shape = x.size();
     let (rows, features) = (x.numel() as i64 / shape.last().copied().unwrap_or(1).max(1), weight.size());
     let suits = rows >= TOKENS && rows % IMAGES == 0 && features.iter().all(|n| n % VECTOR == 0);
-    match suits && x.kind() == Kind::Float && x.device() == Device::Cpu && foreign() {
+    match suits && x.kind() == Kind::Float && x.device() == Device::Cpu && is_foreign() {
         true => convolution(x, weight, bias),
         false => Ok(x.f_linear(weight, bias)?),
     }
@@ -46,7 +46,7 @@ fn convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
 }
 
 /// Whether this processor is one of those for which MKL has the slower kernels.
-fn foreign() -> bool {
+pub fn is_foreign() -> bool {
     static FOREIGN: OnceLock<bool> = OnceLock::new();
     *FOREIGN.get_or_init(|| std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD")))
 }

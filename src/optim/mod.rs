@@ -7,7 +7,8 @@
 //! muon, soap   rules that take matrices whole, and what is none as AdamW does
 //! elementwise  the pass over chunks of the buffers on the processor, for what is taken value by value
 //! kernel       the same pass on a GPU: update.cu, compiled when it is first needed
-//! matrices     what is taken whole, in batches of one shape, with libtorch's products on any device
+//! matrices     what is taken whole, in batches of one shape
+//! products     of such batches, by the faster of libtorch's libraries
 //! clip, rate   norms and clipping; the learning rate of a step
 //! predict      how far ahead of the weights the versions are that delayed steps use
 //! ```
@@ -20,6 +21,7 @@ mod rule;
 mod predict;
 mod elementwise;
 mod matrices;
+mod products;
 mod kernel;
 mod adamw;
 mod sgd;

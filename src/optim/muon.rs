@@ -22,6 +22,7 @@ use tch::{Kind, Tensor};
 use super::StateBuffer;
 use super::adamw::{self, Adamw, Lead};
 use super::matrices::{Batch, Target, batches, read, scatter};
+use super::products::{baddbmm, bmm};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Role};
@@ -186,9 +187,9 @@ fn iterated(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
 /// The iterations as they stand: 5 (4 m^2 n + 2 m^3) operations a matrix.
 fn by_itself(mut x: Tensor) -> Result<Tensor> {
     for _ in 0..ITERATIONS {
-        let square = x.f_bmm(&x.f_transpose(1, 2)?)?;
+        let square = bmm(&x, &x.f_transpose(1, 2)?)?;
         let [a, _, _] = POLYNOMIAL;
-        x = x.f_baddbmm(&polynomial(&square)?, &x, a, 1.0)?;
+        x = baddbmm(&x, &polynomial(&square)?, &x, a, 1.0)?;
     }
     Ok(x)
 }
@@ -197,23 +198,23 @@ fn by_itself(mut x: Tensor) -> Result<Tensor> {
 /// iterations can be made with A alone, and X is multiplied once.
 fn by_squares(x: &Tensor) -> Result<Tensor> {
     let [a, _, _] = POLYNOMIAL;
-    let mut square = x.f_bmm(&x.f_transpose(1, 2)?)?;
+    let mut square = bmm(&x, &x.f_transpose(1, 2)?)?;
     // The product of all P so far, or none: 1.
     let mut product: Option<Tensor> = None;
     for iteration in 1..=ITERATIONS {
         let rest = polynomial(&square)?; // P - a
         let next = match &product {
             None => rest.f_add(&identity(&rest)?.f_mul_scalar(a)?)?,
-            Some(product) => product.f_baddbmm(&rest, product, a, 1.0)?,
+            Some(product) => baddbmm(product, &rest, product, a, 1.0)?,
         };
         product = Some(next);
         if iteration < ITERATIONS {
-            let half = square.f_baddbmm(&rest, &square, a, 1.0)?;
-            square = half.f_baddbmm(&half, &rest, a, 1.0)?;
+            let half = baddbmm(&square, &rest, &square, a, 1.0)?;
+            square = baddbmm(&half, &half, &rest, a, 1.0)?;
         }
     }
     match product {
-        Some(product) => Ok(product.f_bmm(x)?),
+        Some(product) => bmm(&product, x),
         None => Ok(x.shallow_clone()),
     }
 }
@@ -221,7 +222,7 @@ fn by_squares(x: &Tensor) -> Result<Tensor> {
 /// `b A + c A A`.
 fn polynomial(square: &Tensor) -> Result<Tensor> {
     let [_, b, c] = POLYNOMIAL;
-    Ok(square.f_baddbmm(square, square, b, c)?)
+    baddbmm(square, square, square, b, c)
 }
 
 fn identity(like: &Tensor) -> Result<Tensor> {

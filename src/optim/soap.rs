@@ -13,8 +13,8 @@
 //!
 //! M is kept in the bases, which gives what turning the average of G at every update would, for two products less.
 //!
-//! f is `soap_every` divided by the delay: the older the gradients, the fresher the bases. The matrices of a stage take turns, so
-//! that no update refreshes all bases. Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second`
+//! f is `soap_every` divided by the delay, 1 at least: the older the gradients, the fresher the bases. The matrices of a stage take
+//! turns, so that the work is spread over the f updates. Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second`
 //! (V), `left` (L), `left_basis` (Ql), `right`, `right_basis`.
 
 use std::fmt;
@@ -25,6 +25,7 @@ use tch::{Kind, Tensor};
 use super::StateBuffer;
 use super::adamw::{self, Adamw};
 use super::matrices::{Batch, Member, Target, batches, gather, read, scatter};
+use super::products::{baddbmm, bmm};
 use super::rule::{Rule, Step, Weights};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Role};
@@ -114,32 +115,32 @@ impl Side {
     fn averaged(self, averages: &Tensor, gradient: &Tensor, keep: f64) -> Result<Tensor> {
         let transposed = gradient.f_transpose(1, 2)?;
         Ok(match self {
-            Side::Left => averages.f_baddbmm(gradient, &transposed, keep, 1.0 - keep)?,
-            Side::Right => averages.f_baddbmm(&transposed, gradient, keep, 1.0 - keep)?,
+            Side::Left => baddbmm(averages, gradient, &transposed, keep, 1.0 - keep)?,
+            Side::Right => baddbmm(averages, &transposed, gradient, keep, 1.0 - keep)?,
         })
     }
 
     /// Q' X, or X Q.
     fn turned(self, basis: &Tensor, matrices: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Side::Left => basis.f_transpose(1, 2)?.f_bmm(matrices)?,
-            Side::Right => matrices.f_bmm(basis)?,
+            Side::Left => bmm(&basis.f_transpose(1, 2)?, matrices)?,
+            Side::Right => bmm(matrices, basis)?,
         })
     }
 
     /// Q X, or X Q'.
     fn turned_back(self, basis: &Tensor, matrices: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Side::Left => basis.f_bmm(matrices)?,
-            Side::Right => matrices.f_bmm(&basis.f_transpose(1, 2)?)?,
+            Side::Left => bmm(basis, matrices)?,
+            Side::Right => bmm(matrices, &basis.f_transpose(1, 2)?)?,
         })
     }
 
     /// `keep W - by Q X`, or X Q'.
     fn stepped(self, basis: &Tensor, steps: &Tensor, weights: &Tensor, keep: f64, by: f64) -> Result<Tensor> {
         Ok(match self {
-            Side::Left => weights.f_baddbmm(basis, steps, keep, -by)?,
-            Side::Right => weights.f_baddbmm(steps, &basis.f_transpose(1, 2)?, keep, -by)?,
+            Side::Left => baddbmm(weights, basis, steps, keep, -by)?,
+            Side::Right => baddbmm(weights, steps, &basis.f_transpose(1, 2)?, keep, -by)?,
         })
     }
 
@@ -236,7 +237,7 @@ impl Soap {
         let [average, basis] = side.buffers();
         let (offsets, length) = (offsets(&state[average].layout, batch), side.length(batch));
         let old = gather(&state[basis].values, &offsets, [length, length])?;
-        let product = gather(&state[average].values, &offsets, [length, length])?.f_bmm(&old)?;
+        let product = bmm(&gather(&state[average].values, &offsets, [length, length])?, &old)?;
         let along = old.f_mul(&product)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
         let order = along.f_argsort_stable(true, 1, true)?;
         let sorted = Side::Right.reordered(&order, &product)?;
@@ -244,14 +245,16 @@ impl Soap {
 
         let new = Tensor::f_linalg_qr(&sorted, "reduced")?.0.f_contiguous()?;
         drop(sorted);
-        let turn = old.f_transpose(1, 2)?.f_bmm(&new)?;
+
+        let (places, shape) = (batch.offsets(), [batch.rows, batch.columns]);
+        let first = gather(&state[0].values, &places, shape)?;
+        // Two products as thin as M, instead of that of the bases.
+        let turned = side.turned(&new, &side.turned_back(&old, &first)?)?;
+        scatter(&state[0].values, &places, &target.chosen(turned, &first)?)?;
         scatter(&state[basis].values, &offsets, &target.chosen(new, &old)?)?;
 
-        let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
-        let first = gather(&state[0].values, &offsets, shape)?;
-        scatter(&state[0].values, &offsets, &target.chosen(side.turned(&turn, &first)?, &first)?)?;
-        let second = gather(&state[1].values, &offsets, shape)?;
-        scatter(&state[1].values, &offsets, &target.chosen(side.reordered(&order, &second)?, &second)?)
+        let second = gather(&state[1].values, &places, shape)?;
+        scatter(&state[1].values, &places, &target.chosen(side.reordered(&order, &second)?, &second)?)
     }
 
     fn batch(&self, batch: &Batch, target: &Target, state: &[StateBuffer], step: &Step) -> Result<()> {

@@ -273,6 +273,27 @@ fn a_prediction_is_felt_where_it_is_first_used() {
     assert_eq!(synchronous(&[]), synchronous(&cured));
 }
 
+/// Matrices that are large enough for the faster library (`src/optim/products.rs`): several of one shape in a batch of the oracle, fewer on a stage.
+#[test]
+fn rules_of_large_matrices_equal_the_oracle() {
+    for kind in ["muon", "soap"] {
+        let kind = format!("optimizer.kind={kind}");
+        let large = [
+            "grid.stages=2",
+            "grid.replicas=2",
+            "model.layers=3",
+            "model.d_model=256",
+            "model.d_ff=512",
+            "steps=4",
+            &kind,
+        ];
+        let setup = tiny(&large);
+        let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
+        assert_eq!(grid.lines, oracle.lines, "{kind}");
+        assert!(grid.weights == oracle.weights, "{kind}");
+    }
+}
+
 /// With more threads libtorch may cut a product in another way, in one process or in several.
 #[test]
 fn rules_of_matrices_with_more_threads_agree_closely() {
