@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 
@@ -34,6 +35,13 @@ pub fn libtorch_version(library: &Path) -> Option<String> {
         }
     };
     text.trim().split('+').next().map(str::to_owned)
+}
+
+/// Whether this processor is one of those for which MKL, libtorch's library for products, has the slower kernels: of another maker than
+/// Intel.
+pub fn mkl_is_slow() -> bool {
+    static SLOW: OnceLock<bool> = OnceLock::new();
+    *SLOW.get_or_init(|| fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD")))
 }
 
 /// Refuses a libtorch of another release than the one that this program was built for.

@@ -4,11 +4,10 @@
 //! are oneDNN's. A convolution of one pixel is the same product: tokens are the pixels, and [N, tokens / N, 1, D] is the memory of
 //! an image with its channels last. On an AMD EPYC a training step of 2,048 tokens is 4 to 5 % shorter by it.
 
-use std::sync::OnceLock;
-
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::runtime::mkl_is_slow;
 
 /// Images: libtorch hands convolutions of one pixel to oneDNN from so many on, whatever the threads.
 const IMAGES: i64 = 16;
@@ -27,7 +26,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let shape = x.size();
     let (rows, features) = (x.numel() as i64 / shape.last().copied().unwrap_or(1).max(1), weight.size());
     let suits = rows >= TOKENS && rows % IMAGES == 0 && features.iter().all(|n| n % VECTOR == 0);
-    match suits && x.kind() == Kind::Float && x.device() == Device::Cpu && is_foreign() {
+    match suits && x.kind() == Kind::Float && x.device() == Device::Cpu && mkl_is_slow() {
         true => convolution(x, weight, bias),
         false => Ok(x.f_linear(weight, bias)?),
     }
@@ -43,12 +42,6 @@ fn convolution(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
     shape.pop();
     shape.push(output);
     Ok(y.f_permute([0, 2, 3, 1])?.f_reshape(shape)?)
-}
-
-/// Whether this processor is one of those for which MKL has the slower kernels.
-pub fn is_foreign() -> bool {
-    static FOREIGN: OnceLock<bool> = OnceLock::new();
-    *FOREIGN.get_or_init(|| std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD")))
 }
 
 #[cfg(test)]

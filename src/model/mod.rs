@@ -56,7 +56,6 @@ pub use config::{Arch, ModelConfig, Norm, TieGradient};
 pub use costs::{LayerCosts, costs};
 pub use dimensions::Dimensions;
 pub use dropout::Dropout;
-pub use linear::is_foreign;
 pub use memory::{Memory, Remembered};
 pub use parameter::{Init, Parameter, Role, initial};
 use parameter::{TABLE_STD, fused, matrix_std, named};

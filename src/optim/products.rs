@@ -14,7 +14,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::is_foreign;
+use crate::runtime::mkl_is_slow;
 
 /// Multiplications below which it does not pay.
 const LARGE: i64 = 1 << 23;
@@ -53,7 +53,7 @@ fn suits(left: &Tensor, right: &Tensor) -> bool {
     let (Ok((_, m, k)), Ok((_, _, n))) = (left.size3(), right.size3()) else { return false };
     let sides = [m, k, n];
     let large = sides.iter().product::<i64>() >= LARGE && sides.iter().all(|side| side % VECTOR == 0);
-    large && left.kind() == Kind::Float && left.device() == Device::Cpu && is_foreign()
+    large && left.kind() == Kind::Float && left.device() == Device::Cpu && mkl_is_slow()
 }
 
 fn convolutions(left: &Tensor, right: &Tensor) -> Result<Tensor> {
