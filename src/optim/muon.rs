@@ -198,7 +198,7 @@ fn by_itself(mut x: Tensor) -> Result<Tensor> {
 /// iterations can be made with A alone, and X is multiplied once.
 fn by_squares(x: &Tensor) -> Result<Tensor> {
     let [a, _, _] = POLYNOMIAL;
-    let mut square = bmm(&x, &x.f_transpose(1, 2)?)?;
+    let mut square = bmm(x, &x.f_transpose(1, 2)?)?;
     // The product of all P so far, or none: 1.
     let mut product: Option<Tensor> = None;
     for iteration in 1..=ITERATIONS {
