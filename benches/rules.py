@@ -18,6 +18,7 @@ RULES = {
     "SOAP, smaller sides": {"optimizer.kind": "soap", "optimizer.soap_sides": "smaller"},
     "SOAP": {"optimizer.kind": "soap"},
     "SOAP, soap_every = 2": {"optimizer.kind": "soap", "optimizer.soap_every": 2},
+    "SOAP, soap_every = 1": {"optimizer.kind": "soap", "optimizer.soap_every": 1},
 }
 
 

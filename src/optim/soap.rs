@@ -14,8 +14,10 @@
 //! M is kept in the bases, which gives what turning the average of G at every update would, for two products less.
 //!
 //! f is `soap_every` divided by the delay, 1 at least: the older the gradients, the fresher the bases. The matrices of a stage take
-//! turns, so that the work is spread over the f updates. Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second`
-//! (V), `left` (L), `left_basis` (Ql), `right`, `right_basis`.
+//! turns, so that the work is spread over the f updates.
+//!
+//! Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second` (V), `left` (L), `left_basis` (Ql),
+//! `right`, `right_basis`.
 
 use std::fmt;
 
