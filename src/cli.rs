@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::control::{Limits, Mode};
+use crate::control::{Limits, Mode, limit};
 use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::Result;
@@ -24,7 +24,7 @@ pub struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 a goal of a study is missed; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
-                          6 saved weights unusable; 75 stopped on request, and saved; 70 a fault of the program.";
+                          6 saved weights unusable; 7 a file of the run cannot be written; 75 stopped on request, and saved; 70 a fault of the program.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -83,12 +83,12 @@ pub struct TrainArgs {
     /// With PATH: from that state or folder.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<Option<PathBuf>>,
-    /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1, SIGTERM, SIGINT, a file STOP in the
-    /// run's folder, and the end of a Slurm job.
-    #[arg(long, value_name = "MINUTES")]
+    /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1, SIGUSR2, SIGXCPU, SIGTERM,
+    /// SIGINT, SIGHUP, a file STOP in the run's folder, and the end of a Slurm job.
+    #[arg(long, value_name = "MINUTES", value_parser = limit)]
     pub max_minutes: Option<f64>,
     /// Seconds before the end of a Slurm job (SLURM_JOB_END_TIME) at which to stop.
-    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().margin_s)]
+    #[arg(long, value_name = "SECONDS", value_parser = limit, default_value_t = Limits::default().margin_s)]
     pub stop_margin: f64,
     /// Fail on purpose, as a drill: panic|crash|exit|hang|slow|nan|corrupt-message|drop-message|disk-full|alter-weights|
     /// alter-table@STAGE,REPLICA:STEP, and :ACTION if wanted; ? stands for a number to be drawn from the seed.

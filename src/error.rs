@@ -58,6 +58,12 @@ pub enum Error {
     /// A folder of weights is not usable.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint { path: String, problem: String },
+    /// A file of the run cannot be written: the disk or a quota is full, a limit is met, a folder has gone.
+    #[error(
+        "{path}: cannot be written ({problem}); make room, or raise the limit, and go on with --resume: what was saved before \
+         is as it was"
+    )]
+    Unwritten { path: String, problem: String },
     /// A fault of the program itself, a panic among them.
     #[error("internal error: {0}")]
     Internal(String),
@@ -87,6 +93,7 @@ impl Error {
             | Error::Message { .. } => 4,
             Error::NotFinite { .. } => NOT_FINITE,
             Error::Checkpoint { .. } => 6,
+            Error::Unwritten { .. } => 7,
             Error::CopiesDiffer { .. } | Error::Internal(_) => 70,
         }
     }
@@ -115,6 +122,11 @@ impl Error {
     /// A file of input, what is wrong with it, and what to do.
     pub fn data(path: impl ToString, problem: impl ToString, remedy: impl Into<String>) -> Error {
         Error::Data { path: path.to_string(), problem: problem.to_string(), remedy: remedy.into() }
+    }
+
+    /// A file of a run that goes on no more, since it cannot be written.
+    pub fn unwritten(path: &std::path::Path, problem: impl ToString) -> Error {
+        Error::Unwritten { path: path.display().to_string(), problem: problem.to_string() }
     }
 
     /// A folder of weights and what is wrong with it.
@@ -159,6 +171,7 @@ mod tests {
             (Error::Message { from: place, to: place, expected: "a".into(), found: "b".into() }, 4),
             (Error::NotFinite { tensor: "x".into(), step: 0, place, data: String::new() }, 5),
             (Error::checkpoint(std::path::Path::new("x"), "y"), 6),
+            (Error::unwritten(std::path::Path::new("x"), "y"), 7),
             (Error::Internal("x".into()), 70),
             (Error::CopiesDiffer { what: "x".into(), step: 1, digests: "x".into() }, 70),
         ];

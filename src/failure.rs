@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 /// Prints an error, and where it was found.
 pub fn show(origin: Option<&str>, error: &Error) {
     match origin {
-        Some(origin) => eprintln!("error: {origin}: {error}"),
-        None => eprintln!("error: {error}"),
+        Some(origin) => complain!("error: {origin}: {error}"),
+        None => complain!("error: {error}"),
     }
 }
 

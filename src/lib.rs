@@ -18,6 +18,7 @@
 //! The modules, in the order in which they are declared; a file uses only what stands above it:
 //!
 //! ```text
+//! console    all that is printed, and what happens where nobody reads it
 //! allocator  the heap                        grid        K x R places
 //! error      what goes wrong, in words       runtime     libtorch's version, the log
 //! device     processor or GPU                topology    the nodes below the grid
@@ -49,6 +50,8 @@
 // No panic reaches a user; tests may fail by one (clippy.toml).
 #![deny(clippy::unwrap_used)]
 
+#[macro_use]
+pub mod console;
 mod allocator;
 pub mod grid;
 pub mod error;

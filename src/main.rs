@@ -9,11 +9,12 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, device, failure, launch, prepare, runtime, study};
+use ouroboros::{commands, complain, console, control, device, failure, launch, prepare, runtime, study};
 
 fn main() -> ExitCode {
     device::prepare_environment();
     failure::hush_panics();
+    control::survive_file_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -25,6 +26,12 @@ fn main() -> ExitCode {
             return ExitCode::from(launch::refuse(&Error::Usage(text.trim_start_matches("error: ").trim_end().into())));
         }
     };
+    if !matches!(cli.command, Command::Train(_)) {
+        control::not_expected();
+    }
+    if !matches!(cli.command, Command::Schedule(_) | Command::Doctor | Command::Eval(_) | Command::Generate(_)) {
+        console::go_on_without_reader();
+    }
     ExitCode::from(match cli.command {
         Command::Train(args) => {
             if args.dies_with_parent {
@@ -52,7 +59,7 @@ fn answer_code(command: impl FnOnce() -> Result<u8>) -> u8 {
     match failure::caught(command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
+            complain!("error: {error}");
             error.exit_code()
         }
     }

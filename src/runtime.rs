@@ -72,15 +72,22 @@ fn fits(path: &Path, found: Option<&str>) -> Result<()> {
 /// every action). A second call in one process changes nothing.
 ///
 /// # Errors
-/// [`Error::Config`] about `--out` if the file cannot be made.
+/// [`Error::Config`] about `--out` if the file cannot be made, and about a level that is none.
 pub fn log_to(out: &Path, rank: usize) -> Result<()> {
+    let level = std::env::var("OUROBOROS_LOG").unwrap_or_else(|_| "info".into());
+    let filter = EnvFilter::try_new(&level).map_err(|error| {
+        let remedy = format!("{error}; write a level, as error, warn, info, debug or trace");
+        Error::config("OUROBOROS_LOG", level, remedy)
+    })?;
+
     let wrong = |error: std::io::Error| {
         Error::config("--out", out.display(), format!("its log cannot be written ({error}); choose another folder"))
     };
     fs::create_dir_all(out.join("log")).map_err(wrong)?;
     let file = File::create(out.join(format!("log/rank-{rank}.log"))).map_err(wrong)?;
-    let filter = EnvFilter::try_from_env("OUROBOROS_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false).finish();
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false);
+    // A log that cannot be written is no reason to print.
+    let subscriber = subscriber.log_internal_errors(false).finish();
     let _ = tracing::subscriber::set_global_default(subscriber);
     Ok(())
 }

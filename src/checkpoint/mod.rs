@@ -210,7 +210,7 @@ fn remove(folder: &Path) -> io::Result<()> {
 /// Writes the manifest over the complete files of its step and gives the folder its final name, which it returns.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if that cannot be done.
+/// [`Error::Unwritten`].
 pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Result<PathBuf> {
     let step = manifest.step;
     let (tmp, last, old) = (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
@@ -230,7 +230,7 @@ pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Res
         fs::rename(&tmp, &last)?;
         File::open(out.join("checkpoints"))?.sync_all()
     };
-    written().map_err(|error| Error::checkpoint(&last, format!("cannot be written ({error})")))?;
+    written().map_err(|error| Error::unwritten(&last, error))?;
     if let Err(error) = remove(&old) {
         tracing::warn!(%error, "the state that was replaced cannot be removed");
     }

@@ -63,7 +63,7 @@ impl Checkpoint {
             match Checkpoint::read(&folder) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error) => {
-                    eprintln!("note: {error}; looking for an older one");
+                    complain!("note: {error}; looking for an older one");
                     first.get_or_insert(error);
                 }
             }

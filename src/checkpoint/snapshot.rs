@@ -146,20 +146,20 @@ impl Snapshot {
     /// Writes everything, which was `copied` in so much time, into `step-N.tmp/` and waits for the disk.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if a file cannot be written.
+    /// [`Error::Unwritten`].
     pub fn write(&self, out: &Path, copied: Duration) -> Result<Written> {
         let begun = Instant::now();
         let folder = folder(out, self.step, ".tmp");
-        fs::create_dir_all(&folder).map_err(|error| Error::checkpoint(&folder, format!("cannot be made ({error})")))?;
+        fs::create_dir_all(&folder).map_err(|error| Error::unwritten(&folder, error))?;
         if self.disk_is_full {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(Error::checkpoint(&folder, format!("cannot be written ({full})")));
+            return Err(Error::unwritten(&folder, full));
         }
         let needed: usize = self.contents.values().map(Content::bytes).sum();
         let left = room(&folder).unwrap_or(u64::MAX);
         if needed as u64 > left {
             let problem = format!("{needed} bytes are to be written and {left} are left on the disk");
-            return Err(Error::checkpoint(&folder, problem));
+            return Err(Error::unwritten(&folder, problem));
         }
         let shards =
             self.contents.iter().map(|(kind, content)| self.shard(&folder, kind, content)).collect::<Result<_>>()?;
@@ -177,8 +177,7 @@ impl Snapshot {
         };
         let path = folder.join(&file);
         let written = content.write(&path);
-        let (bytes, digest) =
-            written.map_err(|error| Error::checkpoint(&path, format!("cannot be written ({error})")))?;
+        let (bytes, digest) = written.map_err(|error| Error::unwritten(&path, error))?;
         Ok(Shard {
             file,
             kind: kind.clone(),

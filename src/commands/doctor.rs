@@ -28,10 +28,10 @@ pub fn doctor() -> Result<()> {
 }
 
 fn print(lines: &[String], advice: &[String]) {
-    lines.iter().for_each(|line| println!("{line}"));
-    advice.iter().for_each(|line| println!("advice: {line}"));
+    lines.iter().for_each(|line| say!("{line}"));
+    advice.iter().for_each(|line| say!("advice: {line}"));
     if advice.is_empty() {
-        println!("no problem found");
+        say!("no problem found");
     }
 }
 

@@ -32,19 +32,16 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         Corpus::open_held_out(&config.data, config.seed, config.eval_sequence(), &checkpoint.vocabulary)?;
     let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
     let loss = sum / tokens as f64;
-    println!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
-    println!("tokens          {}", thousands(tokens as u64));
+    say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
+    say!("tokens          {}", thousands(tokens as u64));
     let unit = config.data.tokenizer.unit();
-    println!("loss            {loss:.4} nats per {unit}");
+    say!("loss            {loss:.4} nats per {unit}");
     if config.data.tokenizer != Tokenizer::Words {
-        println!("{:<15} {:.4}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
+        say!("{:<15} {:.4}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
     }
-    println!("perplexity      {:.3} per {unit}", loss.exp());
+    say!("perplexity      {:.3} per {unit}", loss.exp());
     if let Some(floor) = floor {
-        println!(
-            "entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it",
-            (loss / floor - 1.0) * 100.0
-        );
+        say!("entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it", (loss / floor - 1.0) * 100.0);
     }
     Ok(())
 }

@@ -1,7 +1,5 @@
 //! `ouroboros generate`: continues a text, one token at a time.
 
-use std::io::Write;
-
 use tch::{Kind, Tensor};
 
 use super::eval::load;
@@ -43,9 +41,8 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
                 .pick(&last, random::unit(&mut rng)) as i64,
         );
     }
-    let mut out = std::io::stdout().lock();
-    let printed = writeln!(out, "{}", checkpoint.vocabulary.decode(&text)).and_then(|()| out.flush());
-    printed.map_err(|error| Error::Internal(format!("standard output: {error}")))
+    say!("{}", checkpoint.vocabulary.decode(&text));
+    Ok(())
 }
 
 /// The tokens of the prompt.

@@ -25,6 +25,6 @@ pub fn init(args: &InitArgs) -> Result<()> {
     snapshot.add_weights(&layout, &weights)?;
     let shards = snapshot.write(&out, Duration::ZERO)?.shards;
     let manifest = Manifest::new(&setup.config, setup.parameters(), 0, setup.pipeline(0), shards);
-    println!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
+    say!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
     Ok(())
 }

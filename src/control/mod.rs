@@ -8,6 +8,7 @@
 //!   flight recorder: the last words of a rank that is killed, which a neighbour reads (post-mortem)
 //! ```
 
+mod early;
 mod flight_recorder;
 mod gate;
 mod heartbeat;
@@ -16,13 +17,14 @@ mod protocol;
 mod signals;
 mod stop;
 
+pub use early::not_expected;
 pub use flight_recorder::FlightRecorder;
 pub use gate::{Gate, GateDecision};
 pub use heartbeat::{Activity, Heartbeat, HeartbeatReport};
 pub use post_mortem::{Card, Neighbours};
 pub use protocol::{Control, Controls, Report, Reporter};
-pub use signals::{SignalWatch, expect_early};
-pub use stop::{Limits, STOPPED, Watch};
+pub use signals::{SignalWatch, survive_file_limit};
+pub use stop::{Limits, STOPPED, Watch, left_of_job, limit};
 
 use crate::emulation::Emulation;
 use crate::inject::Injection;

@@ -1,24 +1,73 @@
 //! Signals that ask a run to stop.
+//!
+//! ```text
+//! SIGUSR1 SIGUSR2 SIGXCPU     a batch system's warning: stop and save, however often it comes
+//! SIGTERM SIGINT SIGHUP       the first: stop and save; one that comes 2 s later or more: end at once
+//! ```
+//!
+//! One wish to stop often arrives twice: from the terminal and from the shell, from `timeout` to the process and to its
+//! group. A signal that is ignored when the process starts (`nohup`, a shell's background) stays ignored.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::os::raw::c_int;
+use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::{Handle, Signals};
+use signal_hook::low_level::{emulate_default_handler, signal_name};
 
+use super::early::{self, WARNINGS};
 use super::{Report, Reporter};
 use crate::error::{Error, Result};
 
-static EARLY: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+/// Signals that end any program.
+const ENDS: [c_int; 3] = [SIGTERM, SIGINT, SIGHUP];
 
-/// Keeps a SIGUSR1 that comes before anybody watches from ending this process, for whoever watches then.
-pub fn expect_early() {
-    if let Err(error) = signal_hook::flag::register(SIGUSR1, Arc::clone(&EARLY)) {
-        tracing::warn!(%error, "an early SIGUSR1 would end this process");
+/// Signals that come so soon after the first are the same wish.
+const SAME_WISH: Duration = Duration::from_secs(2);
+
+/// From here on a file that grows beyond a limit of this process (`ulimit -f`) is an error of the write, not the end of
+/// the process without a word.
+pub fn survive_file_limit() {
+    let heard = std::sync::Arc::default();
+    if let Err(error) = signal_hook::flag::register(SIGXFSZ, heard) {
+        tracing::warn!(%error, "a limit of the size of files would end this process");
     }
 }
 
-/// Sends a report when this process gets a signal; a second signal of the kind does what it does to any program.
+/// What a signal asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Wish {
+    Stop,
+    EndNow,
+    /// It has been heard already.
+    Nothing,
+}
+
+/// The signals that came.
+#[derive(Debug, Default)]
+struct Wishes {
+    /// When the first came that ends any program.
+    first: Option<Instant>,
+    warned: bool,
+}
+
+impl Wishes {
+    fn hear(&mut self, signal: c_int, now: Instant) -> Wish {
+        if WARNINGS.contains(&signal) {
+            return if std::mem::replace(&mut self.warned, true) { Wish::Nothing } else { Wish::Stop };
+        }
+        match self.first {
+            None => {
+                self.first = Some(now);
+                Wish::Stop
+            }
+            Some(first) if now.duration_since(first) < SAME_WISH => Wish::Nothing,
+            Some(_) => Wish::EndNow,
+        }
+    }
+}
+
+/// Sends a report when this process gets a signal that asks for a stop.
 pub struct SignalWatch {
     handle: Handle,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -32,25 +81,25 @@ impl SignalWatch {
     /// If the system does not allow it.
     pub fn start(reports: Reporter, origin: String, ended: impl Fn() -> bool + Send + 'static) -> Result<SignalWatch> {
         let wrong = |error: std::io::Error| Error::Internal(format!("signals cannot be watched ({error})"));
-        let mut signals = Signals::new([SIGUSR1, SIGTERM, SIGINT]).map_err(wrong)?;
+        let mut signals = Signals::new(watched()).map_err(wrong)?;
         let handle = signals.handle();
-        if EARLY.swap(false, Ordering::Relaxed) {
-            reports.send(Report::Stop { reason: format!("SIGUSR1 at {origin}") })?;
+        let mut wishes = Wishes::default();
+        if let Some(signal) = early::taken() {
+            wishes.hear(signal, Instant::now());
+            reports.send(Report::Stop { reason: reason(signal, &origin) })?;
         }
+
         let body = move || {
-            let mut seen = Vec::new();
             for signal in signals.forever() {
-                // A batch system may repeat its warning.
-                if signal != SIGUSR1 && seen.contains(&signal) {
-                    let _ = signal_hook::low_level::emulate_default_handler(signal);
+                let wish = wishes.hear(signal, Instant::now());
+                if wish == Wish::EndNow {
+                    complain!("error: {} again: ended at once; what was saved before is as it was", name(signal));
+                    let _ = emulate_default_handler(signal);
                 }
-                seen.push(signal);
-                if signal == SIGTERM && ended() {
+                if wish == Wish::Nothing || (signal == SIGTERM && ended()) {
                     continue;
                 }
-                let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
-                let reason = format!("{name} at {origin}");
-                let _ = reports.send(Report::Stop { reason }); // A run that is over needs no stop.
+                let _ = reports.send(Report::Stop { reason: reason(signal, &origin) }); // A run that is over needs no stop.
             }
         };
         let thread = std::thread::Builder::new().name("signals".into()).spawn(body).map_err(wrong)?;
@@ -64,5 +113,47 @@ impl Drop for SignalWatch {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+fn name(signal: c_int) -> &'static str {
+    signal_name(signal).unwrap_or("a signal")
+}
+
+/// The words of a stop.
+fn reason(signal: c_int, origin: &str) -> String {
+    let name = name(signal);
+    match ENDS.contains(&signal) {
+        true => format!("{name} at {origin} (again in {} s or later: ends at once, unsaved)", SAME_WISH.as_secs()),
+        false => format!("{name} at {origin}"),
+    }
+}
+
+/// Those that are not ignored.
+fn watched() -> Vec<c_int> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    [&WARNINGS[..], &ENDS].concat().into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use signal_hook::consts::{SIGUSR1, SIGUSR2};
+
+    use super::*;
+
+    #[test]
+    fn one_wish_that_arrives_twice_is_one() {
+        let start = Instant::now();
+        let hear = |signals: &[(c_int, u64)]| -> Vec<Wish> {
+            let mut wishes = Wishes::default();
+            signals.iter().map(|(signal, ms)| wishes.hear(*signal, start + Duration::from_millis(*ms))).collect()
+        };
+        use Wish::{EndNow, Nothing, Stop};
+        assert_eq!(hear(&[(SIGTERM, 0), (SIGTERM, 1), (SIGINT, 1999)]), [Stop, Nothing, Nothing]);
+        assert_eq!(hear(&[(SIGINT, 0), (SIGINT, 2000)]), [Stop, EndNow]);
+        assert_eq!(hear(&[(SIGUSR1, 0), (SIGUSR2, 5000), (SIGUSR1, 9000)]), [Stop, Nothing, Nothing]);
+        assert_eq!(hear(&[(SIGUSR1, 0), (SIGTERM, 5000), (SIGHUP, 9000)]), [Stop, Stop, EndNow]);
     }
 }

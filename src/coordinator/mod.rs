@@ -287,17 +287,17 @@ impl Coordinator {
             let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
             return Ok(match self.commits.newest() {
                 Some(again) => {
-                    println!("all {steps} steps are made; saved again, as a grid of {grid} does: {}", again.display());
+                    say!("all {steps} steps are made; saved again, as a grid of {grid} does: {}", again.display());
                     self.summary(Some(again))
                 }
                 None => {
-                    println!("nothing is left to do: all {steps} steps are made, and saved");
+                    say!("nothing is left to do: all {steps} steps are made, and saved");
                     self.summary(saved)
                 }
             });
         }
         if let Some(step) = self.planner.stop() {
-            println!("stopped at step {step} of {steps}; it is saved, and --resume goes on from there");
+            say!("stopped at step {step} of {steps}; it is saved, and --resume goes on from there");
             return Ok(self.summary(self.commits.newest()));
         }
 
@@ -312,7 +312,7 @@ impl Coordinator {
         self.times.sort_by_key(|(rank, _)| *rank);
         let bench = Bench::new(&self.setup, self.emulation.as_ref(), &self.times, &self.done)?;
         bench.write(&self.out)?;
-        print!("{}", bench.table(ranks == Ranks::Threads));
+        put!("{}", bench.table(ranks == Ranks::Threads));
         Ok(self.summary(None))
     }
 

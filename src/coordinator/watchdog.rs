@@ -60,7 +60,7 @@ impl Watchdog {
         if self.moved.elapsed() < self.stall {
             return None;
         }
-        eprintln!("{}", self.table());
+        complain!("{}", self.table());
         let (rank, what) = self.verdict();
         let host = self.beats.get(&rank).map_or("an unknown host", |(beat, _)| &beat.host);
         let place = format!("{} (rank {rank} on {host})", self.grid.name(rank));

@@ -43,7 +43,7 @@ fn agree(world: &World, error: Option<&Error>) -> Option<u8> {
         let everywhere = errors.iter().all(|error| error.as_ref().is_some_and(|(_, text)| *text == first.1));
         let rank = errors.iter().position(Option::is_some).unwrap_or(0);
         let origin = if everywhere || rank == 0 { String::new() } else { format!("rank {rank}: ") };
-        eprintln!("error: {origin}{}", first.1);
+        complain!("error: {origin}{}", first.1);
     }
     Some(first.0)
 }

@@ -70,7 +70,7 @@ pub(super) fn apart(world: &World, config: &Config, chosen: &Chosen) -> Result<(
     device::check_apart(&with, config.allow_shared_gpu)?;
     if world.identity.rank == 0 {
         for (rank, (host, gpu)) in with.iter().enumerate() {
-            println!("rank {rank}: {gpu} on {host}");
+            say!("rank {rank}: {gpu} on {host}");
         }
     }
     Ok(())

@@ -120,7 +120,7 @@ impl Job {
                 let out = self.out(setup);
                 let found = Checkpoint::newest(&out)?;
                 if found.is_none() {
-                    println!("nothing is saved in {} yet: the run begins", out.display());
+                    say!("nothing is saved in {} yet: the run begins", out.display());
                 }
                 Ok(found)
             }

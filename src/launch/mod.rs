@@ -9,13 +9,14 @@ mod local;
 mod ranks;
 
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 pub use agree::refuse;
 pub use job::{Job, Transport};
 pub use local::{run_emulated, run_local};
 
 use crate::comm::mpi;
-use crate::control::{self, Mode, STOPPED, Watch};
+use crate::control::{Mode, STOPPED, Watch, left_of_job};
 use crate::error::Error;
 use crate::failure::{caught, show};
 use crate::inject::Injection;
@@ -30,9 +31,6 @@ pub fn train(job: &Job) -> u8 {
 }
 
 fn run_job(job: &Job) -> u8 {
-    if job.mode.signals {
-        control::expect_early();
-    }
     let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
         _ if job.emulate && launched => {
@@ -68,7 +66,16 @@ fn no_links() -> Error {
 
 /// What may end the run before its last step, besides signals.
 fn watch(out: &Path, mode: &Mode) -> Watch {
-    Watch::new(out, mode.limits, std::env::var("SLURM_JOB_END_TIME").ok().as_deref())
+    Watch::new(out, mode.limits, job_end().and_then(Result::ok))
+}
+
+/// The variable in which Slurm tells the end of a job.
+const JOB_END: &str = "SLURM_JOB_END_TIME";
+
+/// What the batch job has left, or why that cannot be told.
+fn job_end() -> Option<Result<Duration, String>> {
+    let text = std::env::var_os(JOB_END)?.to_string_lossy().into_owned();
+    Some(left_of_job(&text, SystemTime::now()).map_err(|why| format!("note: {JOB_END} = {text} {why}; it is ignored")))
 }
 
 /// What to tell a user whose rank has more threads than cores that it may use: the launcher has bound it, or the machine
@@ -83,10 +90,10 @@ fn too_few_cores(threads: usize) -> Option<String> {
 }
 
 fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
-    println!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
-    print!("{}", setup.picture());
+    say!("{}: grid {} as {how}, {} parameters", setup.config.name, setup.grid, setup.parameters());
+    put!("{}", setup.picture());
     if let Some(saved) = &setup.resumed {
-        println!(
+        say!(
             "goes on at step {} from {}, saved on a grid of {}",
             saved.step(),
             saved.path.display(),
@@ -94,12 +101,16 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
         );
     }
     if let Some(injection) = inject {
-        println!("a fault on purpose: {injection}");
+        say!("a fault on purpose: {injection}");
     }
-    for note in too_few_cores(setup.config.threads).into_iter().chain(setup.config.notes()) {
-        println!("{note}");
+    for note in too_few_cores(setup.config.threads)
+        .into_iter()
+        .chain(job_end().and_then(Result::err))
+        .chain(setup.config.notes())
+    {
+        say!("{note}");
     }
     if let Some(floor) = setup.corpus.floor {
-        println!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
+        say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }
 }

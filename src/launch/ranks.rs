@@ -104,7 +104,7 @@ fn self_tested(topology: Option<&Topology>, world: &World, setup: &Setup, ports:
     if world.identity.rank == 0 {
         let read = |bytes: &Vec<u8>| serde_json::from_slice::<Vec<Measured>>(bytes).unwrap_or_default();
         let measured: Vec<Measured> = all.iter().flat_map(read).collect();
-        print!("{}", selftest::report(&measured, &hosts, topology));
+        put!("{}", selftest::report(&measured, &hosts, topology));
     }
     Ok(ports)
 }

@@ -37,7 +37,9 @@ impl JsonLines {
     /// Adds a line.
     fn add(&mut self, line: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(line).map_err(|error| Error::Internal(error.to_string()))?;
-        writeln!(self.file, "{text}").and_then(|()| self.file.flush()).map_err(|error| unwritable(&self.path, error))
+        writeln!(self.file, "{text}")
+            .and_then(|()| self.file.flush())
+            .map_err(|error| Error::unwritten(&self.path, error))
     }
 }
 

@@ -45,7 +45,7 @@ impl Sink for Progress {
             bar.set_position(step as u64);
         } else if step == self.start + 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
             let left = self.started.elapsed().div_f64((step - self.start) as f64).mul_f64((self.steps - step) as f64);
-            println!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
+            say!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
         }
         Ok(())
     }
@@ -59,7 +59,7 @@ impl Sink for Progress {
     fn note(&mut self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => println!("{text}"),
+            None => say!("{text}"),
         }
     }
 

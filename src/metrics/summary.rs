@@ -23,22 +23,22 @@ pub struct Summary {
 impl Summary {
     /// Prints it.
     pub fn print(&self, setup: &Setup) {
-        println!();
+        say!("");
         let tokenizer = setup.config.data.tokenizer;
-        println!("loss (last tenth)   {:.4} nats per {}", self.loss, tokenizer.unit());
+        say!("loss (last tenth)   {:.4} nats per {}", self.loss, tokenizer.unit());
         if let Some(eval) = self.eval_loss {
-            println!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
+            say!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
         }
         if let Some(floor) = setup.corpus.floor {
             let best = self.eval_loss.unwrap_or(self.loss);
-            println!(
+            say!(
                 "entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it",
                 (best / floor - 1.0) * 100.0
             );
         }
-        println!("tokens/s            {}", thousands(self.tokens_per_s as u64));
+        say!("tokens/s            {}", thousands(self.tokens_per_s as u64));
         if let Some(checkpoint) = &self.checkpoint {
-            println!("weights             {}", checkpoint.display());
+            say!("weights             {}", checkpoint.display());
         }
     }
 }
@@ -47,7 +47,7 @@ impl Summary {
 /// threads of one process, so that only their sum can be measured.
 pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool) {
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
-    println!(
+    say!(
         "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  saving  predicted  measured"
     );
     let mut total = 0;
@@ -57,7 +57,7 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
         let p = if setup.device.is_cuda() { Prediction { saving: 0, ..p } } else { p };
         total += p.total();
         let measured = peak.map_or("-".to_owned(), mib);
-        println!(
+        say!(
             "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>6} {:>7} {:>10} {measured:>9}",
             setup.grid.name(*rank),
             mib(p.weights),
@@ -71,6 +71,6 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
         );
     }
     if shared {
-        println!("ranks are threads of one process, so each shows the peak of all: {} predicted", mib(total));
+        say!("ranks are threads of one process, so each shows the peak of all: {} predicted", mib(total));
     }
 }

@@ -117,7 +117,7 @@ fn prepare_known(request: &Request, known: &Known) -> Result<PathBuf> {
     }
     make_folder_of(&out)?;
     let archive = archive(request, known, &sha256)?;
-    println!("{}: unpacking", archive.display());
+    say!("{}: unpacking", archive.display());
     let texts = unpack(&archive, known, tokenizer)?;
     finish(request, &out, source, texts, tokenizer)
 }
@@ -182,7 +182,7 @@ fn is_done(out: &Path, source: &Source) -> Result<bool> {
     };
     let found = Prepared::open(out).map_err(unusable)?.header.source;
     if found == *source {
-        println!("{}: prepared already", out.display());
+        say!("{}: prepared already", out.display());
         return Ok(true);
     }
     let problem = format!("made of {} ({}) before, not of {} ({})", found.name, found.how, source.name, source.how);
@@ -214,7 +214,7 @@ fn archive(request: &Request, known: &Known, sha256: &str) -> Result<PathBuf> {
     };
     let addresses: Vec<String> =
         addresses.iter().map(|address| format!("{}/{}", address.trim_end_matches('/'), known.archive)).collect();
-    println!("{}: downloading {}", path.display(), addresses[0]);
+    say!("{}: downloading {}", path.display(), addresses[0]);
     download::download(&addresses, &path, sha256)?;
     Ok(path)
 }
@@ -282,17 +282,17 @@ fn finish(request: &Request, out: &Path, source: Source, texts: Texts, tokenizer
             let texts: Vec<(&str, &str)> =
                 texts.iter().map(|(split, bytes)| Ok((*split, utf8(bytes, &name(split))?))).collect::<Result<_>>()?;
             let others: Vec<&str> = texts[1..].iter().map(|(_, text)| *text).collect();
-            println!("{}: counting {}s", out.display(), tokenizer.unit());
+            say!("{}: counting {}s", out.display(), tokenizer.unit());
             let vocabulary = made(&config, texts[0].1, &others)?;
             let mut splits = Vec::new();
             for (split, text) in texts {
-                println!("{}: tokenising {split}", out.display());
+                say!("{}: tokenising {split}", out.display());
                 splits.push((split, vocabulary.encode_bytes(text, &name(split)).map_err(in_options)?));
             }
             prepared::write(out, source, &vocabulary, splits)?
         }
     };
-    println!("{}: {}", out.display(), describe(&header));
+    say!("{}: {}", out.display(), describe(&header));
     Ok(out.to_owned())
 }
 

@@ -81,9 +81,9 @@ pub fn study(request: &Request) -> Result<u8> {
 
     let findings = Findings::new(&plan, &best, &runs)?;
     findings.write(&out)?;
-    print!("{}", findings.table());
+    put!("{}", findings.table());
     let mut missed = findings.missed();
     missed.extend(quoted.iter().flat_map(|quoted| quoted.missed(&findings)));
-    missed.iter().for_each(|text| println!("missed: {text}"));
+    missed.iter().for_each(|text| say!("missed: {text}"));
     Ok(if request.check && !missed.is_empty() { MISSED } else { 0 })
 }

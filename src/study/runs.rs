@@ -138,7 +138,7 @@ impl Runs {
 
         let _ = fs::remove_dir_all(self.folder.join(&pilot.id));
         let minutes = left * seconds / self.jobs as f64 / 60.0;
-        println!("{}: {left:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
+        say!("{}: {left:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
         Ok(())
     }
 
@@ -165,7 +165,7 @@ impl Runs {
                         let left = begun.elapsed().div_f64(state.1 as f64).mul_f64((count - state.1) as f64);
                         let (seconds, done) = (started.elapsed().as_secs_f64(), state.1);
                         let loss = if loss.is_finite() { format!("{loss:.4}") } else { DIVERGED.into() };
-                        println!("{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left", run.id, minutes(left));
+                        say!("{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left", run.id, minutes(left));
                     }
                     Err(error) => {
                         state.0.clear();

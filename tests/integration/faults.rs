@@ -114,7 +114,7 @@ fn faults_are_told_with_their_place() {
         ("nan@1,1:5", &[], 5, "on stage 1, replica 1, rows 12 to 23 of the batch, from the tokens ["),
         ("drop-message@0,1:5", &[], 4, "wrong message from stage 0, replica 1 to stage 1, replica 1"),
         ("drop-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),
-        ("disk-full@1,0:0", &save, 6, "stage 1, replica 0: checkpoint"),
+        ("disk-full@1,0:0", &save, 7, "go on with --resume"),
         ("alter-weights@1,1:4", &verify, 70, "the copies of the weights of stage 1 differ after step 6"),
         ("alter-table@0,1:4", &["verify_every=3"], 70, "the copies of the tied embedding differ after step 6"),
         ("corrupt-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),

@@ -4,6 +4,7 @@ mod bench;
 mod command_line;
 mod cures;
 mod faults;
+mod field;
 mod gpu;
 mod harness;
 mod modules;

@@ -155,7 +155,12 @@ fn a_signal_stops_all_ranks_with_code_75() {
     let second = signalled(launched(), &metrics, "-TERM", |id| child(id, 2)).expect_code(75);
     assert!(second.stdout.contains("SIGTERM at stage "), "{second}");
     let third = signalled(ouroboros(&slices(&args)), &metrics, "-INT", |id| id.to_string()).expect_code(75);
-    assert!(third.stdout.contains("SIGINT at this process: the run stops and saves at step "), "{third}");
+    assert!(
+        third.stdout.contains(
+            "SIGINT at this process (again in 2 s or later: ends at once, unsaved): the run stops and saves at step "
+        ),
+        "{third}"
+    );
     run(mpirun(4, &slices(&args)), LIMIT).expect_code(0);
     let (found, expected) = (ends(&folder.path("out"), 1500), ends(&folder.path("whole"), 1500));
     assert!(found == expected, "{first}{second}{third}");
