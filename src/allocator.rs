@@ -16,7 +16,8 @@ static HEAP: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 // SAFETY: the name and the type, a pointer to a C string or none, are those that jemalloc looks for.
 #[unsafe(export_name = "malloc_conf")]
 pub static SETTINGS: Option<&'static c_char> = {
-    const TEXT: &std::ffi::CStr = c"dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:64,retain:false,oversize_threshold:65536";
+    const TEXT: &std::ffi::CStr =
+        c"dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:64,retain:false,oversize_threshold:65536";
     // SAFETY: a C string has at least its end.
     Some(unsafe { &*TEXT.as_ptr() })
 };

@@ -23,6 +23,19 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// What to say of a command line that cannot be understood, besides what clap says.
+pub fn hint(args: impl Iterator<Item = std::ffi::OsString>) -> Option<String> {
+    let args: Vec<PathBuf> = args.map(PathBuf::from).collect();
+    let after = args.windows(2).find(|pair| pair[0].as_os_str() == "--resume").map(|pair| &pair[1])?;
+    let config = after.extension().is_some_and(|extension| extension == "toml");
+    config.then(|| {
+        let config = after.display();
+        format!(
+            "`--resume {config}` takes a state, or the folder of a run, and no config: write train {config} --resume"
+        )
+    })
+}
+
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 a goal of a study is missed; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
                           6 saved weights unusable; 7 a file of the run cannot be written; 75 stopped on request, and saved; 70 a fault of the program.";
 
@@ -229,7 +242,7 @@ pub enum DataCommand {
 pub struct PrepareArgs {
     /// enwik8, text8, wikitext-103, or the path of a text.
     #[arg(value_name = "NAME|FILE")]
-    pub what: String,
+    pub what: PathBuf,
     /// Where archives and prepared files go.
     #[arg(long, default_value = "data")]
     pub dir: PathBuf,

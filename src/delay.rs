@@ -74,15 +74,24 @@ impl SyncPoints {
 
     /// The first sync point after step boundary `t`, at most the end of the run.
     pub fn after(&self, t: usize) -> usize {
-        (t + 1..self.steps).find(|u| self.contains(*u)).unwrap_or(self.steps)
+        let next = t + 1;
+        let dense = (self.every_step || next < self.warm_up).then_some(next);
+        let start = Some(self.start).filter(|start| *start > t);
+        let listed = self.at.range(next..).next().copied();
+        let periodic = self.periods.iter().map(|p| next.next_multiple_of(*p));
+
+        dense.into_iter().chain(start).chain(listed).chain(periodic).fold(self.steps, usize::min)
     }
 
     /// The last sync point at or before `t`, that the delays of step `t` count from.
     pub fn before(&self, t: usize) -> usize {
-        match (self.start..=t).rev().find(|u| self.contains(*u)) {
-            Some(u) if u > self.start => u,
-            _ => self.since,
-        }
+        let dense = if self.every_step { Some(t) } else { self.warm_up.checked_sub(1).map(|last| last.min(t)) };
+        let end = Some(self.steps).filter(|end| *end <= t);
+        let listed = self.at.range(..=t).next_back().copied();
+        let periodic = self.periods.iter().map(|p| t / p * p);
+
+        let last = dense.into_iter().chain(end).chain(listed).chain(periodic).fold(self.start, usize::max);
+        if last > self.start { last } else { self.since }
     }
 
     /// The run from `start` on, whose first delays count from `since`.
@@ -132,5 +141,33 @@ mod tests {
         assert_eq!((sync.before(6), sync.before(8), sync.after(6)), (6, 7, 7));
         sync.from(9, 7);
         assert_eq!((sync.before(9), sync.before(10), sync.after(9)), (7, 10, 10));
+    }
+
+    /// What is computed at once is what a search from step to step finds.
+    #[test]
+    fn neighbours_are_those_that_a_search_finds() {
+        let after = |sync: &SyncPoints, t: usize| (t + 1..sync.steps).find(|u| sync.contains(*u)).unwrap_or(sync.steps);
+        let before = |sync: &SyncPoints, t: usize| match (sync.start..=t).rev().find(|u| sync.contains(*u)) {
+            Some(u) if u > sync.start => u,
+            _ => sync.since,
+        };
+        for number in 0..2 * 3 * 4 * 4 * 3 {
+            let mut sync = SyncPoints::ends(30);
+            sync.every_step = number % 2 == 1 && number % 5 == 0;
+            sync.warm_up = [0, 1, 7][number / 2 % 3];
+            sync.periods = [vec![], vec![4], vec![5, 9], vec![40]][number / 6 % 4].clone();
+            sync.at = [vec![], vec![3], vec![11, 12, 29], vec![28]][number / 24 % 4].iter().copied().collect();
+            sync.from([0, 6, 13][number / 96 % 3], [0, 5, 13][number / 96 % 3]);
+            for t in sync.start..30 {
+                assert_eq!((sync.after(t), sync.before(t)), (after(&sync, t), before(&sync, t)), "{t} of {sync:?}");
+            }
+            assert_eq!(sync.before(30), 30);
+        }
+    }
+
+    #[test]
+    fn nothing_grows_with_the_number_of_steps() {
+        let sync = SyncPoints::ends(1 << 50);
+        assert_eq!((sync.after(1 << 40), sync.before(1 << 40)), (1 << 50, 0));
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::schedule::{Schedule, StageCosts};
 
 /// How long the stages sleep for one microbatch.
@@ -60,7 +61,7 @@ impl Profile {
     /// # Errors
     /// What is wrong with it.
     pub fn read(path: &Path) -> std::result::Result<Profile, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read ({error})"))?;
+        let text = files::read_text(path).map_err(|error| format!("cannot be read ({error})"))?;
         let profile: Profile = serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
         let good = profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
         if good { Ok(profile) } else { Err(format!("has times that are not between 0 and {LONGEST_MS} ms")) }

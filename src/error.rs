@@ -116,7 +116,11 @@ impl Error {
     /// # Errors
     /// [`Error::Config`].
     pub fn unless(good: bool, setting: &str, value: f64, remedy: &str) -> Result<()> {
-        if good && value.is_finite() { Ok(()) } else { Err(Error::config(setting, value, remedy)) }
+        match (good, value.is_finite()) {
+            (true, true) => Ok(()),
+            (_, false) => Err(Error::config(setting, value, "must be a finite number")),
+            (false, true) => Err(Error::config(setting, value, remedy)),
+        }
     }
 
     /// A file of input, what is wrong with it, and what to do.

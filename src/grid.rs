@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+/// Stages or replicas of a grid: more is a mistake.
+const LARGEST: usize = 1 << 16;
+
 /// One position of the grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct Place {
@@ -182,7 +185,8 @@ impl std::str::FromStr for Grid {
         let wrong = || format!("`{text}` is not a grid; write stages x replicas, as in 4x2");
         let (k, r) = text.split_once(['x', 'X']).ok_or_else(wrong)?;
         let grid = Grid::line(k.parse().map_err(|_| wrong())?, r.parse().map_err(|_| wrong())?);
-        if grid.stages == 0 || grid.replicas == 0 { Err(wrong()) } else { Ok(grid) }
+        let possible = 1..=LARGEST;
+        if possible.contains(&grid.stages) && possible.contains(&grid.replicas) { Ok(grid) } else { Err(wrong()) }
     }
 }
 

@@ -19,9 +19,11 @@
 //!
 //! ```text
 //! console    all that is printed, and what happens where nobody reads it
+//! awake      time in which this process ran    files       whole files, names of their own
 //! allocator  the heap                        grid        K x R places
 //! error      what goes wrong, in words       runtime     libtorch's version, the log
 //! device     processor or GPU                topology    the nodes below the grid
+//! lock       on a run's folder
 //! failure    panics become errors            partition   layers of each stage
 //! delay      versions, sync points           schedule    what each stage does, in which order
 //! precision  of weights and activations      wire        of what travels
@@ -53,9 +55,12 @@
 #[macro_use]
 pub mod console;
 mod allocator;
+mod awake;
+mod files;
 pub mod grid;
 pub mod error;
 pub mod runtime;
+mod lock;
 pub mod device;
 mod topology;
 pub mod failure;

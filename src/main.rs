@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use ouroboros::cli::{Cli, Command, DataCommand};
+use ouroboros::cli::{self, Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
 use ouroboros::{commands, complain, console, control, device, failure, launch, prepare, runtime, study};
 
@@ -23,7 +23,9 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             let text = error.render().to_string();
-            return ExitCode::from(launch::refuse(&Error::Usage(text.trim_start_matches("error: ").trim_end().into())));
+            let hint = cli::hint(std::env::args_os()).map(|hint| format!("\n\n{hint}")).unwrap_or_default();
+            let text = format!("{}{hint}", text.trim_start_matches("error: ").trim_end());
+            return ExitCode::from(launch::refuse(&Error::Usage(text)));
         }
     };
     if !matches!(cli.command, Command::Train(_)) {

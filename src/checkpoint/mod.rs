@@ -39,13 +39,15 @@ pub use saved::Checkpoint;
 pub use snapshot::{SavedBuffer, Snapshot};
 
 use crate::config::{CheckpointConfig, Config};
-use crate::data::{Tokenizer, Vocabulary};
+use crate::data::{Corpus, Fingerprint, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
 
 const MANIFEST: &str = "manifest.json";
 /// Of characters or words; a model of bytes needs none.
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
+/// A network file system shows what another node has written after a while.
+const SEEN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of a buffer of state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -132,15 +134,28 @@ pub struct Manifest {
     pub parameters: usize,
     /// The grid that has saved it; any other can go on.
     pub grid: String,
-    /// When it was complete, milliseconds since 1970.
+    /// When it was complete, milliseconds since 1970; for people only.
     pub time_ms: u64,
+    /// Grows with every state of a folder: the newest state has the largest, whatever clocks say.
+    #[serde(default)]
+    pub serial: u64,
+    /// What the run reads; none of a state that an earlier version has saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<Fingerprint>,
     pub shards: Vec<Shard>,
     pub config: Config,
 }
 
 impl Manifest {
     /// The manifest of a state at `step`, complete now.
-    pub fn new(config: &Config, parameters: usize, step: usize, pipeline: Pipeline, shards: Vec<Shard>) -> Manifest {
+    pub fn new(
+        config: &Config,
+        corpus: &Corpus,
+        parameters: usize,
+        step: usize,
+        pipeline: Pipeline,
+        shards: Vec<Shard>,
+    ) -> Manifest {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Manifest {
             format: FORMAT,
@@ -152,6 +167,8 @@ impl Manifest {
             parameters,
             grid: config.grid().to_string(),
             time_ms: now.as_millis() as u64,
+            serial: 0,
+            text: Some(corpus.fingerprint().clone()),
             shards,
             config: config.settled(),
         }
@@ -214,6 +231,8 @@ fn remove(folder: &Path) -> io::Result<()> {
 pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Result<PathBuf> {
     let step = manifest.step;
     let (tmp, last, old) = (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
+    manifest.shards.iter().try_for_each(|shard| seen(&tmp.join(&shard.file), shard.bytes))?;
+
     let text = serde_json::to_string_pretty(manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
     let written = || -> io::Result<()> {
         if manifest.config.data.tokenizer != Tokenizer::Bytes {
@@ -235,6 +254,44 @@ pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Res
         tracing::warn!(%error, "the state that was replaced cannot be removed");
     }
     Ok(last)
+}
+
+/// Whether this process sees a file that a place has written, which may be on another node.
+///
+/// # Errors
+/// [`Error::Unwritten`].
+fn seen(path: &Path, bytes: u64) -> Result<()> {
+    let begun = std::time::Instant::now();
+    loop {
+        let found = fs::metadata(path).map(|data| data.len());
+        match found {
+            Ok(found) if found == bytes => return Ok(()),
+            _ if begun.elapsed() < SEEN => std::thread::sleep(SEEN / 50),
+            Ok(found) => return Err(Error::unwritten(path, format!("rank 0 sees {found} bytes of {bytes}"))),
+            Err(error) => {
+                let problem =
+                    format!("rank 0 does not see what its rank has written: {error}; do all nodes share the folder?");
+                return Err(Error::unwritten(path, problem));
+            }
+        }
+    }
+}
+
+/// The order of the states of a folder: by their serial numbers, of earlier versions by their steps. One whose manifest is
+/// damaged counts as the newest: that it is passed over must be told.
+fn age(folder: &Path) -> (u64, u64) {
+    let text = fs::read_to_string(folder.join(MANIFEST)).unwrap_or_default();
+    match serde_json::from_str::<serde_json::Value>(&text) {
+        Ok(value) => (value["serial"].as_u64().unwrap_or(0), value["step"].as_u64().unwrap_or(u64::MAX)),
+        Err(_) => (u64::MAX, u64::MAX),
+    }
+}
+
+/// The serial number of the next state of a run's folder.
+pub fn next_serial(out: &Path) -> u64 {
+    let complete = entries(out).into_iter().filter(|(_, suffix, _)| suffix.is_empty());
+    let serials = complete.map(|(.., path)| age(&path).0).filter(|serial| *serial < u64::MAX);
+    serials.max().map_or(1, |newest| newest + 1)
 }
 
 /// The steps of the complete states in a run's folder up to `step`.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::{Device, Tensor};
 
-use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, digest, entries, index, older, part};
+use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part};
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ impl Checkpoint {
         let run = if path.ends_with("checkpoints") { path.parent().unwrap_or(path) } else { path };
         let mut folders: Vec<PathBuf> =
             entries(run).into_iter().filter(|(_, suffix, _)| suffix.is_empty()).map(|(.., path)| path).collect();
-        folders.sort_by_key(|folder| std::cmp::Reverse(time(folder)));
+        folders.sort_by_key(|folder| std::cmp::Reverse(age(folder)));
         let mut first = None;
         for folder in folders {
             match Checkpoint::read(&folder) {
@@ -274,13 +274,6 @@ impl Checkpoint {
     }
 }
 
-/// When a state was complete. One whose manifest is damaged counts as the newest: that it is passed over must be told.
-fn time(folder: &Path) -> u64 {
-    let text = fs::read_to_string(folder.join(MANIFEST)).unwrap_or_default();
-    let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    value["time_ms"].as_u64().unwrap_or(u64::MAX)
-}
-
 /// A file of tensors, of which only the asked ones are read.
 struct Tensors {
     file: File,
@@ -346,6 +339,7 @@ mod tests {
 
     use super::super::{Pipeline, Snapshot, complete};
     use super::*;
+    use crate::data::Corpus;
     use crate::grid::Place;
     use crate::model::{Init, Role};
     use crate::optim::{Optimizer, UpdateScalars};
@@ -393,7 +387,8 @@ mod tests {
             shards.extend(snapshot.write(out, Duration::ZERO).unwrap().shards);
         }
         let pipeline = Pipeline { since: step - 1, delays: vec![1, 0], layers: vec![1, 1] };
-        let manifest = Manifest::new(config, 22, step, pipeline, shards);
+        let corpus = Corpus::open(&config.data, 1, 8, None).unwrap();
+        let manifest = Manifest::new(config, &corpus, 22, step, pipeline, shards);
         complete(out, &manifest, &Vocabulary::bytes()).unwrap()
     }
 
@@ -443,7 +438,6 @@ mod tests {
     fn a_damaged_state_is_passed_over() {
         let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
         let older = save(out.path(), 7, &config);
-        std::thread::sleep(Duration::from_millis(3)); // States are ordered by the time of their manifests.
         let newer = save(out.path(), 9, &config);
         assert_eq!(Checkpoint::open(out.path()).unwrap().path, newer);
 

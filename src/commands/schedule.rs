@@ -11,9 +11,15 @@ use crate::schedule::{Costs, Schedule, draw, summary};
 /// [`Error::Config`] for numbers that make no schedule.
 pub fn schedule(args: &ScheduleArgs) -> Result<()> {
     let costs = times(&args.times)?;
-    for (name, value) in [("--microbatches", args.microbatches), ("--slack", args.slack)] {
-        if value == 0 {
-            return Err(Error::config(name, value, "must be at least 1"));
+    for (name, value, least, most) in [
+        ("--microbatches", args.microbatches, 1, 1 << 12),
+        ("--slack", args.slack, 1, 1 << 12),
+        ("--steps", args.steps, 0, 1 << 12),
+        ("--rows", args.rows, 0, 1 << 16),
+        ("the stages of --grid", args.grid.stages, 1, 1 << 9),
+    ] {
+        if !(least..=most).contains(&value) {
+            return Err(Error::config(name, value, format!("what can be drawn is from {least} to {most}")));
         }
     }
     let ends = SyncPoints::ends(args.steps);

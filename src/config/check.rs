@@ -1,6 +1,8 @@
 //! Whether the settings of a run can be used: each section by itself, then those that belong together.
 
-use super::{Config, OnNonfinite};
+use std::path::{Component, Path};
+
+use super::{Config, OnNonfinite, bounds};
 use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Positions};
@@ -14,6 +16,7 @@ const BUCKET_KIB: std::ops::RangeInclusive<usize> = 1..=1 << 20;
 /// # Errors
 /// [`Error::Config`] for the first setting that cannot be used.
 pub(super) fn check(config: &Config) -> Result<()> {
+    bounds::check(config)?;
     check_run(config)?;
     config.grid.check()?;
     if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
@@ -36,6 +39,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
 
 /// The keys outside of sections.
 fn check_run(config: &Config) -> Result<()> {
+    check_name(&config.name)?;
     Error::unless_at_least_one("steps", config.steps)?;
     Error::unless_at_least_one("batch", config.batch)?;
     Error::unless_at_least_one("microbatches", config.microbatches)?;
@@ -53,6 +57,20 @@ fn check_run(config: &Config) -> Result<()> {
         return Err(Error::config("on_nonfinite", "skip", remedy));
     }
     Error::unless_at_least_one("verify_every", config.verify_every.unwrap_or(1))
+}
+
+/// A run's name is that of a folder in `runs/`.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let mut parts = Path::new(name).components();
+    let one = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
+    if one && !name.chars().any(char::is_control) {
+        return Ok(());
+    }
+    Err(Error::config(
+        "name",
+        format!("`{}`", name.escape_debug()),
+        "a folder of this name is made in runs/: write a plain name",
+    ))
 }
 
 /// What an evaluation may ask of the model's family.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+mod bounds;
 mod check;
 mod checkpoint;
 mod eval;

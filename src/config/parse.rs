@@ -17,36 +17,84 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
     for set in sets {
         apply(&mut table, set)?;
     }
-    serde_path_to_error::deserialize(toml::Value::Table(table))
-        .map_err(|error| describe(&error.path().to_string(), error.inner().message()))
+    loop {
+        let error = match serde_path_to_error::deserialize(toml::Value::Table(table.clone())) {
+            Ok(config) => return Ok(config),
+            Err(error) => error,
+        };
+        let (path, message) = (error.path().to_string(), error.inner().message());
+        if !sets.iter().any(|set| written_otherwise(&mut table, set, &path, message)) {
+            return Err(describe(&path, message));
+        }
+    }
 }
 
 /// Puts one `key=value` into the table. The value is TOML; what is not TOML is taken as a string.
 fn apply(table: &mut toml::Table, set: &str) -> Result<()> {
-    let wrong = |remedy: &str| Error::config("--set", format!("`{set}`"), remedy);
-    let (key, value) = set.split_once('=').ok_or_else(|| wrong("write key=value, as in model.d_model=256"))?;
+    let (key, value) = pair(set)?;
     let value = match format!("v = {value}").parse::<toml::Table>() {
-        Ok(mut parsed) => parsed.remove("v").ok_or_else(|| wrong("write key=value"))?,
+        Ok(mut parsed) => parsed.remove("v").ok_or_else(|| wrong_set(set, "write key=value"))?,
         Err(_) => toml::Value::String(value.to_owned()),
     };
-    let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| wrong("the key is missing"))?;
+    *entry(table, set, key)? = value;
+    Ok(())
+}
+
+/// Key and value of a `--set`.
+fn pair(set: &str) -> Result<(&str, &str)> {
+    let (key, value) = set.split_once('=').ok_or_else(|| wrong_set(set, "write key=value, as in model.d_model=256"))?;
+    Ok((key.trim(), value))
+}
+
+fn wrong_set(set: &str, remedy: &str) -> Error {
+    Error::config("--set", format!("`{set}`"), remedy)
+}
+
+/// Where a key stands, or will stand.
+fn entry<'a>(table: &'a mut toml::Table, set: &str, key: &str) -> Result<&'a mut toml::Value> {
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| wrong_set(set, "the key is missing"))?;
     let mut inner = table;
     for part in parts {
         let entry = inner.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        inner = entry.as_table_mut().ok_or_else(|| wrong(&format!("`{part}` is not a section")))?;
+        inner = entry.as_table_mut().ok_or_else(|| wrong_set(set, &format!("`{part}` is not a section")))?;
     }
-    inner.insert(last.to_owned(), value);
-    Ok(())
+    Ok(inner.entry(last).or_insert(toml::Value::Boolean(false)))
+}
+
+/// Takes the value of a `--set` as what its key wants, where that can be told: a word in digits, as in name=7, or a number
+/// as TOML does not write it, as in optimizer.lr=.001. Whether it is another value now.
+fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &str) -> bool {
+    let Ok((key, text)) = pair(set) else { return false };
+    let (path, message) = of_key(path, message);
+    let Some((_, expected)) = message.trim().split_once(", expected ").filter(|_| key == path) else { return false };
+    let other = match expected {
+        "a string" | "path string" => Some(toml::Value::String(text.to_owned())),
+        "f64" => text.trim().parse().ok().map(toml::Value::Float),
+        _ => None,
+    };
+    match (other, entry(table, set, key)) {
+        (Some(other), Ok(value)) if *value != other => {
+            *value = other;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// A section with several owners tells which of its keys a message is about.
+fn of_key<'a>(path: &str, message: &'a str) -> (String, &'a str) {
+    let message = message.trim();
+    match message.strip_prefix("key `").and_then(|rest| rest.split_once("`: ")) {
+        Some((key, message)) => (format!("{path}.{key}"), message.trim()),
+        None => (path.to_owned(), message),
+    }
 }
 
 /// Turns serde's message into setting, value and remedy.
 fn describe(path: &str, message: &str) -> Error {
-    let message = message.trim();
-    // A section with several owners tells which of its keys it is about.
-    if let Some((key, message)) = message.strip_prefix("key `").and_then(|rest| rest.split_once("`: ")) {
-        return describe(&format!("{path}.{key}"), message);
-    }
+    let (path, message) = of_key(path, message);
+    let path = path.as_str();
     if let Some(rest) = message.strip_prefix("unknown field `") {
         let (key, expected) = rest.split_once("`, expected ").unwrap_or((rest, "another key"));
         let section = path.strip_suffix(key).unwrap_or(path).trim_matches('.');
@@ -54,7 +102,13 @@ fn describe(path: &str, message: &str) -> Error {
         return Error::config(setting, "an unknown key", format!("expected {expected}"));
     }
     match message.split_once(", expected ") {
-        Some((found, "usize" | "u64")) => Error::config(path, found, "expected a whole number, 0 or more"),
+        Some((found, "usize" | "u64")) => {
+            Error::config(path, found, format!("expected a whole number from 0 to {}", i64::MAX))
+        }
+        Some((found, expected)) if expected.starts_with("struct ") => {
+            let more = if path == "grid" { "give --grid, as in --grid 2x2, or " } else { "" };
+            Error::config(path, found, format!("a section: {more}set its keys, as in `{path}.KEY=VALUE`"))
+        }
         Some((found, "f64")) => Error::config(path, found, "expected a number"),
         Some((found, expected)) => Error::config(path, found, format!("expected {expected}")),
         None => Error::config(path, "a value that does not fit", message),

@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::FlightRecorder;
+use crate::awake::Awake;
 use crate::schedule::{Action, Op};
 
 /// Actions that are remembered.
@@ -26,7 +26,7 @@ struct State {
     count: u64,
     /// What was begun last, when, and the actions up to it.
     doing: Activity,
-    since: Instant,
+    since: Awake,
     actions: VecDeque<Action>,
     /// Work since the last question for it, without waits: seconds.
     busy: f64,
@@ -89,7 +89,7 @@ impl HeartbeatReport {
 impl Heartbeat {
     /// The heartbeat of a rank on `host`, which keeps a flight recorder if it is given one.
     pub fn new(host: String, recorder: Option<FlightRecorder>) -> Heartbeat {
-        let (doing, since) = (Activity::Starting, Instant::now());
+        let (doing, since) = (Activity::Starting, Awake::now());
         let state = State { count: 0, doing, since, actions: VecDeque::with_capacity(RING + 1), busy: 0.0 };
         Heartbeat { host, recorder, state: Mutex::new(state) }
     }
@@ -117,11 +117,11 @@ impl Heartbeat {
     }
 
     fn begin(&self, state: &mut State, doing: Activity) {
-        let now = Instant::now();
+        let now = Awake::now();
         if state.doing == Activity::Action
             && state.actions.back().is_some_and(|last| matches!(last.op, Op::Forward | Op::Backward))
         {
-            state.busy += now.duration_since(state.since).as_secs_f64();
+            state.busy += now.since(state.since).as_secs_f64();
         }
         state.count += 1;
         (state.doing, state.since) = (doing, now);

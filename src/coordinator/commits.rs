@@ -30,6 +30,8 @@ pub struct Commits {
     /// By the step that is saved.
     saving: BTreeMap<usize, Saving>,
     longest: Duration,
+    /// Of the next state.
+    serial: u64,
     /// Those that are kept, by their steps.
     kept: Vec<usize>,
     newest: Option<PathBuf>,
@@ -45,7 +47,8 @@ impl Commits {
             .map_err(|error| Error::config("--out", out.display(), format!("cannot be cleared ({error})")))?;
         let kept = if setup.resumed.is_some() { checkpoint::steps(out, setup.start()) } else { Vec::new() };
         let (saving, longest) = (BTreeMap::new(), Duration::ZERO);
-        Ok(Commits { setup, out: out.to_owned(), saving, longest, kept, newest: None })
+        let serial = checkpoint::next_serial(out);
+        Ok(Commits { setup, out: out.to_owned(), saving, longest, serial, kept, newest: None })
     }
 
     /// How long the slowest save has taken.
@@ -61,7 +64,7 @@ impl Commits {
     /// A place has written its part; what to tell the user if that completes the state.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it cannot be completed.
+    /// [`Error::Unwritten`] if it cannot be completed.
     pub fn saved(&mut self, place: Place, step: usize, written: Written) -> Result<Option<String>> {
         let saving = self.saving.entry(step).or_default();
         saving.places.insert(place);
@@ -76,7 +79,10 @@ impl Commits {
         files.sort_by(|a, b| (&a.kind, a.stage, &a.file).cmp(&(&b.kind, b.stage, &b.file)));
         let mib = files.iter().map(|file| file.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
         let pipeline = self.setup.pipeline(self.setup.schedule.since(step));
-        let manifest = Manifest::new(&self.setup.config, self.setup.parameters(), step, pipeline, files);
+        let Setup { config, corpus, .. } = &*self.setup;
+        let mut manifest = Manifest::new(config, corpus, self.setup.parameters(), step, pipeline, files);
+        manifest.serial = self.serial;
+        self.serial += 1;
         self.newest = Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
         self.kept.push(step);
         checkpoint::prune(&self.out, &mut self.kept, &self.setup.config.checkpoint);

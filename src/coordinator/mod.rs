@@ -11,7 +11,7 @@ mod watchdog;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use commits::{Commits, check_room};
 use divergence::Divergence;
@@ -20,11 +20,13 @@ use stop_planner::{StopPlanner, Stopping};
 use stragglers::Stragglers;
 use watchdog::Watchdog;
 
+use crate::awake::Awake;
 use crate::clock::Times;
 use crate::control::{Controls, Mode, Report, Watch};
 use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
+use crate::lock::FolderLock;
 use crate::metrics::{Bench, EvalLine, JsonLines, Progress, Sink, StepLine, Summary, print_memory};
 use crate::number::Readback;
 use crate::optim::learning_rate;
@@ -46,6 +48,7 @@ pub enum Ranks {
 pub struct Coordinator {
     setup: Arc<Setup>,
     out: PathBuf,
+    lock: FolderLock,
     sinks: Vec<Box<dyn Sink + Send>>,
     steps: Steps,
     divergence: Divergence,
@@ -60,7 +63,7 @@ pub struct Coordinator {
     commits: Commits,
     planner: StopPlanner,
     /// When the last step was complete.
-    last: Instant,
+    last: Awake,
     losses: Vec<f64>,
     eval_loss: Option<f64>,
 }
@@ -70,13 +73,14 @@ impl Coordinator {
     /// `metrics.previous.jsonl`).
     ///
     /// # Errors
-    /// [`Error::Config`] about `--out` if the folder cannot be written.
+    /// [`Error::Config`] about `--out` if the folder cannot be written, or another run writes into it.
     pub fn new(setup: Arc<Setup>, out: &Path) -> Result<Coordinator> {
         let wrong = |error: std::io::Error| {
             Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
         };
         check_room(&setup, out)?;
         std::fs::create_dir_all(out).map_err(wrong)?;
+        let lock = FolderLock::take(out)?;
         std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
 
         let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
@@ -85,6 +89,7 @@ impl Coordinator {
 
         Ok(Coordinator {
             out: out.to_owned(),
+            lock,
             sinks: vec![Box::new(json), Box::new(terminal)],
             steps: Steps::new(grid.stages, grid.replicas, setup.dimensions.tied, start),
             divergence: Divergence::new(grid),
@@ -96,11 +101,16 @@ impl Coordinator {
             emulation: None,
             commits: Commits::begin(Arc::clone(&setup), out)?,
             planner: StopPlanner::new(config.steps, start, setup.lead()),
-            last: Instant::now(),
+            last: Awake::now(),
             losses: Vec::new(),
             eval_loss: None,
             setup,
         })
+    }
+
+    /// How the lock on the run's folder calls this run.
+    pub fn owner(&self) -> &str {
+        self.lock.owner()
     }
 
     /// The coordinator of a run of this mode.
@@ -126,7 +136,7 @@ impl Coordinator {
         count: usize,
         ranks: Ranks,
     ) -> Placed<Summary> {
-        self.last = Instant::now();
+        self.last = Awake::now();
 
         while self.done.len() < count {
             match reports.recv_timeout(LOOK) {
@@ -235,8 +245,8 @@ impl Coordinator {
 
     fn step(&mut self, step: usize, of: &Step) -> Result<()> {
         let config = &self.setup.config;
-        let now = Instant::now();
-        let seconds = now.duration_since(self.last).as_secs_f64();
+        let now = Awake::now();
+        let seconds = now.since(self.last).as_secs_f64();
         self.last = now;
 
         let tokens = (config.batch * config.data.sequence) as u64;
@@ -271,7 +281,7 @@ impl Coordinator {
         self.eval_loss = Some(eval_loss);
         // The time of an evaluation is not that of the next step; where it is read late it may come with that step.
         if self.setup.readback == Readback::Now {
-            self.last = Instant::now();
+            self.last = Awake::now();
         }
         Ok(())
     }

@@ -5,8 +5,9 @@
 //! sender of a message that somebody waits for although it was sent; a rank that all wait for in a circle.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::awake::Awake;
 use crate::control::{Activity, Control, Controls, HeartbeatReport};
 use crate::error::Error;
 use crate::grid::Grid;
@@ -18,43 +19,37 @@ pub struct Watchdog {
     grid: Grid,
     stall: Duration,
     /// When something was last seen to move, and when it was last asked.
-    moved: Instant,
-    asked: Instant,
-    looked: Instant,
+    moved: Awake,
+    asked: Awake,
     /// What each rank told last, and when.
-    beats: BTreeMap<usize, (HeartbeatReport, Instant)>,
+    beats: BTreeMap<usize, (HeartbeatReport, Awake)>,
 }
 
 impl Watchdog {
     pub fn new(grid: Grid, stall_seconds: f64) -> Watchdog {
-        let now = Instant::now();
+        let now = Awake::now();
         let stall = Duration::from_secs_f64(stall_seconds);
-        Watchdog { grid, stall, moved: now, asked: now, looked: now, beats: BTreeMap::new() }
+        Watchdog { grid, stall, moved: now, asked: now, beats: BTreeMap::new() }
     }
 
     /// Something was reported.
     pub fn moved(&mut self) {
-        self.moved = Instant::now();
+        self.moved = Awake::now();
     }
 
     /// A rank has answered.
     pub fn heard(&mut self, rank: usize, beat: HeartbeatReport) {
         if self.beats.get(&rank).is_none_or(|(last, _)| last.count != beat.count) {
-            self.moved = Instant::now();
+            self.moved = Awake::now();
         }
-        self.beats.insert(rank, (beat, Instant::now()));
+        self.beats.insert(rank, (beat, Awake::now()));
     }
 
     /// Asks if it is time; the error, if nothing moves. Its table has been printed.
     pub fn look(&mut self, controls: &Controls) -> Option<Error> {
         let pause = self.stall / 4;
-        // Whoever was stopped himself has heard of nobody meanwhile.
-        if self.looked.elapsed() > self.stall / 2 {
-            self.moved();
-        }
-        self.looked = Instant::now();
         if self.moved.elapsed() >= pause && self.asked.elapsed() >= pause {
-            self.asked = Instant::now();
+            self.asked = Awake::now();
             controls.send(Control::Ask);
         }
         if self.moved.elapsed() < self.stall {
@@ -128,7 +123,7 @@ impl Watchdog {
                 Op::RecvGradient => Op::SendGradient,
                 _ => continue,
             };
-            let sent = |(beat, _): &(HeartbeatReport, Instant)| {
+            let sent = |(beat, _): &(HeartbeatReport, Awake)| {
                 let at_least = |made: Action| {
                     (made.step, made.microbatch) >= (action.step, action.microbatch) && Some(made) != beat.action()
                 };

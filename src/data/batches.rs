@@ -164,7 +164,7 @@ mod tests {
         let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
         let train = Tokens::of_bytes(bytes);
         let vocabulary = super::super::Vocabulary::bytes();
-        let corpus = Corpus { held_out: train.clone(), train, vocabulary, floor: None };
+        let corpus = Corpus::new(train.clone(), train, vocabulary, None);
         let shape = Shape { rows: batch, sequence };
         let reading = Reading { seed: 7, order: Order::Shuffled, train: shape, eval: shape };
         Batches::new(Arc::new(corpus), reading)

@@ -43,6 +43,15 @@ pub enum Order {
 }
 
 impl DataConfig {
+    /// What errors call the text.
+    pub fn name(&self) -> String {
+        match (&self.path, &self.paths) {
+            (Some(path), _) => path.display().to_string(),
+            (None, Some(paths)) => format!("{} files", paths.len()),
+            (None, None) => "synthetic".to_owned(),
+        }
+    }
+
     /// Whether every key can be used, by itself and with the others of the section.
     ///
     /// # Errors

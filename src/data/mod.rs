@@ -9,6 +9,7 @@ mod vocabulary;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 pub use batches::{Batch, Batches, Reading, Shape, held_out};
 pub use config::{DataConfig, HeldOut, Order, Tokenizer};
@@ -17,6 +18,10 @@ pub use vocabulary::{Listed, Vocabulary, utf8};
 
 use crate::error::{Error, Result};
 use prepared::{Prepared, is_prepared};
+use serde::{Deserialize, Serialize};
+
+/// What some editors write before a text; it is none of its characters.
+const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// Bytes of the synthetic corpus where the config names no data at all.
 const DEFAULT_SYNTHETIC: usize = 4_000_000;
@@ -29,6 +34,17 @@ pub struct Corpus {
     pub vocabulary: Vocabulary,
     /// Entropy rate in nats per byte, where it is known: no model of bytes can pass it.
     pub floor: Option<f64>,
+    fingerprint: OnceLock<Fingerprint>,
+}
+
+/// What tells texts apart: numbers of tokens, and xxh3 of these and of the vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    pub train_tokens: usize,
+    pub train: String,
+    pub held_out_tokens: usize,
+    pub held_out: String,
+    pub vocabulary: String,
 }
 
 impl Corpus {
@@ -45,13 +61,29 @@ impl Corpus {
             None if config.tokenizer == Tokenizer::Bytes => open_bytes(config, seed)?,
             None => open_text(config, seed, known)?,
         };
-        long_enough(&corpus.train, &name(config), config, config.sequence)?;
+        long_enough(&corpus.train, &config.name(), config, config.sequence)?;
         let held_name = match &config.held_out {
             HeldOut::File(path) => path.display().to_string(),
-            HeldOut::Fraction(_) => format!("held-out part of {}", name(config)),
+            HeldOut::Fraction(_) => format!("held-out part of {}", config.name()),
         };
         long_enough(&corpus.held_out, &held_name, config, held_sequence)?;
         Ok(corpus)
+    }
+
+    fn new(train: Tokens, held_out: Tokens, vocabulary: Vocabulary, floor: Option<f64>) -> Corpus {
+        Corpus { train, held_out, vocabulary, floor, fingerprint: OnceLock::new() }
+    }
+
+    /// What tells this corpus from others; reads all of it when it is asked for first.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        let hex = |digest: u64| format!("{digest:016x}");
+        self.fingerprint.get_or_init(|| Fingerprint {
+            train_tokens: self.train.len(),
+            train: hex(self.train.digest()),
+            held_out_tokens: self.held_out.len(),
+            held_out: hex(self.held_out.digest()),
+            vocabulary: hex(self.vocabulary.digest()),
+        })
     }
 
     /// The held-out text of `config` in the tokens of `vocabulary`, and its entropy rate where it is known.
@@ -108,15 +140,6 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
     }
 }
 
-/// What errors call the text.
-fn name(config: &DataConfig) -> String {
-    match (&config.path, &config.paths) {
-        (Some(path), _) => path.display().to_string(),
-        (None, Some(paths)) => format!("{} files", paths.len()),
-        (None, None) => "synthetic".to_owned(),
-    }
-}
-
 /// The files of a text; none for the synthetic one.
 fn files(config: &DataConfig) -> Result<Option<&[PathBuf]>> {
     match (&config.path, &config.paths) {
@@ -154,7 +177,7 @@ fn open_prepared(config: &DataConfig, path: &Path, known: Option<&Vocabulary>) -
         HeldOut::Fraction(fraction) => cut(&train, *fraction),
         HeldOut::File(split) => (train, prepared.split(&split.to_string_lossy())?),
     };
-    Ok(Corpus { train, held_out, vocabulary: prepared.vocabulary(), floor: None })
+    Ok(Corpus::new(train, held_out, prepared.vocabulary(), None))
 }
 
 fn cut(tokens: &Tokens, fraction: f64) -> (Tokens, Tokens) {
@@ -171,7 +194,7 @@ fn open_bytes(config: &DataConfig, seed: u64) -> Result<Corpus> {
         HeldOut::Fraction(fraction) => cut(&whole, *fraction),
         HeldOut::File(path) => (whole, Tokens::of_files(std::slice::from_ref(path))?),
     };
-    Ok(Corpus { train, held_out, vocabulary: Vocabulary::bytes(), floor })
+    Ok(Corpus::new(train, held_out, Vocabulary::bytes(), floor))
 }
 
 fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
@@ -179,7 +202,7 @@ fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Resu
         Some(paths) => paths.iter().map(|path| file_text(path, config.tokenizer)).collect::<Result<Vec<_>>>()?.concat(),
         None => String::from_utf8_lossy(&synthetic_bytes(config, seed)).into_owned(),
     };
-    let mut held_name = name(config);
+    let mut held_name = config.name();
     let (train, held) = match &config.held_out {
         HeldOut::Fraction(fraction) => {
             let ranges = cut_text(&text, &[*fraction], config.tokenizer);
@@ -194,9 +217,22 @@ fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Resu
         Some(known) => known.clone(),
         None => made(config, train, &[&held])?,
     };
-    let train = Tokens::of_ids(&vocabulary.encode(train, &name(config))?, vocabulary.len());
-    let held_out = Tokens::of_ids(&vocabulary.encode(&held, &held_name)?, vocabulary.len());
-    Ok(Corpus { train, held_out, vocabulary, floor: None })
+    let unknown = |error| unknown_word(error, config, known);
+    let train = vocabulary.encode(train, &config.name()).map_err(unknown)?;
+    let held_out = vocabulary.encode(&held, &held_name).map_err(unknown)?;
+    let tokens = |ids: &[u32]| Tokens::of_ids(ids, vocabulary.len());
+    Ok(Corpus::new(tokens(&train), tokens(&held_out), vocabulary.clone(), None))
+}
+
+/// An error about a word without a number, with the remedy that this config allows.
+fn unknown_word(error: Error, config: &DataConfig, known: Option<&Vocabulary>) -> Error {
+    let Error::Data { path, problem, remedy } = error else { return error };
+    let remedy = match &config.vocabulary {
+        _ if known.is_some() => "give a text in the words that the model knows".to_owned(),
+        Some(list) => format!("add `<unk>`, or the word, to {}", list.display()),
+        None => remedy,
+    };
+    Error::Data { path, problem, remedy }
 }
 
 /// The vocabulary that `config` asks for: of a list, or of the text.
@@ -222,10 +258,12 @@ pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Rang
     for fraction in fractions {
         let mut cut = text.len() - (text.len() as f64 * left).round().min(text.len() as f64) as usize;
         cut = match tokenizer {
-            // A text without lines is cut between words.
+            // Between lines where that leaves about the share that is asked for, else between words.
             Tokenizer::Words => {
                 let before = &text.as_bytes()[..cut];
-                let end = before.iter().rposition(|b| *b == b'\n').or_else(|| before.iter().rposition(|b| *b == b' '));
+                let most = text.len() as f64 * fraction;
+                let line = before.iter().rposition(|b| *b == b'\n').filter(|end| (cut - end) as f64 <= most);
+                let end = line.or_else(|| before.iter().rposition(|b| b.is_ascii_whitespace()));
                 end.map_or(0, |end| end + 1)
             }
             Tokenizer::Characters => (0..=cut).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0),
@@ -241,7 +279,8 @@ pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Rang
 
 /// A file as text; of words the last line is a whole one.
 fn file_text(path: &Path, tokenizer: Tokenizer) -> Result<String> {
-    let mut text = utf8(&tokens::map(path)?, &path.display().to_string())?.to_owned();
+    let mut text =
+        utf8(&tokens::map(path)?, &path.display().to_string())?.trim_start_matches(BYTE_ORDER_MARK).to_owned();
     if tokenizer == Tokenizer::Words && !text.ends_with('\n') {
         text.push('\n');
     }
@@ -320,6 +359,17 @@ mod tests {
         let words = DataConfig { tokenizer: Tokenizer::Words, sequence: 4, ..config(path) };
         let corpus = Corpus::open(&words, 1, 4, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (16, 6));
+    }
+
+    /// Twenty words, then one line of many: about the share that is asked for is held out all the same.
+    #[test]
+    fn a_very_long_line_is_cut_between_words() {
+        let text = ["a b c d\n".repeat(5), "x y ".repeat(10_000), "\n".into()].concat();
+        let ranges = cut_text(&text, &[0.05], Tokenizer::Words);
+        let share = ranges[1].len() as f64 / text.len() as f64;
+        assert!((share - 0.05).abs() < 1e-3, "{share}");
+        let ranges = cut_text(&text, &[0.05, 0.05], Tokenizer::Words);
+        assert!(ranges.iter().skip(1).all(|range| (range.len() as f64 / text.len() as f64 - 0.05).abs() < 1e-3));
     }
 
     #[test]

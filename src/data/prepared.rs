@@ -6,20 +6,25 @@
 //!            the header as JSON: format, vocabulary, width, tokens of each split, source
 //!            zeros up to a multiple of 64 bytes
 //!            the tokens of the splits, one after the other, `width` bytes each, little-endian
+//!  8 bytes   xxh3 of everything before, little-endian
 //! ```
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::tokens::{Tokens, Width, map};
 use super::vocabulary::{Listed, Vocabulary};
 use crate::error::{Error, Result};
+use crate::files;
 
 const MAGIC: &[u8; 16] = b"ouroboros tokens";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// Bytes of the digest at the end.
+const DIGEST: usize = 8;
 const ALIGN: usize = 64;
 
 /// Where the text came from.
@@ -61,24 +66,40 @@ pub struct Prepared {
 /// Whether a file begins as prepared files do.
 pub fn is_prepared(path: &Path) -> bool {
     let mut start = [0u8; MAGIC.len()];
-    File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == *MAGIC
+    files::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == *MAGIC
 }
 
 impl Prepared {
-    /// Maps a prepared file.
+    /// Maps a prepared file, which is read once.
     ///
     /// # Errors
-    /// [`Error::Data`] if it is of another format, or shorter than its header says.
+    /// [`Error::Data`] if it is of another format, damaged, or has tokens that its vocabulary does not have.
     pub fn open(path: &Path) -> Result<Prepared> {
         let wrong = |problem: &str| Error::data(path.display(), problem, "prepare it again: ouroboros data prepare");
         let map = map(path)?;
         let (header, start) = read_header(&map).map_err(|problem| wrong(&problem))?;
-        let bytes = header.splits.iter().map(|split| split.tokens).sum::<usize>() * header.width as usize;
-        if map.len() != start + bytes {
-            return Err(wrong(&format!("{} bytes instead of {}", map.len(), start + bytes)));
+        let sum = header.splits.iter().try_fold(0usize, |sum, split| sum.checked_add(split.tokens));
+        let bytes = sum.and_then(|tokens| tokens.checked_mul(header.width as usize));
+        let end =
+            bytes.and_then(|bytes| bytes.checked_add(start)).filter(|end| end.checked_add(DIGEST) == Some(map.len()));
+        let Some(end) = end else {
+            return Err(wrong(&format!(
+                "{} bytes, which is not what its header says: it is cut short or damaged",
+                map.len()
+            )));
+        };
+        if map[end..] != xxh3_64(&map[..end]).to_le_bytes() {
+            return Err(wrong("its digest is not that of its bytes: it is damaged"));
         }
-        let tokens = Tokens::of_map(map, start..start + bytes, header.width);
-        Ok(Prepared { header, tokens, path: path.to_owned() })
+
+        let tokens = Tokens::of_map(map, start..end, header.width);
+        let vocabulary = Vocabulary::of(header.vocabulary.clone()).len();
+        match tokens.largest() {
+            Some(largest) if largest >= vocabulary as u64 => {
+                Err(wrong(&format!("it has the token {largest}, and a vocabulary of {vocabulary}")))
+            }
+            _ => Ok(Prepared { header, tokens, path: path.to_owned() }),
+        }
     }
 
     /// The tokens of a split.
@@ -139,10 +160,10 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
             .collect(),
         vocabulary: vocabulary.listed().clone(),
     };
-    let temporary = path.with_extension("tokens.tmp");
+    let temporary = files::temporary(path);
     let written = || -> std::io::Result<()> {
         let json = serde_json::to_vec(&header)?;
-        let mut file = BufWriter::new(File::create(&temporary)?);
+        let mut file = Hashed { file: BufWriter::new(File::create(&temporary)?), hash: Xxh3::new() };
         file.write_all(MAGIC)?;
         file.write_all(&(json.len() as u64).to_le_bytes())?;
         file.write_all(&json)?;
@@ -151,14 +172,39 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
         for (_, bytes) in &splits {
             file.write_all(bytes)?;
         }
-        file.into_inner()?.sync_all()?;
-        fs::rename(&temporary, path)
+        let digest = file.hash.digest();
+        file.file.write_all(&digest.to_le_bytes())?;
+        file.file.into_inner()?.sync_all()?;
+        files::place(&temporary, path)
     };
     written().map_err(|error| {
         let _ = fs::remove_file(&temporary);
-        Error::data(path.display(), format!("cannot be written ({error})"), "choose another folder or make room")
+        match error.kind() {
+            ErrorKind::AlreadyExists => {
+                let problem = "another process has made it meanwhile";
+                Error::data(path.display(), problem, "take that, or remove it and run again")
+            }
+            _ => Error::data(
+                path.display(),
+                format!("cannot be written ({error})"),
+                "choose another folder or make room",
+            ),
+        }
     })?;
     Ok(header)
+}
+
+/// A file, and the digest of what is written.
+struct Hashed {
+    file: BufWriter<File>,
+    hash: Xxh3,
+}
+
+impl Hashed {
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.hash.update(bytes);
+        self.file.write_all(bytes)
+    }
 }
 
 #[cfg(test)]
@@ -198,12 +244,18 @@ mod tests {
             Prepared::open(&path).unwrap_err().to_string()
         };
         let text = message(&good[..good.len() - 1]);
-        assert!(text.contains("bytes instead of"), "{text}");
+        assert!(text.contains("cut short or damaged"), "{text}");
+        for place in 0..good.len() {
+            let mut bad = good.clone();
+            bad[place] ^= 1;
+            let text = message(&bad);
+            assert!(text.contains("a.tokens: "), "{place}: {text}");
+        }
         assert!(message(&good[..30]).contains("the header is cut short"));
         let mut other = good.clone();
-        let place = good.windows(10).position(|w| w == b"\"format\":1").unwrap();
+        let place = good.windows(10).position(|w| w == b"\"format\":2").unwrap();
         other[place + 9] = b'7';
         let text = message(&other);
-        assert!(text.contains("format 7 is not known to this version, which reads format 1"), "{text}");
+        assert!(text.contains("format 7 is not known to this version, which reads format 2"), "{text}");
     }
 }

@@ -1,14 +1,18 @@
 //! A sequence of tokens: bytes of files mapped into memory, one after the other, or tokens of one, two or four bytes
 //! each, mapped or in memory.
 
-use std::fs::File;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
+use crate::files;
+
+/// Tokens that are looked at together.
+const BLOCK: usize = 1 << 16;
 
 #[derive(Debug)]
 enum Bytes {
@@ -127,6 +131,32 @@ impl Tokens {
         Tokens { range: start + range.start..start + range.end, ..self.clone() }
     }
 
+    /// The largest token.
+    pub fn largest(&self) -> Option<u64> {
+        let mut block = Vec::new();
+        let largest_of = |start: usize| {
+            block.clear();
+            self.read(start, BLOCK.min(self.len() - start), &mut block);
+            block.iter().max().copied()
+        };
+        let largest: Option<i64> = (0..self.len()).step_by(BLOCK).filter_map(largest_of).max();
+        largest.map(|token| token as u64)
+    }
+
+    /// xxh3 of the tokens' bytes.
+    pub fn digest(&self) -> u64 {
+        let width = self.width as usize;
+        let (mut skip, mut left) = (self.range.start * width, self.len() * width);
+        let mut hash = Xxh3::new();
+        for part in self.parts.iter() {
+            let start = skip.min(part.len());
+            let take = (part.len() - start).min(left);
+            hash.update(&part[start..start + take]);
+            (skip, left) = (skip - start, left - take);
+        }
+        hash.digest()
+    }
+
     /// The share of the tokens below each of `cutoffs`, from the one before on, and of the rest; counted in blocks that
     /// are spread over the whole.
     pub fn shares(&self, cutoffs: &[usize]) -> Vec<f64> {
@@ -183,12 +213,9 @@ impl Tokens {
 pub fn map(path: &Path) -> Result<Mmap> {
     let wrong =
         |problem: String| Error::data(path.display(), problem, "check the path, which is relative to this folder");
-    let file = File::open(path).map_err(|error| wrong(format!("cannot be opened ({error})")))?;
-    let kind = file.metadata().map_err(|error| wrong(error.to_string()))?;
-    if !kind.is_file() {
-        return Err(wrong("not a file".into()));
-    }
-    if kind.len() == 0 {
+    let file = files::open(path).map_err(|error| wrong(format!("cannot be opened ({error})")))?;
+    let bytes = file.metadata().map_err(|error| wrong(error.to_string()))?.len();
+    if bytes == 0 {
         return Err(wrong("empty".into()));
     }
     // SAFETY: the map is read-only. Another process that cuts the file short while it is mapped would end this one
@@ -221,6 +248,11 @@ mod tests {
         assert_eq!(text.len(), 8);
         assert_eq!(read(&text, 2, 5), b"cdefg".map(i64::from));
         assert_eq!(read(&text.slice(3..8).slice(1..5), 3, 1), [i64::from(b'h')]);
+        let whole = Tokens::of_bytes(b"abcdefgh".to_vec());
+        for range in [0..8, 2..7, 4..4, 3..5] {
+            assert_eq!(text.slice(range.clone()).digest(), whole.slice(range).digest());
+        }
+        assert_ne!(text.digest(), text.slice(0..7).digest());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::Tokenizer;
 use super::tokens::Width;
@@ -97,25 +98,37 @@ impl Vocabulary {
         Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens })
     }
 
-    /// The words of a list, one a line, in its order; `<eos>` is added at the front if it is not among them.
+    /// The words of a list, one a line, in its order, each alone or before its count; `<eos>` is added at the front if it is
+    /// not among them.
     ///
     /// # Errors
-    /// [`Error::Data`] for a list that is empty or has a word twice.
+    /// [`Error::Data`] for a list that is empty, or has a word twice or a line that is no word.
     pub fn of_list(text: &str, path: &str) -> Result<Vocabulary> {
-        let wrong = |problem: String| Err(Error::data(path, problem, "one word a line, each once"));
-        let mut tokens: Vec<String> =
-            text.lines().map(|line| line.trim().to_owned()).filter(|w| !w.is_empty()).collect();
+        let wrong = |problem: String| Error::data(path, problem, "one word a line, each once, alone or with its count");
+        let mut tokens = Vec::new();
+        for (i, line) in text.lines().enumerate() {
+            match line.split_whitespace().collect::<Vec<_>>()[..] {
+                [] => {}
+                [word] => tokens.push(word.to_owned()),
+                [word, count] if count.parse::<f64>().is_ok() => tokens.push(word.to_owned()),
+                _ => {
+                    let shown: String = line.escape_debug().take(40).collect();
+                    return Err(wrong(format!("line {} is no word: `{shown}`", i + 1)));
+                }
+            }
+        }
         if tokens.is_empty() {
-            return wrong("no words".into());
+            return Err(wrong("no words".into()));
         }
         if !tokens.iter().any(|token| token == EOS) {
             tokens.insert(0, EOS.to_owned());
         }
+
         let count = tokens.len();
         let vocabulary = Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens });
         if vocabulary.numbers.len() < count {
             let twice = vocabulary.listed.tokens.iter().enumerate().find(|(i, t)| vocabulary.numbers[*t] != *i as u32);
-            return wrong(format!("`{}` stands in it twice", twice.map_or("", |(_, token)| token)));
+            return Err(wrong(format!("`{}` stands in it twice", twice.map_or("", |(_, token)| token))));
         }
         Ok(vocabulary)
     }
@@ -123,6 +136,25 @@ impl Vocabulary {
     /// What can be saved.
     pub fn listed(&self) -> &Listed {
         &self.listed
+    }
+
+    /// xxh3 of the tokens in their order.
+    pub fn digest(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        hash.update(self.listed.tokenizer.word().as_bytes());
+        for token in &self.listed.tokens {
+            hash.update(&(token.len() as u64).to_le_bytes());
+            hash.update(token.as_bytes());
+        }
+        hash.digest()
+    }
+
+    /// The first number that means another token in another vocabulary: the token here and there.
+    pub fn first_difference<'a>(&'a self, other: &'a Vocabulary) -> Option<(usize, Option<&'a str>, Option<&'a str>)> {
+        let (mine, theirs) = (&self.listed.tokens, &other.listed.tokens);
+        let at = |tokens: &'a [String], i: usize| tokens.get(i).map(String::as_str);
+        let differs = |i: &usize| at(mine, *i) != at(theirs, *i);
+        (0..mine.len().max(theirs.len())).find(differs).map(|i| (i, at(mine, i), at(theirs, i)))
     }
 
     /// How many tokens there are.

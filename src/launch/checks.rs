@@ -1,12 +1,17 @@
 //! What the ranks of a world check together before they train.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::job::Job;
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
+use crate::data::Fingerprint;
 use crate::error::{Error, Result};
 use crate::grid::Placement;
+use crate::lock;
 use crate::memory;
 use crate::setup::Setup;
 use crate::topology::Topology;
@@ -15,11 +20,17 @@ use crate::topology::Topology;
 pub(super) fn setup_of_rank(job: &Job, world: &World) -> Result<(Setup, Option<Topology>)> {
     let (setup, topology) = job.setup()?;
     let (size, grid) = (world.identity.size, setup.grid);
-    if let Some((launched, _)) = mpi::launched()
+    if let Some((names, launched, _)) = mpi::launcher()
         && launched != size
     {
-        let found = format!("{launched} processes started and {size} ranks in MPI's world");
-        return Err(Error::config("launcher", found, format!("use the mpirun of {}", mpi::library_version())));
+        let [name, rank] = names;
+        let found = format!("{name} = {launched} and {size} ranks in MPI's world");
+        let remedy = format!(
+            "use the mpirun of {}; where nothing launches (a shell inside a batch job), unset {name} and {rank}, or give \
+             --transport local",
+            mpi::library_version()
+        );
+        return Err(Error::config("launcher", found, remedy));
     }
     if grid.size() != size {
         let devices = match grid.placement {
@@ -35,12 +46,12 @@ pub(super) fn setup_of_rank(job: &Job, world: &World) -> Result<(Setup, Option<T
 /// The setup that goes on from what rank 0 has found and verified.
 pub(super) fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
     let found = if world.identity.rank == 0 { job.saved(&setup) } else { Ok(None) };
-    let path = found.as_ref().ok().and_then(Option::as_ref).map(|saved| saved.path.to_string_lossy().into_owned());
-    let all = world.all_gather(path.unwrap_or_default().into_bytes())?;
+    let path = found.as_ref().ok().and_then(Option::as_ref).map(|saved| saved.path.as_os_str().as_bytes().to_vec());
+    let all = world.all_gather(path.unwrap_or_default())?;
     let saved = match found? {
         Some(saved) => Some(saved),
         None if all[0].is_empty() => None,
-        None => Some(Checkpoint::read_manifest(Path::new(String::from_utf8_lossy(&all[0]).as_ref()))?),
+        None => Some(Checkpoint::read_manifest(Path::new(OsStr::from_bytes(&all[0])))?),
     };
     match saved {
         Some(saved) => setup.resume(saved),
@@ -74,17 +85,50 @@ pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<(
     job.check_memory(setup, *rank..*rank + 1, &neighbours)
 }
 
-/// Refuses a world whose ranks have read different configs, or texts of different length.
+/// Refuses a world whose ranks have read different configs, texts or vocabularies.
 pub(super) fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
-    let (train, held_out) = (setup.corpus.train.len(), setup.corpus.held_out.len());
-    let mine =
-        format!("{}\n# {train} + {held_out} tokens of text, from step {}", setup.config.to_toml(), setup.start());
-    let all = world.all_gather(mine.into_bytes())?;
-    match all.iter().position(|other| *other != all[0]) {
-        None => Ok(()),
-        Some(rank) => {
-            let found = format!("another config or text on rank {rank} than on rank 0");
-            Err(Error::config("CONFIG", found, "give all nodes the same files"))
+    let Fingerprint { train_tokens, train, held_out_tokens, held_out, vocabulary } = setup.corpus.fingerprint();
+    let mine = [
+        ("vocabulary", vocabulary.clone()),
+        ("training text", format!("{train_tokens} {train}")),
+        ("held-out text", format!("{held_out_tokens} {held_out}")),
+        ("config", setup.config.to_toml()),
+        ("step to go on from", setup.start().to_string()),
+    ];
+    for (what, mine) in mine {
+        let all = world.all_gather(mine.into_bytes())?;
+        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
+            let found = format!("another {what} on rank {rank} than on rank 0");
+            return Err(Error::config(
+                "CONFIG",
+                found,
+                "give all nodes the same files, and all ranks the same working folder",
+            ));
         }
     }
+    Ok(())
 }
+
+/// Refuses ranks that do not see the run's folder that rank 0 writes, whose lock is `owner`'s.
+pub(super) fn same_folder(world: &World, out: &Path, owner: Option<&str>) -> Result<()> {
+    let all = world.all_gather(owner.unwrap_or_default().as_bytes().to_vec())?;
+    if world.identity.rank == 0 {
+        return Ok(());
+    }
+    let owner = String::from_utf8_lossy(&all[0]);
+
+    let begun = Instant::now();
+    while !lock::is_of(out, &owner) {
+        if begun.elapsed() > SEEN {
+            let here = std::env::current_dir().unwrap_or_default();
+            let found = format!("{} of working folder {} on {}", out.display(), here.display(), world.identity.host);
+            let remedy = "rank 0 writes a folder of this name that is not seen here: choose one that all nodes share";
+            return Err(Error::config("--out", found, remedy));
+        }
+        std::thread::sleep(SEEN / 100);
+    }
+    Ok(())
+}
+
+/// A network file system shows what another node has written after a while.
+const SEEN: Duration = Duration::from_secs(10);

@@ -20,6 +20,7 @@ use crate::control::{Mode, STOPPED, Watch, left_of_job};
 use crate::error::Error;
 use crate::failure::{caught, show};
 use crate::inject::Injection;
+use crate::metrics::thousands;
 use crate::setup::Setup;
 
 /// Runs a job on whatever carries it; the exit code. Errors have been printed.
@@ -31,7 +32,7 @@ pub fn train(job: &Job) -> u8 {
 }
 
 fn run_job(job: &Job) -> u8 {
-    let launched = mpi::launched().is_some_and(|(size, _)| size > 1);
+    let launched = mpi::by_mpirun() && mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
         _ if job.emulate && launched => {
             return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into()));
@@ -103,13 +104,13 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     if let Some(injection) = inject {
         say!("a fault on purpose: {injection}");
     }
-    for note in too_few_cores(setup.config.threads)
-        .into_iter()
-        .chain(job_end().and_then(Result::err))
-        .chain(setup.config.notes())
-    {
+    let notes = too_few_cores(setup.config.threads).into_iter().chain(job_end().and_then(Result::err));
+    for note in notes.chain(setup.other_texts()).chain(setup.config.notes()) {
         say!("{note}");
     }
+    let (train, held_out) = (setup.corpus.train.len() as u64, setup.corpus.held_out.len() as u64);
+    let unit = setup.config.data.tokenizer.unit();
+    say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));
     if let Some(floor) = setup.corpus.floor {
         say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }

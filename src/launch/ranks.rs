@@ -8,7 +8,7 @@ use std::time::Duration;
 use tch::Device;
 
 use super::agree::together;
-use super::checks::{enough_memory, hosts, on_their_nodes, resumed, same_everywhere, setup_of_rank};
+use super::checks::{enough_memory, hosts, on_their_nodes, resumed, same_everywhere, same_folder, setup_of_rank};
 use super::devices::{apart, carried, chosen};
 use super::job::{Job, Transport};
 use super::{announce, watch};
@@ -68,6 +68,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
         0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
         _ => Ok(None),
     })?;
+    together(world, || same_folder(world, &out, coordinator.as_ref().map(Coordinator::owner)))?;
     together(world, || runtime::log_to(&out, rank))?;
     if rank == 0 {
         announce(&setup, "MPI ranks", job.mode(&setup).inject);

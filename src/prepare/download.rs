@@ -1,6 +1,6 @@
 //! Downloads that can be interrupted: into `NAME.part`, gone on with where they ended, checked by SHA-256, then renamed.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// A server that says nothing for so long is gone.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -30,7 +31,7 @@ pub fn bytes_bar(total: u64, what: &str) -> ProgressBar {
 /// [`Error::Data`] if it cannot be read.
 pub fn digest(path: &Path) -> Result<String> {
     let wrong = |error: io::Error| Error::data(path.display(), format!("cannot be read ({error})"), "check the file");
-    let mut file = File::open(path).map_err(wrong)?;
+    let mut file = files::open(path).map_err(wrong)?;
     let bar = bytes_bar(file.metadata().map_err(wrong)?.len(), "checking");
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
@@ -91,7 +92,8 @@ pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
     Err(Error::data(path.display(), format!("cannot be downloaded ({})", problems.join("; ")), REMEDY))
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+/// `NAME` as `NAME.suffix`, whatever its characters.
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)

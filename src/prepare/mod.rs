@@ -9,20 +9,21 @@
 
 mod download;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::data::prepared::{self, Header, Prepared, Source};
 use crate::data::{DataConfig, Tokenizer, Vocabulary, cut_text, made, utf8};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::metrics::thousands;
 
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The name of a known corpus, or the path of a text.
-    pub what: String,
+    pub what: PathBuf,
     /// Where archives and prepared files go.
     pub dir: PathBuf,
     pub out: Option<PathBuf>,
@@ -88,7 +89,7 @@ type Texts = Vec<(&'static str, Vec<u8>)>;
 /// # Errors
 /// [`Error::Data`] about the archive, the text or the file; [`Error::Config`] about an option that does not fit.
 pub fn prepare(request: &Request) -> Result<PathBuf> {
-    let known = KNOWN.iter().find(|known| known.name == request.what);
+    let known = KNOWN.iter().find(|known| request.what == Path::new(known.name));
     let tokenizer = request.tokenizer.unwrap_or(known.map_or(Tokenizer::Bytes, |known| known.tokenizer));
     let list = request.vocabulary.as_ref().map(|path| path.display().to_string());
     let rare = (request.min_count > 1).then(|| request.min_count.to_string());
@@ -98,7 +99,7 @@ pub fn prepare(request: &Request) -> Result<PathBuf> {
         }
     }
     if let Some(fraction) = request.held_out.filter(|_| known.is_some()) {
-        let remedy = format!("the splits of {} are fixed; leave it out", request.what);
+        let remedy = format!("the splits of {} are fixed; leave it out", request.what.display());
         return Err(Error::config("--held-out", fraction, remedy));
     }
     match known {
@@ -130,7 +131,7 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
     ] {
         if given {
             let names: Vec<&str> = KNOWN.iter().map(|known| known.name).collect();
-            let remedy = format!("is for {} only; `{}` is taken for a file", names.join(", "), request.what);
+            let remedy = format!("is for {} only; `{}` is taken for a file", names.join(", "), request.what.display());
             return Err(Error::config(option, "given", remedy));
         }
     }
@@ -138,22 +139,27 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
     if !(fraction > 0.0 && fraction < 0.5) {
         return Err(Error::config("--held-out", fraction, "a share above 0 and below 0.5 for each of valid and test"));
     }
-    let path = Path::new(&request.what);
+    let path = &request.what;
     let names: Vec<&str> = KNOWN.iter().map(|known| known.name).collect();
     let wrong = |error: std::io::Error| {
         let problem = format!("cannot be read ({error})");
         Error::data(path.display(), problem, format!("give the path of a text, or one of {}", names.join(", ")))
     };
-    let bytes = fs::read(path).map_err(wrong)?;
+    let bytes = files::read(path).map_err(wrong)?;
     let tokenizer = request.tokenizer.unwrap_or(Tokenizer::Bytes);
-    let name = path.file_name().map_or(request.what.clone(), |name| name.to_string_lossy().into_owned());
-    let out = request.out.clone().unwrap_or_else(|| request.dir.join(format!("{name}.tokens")));
-    let source = Source { name, sha256: download::digest_of(&bytes), how: how(request, tokenizer)? };
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_owned();
+    let out =
+        request.out.clone().unwrap_or_else(|| request.dir.join(download::with_suffix(Path::new(&name), ".tokens")));
+    let source = Source {
+        name: name.to_string_lossy().into_owned(),
+        sha256: download::digest_of(&bytes),
+        how: how(request, tokenizer)?,
+    };
     if is_done(&out, &source)? {
         return Ok(out);
     }
     make_folder_of(&out)?;
-    let texts = cut(bytes, &request.what, tokenizer, fraction)?;
+    let texts = cut(bytes, &path.display().to_string(), tokenizer, fraction)?;
     finish(request, &out, source, texts, tokenizer)
 }
 
@@ -234,7 +240,7 @@ fn make_folder_of(out: &Path) -> Result<()> {
 /// The texts of an archive.
 fn unpack(archive: &Path, known: &Known, tokenizer: Tokenizer) -> Result<Texts> {
     let wrong = |problem: String| Error::data(archive.display(), problem, "fetch it again, or give another --archive");
-    let file = File::open(archive).map_err(|error| wrong(error.to_string()))?;
+    let file = files::open(archive).map_err(|error| wrong(error.to_string()))?;
     let mut zip = zip::ZipArchive::new(file).map_err(|error| wrong(format!("not a zip archive ({error})")))?;
     let mut read = |name: &str| -> Result<Vec<u8>> {
         let mut member = zip.by_name(name).map_err(|error| wrong(format!("no `{name}` in it ({error})")))?;
@@ -269,7 +275,7 @@ fn cut(bytes: Vec<u8>, name: &str, tokenizer: Tokenizer, fraction: f64) -> Resul
 
 /// Tokenises the splits and writes the prepared file.
 fn finish(request: &Request, out: &Path, source: Source, texts: Texts, tokenizer: Tokenizer) -> Result<PathBuf> {
-    let name = |split: &str| format!("{} ({split})", request.what);
+    let name = |split: &str| format!("{} ({split})", request.what.display());
     let header = match tokenizer {
         Tokenizer::Bytes => prepared::write(out, source, &Vocabulary::bytes(), texts)?,
         _ => {

@@ -12,7 +12,7 @@ use tch::Device;
 use crate::checkpoint::{Checkpoint, Pipeline};
 use crate::config::Config;
 use crate::data::{Corpus, Order};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::{self, Dimensions, Stack, TieGradient};
 use crate::number::{READBACK_STEPS, Readback};
@@ -97,6 +97,7 @@ impl Setup {
     /// [`Error::Config`](crate::error::Error) about a setting that would make another run of it.
     pub fn resume(self, saved: Checkpoint) -> Result<Setup> {
         saved.fits(&self.config)?;
+        self.check_vocabulary(&saved)?;
         let before = &saved.manifest.config;
         let optimizer = self.config.optimizer.going_on(&before.optimizer);
         let earlier = before.optimizer.going_on(&before.optimizer);
@@ -111,6 +112,50 @@ impl Setup {
         schedule.saves_again = saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();
         let config = Config { optimizer, ..self.config };
         Ok(Setup { config, schedule, resumed: Some(Arc::new(saved)), ..self })
+    }
+
+    /// Refuses a text whose tokens are not those that the weights know.
+    fn check_vocabulary(&self, saved: &Checkpoint) -> Result<()> {
+        let Some((number, here, there)) = self.corpus.vocabulary.first_difference(&saved.vocabulary) else {
+            return Ok(());
+        };
+        let unit = self.corpus.vocabulary.unit();
+        let shown =
+            |token: Option<&str>| token.map_or("nothing".to_owned(), |token| format!("`{}`", token.escape_debug()));
+        let problem = format!(
+            "{unit} number {number} is {} in the text's vocabulary and {} in that of {}",
+            shown(here),
+            shown(there),
+            saved.path.display()
+        );
+        let remedy = "give the text that the run began with, or begin another run";
+        Err(Error::data(self.config.data.name(), problem, remedy))
+    }
+
+    /// What the run reads that is another than before, as far as that is no error: for the user to know.
+    pub fn other_texts(&self) -> Vec<String> {
+        let Some(saved) = &self.resumed else { return Vec::new() };
+        let (before, now) = (&saved.manifest.config, &self.config);
+        let mut notes = Vec::new();
+        if before.order() != now.order() {
+            notes.push("note: data.order is another than before: every step from here on reads other rows".to_owned());
+        }
+        let Some(text) = &saved.manifest.text else { return notes };
+
+        let found = self.corpus.fingerprint();
+        if text.train != found.train {
+            notes.push(format!(
+                "note: the training text is another than before ({} {}s, then {}): every step from here on reads other rows",
+                found.train_tokens,
+                now.data.tokenizer.unit(),
+                text.train_tokens
+            ));
+        }
+        if text.held_out != found.held_out {
+            let text = "note: the held-out text is another than before: evaluations from here on are not to be compared with earlier ones";
+            notes.push(text.to_owned());
+        }
+        notes
     }
 
     /// What a state needs to know of the pipeline.

@@ -125,6 +125,327 @@ fn field_f15() {
     assert!(shell(&folder, ranks).expect_code(75).stdout.contains("SIGUSR2 at stage"));
 }
 
+/// A run that goes on with another text, or another vocabulary.
+#[test]
+fn field_f03() {
+    let folder = Folder::new();
+    let write = |name: &str, text: String| std::fs::write(folder.path(name), text).unwrap();
+    write("a.txt", "one two two three three three\n".repeat(200));
+    write("frequent.txt", "one one one two two three\n".repeat(200));
+    write("same.txt", "three two three one two three\n".repeat(200));
+    write("grown.txt", "one two two three three three\n".repeat(300));
+    let words = "--set data.tokenizer=words --set data.sequence=8 --set eval.every=3";
+    let train = |text: &str, more: &str| {
+        format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml --out a --set data.path={text} {words} {more}")
+    };
+    shell(&folder, &train("a.txt", "")).expect_code(0);
+    let resumed = |text: &str, more: &str| shell(&folder, &train(text, &format!("--resume --set steps=8 {more}")));
+
+    let refused = resumed("frequent.txt", "").expect_code(3);
+    let told = "word number 0 is `one` in the text's vocabulary and `three` in that of";
+    assert!(refused.stderr.contains(told), "{refused}");
+    write("more.txt", "one two two three three three four\n".repeat(200));
+    let refused = resumed("more.txt", "").expect_code(3);
+    assert!(refused.stderr.contains("is `four` in the text's vocabulary and nothing in that of"), "{refused}");
+
+    // Copies, so that each goes on from the same state.
+    for (text, more, note) in [
+        ("a.txt", "", None),
+        ("same.txt", "", Some("note: the training text is another than before")),
+        ("grown.txt", "", Some("note: the training text is another than before")),
+        ("a.txt", "--set data.held_out=same.txt", Some("note: the held-out text is another than before")),
+        ("a.txt", "--set data.order=streams", Some("note: data.order is another than before")),
+    ] {
+        let script = format!("rm -rf b; cp -r a b; {}", train(text, &format!("--resume --set steps=8 {more}")));
+        let done = shell(&folder, &script.replace("--out a", "--out b")).expect_code(0);
+        let found = done.stdout.lines().find(|line| line.starts_with("note: ") && line.contains("another"));
+        assert!(
+            note.is_none() == found.is_none() && done.stdout.contains(note.unwrap_or("goes on at step 6")),
+            "{done}"
+        );
+    }
+
+    let characters = "--set data.tokenizer=characters --set data.sequence=8";
+    let train =
+        |text: &str, more: &str| format!("$B train tiny.toml --out c --set data.path={text} {characters} {more}");
+    shell(&folder, &train("a.txt", "")).expect_code(0);
+    write("upper.txt", "ONE two two three three three\n".repeat(200));
+    let refused = shell(&folder, &train("upper.txt", "--resume")).expect_code(3);
+    assert!(refused.stderr.contains("character number 2 is `E` in the text's vocabulary and `e`"), "{refused}");
+}
+
+/// Ranks that read different texts or vocabularies.
+#[test]
+fn field_f04() {
+    let folder = Folder::new();
+    let ranks = |name: &str, texts: [&str; 2], tokenizer: &str| {
+        for (rank, text) in texts.into_iter().enumerate() {
+            std::fs::create_dir_all(folder.path(&format!("{name}{rank}"))).unwrap();
+            std::fs::write(folder.path(&format!("{name}{rank}/text")), text.repeat(200)).unwrap();
+        }
+        let program = format!(
+            "cd {name}$OMPI_COMM_WORLD_RANK; $B train ../tiny.toml --grid 2x1 --out ../out --set data.path=text \
+             --set data.tokenizer={tokenizer}"
+        );
+        std::fs::write(folder.path("program"), program).unwrap();
+        shell(&folder, "sed -i /synthetic/d tiny.toml; $M 2 bash program")
+    };
+    for (name, texts, tokenizer, what) in [
+        ("text", ["a b c\n", "a b d\n"], "bytes", "training text"),
+        ("words", ["a b c\n", "a b d\n"], "words", "vocabulary"),
+        ("frequency", ["a b b\n", "a a b\n"], "words", "vocabulary"),
+    ] {
+        let refused = ranks(name, texts, tokenizer).expect_code(2);
+        assert!(refused.stderr.contains(&format!("another {what} on rank 1 than on rank 0")), "{refused}");
+    }
+    ranks("same", ["a b c\n", "a b c\n"], "words").expect_code(0);
+}
+
+/// A run's folder that the nodes do not share.
+#[test]
+fn field_f05() {
+    let folder = Folder::new();
+    let program =
+        "mkdir -p $OMPI_COMM_WORLD_RANK; cd $OMPI_COMM_WORLD_RANK; $B train ../tiny.toml --grid 2x1 --out run";
+    std::fs::write(folder.path("program"), program).unwrap();
+    let refused = shell(&folder, "$M 2 bash program").expect_code(2);
+    assert!(
+        refused.stderr.contains("rank 1: setting `--out`") && refused.stderr.contains("all nodes share"),
+        "{refused}"
+    );
+    assert!(!folder.path("0/run/checkpoints").exists(), "{refused}");
+}
+
+/// A run that is suspended and continued.
+#[test]
+fn field_f06() {
+    let folder = Folder::new();
+    let long = "$LONG --set stall_seconds=1 --max-minutes 0.2";
+    let ranks = shell(
+        &folder,
+        &format!(
+            "$M 2 $B train tiny.toml --grid 2x1 --out a {long} & sleep 3; all=\"$! $(pgrep -P $!)\"
+             kill -STOP $all; sleep 6; kill -CONT $all; wait $!"
+        ),
+    );
+    assert!(ranks.code == Some(75) && ranks.errors().is_empty(), "{ranks}");
+    let alone = format!(
+        "$B train tiny.toml --grid 2x1 --out b {long} & sleep 1; kill -STOP $!; sleep 6; kill -CONT $!; wait $!"
+    );
+    let alone = shell(&folder, &alone);
+    assert!(alone.code == Some(75) && alone.errors().is_empty(), "{alone}");
+    // No step has taken the time of the pause.
+    let metrics = text(&folder.path("b/metrics.jsonl"));
+    let longest =
+        metrics.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step_s"].as_f64());
+    assert!(longest.fold(0.0, f64::max) < 4.0);
+}
+
+/// Names that two writers would share.
+#[test]
+fn field_f07() {
+    let folder = Folder::new();
+    for (name, letter) in [("one", "a"), ("two", "b")] {
+        std::fs::write(folder.path(name), letter.repeat(1 << 22)).unwrap();
+    }
+    let both = "$B data prepare one --out p.one & $B data prepare two --out p.two & second=$!; wait $second";
+    shell(&folder, both).expect_code(0);
+    let bytes = |name: &str| std::fs::read(folder.path(name)).unwrap();
+    for (name, letter) in [("p.one", b'a'), ("p.two", b'b')] {
+        assert_eq!(bytes(name)[bytes(name).len() - 100], letter, "{name}");
+    }
+    assert!(
+        std::fs::read_dir(folder.path(""))
+            .unwrap()
+            .flatten()
+            .all(|e| !e.file_name().to_string_lossy().ends_with("tmp"))
+    );
+
+    // Two that make the same file: one makes it, the other is told, or finds it made.
+    let same = "$B data prepare one --out q & $B data prepare two --out q; a=$?; wait $!; echo codes $a $?";
+    let done = shell(&folder, same).expect_code(0);
+    assert!(done.stdout.contains("codes 3 0") || done.stdout.contains("codes 0 3"), "{done}");
+    assert!(done.stderr.contains("another process has made it meanwhile") || done.stderr.contains("made of"), "{done}");
+}
+
+/// Two runs in one folder.
+#[test]
+fn field_f08() {
+    let folder = Folder::new();
+    let second = "sleep 1.5; $B train tiny.toml --out a --set seed=2; code=$?; kill -KILL $!; exit $code";
+    let refused = shell(&folder, &format!("$B train tiny.toml --out a $LONG & {second}")).expect_code(2);
+    assert!(refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    // A dead run's lock does not hold.
+    shell(&folder, "$B train tiny.toml --out a").expect_code(0);
+    let ranks = format!(
+        "$M 2 $B train tiny.toml --out b --grid 2x1 $LONG --max-minutes 0.1 & sleep 3; {}",
+        &second[11..].replace("--out a", "--out b")
+    );
+    let refused = shell(&folder, &ranks.replace("kill -KILL $!", "wait $!")).expect_code(2);
+    assert!(refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    let refused = shell(
+        &folder,
+        "$B train tiny.toml --out c $LONG & sleep 1.5; $B init tiny.toml --out c; code=$?; kill $!; exit $code",
+    );
+    assert!(refused.code == Some(2) && refused.stderr.contains("writes into it"), "{refused}");
+}
+
+/// Clocks that differ or jump.
+#[test]
+fn field_f09() {
+    let folder = Folder::new();
+    shell(&folder, "$B train tiny.toml --out a --set steps=40 --set checkpoint.every=2 --set checkpoint.keep_last=4 --max-minutes 0")
+        .expect_code(75);
+    let train = "$B train tiny.toml --out a --resume --set steps=100000 --set checkpoint.every=50 --max-minutes 0.01";
+    shell(&folder, train).expect_code(75);
+    let oldest = |name: &str| -> Vec<u64> {
+        let entries = std::fs::read_dir(folder.path(name).join("checkpoints")).unwrap().flatten();
+        let mut steps: Vec<u64> =
+            entries.map(|e| e.file_name().to_string_lossy().trim_start_matches("step-").parse().unwrap()).collect();
+        steps.sort_unstable();
+        steps
+    };
+    // The clock of the machine that saved the older state was an hour ahead.
+    let steps = oldest("a");
+    let manifest = folder.path(&format!("a/checkpoints/step-{}/manifest.json", steps[0]));
+    let mut value: serde_json::Value = serde_json::from_str(&text(&manifest)).unwrap();
+    value["time_ms"] = (value["time_ms"].as_u64().unwrap() + 3_600_000).into();
+    std::fs::write(&manifest, value.to_string()).unwrap();
+    let mut before = *steps.last().unwrap();
+    for _ in 0..3 {
+        shell(&folder, train).expect_code(75);
+        let steps = oldest("a");
+        assert!(*steps.last().unwrap() > before && steps.len() <= 4, "{steps:?} after {before}");
+        before = *steps.last().unwrap();
+    }
+}
+
+/// Lists of words as people have them.
+#[test]
+fn field_f10() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("text"), "the cat saw the dog\n".repeat(300)).unwrap();
+    let train = |list: &str, out: &str| {
+        std::fs::write(folder.path("list"), list).unwrap();
+        let words = "--set data.tokenizer=words --set data.vocabulary=list --set data.path=text --set data.sequence=8";
+        shell(&folder, &format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml --out {out} {words} --set steps=30"))
+    };
+    let plain = train("the\ncat\nsaw\ndog\n<unk>\n", "plain").expect_code(0);
+    for (list, out) in [
+        ("the\t600\ncat\t300\nsaw\t300\ndog\t300\n<unk>\t0\n", "counts"),
+        ("\u{feff}the\ncat\nsaw\ndog\n<unk>\n", "mark"),
+        ("the \r\ncat\r\nsaw\r\ndog\r\n<unk>\r\n", "windows"),
+    ] {
+        let found = train(list, out).expect_code(0);
+        assert_eq!(
+            found.stdout.lines().find(|l| l.starts_with("loss (last")),
+            plain.stdout.lines().find(|l| l.starts_with("loss (last"))
+        );
+    }
+    let refused = train("the\ncat and dog\n", "a").expect_code(3);
+    assert!(refused.stderr.contains("list: line 2 is no word: `cat and dog`"), "{refused}");
+    let refused = train("the\ncat\nsaw\n", "a").expect_code(3);
+    assert!(refused.stderr.contains("add `<unk>`, or the word, to list"), "{refused}");
+}
+
+/// The held-out share of a text with one very long line.
+#[test]
+fn field_f11() {
+    let folder = Folder::new();
+    let text = ["few words here\n".repeat(7), "long line ".repeat(10_000), "\n".into()].concat();
+    std::fs::write(folder.path("text"), text).unwrap();
+    let words = "--set data.tokenizer=words --set data.path=text --set data.sequence=8 --set data.held_out=0.05";
+    let done = shell(&folder, &format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml {words}")).expect_code(0);
+    assert!(done.stdout.contains("text: 19,0"), "{done}");
+    assert!(done.stdout.contains(" words to train on, 1,00"), "{done}");
+}
+
+/// Files that are not files.
+#[test]
+fn field_f14() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("text"), "a b c d\n".repeat(300)).unwrap();
+    let words = "--set data.tokenizer=words --set data.sequence=8";
+    for command in [
+        "$B train tiny.toml --set data.path=pipe".to_owned(),
+        "$B train tiny.toml --set data.path=text --set data.held_out=pipe".to_owned(),
+        format!("$B train tiny.toml --set data.path=text {words} --set data.vocabulary=pipe"),
+        "$B data prepare pipe".to_owned(),
+        "$B data prepare text --tokenizer words --vocabulary pipe".to_owned(),
+        "$B data prepare enwik8 --archive pipe --sha256 00".to_owned(),
+        "$B bench tiny.toml --emulated-compute pipe".to_owned(),
+    ] {
+        let script = format!("sed -i /synthetic/d tiny.toml; [ -e pipe ] || mkfifo pipe; timeout 10 {command}");
+        let refused = shell(&folder, &script);
+        assert!(refused.code == Some(2) || refused.code == Some(3), "{refused}");
+        assert!(refused.stderr.contains("a pipe, not a file"), "{refused}");
+    }
+}
+
+/// Absurd sizes.
+#[test]
+fn field_f16() {
+    let folder = Folder::new();
+    let keys = [
+        "steps",
+        "batch",
+        "microbatches",
+        "slack",
+        "threads",
+        "model.layers",
+        "model.d_model",
+        "model.heads",
+        "model.d_ff",
+        "model.mem_len",
+        "data.sequence",
+        "data.synthetic",
+        "grid.stages",
+        "grid.replicas",
+        "eval.tokens",
+        "eval.sequence",
+    ];
+    let largest = [i64::MAX, (1 << 51) + 1];
+    for (key, value) in keys.iter().flat_map(|key| largest.map(|value| (key, value))) {
+        let refused = shell(&folder, &format!("timeout 20 $B train tiny.toml --set {key}={value}")).expect_code(2);
+        assert!(refused.stderr.contains(&format!("setting `{key}`: found {value}; more than")), "{refused}");
+    }
+    for refused in ["--set grid.delays=[9223372036854775807]", "--set grid.layers_per_stage=[9223372036854775807]"] {
+        let refused = shell(&folder, &format!("timeout 20 $B train tiny.toml {refused}")).expect_code(2);
+        assert!(refused.stderr.contains("setting `grid."), "{refused}");
+    }
+    for options in
+        ["--slack 9223372036854775807", "--microbatches 4294967297", "--grid 99999999x2", "--steps 4294967297"]
+    {
+        let refused = shell(&folder, &format!("timeout 20 $B schedule {options}")).expect_code(2);
+        assert!(refused.stderr.contains("error: "), "{refused}");
+    }
+    for (out, more) in [("a", "--grid 2x1"), ("b", "--emulate"), ("c", "--grid 2x1 --set schedule=1f1b")] {
+        let script = format!(
+            "timeout -s KILL 20 $B train tiny.toml --set steps=1000000000000 --max-minutes 0.01 --out {out} {more}"
+        );
+        let stopped = shell(&folder, &script).expect_code(75);
+        assert!(stopped.stdout.contains("of 1000000000000; it is saved"), "{stopped}");
+    }
+}
+
+/// Damaged inputs: found when they are opened.
+#[test]
+fn field_f18() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("text"), "a b c d e\n".repeat(400)).unwrap();
+    shell(&folder, "$B data prepare text --tokenizer words --out p").expect_code(0);
+    let good = std::fs::read(folder.path("p")).unwrap();
+    let train = "sed -i /synthetic/d tiny.toml; $B train tiny.toml --set data.tokenizer=words --set data.path=p --set data.sequence=8";
+    shell(&folder, train).expect_code(0);
+    for place in [20, 60, 150, good.len() / 2, good.len() - 20, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[place] ^= 0x40;
+        std::fs::write(folder.path("p"), &bad).unwrap();
+        let refused = shell(&folder, train).expect_code(3);
+        assert!(refused.stderr.contains("data p: "), "{place}: {refused}");
+    }
+}
+
 /// What cannot be understood is told before anything is written.
 #[test]
 fn field_messages() {
@@ -133,4 +454,37 @@ fn field_messages() {
     assert!(refused.stderr.contains("setting `OUROBOROS_LOG`: found loud,=,x=7"), "{refused}");
     std::fs::create_dir_all(folder.path("b/STOP")).unwrap();
     shell(&folder, "$B train tiny.toml --out b").expect_code(0);
+    // Values as people write them.
+    for (set, code) in [("name=7", 0), ("optimizer.lr=.001", 0), ("optimizer.lr=1_000e-6", 0)] {
+        shell(&folder, &format!("$B train tiny.toml --set {set} --set steps=1")).expect_code(code);
+    }
+    assert!(folder.path("runs/7").exists());
+    for (set, told) in [
+        ("name=", "a folder of this name is made in runs/"),
+        ("name=../x", "a folder of this name is made in runs/"),
+        ("name=a/b", "a folder of this name is made in runs/"),
+        ("name=..", "a folder of this name is made in runs/"),
+        ("optimizer.lr=inf", "must be a finite number"),
+        ("seed=18446744073709551615", "expected a whole number from 0 to 9223372036854775807"),
+        ("eval=true", "a section: set its keys, as in `eval.KEY=VALUE`"),
+        ("grid=2x2", "give --grid, as in --grid 2x2"),
+    ] {
+        let refused = shell(&folder, &format!("$B train tiny.toml --set {set}")).expect_code(2);
+        assert!(refused.stderr.contains(told) && !refused.stderr.contains("struct"), "{refused}");
+    }
+    let refused = shell(&folder, "$B train --resume tiny.toml").expect_code(2);
+    assert!(refused.stderr.contains("write train tiny.toml --resume"), "{refused}");
+
+    // The variables of a launcher in a shell that launches nothing.
+    let variables = "PMI_SIZE=4 PMI_RANK=0";
+    let refused = shell(&folder, &format!("{variables} $B train tiny.toml --out c")).expect_code(2);
+    assert!(refused.stderr.contains("unset PMI_SIZE and PMI_RANK, or give --transport local"), "{refused}");
+    shell(&folder, &format!("{variables} $B train tiny.toml --out c --transport local")).expect_code(0);
+    shell(&folder, &format!("{variables} $B train tiny.toml --out c --emulate")).expect_code(0);
+    shell(&folder, "PMI_SIZE=1 PMI_RANK=0 $B train tiny.toml --out c").expect_code(0);
+
+    // Names that are not UTF-8.
+    let odd = "printf 'text %.0s' $(seq 2000) > $'t\\xff'; $B data prepare $'t\\xff' --dir $'d\\xff' && $B train tiny.toml --out $'r\\xff'";
+    shell(&folder, odd).expect_code(0);
+    shell(&folder, "$M 2 $B train tiny.toml --grid 2x1 --out $'r\\xff' --resume --set steps=9").expect_code(0);
 }

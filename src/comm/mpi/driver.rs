@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mpi::Threading;
 use mpi::topology::{Color, SimpleCommunicator};
@@ -28,6 +28,7 @@ use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
 use super::reduce::{Reducer, Work};
 use super::traffic::{Inbox, Incoming, Outgoing, address};
+use crate::awake::Awake;
 use crate::comm::Header;
 use crate::control::{Control, Gate, Report};
 use crate::device::Local;
@@ -183,7 +184,7 @@ struct Driver {
     reports: Option<Sender<Report>>,
     gate: Option<Arc<Gate>>,
     /// When rank 0 was heard last, and how long it may be silent while nothing moves here.
-    heard: Instant,
+    heard: Awake,
     patience: Duration,
     failure: Option<String>,
 }
@@ -200,7 +201,7 @@ impl Driver {
             notes: VecDeque::new(),
             reports: None,
             gate: None,
-            heard: Instant::now(),
+            heard: Awake::now(),
             patience: Duration::MAX,
             failure: None,
         }
@@ -277,7 +278,7 @@ impl Driver {
                 (self.reports, self.gate) = (reports, Some(gate));
                 // One after the other, so that one of them speaks.
                 self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
-                self.heard = Instant::now();
+                self.heard = Awake::now();
                 let _ = reply.send(self.connect(&groups, key, wire, inboxes));
                 Ok(())
             }
@@ -354,7 +355,7 @@ impl Driver {
     }
 
     fn on_control(&mut self, control: Control) -> MpiResult<()> {
-        self.heard = Instant::now();
+        self.heard = Awake::now();
         let Some(gate) = &self.gate else { return Ok(()) };
         gate.apply(control);
         if control == Control::Ask {
@@ -490,6 +491,8 @@ mod tests {
 
     use super::super::permits::Permits;
     use super::super::reduce::Work;
+    use std::time::Instant;
+
     use super::*;
     use crate::comm::Content;
     use crate::schedule::Pass;

@@ -36,10 +36,22 @@ const ABORT_TIME: Duration = Duration::from_secs(3);
 /// The size of the world and this rank, as the launcher's environment tells before MPI has started (Open MPI's mpirun,
 /// launchers that speak PMI, srun with PMIx); `None` when not under a launcher.
 pub fn launched() -> Option<(usize, usize)> {
+    launcher().map(|(_, size, rank)| (size, rank))
+}
+
+/// The variables of a launcher: the size of its world and this rank.
+const VARIABLES: [[&str; 2]; 3] =
+    [["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"], ["PMI_SIZE", "PMI_RANK"], ["SLURM_NTASKS", "PMIX_RANK"]];
+
+/// The variables by which a launcher tells of itself, and what they say.
+pub fn launcher() -> Option<([&'static str; 2], usize, usize)> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-    [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"), ("SLURM_NTASKS", "PMIX_RANK")]
-        .into_iter()
-        .find_map(|(size, rank)| Some((number(size)?, number(rank)?)))
+    VARIABLES.into_iter().find_map(|names| Some((names, number(names[0])?, number(names[1])?)))
+}
+
+/// Whether mpirun itself has started this process; the others' variables also stand in the shells of batch jobs.
+pub fn by_mpirun() -> bool {
+    launcher().is_some_and(|(names, ..)| names == VARIABLES[0])
 }
 
 /// The version of the MPI library, which need not be started.

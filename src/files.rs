@@ -1,0 +1,88 @@
+//! Files that are read and written: only whole files are read, and what is written stands under a name of its own until it is
+//! complete.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// Opens a file. A pipe, a device or a folder is refused at once, where opening or reading it might wait for ever.
+///
+/// # Errors
+/// What the system says, or what the path is instead of a file.
+pub fn open(path: &Path) -> io::Result<File> {
+    let kind = fs::metadata(path)?.file_type();
+    let found = match () {
+        () if kind.is_file() => return File::open(path),
+        () if kind.is_dir() => "a folder",
+        () if kind.is_fifo() => "a pipe",
+        () if kind.is_socket() => "a socket",
+        () => "a device",
+    };
+    Err(io::Error::new(ErrorKind::InvalidInput, format!("{found}, not a file")))
+}
+
+/// The bytes of a file; as [`open`].
+///
+/// # Errors
+/// What the system says, or what the path is instead of a file.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    io::Read::read_to_end(&mut open(path)?, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The text of a file; as [`open`].
+///
+/// # Errors
+/// What the system says, or what the path is instead of a file.
+pub fn read_text(path: &Path) -> io::Result<String> {
+    let invalid = |error: std::string::FromUtf8Error| io::Error::new(ErrorKind::InvalidData, error.utf8_error());
+    String::from_utf8(read(path)?).map_err(invalid)
+}
+
+/// A name beside `path` that no other process takes, for what is not complete yet.
+pub fn temporary(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+/// Gives a complete file its name, which nothing has yet.
+///
+/// # Errors
+/// [`ErrorKind::AlreadyExists`] if something has.
+pub fn place(temporary: &Path, path: &Path) -> io::Result<()> {
+    use rustix::io::Errno;
+    match renameat_with(CWD, temporary, CWD, path, RenameFlags::NOREPLACE) {
+        // A file system that cannot promise that nothing is replaced.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) if !path.exists() => fs::rename(temporary, path),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => Err(ErrorKind::AlreadyExists.into()),
+        renamed => Ok(renamed?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_are_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(open(folder.path()).unwrap_err().to_string(), "a folder, not a file");
+        assert_eq!(open(Path::new("/dev/null")).unwrap_err().to_string(), "a device, not a file");
+        assert_eq!(open(&folder.path().join("a")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn nothing_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        fs::write(temporary(&path), "new").unwrap();
+        place(&temporary(&path), &path).unwrap();
+        fs::write(temporary(&path), "newer").unwrap();
+        assert_eq!(place(&temporary(&path), &path).unwrap_err().kind(), ErrorKind::AlreadyExists);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+    }
+}
