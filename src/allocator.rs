@@ -32,9 +32,18 @@ mod tests {
         text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
     }
 
-    /// Free space that has grown together is used again for what is small.
+    /// Free space that has grown together is used again for what is small. In a process of its own: others measure memory too.
     #[test]
     fn steps_of_many_sizes_need_no_more_from_one_to_the_next() {
+        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+        alone.args(["--exact", "--ignored", "allocator::tests::steps_of_many_sizes_in_this_process"]);
+        let output = alone.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+
+    #[test]
+    #[ignore = "run by the test above"]
+    fn steps_of_many_sizes_in_this_process() {
         const MIB: usize = 1 << 20;
         let step = |sizes: &[usize]| {
             let blocks: Vec<Vec<u8>> = sizes.iter().map(|size| vec![1; *size]).collect();

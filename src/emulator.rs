@@ -317,6 +317,26 @@ impl Emulator {
         memories: &mut [Memory],
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
+        let hidden = self.hidden(weights, batch, memories, dropout)?;
+        let last = self.model.len() - 1;
+        self.model[last].loss(&weights[last], &hidden, &batch.targets, dropout)
+    }
+
+    /// The losses of an evaluation's batch, added up.
+    fn losses(&self, weights: &[Vec<Tensor>], batch: &Batch, memories: &mut [Memory]) -> Result<Tensor> {
+        let hidden = self.hidden(weights, batch, memories, None)?;
+        let last = self.model.len() - 1;
+        self.model[last].losses(&weights[last], &hidden, &batch.targets)
+    }
+
+    /// What the last stage's layers make of a batch.
+    fn hidden(
+        &self,
+        weights: &[Vec<Tensor>],
+        batch: &Batch,
+        memories: &mut [Memory],
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let mut x = batch.tokens.shallow_clone();
         for (k, (stack, memory)) in self.model.iter().zip(memories).enumerate() {
             if k > 0 {
@@ -324,8 +344,7 @@ impl Emulator {
             }
             x = stack.forward(&weights[k], &x, memory, dropout)?;
         }
-        let last = self.model.len() - 1;
-        self.model[last].loss(&weights[last], &x, &batch.targets, dropout)
+        Ok(x)
     }
 
     /// Gradients of one replica, added up over its microbatches.
@@ -416,10 +435,9 @@ impl Emulator {
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
                 let rows = self.setup.eval_rows(replica, microbatch);
                 let batch = self.batches.held_out(rows, microbatch).on(self.setup.device)?;
-                let loss = tch::no_grad(|| self.loss(&weights, &batch, &mut memories, None))?;
-                let mean = loss.f_double_value(&[])?;
-                loss_sum += mean * batch.targets.numel() as f64;
-                tokens += batch.targets.numel();
+                let loss = tch::no_grad(|| self.losses(&weights, &batch, &mut memories))?;
+                loss_sum += loss.f_double_value(&[])?;
+                tokens += batch.counted;
             }
             self.reports.send(Report::Eval { replica, step: t, loss_sum, tokens })?;
         }

@@ -27,6 +27,9 @@ const NAME: &str = "lock";
 const BEAT: Duration = Duration::from_secs(2);
 const WATCH: Duration = Duration::from_secs(7);
 
+/// A run whose launcher was killed needs so long to end at most.
+const ENDING: Duration = Duration::from_secs(3);
+
 /// A folder's lock; given back when it is dropped, or when the process ends.
 #[derive(Debug)]
 pub struct FolderLock {
@@ -37,12 +40,20 @@ pub struct FolderLock {
 }
 
 impl FolderLock {
-    /// Takes the lock of a folder, which is there.
+    /// Takes the lock of a folder, which is there. A run that is ending is waited for a moment.
     ///
     /// # Errors
     /// [`Error::Config`] about `--out` if another run has it, or its file cannot be written.
     pub fn take(folder: &Path) -> Result<FolderLock> {
-        FolderLock::take_with(folder, |file| fcntl_lock(file, FlockOperation::NonBlockingLockExclusive))
+        FolderLock::take_with(folder, |file| {
+            let begun = Instant::now();
+            loop {
+                match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
+                    Err(Errno::AGAIN | Errno::ACCESS) if begun.elapsed() < ENDING => std::thread::sleep(ENDING / 20),
+                    locked => return locked,
+                }
+            }
+        })
     }
 
     fn take_with(folder: &Path, lock: impl FnOnce(&File) -> rustix::io::Result<()>) -> Result<FolderLock> {

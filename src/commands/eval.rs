@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
 use crate::config::Config;
-use crate::data::{Corpus, Order, Tokenizer, Tokens, held_out};
+use crate::data::{Corpus, Order, Tokenizer, Tokens};
 use crate::device::{self, Choice, Local};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
@@ -30,14 +30,14 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let weights: Vec<Tensor> = weights.iter().map(|w| w.f_to_device(device)).collect::<std::result::Result<_, _>>()?;
     let (text, floor) =
         Corpus::open_held_out(&config.data, config.seed, config.eval_sequence(), &checkpoint.vocabulary)?;
-    let (sum, tokens) = loss_sum(&model, &weights, &config, &text)?;
-    let loss = sum / tokens as f64;
+    let (sum, scored) = loss_sum(&model, &weights, &config, &text)?;
+    let loss = sum / scored as f64;
     say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
-    say!("tokens          {}", thousands(tokens as u64));
+    say!("scored          {} of {} tokens", thousands(scored as u64), thousands(text.len() as u64));
     let unit = config.data.tokenizer.unit();
-    say!("loss            {loss:.4} nats per {unit}");
+    say!("loss            {loss:.6} nats per {unit}");
     if config.data.tokenizer != Tokenizer::Words {
-        say!("{:<15} {:.4}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
+        say!("{:<15} {:.6}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
     }
     say!("perplexity      {:.3} per {unit}", loss.exp());
     if let Some(floor) = floor {
@@ -71,38 +71,32 @@ fn config(saved: &Config, sets: &[String]) -> Result<Config> {
     Ok(config)
 }
 
-/// The losses of all tokens, added up, and how many there are: windows one by one, or streams with their memory.
+/// The losses of all targets, added up, and how many there are: windows one by one, or streams with their memory.
 fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -> Result<(f64, usize)> {
-    let (order, shape) = (config.order(), config.reading().eval);
-    let limit = config.eval.as_ref().and_then(|eval| eval.tokens);
-    let parts: Vec<(Range<usize>, usize)> = match order {
-        Order::Shuffled => {
-            let windows = shape.wanted_windows(text, limit);
-            (0..windows).step_by(ROWS).map(|start| (start..(start + ROWS).min(windows), 0)).collect()
-        }
-        Order::Streams => {
-            let segments = shape.wanted_segments(text, limit);
-            (0..segments).map(|segment| (0..shape.rows, segment)).collect()
-        }
+    let evaluation = config.reading().evaluation(text);
+    let rows = evaluation.rows();
+    let parts: Vec<(Range<usize>, usize)> = match evaluation.order {
+        Order::Shuffled => (0..rows).step_by(ROWS).map(|start| (start..(start + ROWS).min(rows), 0)).collect(),
+        Order::Streams => (0..evaluation.segments()).map(|segment| (0..rows, segment)).collect(),
     };
-    if parts.is_empty() {
-        let remedy = format!("{} streams need {} tokens each; lower eval.batch", shape.rows, shape.sequence);
-        return Err(Error::config("eval.batch", format!("{} tokens of text", text.len()), remedy));
+    if evaluation.scored() == 0 {
+        let remedy = "two are needed at least; change data.held_out";
+        return Err(Error::config("data.held_out", format!("{} tokens of text", text.len()), remedy));
     }
-    let (mut sum, mut tokens, mut memory) = (0.0, 0, Memory::new(config.eval_mem_len()));
+
+    let (mut sum, mut scored, mut memory) = (0.0, 0, Memory::new(config.eval_mem_len()));
     for (rows, segment) in parts {
-        if order == Order::Shuffled {
+        if evaluation.order == Order::Shuffled {
             memory = Memory::new(0);
         }
-        let batch = held_out(text, order, shape, rows, segment).on(weights[0].device())?;
-        let mean = tch::no_grad(|| -> Result<f64> {
+        let batch = evaluation.batch(text, rows, segment).on(weights[0].device())?;
+        sum += tch::no_grad(|| -> Result<f64> {
             let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
-            Ok(model.loss(weights, &hidden, &batch.targets, None)?.f_double_value(&[])?)
+            Ok(model.losses(weights, &hidden, &batch.targets)?.f_double_value(&[])?)
         })?;
-        sum += mean * batch.targets.numel() as f64;
-        tokens += batch.targets.numel();
+        scored += batch.counted;
     }
-    Ok((sum, tokens))
+    Ok((sum, scored))
 }
 
 /// The whole model with its saved weights.

@@ -166,7 +166,8 @@ impl Config {
     pub fn reading(&self) -> Reading {
         let train = Shape { rows: self.batch, sequence: self.data.sequence };
         let eval = Shape { rows: self.eval_batch(), sequence: self.eval_sequence() };
-        Reading { seed: self.seed, order: self.order(), train, eval }
+        let eval_tokens = self.eval.as_ref().and_then(|eval| eval.tokens);
+        Reading { seed: self.seed, order: self.order(), train, eval, eval_tokens }
     }
 
     /// In which order rows read the text.

@@ -103,7 +103,10 @@ fn describe(path: &str, message: &str) -> Error {
     }
     match message.split_once(", expected ") {
         Some((found, "usize" | "u64")) => {
-            Error::config(path, found, format!("expected a whole number from 0 to {}", i64::MAX))
+            // What TOML does not hold as a number has been taken for a word.
+            let digits = found.split('"').nth(1).is_some_and(|text| text.parse::<u128>().is_ok());
+            let most = if digits { format!(", at most {}", i64::MAX) } else { ", 0 or more".to_owned() };
+            Error::config(path, found, format!("expected a whole number{most}"))
         }
         Some((found, expected)) if expected.starts_with("struct ") => {
             let more = if path == "grid" { "give --grid, as in --grid 2x2, or " } else { "" };

@@ -227,7 +227,7 @@ impl Coordinator {
         while let Some(complete) = self.steps.next() {
             match complete {
                 Complete::Step(step, of) => self.step(step, &of)?,
-                Complete::Evaluation(step, loss) => self.eval(step, loss)?,
+                Complete::Evaluation(step, loss, tokens) => self.eval(step, loss, tokens)?,
             }
         }
         Ok(())
@@ -272,10 +272,10 @@ impl Coordinator {
         Ok(())
     }
 
-    fn eval(&mut self, step: usize, eval_loss: f64) -> Result<()> {
+    fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {
         let words = self.setup.config.data.tokenizer == Tokenizer::Words;
         let eval_bpc = (!words).then_some(eval_loss / std::f64::consts::LN_2);
-        let line = EvalLine { step, eval_loss, eval_bpc, eval_ppl: words.then(|| eval_loss.exp()) };
+        let line = EvalLine { step, eval_loss, eval_tokens, eval_bpc, eval_ppl: words.then(|| eval_loss.exp()) };
         self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;
 
         self.eval_loss = Some(eval_loss);
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!((&lines[3]["loss"], &lines[3]["tokens"]), (&(4.0 - 3.0 / 8.0).into(), &256.into()));
         assert_eq!(lines[3]["grad_norm"], serde_json::json!([1.0, 2.0]));
         assert!(lines[3].get("table_norm").is_none());
-        assert_eq!(lines[12]["eval_loss"], 17.0 / 8.0);
+        assert_eq!((&lines[12]["eval_loss"], &lines[12]["eval_tokens"]), (&(17.0 / 8.0).into(), &8.into()));
         assert_eq!(sent.last(), Some(&Control::End));
         assert!(sent.contains(&Control::Limit(12)), "{sent:?}");
     }

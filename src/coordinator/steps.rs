@@ -41,8 +41,8 @@ pub type Evaluation = BTreeMap<usize, (f64, usize)>;
 /// What is complete, in the order of the run.
 #[derive(Debug)]
 pub enum Complete {
-    /// Before the step of that number.
-    Evaluation(usize, f64),
+    /// Before the step of that number: the loss, and the targets that it is the mean of.
+    Evaluation(usize, f64, usize),
     Step(usize, Step),
 }
 
@@ -91,7 +91,7 @@ impl Steps {
         if self.evaluations.get(&next).is_some_and(|replicas| replicas.len() == self.replicas) {
             let replicas = self.evaluations.remove(&next)?;
             let (sum, tokens) = replicas.values().fold((0.0, 0), |(s, n), (sum, tokens)| (s + sum, n + tokens));
-            return Some(Complete::Evaluation(next, sum / tokens as f64));
+            return Some(Complete::Evaluation(next, sum / tokens as f64, tokens));
         }
 
         let complete = |step: &Step| {
@@ -113,7 +113,7 @@ mod tests {
     fn drain(steps: &mut Steps) -> Vec<String> {
         std::iter::from_fn(|| steps.next())
             .map(|complete| match complete {
-                Complete::Evaluation(step, loss) => format!("eval {step} {loss}"),
+                Complete::Evaluation(step, loss, tokens) => format!("eval {step} {loss} of {tokens}"),
                 Complete::Step(step, of) => format!("step {step} {} {:?}", of.loss(), of.norms()),
             })
             .collect()
@@ -145,7 +145,7 @@ mod tests {
         steps.norm(0, 0, 1.0);
         assert!(drain(&mut steps).is_empty(), "the norm of the tied table is missing");
         steps.table_norm(0, 1.0);
-        assert_eq!(drain(&mut steps), ["step 0 1 [1.0]", "eval 1 2"]);
+        assert_eq!(drain(&mut steps), ["step 0 1 [1.0]", "eval 1 2 of 4"]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
-use super::{Corpus, Order, Tokens};
+use super::{Corpus, Evaluation, Order, Tokens};
 use crate::device::sent;
 use crate::error::Result;
 use crate::random;
@@ -17,6 +17,8 @@ pub struct Batch {
     pub tokens: Tensor,
     /// [rows, T], int64: the token that follows each.
     pub targets: Tensor,
+    /// Targets that count: all, but at the ends of a held-out text.
+    pub counted: usize,
 }
 
 impl Batch {
@@ -25,7 +27,8 @@ impl Batch {
     /// # Errors
     /// What libtorch reports.
     pub fn on(self, device: Device) -> Result<Batch> {
-        Ok(Batch { tokens: sent(&self.tokens, device)?, targets: sent(&self.targets, device)? })
+        let Batch { tokens, targets, counted } = self;
+        Ok(Batch { tokens: sent(&tokens, device)?, targets: sent(&targets, device)?, counted })
     }
 }
 
@@ -51,6 +54,8 @@ pub struct Reading {
     pub train: Shape,
     /// Of an evaluation of all replicas; only streams have their number of rows in it.
     pub eval: Shape,
+    /// Tokens of the held-out text that are scored, about; none: all.
+    pub eval_tokens: Option<usize>,
 }
 
 /// Rows of a batch, and tokens of each.
@@ -66,24 +71,26 @@ impl Shape {
         text.len().saturating_sub(1) / self.rows / self.sequence
     }
 
-    /// The windows that hold `limit` tokens, or all.
-    pub fn wanted_windows(self, text: &Tokens, limit: Option<usize>) -> usize {
-        self.windows(text).min(limit.map_or(usize::MAX, |tokens| tokens.div_ceil(self.sequence)))
-    }
-
-    /// The segments that hold `limit` tokens, or all.
-    pub fn wanted_segments(self, text: &Tokens, limit: Option<usize>) -> usize {
-        self.segments(text).min(limit.map_or(usize::MAX, |tokens| tokens.div_ceil(self.rows * self.sequence)))
-    }
-
     /// Where segment `number` of a stream starts.
     fn start(self, text: &Tokens, stream: usize, number: usize) -> usize {
         stream * ((text.len() - 1) / self.rows) + number * self.sequence
     }
 
+    /// The windows of an epoch: one is given up for the phase, if there is one to spare.
+    pub fn epoch_windows(self, text: &Tokens) -> usize {
+        self.windows(text).saturating_sub(1).max(1)
+    }
+
     /// How many windows of T tokens a text has.
     pub fn windows(self, text: &Tokens) -> usize {
         text.len().saturating_sub(1) / self.sequence
+    }
+}
+
+impl Reading {
+    /// How a held-out text is evaluated.
+    pub fn evaluation(&self, text: &Tokens) -> Evaluation {
+        Evaluation::new(text, self.order, self.eval, self.eval_tokens)
     }
 }
 
@@ -116,27 +123,19 @@ impl Batches {
         }
     }
 
-    /// Rows of the held-out text: the given windows, or the given streams at segment `number`.
-    pub fn held_out(&self, rows: Range<usize>, number: usize) -> Batch {
-        held_out(&self.corpus.held_out, self.reading.order, self.reading.eval, rows, number)
+    /// Rows of the held-out text: the given windows, or the given streams at a segment.
+    pub fn held_out(&self, rows: Range<usize>, segment: usize) -> Batch {
+        self.reading.evaluation(&self.corpus.held_out).batch(&self.corpus.held_out, rows, segment)
     }
 
     /// Where the `number`-th window of the run starts.
     fn window(&self, number: usize) -> usize {
         let (sequence, fit) = (self.reading.train.sequence, self.reading.train.windows(&self.corpus.train));
-        // One window is given up for the phase, if there is one to spare.
-        let (count, phases) = if fit > 1 { (fit - 1, sequence) } else { (1, 1) };
+        let count = self.reading.train.epoch_windows(&self.corpus.train);
+        let phases = if fit > 1 { sequence } else { 1 };
         let (epoch, position) = (number / count, number % count);
         let (key, phase) = random::order(self.reading.seed, epoch as u64, phases);
         random::permute(count as u64, key, position as u64) as usize * sequence + phase
-    }
-}
-
-/// Rows of a held-out text, which is not shuffled: windows, or streams at segment `number`.
-pub fn held_out(text: &Tokens, order: Order, shape: Shape, rows: Range<usize>, number: usize) -> Batch {
-    match order {
-        Order::Shuffled => read(text, shape.sequence, rows.map(|window| window * shape.sequence)),
-        Order::Streams => read(text, shape.sequence, rows.map(|stream| shape.start(text, stream, number))),
     }
 }
 
@@ -152,7 +151,12 @@ fn read(text: &Tokens, sequence: usize, starts: impl ExactSizeIterator<Item = us
         targets.extend_from_slice(&window[1..]);
     }
     let shape = [rows, sequence as i64];
-    Batch { tokens: Tensor::from_slice(&tokens).view(shape), targets: Tensor::from_slice(&targets).view(shape) }
+    let counted = targets.len();
+    Batch {
+        tokens: Tensor::from_slice(&tokens).view(shape),
+        targets: Tensor::from_slice(&targets).view(shape),
+        counted,
+    }
 }
 
 #[cfg(test)]
@@ -166,7 +170,7 @@ mod tests {
         let vocabulary = super::super::Vocabulary::bytes();
         let corpus = Corpus::new(train.clone(), train, vocabulary, None);
         let shape = Shape { rows: batch, sequence };
-        let reading = Reading { seed: 7, order: Order::Shuffled, train: shape, eval: shape };
+        let reading = Reading { seed: 7, order: Order::Shuffled, train: shape, eval: shape, eval_tokens: None };
         Batches::new(Arc::new(corpus), reading)
     }
 
@@ -203,7 +207,7 @@ mod tests {
     fn a_text_of_one_window_can_be_read() {
         let batches = batches(17, 16, 2);
         assert_eq!(batches.train(9, 0..2).tokens.size(), [2, 16]);
-        assert_eq!(batches.reading.eval.windows(&batches.corpus.held_out), 1);
+        assert_eq!(batches.reading.evaluation(&batches.corpus.held_out).rows(), 1);
     }
 
     #[test]

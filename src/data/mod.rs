@@ -2,6 +2,7 @@
 
 mod batches;
 mod config;
+mod evaluation;
 pub mod prepared;
 mod synthetic;
 mod tokens;
@@ -11,8 +12,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-pub use batches::{Batch, Batches, Reading, Shape, held_out};
+pub use batches::{Batch, Batches, Reading, Shape};
 pub use config::{DataConfig, HeldOut, Order, Tokenizer};
+pub use evaluation::{Evaluation, UNCOUNTED};
 pub use tokens::Tokens;
 pub use vocabulary::{Listed, Vocabulary, utf8};
 

@@ -111,6 +111,8 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     let (train, held_out) = (setup.corpus.train.len() as u64, setup.corpus.held_out.len() as u64);
     let unit = setup.config.data.tokenizer.unit();
     say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));
+    let (steps, read) = setup.epoch();
+    say!("an epoch: {} steps, which read {} of them", thousands(steps as u64), thousands(read as u64));
     if let Some(floor) = setup.corpus.floor {
         say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }

@@ -26,6 +26,8 @@ pub struct StepLine<'a> {
 pub struct EvalLine {
     pub step: usize,
     pub eval_loss: f64,
+    /// Targets that the loss is the mean of.
+    pub eval_tokens: usize,
     /// Bits per byte or character.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_bpc: Option<f64>,

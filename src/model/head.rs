@@ -15,6 +15,7 @@ use tch::{Kind, Reduction, Tensor};
 use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Parameter, Role, TABLE_STD, layer_norm, table};
+use crate::data::UNCOUNTED;
 use crate::error::Result;
 
 pub(super) struct Head {
@@ -120,13 +121,30 @@ impl Head {
         targets: &Tensor,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
+        if self.clusters.len() > 1 {
+            let sum = self.losses(weights, x, targets, dropout)?;
+            return Ok(sum.f_div_scalar(targets.numel() as f64)?);
+        }
+        let parts = self.parts(weights);
+        let x = self.prepared(&parts, x, dropout)?;
+        let logits = wide(self.first(&parts, &x)?)?;
+        let targets = targets.f_reshape([-1])?;
+        Ok(logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, UNCOUNTED, 0.0)?)
+    }
+
+    /// The same, added up over the targets that count.
+    pub(super) fn losses(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        targets: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
         let targets = targets.f_reshape([-1])?;
         let first = wide(self.first(&parts, &x)?)?;
-        if self.clusters.len() == 1 {
-            return Ok(first.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, -100, 0.0)?);
-        }
+
         // The entry of the target in the first softmax: itself, or its cluster's.
         let mut entries = targets.shallow_clone();
         let mut tails = Vec::new();
@@ -137,13 +155,13 @@ impl Head {
             // Also without any token of the cluster, so that its weights always have a gradient.
             let own = wide(part.logits(&x.f_index_select(0, &places)?)?)?;
             let wanted = targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?;
-            tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, -100, 0.0)?);
+            tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, UNCOUNTED, 0.0)?);
         }
-        let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, -100, 0.0)?;
+        let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, UNCOUNTED, 0.0)?;
         for tail in tails {
             sum = sum.f_add(&tail)?;
         }
-        Ok(sum.f_div_scalar(targets.numel() as f64)?)
+        Ok(sum)
     }
 
     /// [B, T, D] -> [B, T, V].

@@ -243,6 +243,15 @@ impl Stack {
         head.loss(&weights[range.clone()], hidden, targets, dropout)
     }
 
+    /// The losses of the targets that count, added up: nats.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub fn losses(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let (head, range) = self.head.as_ref().expect("only a stack with the head has a loss");
+        head.losses(&weights[range.clone()], hidden, targets, None)
+    }
+
     /// Logarithms of the probabilities of the next token: hidden states [B, T, D] -> [B, T, V].
     ///
     /// # Errors

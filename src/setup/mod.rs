@@ -63,7 +63,7 @@ impl Setup {
         plan::check_streams(&config, &corpus)?;
         let eval_share = match &config.eval {
             Some(eval) => {
-                let (share, microbatches) = plan::evaluation(&config, eval, &corpus.held_out, rows)?;
+                let (share, microbatches) = plan::evaluation(&config, &corpus.held_out, rows)?;
                 schedule.evals = Some(Evals { every: eval.every, microbatches });
                 share
             }
@@ -229,6 +229,22 @@ impl Setup {
         }
     }
 
+    /// Steps of an epoch, and the tokens that they read; what is left of the text is read in another epoch, or never (streams).
+    pub fn epoch(&self) -> (usize, usize) {
+        let text = &self.corpus.train;
+        let train = self.config.reading().train;
+        match self.config.order() {
+            Order::Shuffled => {
+                let windows = train.epoch_windows(text);
+                (windows.div_ceil(train.rows), windows * train.sequence)
+            }
+            Order::Streams => {
+                let segments = train.segments(text);
+                (segments, segments * train.rows * train.sequence)
+            }
+        }
+    }
+
     /// Whether replicas compare their weights after so many updates.
     pub fn verifies_at(&self, step: usize) -> bool {
         self.config.verify_every.is_some_and(|every| step.is_multiple_of(every))
@@ -272,8 +288,9 @@ mod tests {
         };
         assert_eq!(rows(&|r, j| setup.train_rows(r, j), 3), (0..24).collect::<Vec<_>>());
         let microbatches = setup.schedule.evals.unwrap().microbatches;
-        assert_eq!((setup.eval_share, microbatches), (11, 3));
-        assert_eq!(rows(&|r, j| setup.eval_rows(r, j), microbatches), (0..22).collect::<Vec<_>>());
+        // 23 windows, and one of nothing.
+        assert_eq!((setup.eval_share, microbatches), (12, 3));
+        assert_eq!(rows(&|r, j| setup.eval_rows(r, j), microbatches), (0..24).collect::<Vec<_>>());
     }
 
     #[test]

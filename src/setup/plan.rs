@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::config::{Config, EvalConfig, LayersPerStage};
+use crate::config::{Config, LayersPerStage};
 use crate::data::{Corpus, Order, Tokens};
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::error::{Error, Result};
@@ -33,32 +33,20 @@ pub(super) fn check_counts(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// The share of a replica in an evaluation (windows or streams), and its microbatches.
-pub(super) fn evaluation(config: &Config, eval: &EvalConfig, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
-    let (shape, replicas) = (config.reading().eval, config.grid.replicas);
-    let (share, microbatches, wanted) = match config.order() {
-        Order::Shuffled => {
-            let wanted = shape.wanted_windows(held_out, eval.tokens);
-            (wanted / replicas, (wanted / replicas).div_ceil(rows), wanted)
-        }
-        Order::Streams => {
-            let wanted = shape.wanted_segments(held_out, eval.tokens);
-            (shape.rows / replicas, wanted, wanted)
-        }
+/// The share of a replica in an evaluation (windows or streams), and its microbatches. The last replica's windows may end before
+/// its share does.
+pub(super) fn evaluation(config: &Config, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
+    let evaluation = config.reading().evaluation(held_out);
+    let share = evaluation.rows().div_ceil(config.grid.replicas);
+    let microbatches = match config.order() {
+        Order::Shuffled => share.div_ceil(rows),
+        Order::Streams => evaluation.segments(),
     };
-    if share > 0 && microbatches > 0 {
+    if evaluation.scored() > 0 {
         return Ok((share, microbatches));
     }
-    let (found, needed) = match config.order() {
-        Order::Shuffled => {
-            (format!("{wanted} windows"), format!("{replicas} replicas need one of {} tokens each", shape.sequence))
-        }
-        Order::Streams => (
-            format!("{} held-out tokens", held_out.len()),
-            format!("{} streams need {} each and one more; lower eval.batch", shape.rows, shape.sequence),
-        ),
-    };
-    Err(Error::config("eval.tokens and data.held_out", found, needed))
+    let remedy = "two are needed at least; change data.held_out or use a longer text";
+    Err(Error::config("data.held_out", format!("{} held-out tokens", held_out.len()), remedy))
 }
 
 /// Whether the training text is long enough for its streams.

@@ -225,8 +225,8 @@ impl Stage {
             match &input.targets {
                 None => Ok(Output::Hidden(y)),
                 Some(targets) => {
-                    let mean = Number::of(&self.stack.loss(&weights, &y, targets, None)?, self.settings.readback)?;
-                    Ok(Output::Loss(mean.times(targets.numel() as f64)?))
+                    let sum = self.stack.losses(&weights, &y, targets)?;
+                    Ok(Output::Loss(Number::of(&sum, self.settings.readback)?))
                 }
             }
         })

@@ -141,7 +141,11 @@ impl Worker {
         };
 
         let batch = batch.on(setup.device)?;
-        self.place(action).registers.batch = Some(batch);
+        let place = self.place(action);
+        if action.pass == Pass::Eval {
+            place.eval.1 += batch.counted;
+        }
+        place.registers.batch = Some(batch);
         Ok(())
     }
 
@@ -199,7 +203,6 @@ impl Worker {
         let (setup, place) = (&context.setup, &mut places[context.slot(action)]);
         let (step, replica) = (action.step, place.place.replica);
         place.eval.0 = std::mem::replace(&mut place.eval.0, Number::Known(0.0)).plus(sum)?;
-        place.eval.1 += setup.eval_rows(replica, action.microbatch).len() * setup.config.eval_sequence();
 
         if setup.ends_evaluation(action.microbatch) {
             let (sum, tokens) = std::mem::replace(&mut place.eval, (Number::Known(0.0), 0));

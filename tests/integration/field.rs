@@ -428,6 +428,48 @@ fn field_f16() {
     }
 }
 
+/// Figures that would depend on the grid: every held-out token is scored once, on every grid.
+#[test]
+fn field_f17() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("held"), &text(Path::new("tests/data/declaration.txt"))[..1003]).unwrap();
+    let evals = |out: &str| -> Vec<(f64, u64)> {
+        let metrics = text(&folder.path(out).join("metrics.jsonl"));
+        let lines = metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter_map(|line| Some((line["eval_loss"].as_f64()?, line["eval_tokens"].as_u64()?))).collect()
+    };
+    let streams = "--set model.arch=transformer-xl --set model.mem_len=8 --set eval.batch=12";
+    for (name, more) in [("windows", ""), ("streams", streams)] {
+        let train = format!(
+            "$B train tiny.toml --set data.held_out=held --set data.sequence=16 --set steps=2 --set eval.every=1 --set sync_steps=2 \
+             --set optimizer.lr=1e-12 {more}"
+        );
+        let mut first = Vec::new();
+        for grid in ["1x1", "1x2", "1x3", "2x2", "3x4"] {
+            let out = format!("{name}{grid}");
+            shell(&folder, &format!("{train} --grid {grid} --out {out}")).expect_code(0);
+            let found = evals(&out);
+            assert_eq!(found.iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(), [1002, 1002], "{out}");
+            if first.is_empty() {
+                first.clone_from(&found);
+            }
+            for ((loss, _), (expected, _)) in found.iter().zip(&first) {
+                assert!((loss / expected - 1.0).abs() < 1e-6, "{out}: {loss} instead of {expected}");
+            }
+        }
+        let done = shell(&folder, &format!("$B eval {name}1x1")).expect_code(0);
+        assert!(done.stdout.contains("scored          1,002 of 1,003 tokens"), "{done}");
+        let loss: f64 = done.stdout.lines().find(|line| line.starts_with("loss ")).unwrap()[5..25]
+            .trim()
+            .split(' ')
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!((loss / first[1].0 - 1.0).abs() < 1e-6, "{done} instead of {}", first[1].0);
+    }
+}
+
 /// Damaged inputs: found when they are opened.
 #[test]
 fn field_f18() {
@@ -465,7 +507,7 @@ fn field_messages() {
         ("name=a/b", "a folder of this name is made in runs/"),
         ("name=..", "a folder of this name is made in runs/"),
         ("optimizer.lr=inf", "must be a finite number"),
-        ("seed=18446744073709551615", "expected a whole number from 0 to 9223372036854775807"),
+        ("seed=18446744073709551615", "expected a whole number, at most 9223372036854775807"),
         ("eval=true", "a section: set its keys, as in `eval.KEY=VALUE`"),
         ("grid=2x2", "give --grid, as in --grid 2x2"),
     ] {

@@ -110,7 +110,8 @@ fn a_broken_download_goes_on_where_it_ended() {
     assert_eq!(names(&folder.path("data")), ["enwik8.tokens", "enwik8.zip"]);
     // The standard split: the first 90 %, then 5 % and 5 %.
     let bytes = std::fs::read(folder.path("data/enwik8.tokens")).unwrap();
-    assert_eq!(bytes[bytes.len() - 100_000..], text);
+    let end = bytes.len() - 8; // the digest
+    assert!(bytes[end - 100_000..end] == text);
     // Nothing is done twice.
     let finished = prepare(&folder, &args).expect_code(0);
     assert!(finished.stdout.contains("prepared already"), "{finished}");
@@ -129,7 +130,7 @@ fn a_broken_download_goes_on_where_it_ended() {
     let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--grid", "2x1"]))), 60).expect_code(0);
     assert!(finished.stdout.contains("bits per byte"), "{finished}");
     let test = run(ouroboros(&["eval", &folder.text("out"), "--set", "data.held_out=test"]), 60).expect_code(0);
-    assert!(test.stdout.contains("tokens          4,992"), "{test}");
+    assert!(test.stdout.contains("scored          4,999 of 5,000 tokens"), "{test}");
     sets.push("data.tokenizer=characters");
     let finished = run(ouroboros(&slices(&folder.train("other", &sets, &[]))), 60).expect_code(3);
     assert!(finished.stderr.contains("prepared with tokenizer `bytes`, the config has `characters`"), "{finished}");
