@@ -62,12 +62,16 @@ fn entry<'a>(table: &'a mut toml::Table, set: &str, key: &str) -> Result<&'a mut
     Ok(inner.entry(last).or_insert(toml::Value::Boolean(false)))
 }
 
-/// Takes the value of a `--set` as what its key wants, where that can be told: a word in digits, as in name=7, or a number
-/// as TOML does not write it, as in optimizer.lr=.001. Whether it is another value now.
+/// Takes the value of a `--set` as what its key wants, where that can be told: a word in digits, as in name=7; a number
+/// as TOML does not write it, as in optimizer.lr=.001; or none, where the key can be left out, as in eval=none. Whether it is
+/// another value now.
 fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &str) -> bool {
     let Ok((key, text)) = pair(set) else { return false };
     let (path, message) = of_key(path, message);
-    let Some((_, expected)) = message.trim().split_once(", expected ").filter(|_| key == path) else { return false };
+    let Some((_, expected)) = message.split_once(", expected ").filter(|_| key == path) else { return false };
+    if text.trim() == "none" {
+        return remove(table, key);
+    }
     let other = match expected {
         "a string" | "path string" => Some(toml::Value::String(text.to_owned())),
         "f64" => text.trim().parse().ok().map(toml::Value::Float),
@@ -80,6 +84,14 @@ fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &s
         }
         _ => false,
     }
+}
+
+/// Takes a key out; whether it stood there.
+fn remove(table: &mut toml::Table, key: &str) -> bool {
+    let (section, last) = key.rsplit_once('.').map_or((None, key), |(section, last)| (Some(section), last));
+    let mut parts = section.into_iter().flat_map(|section| section.split('.'));
+    let inner = parts.try_fold(table, |inner, part| inner.get_mut(part)?.as_table_mut());
+    inner.is_some_and(|inner| inner.remove(last).is_some())
 }
 
 /// A section with several owners tells which of its keys a message is about.

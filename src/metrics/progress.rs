@@ -12,6 +12,9 @@ use crate::error::Result;
 /// Lines of a whole run where there is no terminal.
 const LINES: usize = 20;
 
+/// What a step of the one after it counts in the rate that is shown: that is of about the last twenty.
+const FADING: f64 = 0.95;
+
 /// The terminal.
 pub struct Progress {
     steps: usize,
@@ -20,6 +23,10 @@ pub struct Progress {
     tokenizer: Tokenizer,
     bar: Option<ProgressBar>,
     started: Instant,
+    /// Of the last steps, each with the weight of a step times [`FADING`] for every step since then. One step alone tells little:
+    /// where the pipeline drains, reports come close together.
+    tokens: f64,
+    seconds: f64,
 }
 
 impl Progress {
@@ -31,14 +38,16 @@ impl Progress {
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.with_position(start as u64)
         });
-        Progress { steps, start, tokenizer, bar, started: Instant::now() }
+        Progress { steps, start, tokenizer, bar, started: Instant::now(), tokens: 0.0, seconds: 0.0 }
     }
 }
 
 impl Sink for Progress {
     fn step(&mut self, line: &StepLine) -> Result<()> {
-        let StepLine { step, loss, tokens_per_s, .. } = *line;
-        let rate = thousands(tokens_per_s as u64);
+        let StepLine { step, loss, step_s, tokens_per_s, .. } = *line;
+        self.tokens = self.tokens * FADING + tokens_per_s * step_s;
+        self.seconds = self.seconds * FADING + step_s;
+        let rate = thousands((self.tokens / self.seconds) as u64);
 
         if let Some(bar) = &self.bar {
             bar.set_message(format!("loss {loss:.4}  {rate} tokens/s"));

@@ -59,7 +59,7 @@ pub struct ModelConfig {
     pub tie_gradient: TieGradient,
     /// Tokens that every layer of a Transformer-XL remembers of earlier segments.
     pub mem_len: usize,
-    /// Transformer-XL: distances beyond this one count as this one.
+    /// Transformer-XL: distances beyond this one count as this one; none, or 0: they count as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clamp_len: Option<usize>,
     /// Transformer-XL: every query looks at `mem_len` keys.

@@ -66,7 +66,7 @@ impl Dimensions {
             tied: model.tie != Tie::Untied,
             architecture: model.architecture(),
             mem_len: model.mem_len as i64,
-            clamp_len: model.clamp_len.map(|clamp| clamp as i64),
+            clamp_len: model.clamp_len.filter(|clamp| *clamp > 0).map(|clamp| clamp as i64),
             same_length: model.same_length,
             pre_norm: model.norm() == Norm::Pre,
             attention_dropout: model.attention_dropout,

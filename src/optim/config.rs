@@ -75,8 +75,32 @@ pub enum RateKind {
     Linear,
     /// Down to `min_lr` along half a cosine.
     Cosine,
-    /// `lr * sqrt(warmup / step)` after the warm-up.
+    /// `lr * sqrt(warmup / step)` after the warm-up, of which `lr` is the end and so the peak.
     InverseSqrt,
+}
+
+/// The word for an option that is off.
+const NONE: &str = "none";
+
+fn number_or_none<S: Serializer>(value: &Option<f64>, out: S) -> std::result::Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => out.serialize_f64(*value),
+        None => out.serialize_str(NONE),
+    }
+}
+
+fn read_number_or_none<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a number, or \"none\"")]
+    enum Read {
+        Number(f64),
+        Word(String),
+    }
+    match Read::deserialize(from)? {
+        Read::Number(value) => Ok(Some(value)),
+        Read::Word(word) if word == NONE => Ok(None),
+        Read::Word(word) => Err(serde::de::Error::custom(format!("`{word}`, expected a number, or \"none\""))),
+    }
 }
 
 /// The optimizer and its learning rate: the keys of every rule, and those of some.
@@ -155,8 +179,9 @@ pub struct Common {
     pub lr: f64,
     /// Decoupled, on matrices only.
     pub weight_decay: f64,
-    /// Largest norm of a gradient; none: no clipping.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Largest norm of a gradient, of each stage by itself, and of a tied table, which is none of theirs, by itself too, also
+    /// on one stage; `"none"`: no clipping.
+    #[serde(serialize_with = "number_or_none", deserialize_with = "read_number_or_none")]
     pub clip: Option<f64>,
     pub clip_scope: ClipScope,
     /// `update`: stages with a delay use predicted weights; none: that of the optimizer.
@@ -165,9 +190,9 @@ pub struct Common {
     /// Of the horizon of a prediction.
     pub predict_scale: f64,
     pub schedule: RateKind,
-    /// Steps over which the rate rises linearly from 0.
+    /// Steps over which the rate rises linearly: the first has `lr / warmup`, the last of them `lr`.
     pub warmup: usize,
-    /// Where linear and cosine end.
+    /// Where linear and cosine end: what the step after the last would have.
     pub min_lr: f64,
 }
 
@@ -271,7 +296,7 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
     Error::unless(o.weight_decay >= 0.0, "optimizer.weight_decay", o.weight_decay, "must be 0 or more")?;
 
     let clip = o.clip.unwrap_or(1.0);
-    Error::unless(clip > 0.0, "optimizer.clip", clip, "must be above 0; leave it out for no clipping")?;
+    Error::unless(clip > 0.0, "optimizer.clip", clip, "must be above 0; \"none\" for no clipping")?;
     if o.clip_scope == ClipScope::Global {
         let remedy = "stages have no common instant for one norm; leave it out, or take \"stage\"";
         return Err(Error::config("optimizer.clip_scope", "`global`", remedy));

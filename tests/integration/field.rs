@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::harness::{Finished, Folder, LIMIT, run};
+use crate::harness::{Finished, Folder, LIMIT, TINY, run};
 
 /// A run that ends only when it is stopped.
 const LONG: &str = "--set steps=1000000 --set checkpoint.every=100000";
@@ -516,6 +516,17 @@ fn field_messages() {
     }
     let refused = shell(&folder, "$B train --resume tiny.toml").expect_code(2);
     assert!(refused.stderr.contains("write train tiny.toml --resume"), "{refused}");
+
+    // What a file sets is taken out.
+    std::fs::write(folder.path("set.toml"), format!("{TINY}clip = 0.5\n[eval]\nevery = 2\n[checkpoint]\nevery = 2\n"))
+        .unwrap();
+    let none = "--set eval=none --set checkpoint.every=none --set optimizer.clip=none --set verify_every=none";
+    let done = shell(&folder, &format!("$B train set.toml --out d {none}")).expect_code(0);
+    assert!(!done.stdout.contains("eval loss") && done.stdout.matches("saved").count() == 1, "{done}");
+    let config = text(&folder.path("d/config.toml"));
+    assert!(config.contains("clip = \"none\"") && !config.contains("[eval]"), "{config}");
+    shell(&folder, "$B train d/config.toml --out e").expect_code(0);
+    assert_eq!(text(&folder.path("d/config.toml")), text(&folder.path("e/config.toml")));
 
     // The variables of a launcher in a shell that launches nothing.
     let variables = "PMI_SIZE=4 PMI_RANK=0";
