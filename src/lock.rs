@@ -22,6 +22,8 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 
 const NAME: &str = "lock";
+/// Bytes of its text.
+const TEXT: usize = 256;
 
 /// Between two beats, and how long a beat that does not change is watched.
 const BEAT: Duration = Duration::from_secs(2);
@@ -120,14 +122,14 @@ fn owner() -> String {
 }
 
 fn read(file: &File) -> String {
-    let mut bytes = [0; 512];
+    let mut bytes = [0; TEXT];
     let count = file.read_at(&mut bytes, 0).unwrap_or(0);
-    String::from_utf8_lossy(&bytes[..count]).into_owned()
+    String::from_utf8_lossy(&bytes[..count]).trim_end().to_owned()
 }
 
+/// Always as many bytes, in one write: whoever reads meanwhile sees the text before or this one.
 fn write(file: &File, text: &str) -> io::Result<()> {
-    file.set_len(0)?;
-    file.write_all_at(text.as_bytes(), 0)?;
+    file.write_all_at(format!("{text:<TEXT$}").as_bytes(), 0)?;
     file.sync_all()
 }
 
