@@ -26,7 +26,7 @@ pub struct Checkpoint {
 }
 
 /// Keys of the model that may change when a run goes on: they shape no parameter.
-const FREE: [&str; 4] = ["dropout", "attention_dropout", "tie", "tie_gradient"];
+const FREE: [&str; 6] = ["dropout", "attention_dropout", "tie", "tie_gradient", "init", "init_std"];
 
 impl Checkpoint {
     /// A saved state, or the newest one of a run's folder.

@@ -4,7 +4,7 @@
 //! Cluster i holds the tokens `start .. start + n` (the most frequent have the lowest numbers) in rows that are
 //! `width / div_val^i` wide, with a projection to D where that differs from D.
 
-use super::{Dimensions, Init, Parameter, Role, TABLE_STD};
+use super::{Dimensions, Init, Parameter, Role};
 
 /// A part of the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,16 +40,17 @@ pub(super) fn tables(
     role: Role,
 ) -> Vec<Parameter> {
     let count = clusters.len();
-    let init = Init::Normal(if role == Role::Table { d.embedding_std } else { TABLE_STD });
+    let init = if role == Role::Table { Init::Normal(d.embedding_std) } else { d.first_values.head };
     let mut parameters = Vec::new();
     for (i, cluster) in clusters.iter().enumerate() {
         let shape = [cluster.tokens, cluster.width];
         parameters.push(Parameter::new(numbered(rows, i, count), &shape, init, role));
         if cluster.width != d.d_model {
             // Rows come out as large as those of a table that is D wide.
-            let std = 1.0 / (cluster.width as f64).sqrt();
+            let by_width = Init::Normal(1.0 / (cluster.width as f64).sqrt());
+            let init = d.first_values.projection.unwrap_or(by_width);
             let shape = [d.d_model, cluster.width];
-            parameters.push(Parameter::new(numbered(projection, i, count), &shape, Init::Normal(std), role));
+            parameters.push(Parameter::new(numbered(projection, i, count), &shape, init, role));
         }
     }
     parameters

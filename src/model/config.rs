@@ -28,6 +28,16 @@ pub enum Norm {
     Post,
 }
 
+/// How the parameters of a model begin; tables have `embedding_std`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitKind {
+    /// Matrices by the width of the model, those that end a residual branch smaller by the root of twice the layers.
+    Scaled,
+    /// Everything with one standard deviation, the weights of normalisations around 1, as the public code of Transformer-XL has it.
+    Normal,
+}
+
 /// The model's sizes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -67,6 +77,15 @@ pub struct ModelConfig {
     /// By default post for a Transformer-XL; a Transformer is pre.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<Norm>,
+    /// Whether the head normalises once more; by default where the layers normalise before their branches. The public
+    /// Transformer-XL does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub final_norm: Option<bool>,
+    /// How parameters begin.
+    pub init: InitKind,
+    /// Standard deviation of `init = "normal"`; none: 0.02.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_std: Option<f64>,
     /// Of the attention's probabilities (Transformer-XL).
     pub attention_dropout: f64,
 }
@@ -80,6 +99,11 @@ impl ModelConfig {
     /// Where the layers normalise.
     pub fn norm(&self) -> Norm {
         self.norm.unwrap_or(self.architecture().norms[0])
+    }
+
+    /// Whether the head normalises once more.
+    pub fn final_norm(&self) -> bool {
+        self.final_norm.unwrap_or(self.norm() == Norm::Pre)
     }
 
     /// Whether every key can be used, by itself and with the others of the section.
@@ -101,6 +125,11 @@ impl ModelConfig {
         }
         let std = self.embedding_std;
         Error::unless(std > 0.0, "model.embedding_std", std, "must be above 0")?;
+        let init_std = self.init_std.unwrap_or(TABLE_STD);
+        Error::unless(init_std > 0.0, "model.init_std", init_std, "must be above 0")?;
+        if let Some(std) = self.init_std.filter(|_| self.init == InitKind::Scaled) {
+            return Err(Error::config("model.init_std", std, "means something with model.init = \"normal\" only"));
+        }
         self.check_widths()?;
         self.check_architecture()
     }
@@ -201,6 +230,9 @@ impl Default for ModelConfig {
             clamp_len: None,
             same_length: false,
             norm: None,
+            final_norm: None,
+            init: InitKind::Scaled,
+            init_std: None,
             attention_dropout: 0.0,
         }
     }

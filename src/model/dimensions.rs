@@ -1,5 +1,6 @@
 //! The sizes that every layer is made from.
 
+use super::parameter::FirstValues;
 use super::{Architecture, ModelConfig, Norm, TABLE_STD, clusters};
 use crate::schedule::Tie;
 
@@ -34,7 +35,10 @@ pub struct Dimensions {
     pub same_length: bool,
     /// Normalisation before each branch, else after it.
     pub pre_norm: bool,
+    /// Normalisation before the head.
+    pub final_norm: bool,
     pub attention_dropout: f64,
+    pub(super) first_values: FirstValues,
 }
 
 impl Dimensions {
@@ -69,7 +73,14 @@ impl Dimensions {
             clamp_len: model.clamp_len.filter(|clamp| *clamp > 0).map(|clamp| clamp as i64),
             same_length: model.same_length,
             pre_norm: model.norm() == Norm::Pre,
+            final_norm: model.final_norm(),
             attention_dropout: model.attention_dropout,
+            first_values: FirstValues::new(
+                model.init,
+                model.init_std.unwrap_or(TABLE_STD),
+                model.d_model as i64,
+                model.layers,
+            ),
         }
     }
 }

@@ -7,9 +7,9 @@ use tch::Tensor;
 
 use super::architecture::Blocks;
 use super::linear::linear;
+use super::parameter::FirstValues;
 use super::{
-    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm,
-    matrix_std, named,
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm, named,
 };
 use crate::error::Result;
 
@@ -77,21 +77,19 @@ impl Layer for Block {
         format!("layers.{}", self.layer)
     }
 
-    /// Matrices that end a residual branch begin smaller by sqrt(2 L), as in GPT-2.
     fn parameters(&self) -> Vec<Parameter> {
         let (d, f) = (self.d.d_model, self.d.d_ff);
-        let normal = Init::Normal(matrix_std(d));
-        let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
+        let FirstValues { matrix, residual, norm, .. } = self.d.first_values;
         let shapes: &[(&str, &[i64], Init)] = &[
-            ("norm1.weight", &[d], Init::Ones),
+            ("norm1.weight", &[d], norm),
             ("norm1.bias", &[d], Init::Zeros),
-            ("attention.qkv.weight", &[3 * d, d], normal),
+            ("attention.qkv.weight", &[3 * d, d], matrix),
             ("attention.qkv.bias", &[3 * d], Init::Zeros),
             ("attention.out.weight", &[d, d], residual),
             ("attention.out.bias", &[d], Init::Zeros),
-            ("norm2.weight", &[d], Init::Ones),
+            ("norm2.weight", &[d], norm),
             ("norm2.bias", &[d], Init::Zeros),
-            ("mlp.up.weight", &[f, d], normal),
+            ("mlp.up.weight", &[f, d], matrix),
             ("mlp.up.bias", &[f], Init::Zeros),
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),

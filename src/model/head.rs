@@ -14,7 +14,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Parameter, Role, TABLE_STD, layer_norm, table};
+use super::{Dimensions, Dropout, Init, Parameter, Role, layer_norm, table};
 use crate::data::UNCOUNTED;
 use crate::error::Result;
 
@@ -46,8 +46,8 @@ impl Head {
     pub(super) fn parameters(&self) -> Vec<Parameter> {
         let d = &self.d;
         let mut parameters = Vec::new();
-        if d.pre_norm {
-            parameters.push(Parameter::vector("head.norm.weight".into(), d.d_model, Init::Ones));
+        if d.final_norm {
+            parameters.push(Parameter::vector("head.norm.weight".into(), d.d_model, d.first_values.norm));
             parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
         }
         match d.tied {
@@ -63,7 +63,7 @@ impl Head {
         if count > 1 {
             let entries = count as i64 - 1;
             let shape = [entries, self.clusters[0].width];
-            let rows = Parameter::new("head.clusters.weight".into(), &shape, Init::Normal(TABLE_STD), Role::Head);
+            let rows = Parameter::new("head.clusters.weight".into(), &shape, d.first_values.head, Role::Head);
             parameters.push(rows);
             parameters.push(Parameter::vector("head.clusters.bias".into(), entries, Init::Zeros));
         }
@@ -73,7 +73,7 @@ impl Head {
     fn parts<'a>(&self, weights: &'a [Tensor]) -> Parts<'a> {
         let mut weights = weights.iter();
         let mut next = || weights.next().expect("as many values as parameters");
-        let norm = self.d.pre_norm.then(|| (next(), next()));
+        let norm = self.d.final_norm.then(|| (next(), next()));
         let mut clusters: Vec<Part> = Vec::new();
         for cluster in &self.clusters {
             let rows = next();
@@ -231,9 +231,25 @@ fn wide(logits: Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Arch, ModelConfig};
+    use super::super::{Arch, ModelConfig, Norm};
     use super::*;
     use crate::schedule::Tie;
+
+    #[test]
+    fn the_head_normalises_where_it_is_asked_to() {
+        for (norm, final_norm, expected) in [
+            (Norm::Pre, None, true),
+            (Norm::Pre, Some(false), false),
+            (Norm::Post, None, false),
+            (Norm::Post, Some(true), true),
+        ] {
+            let config =
+                ModelConfig { arch: Arch::TransformerXl, norm: Some(norm), final_norm, ..ModelConfig::default() };
+            let head = Head::new(&Dimensions::new(&config, 31, 4));
+            let found = head.parameters().iter().any(|parameter| parameter.name == "head.norm.weight");
+            assert_eq!(found, expected, "{norm:?} {final_norm:?}");
+        }
+    }
 
     /// The probabilities of a softmax in clusters add up to 1, and its loss is made of them.
     #[test]
@@ -264,6 +280,16 @@ mod tests {
                 let loss = head.loss(&weights, &x, &targets, None).unwrap();
                 assert!((loss + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
             }
+
+            // Targets that count nothing are left out of the sum.
+            let some = Tensor::from_slice(&[0i64, UNCOUNTED, 4, UNCOUNTED, 8, 9, UNCOUNTED, 30]).view([2, 4]);
+            let counted = some.ge(0);
+            let wanted = all.gather(-1, &some.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
+            let wanted = wanted.masked_select(&counted).sum(Kind::Double);
+            let sum = head.losses(&weights, &x, &some, None).unwrap();
+            assert!((sum + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
+            let nothing = Tensor::full([2, 4], UNCOUNTED, (Kind::Int64, tch::Device::Cpu));
+            assert_eq!(head.losses(&weights, &x, &nothing, None).unwrap().double_value(&[]), 0.0);
         }
     }
 }

@@ -58,7 +58,7 @@ pub use dimensions::Dimensions;
 pub use dropout::Dropout;
 pub use memory::{Memory, Remembered};
 pub use parameter::{Init, Parameter, Role, initial};
-use parameter::{TABLE_STD, fused, matrix_std, named};
+use parameter::{TABLE_STD, fused, named};
 
 use crate::error::Result;
 

@@ -1,5 +1,6 @@
 //! A parameter: its name, shape and first values.
 
+use super::config::InitKind;
 use crate::random;
 
 /// How a parameter begins.
@@ -9,6 +10,8 @@ pub enum Init {
     Ones,
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
+    /// Normal with mean 1 and this standard deviation.
+    NormalAroundOne(f64),
 }
 
 /// What a parameter is in the model: optimizers and weight decay go by it.
@@ -81,9 +84,53 @@ pub(super) const TABLE_STD: f64 = 0.02;
 
 /// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small init" of Nguyen and
 /// Salazar 2019. It is GPT-2's 0.02 at D = 1000, and learns faster where D is small.
-pub(super) fn matrix_std(d_model: i64) -> f64 {
+fn matrix_std(d_model: i64) -> f64 {
     (2.0 / (5.0 * d_model as f64)).sqrt()
 }
+
+/// How the parameters of the layers, the head and narrow tables begin.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct FirstValues {
+    pub matrix: Init,
+    /// Of matrices that end a residual branch.
+    pub residual: Init,
+    /// Of a normalisation's weights.
+    pub norm: Init,
+    /// Of the biases in a Transformer-XL's attention.
+    pub attention_bias: Init,
+    /// Of the head's rows.
+    pub head: Init,
+    /// Of what makes narrow rows as wide as the model; none: by their width.
+    pub projection: Option<Init>,
+}
+
+impl FirstValues {
+    /// Of a config's `init`.
+    pub fn new(init: InitKind, std: f64, d_model: i64, layers: usize) -> FirstValues {
+        match init {
+            // Matrices that end a residual branch begin smaller by sqrt(2 L), as in GPT-2.
+            InitKind::Scaled => FirstValues {
+                matrix: Init::Normal(matrix_std(d_model)),
+                residual: Init::Normal(matrix_std(d_model) / (2.0 * layers as f64).sqrt()),
+                norm: Init::Ones,
+                attention_bias: Init::Zeros,
+                head: Init::Normal(TABLE_STD),
+                projection: None,
+            },
+            InitKind::Normal => FirstValues {
+                matrix: Init::Normal(std),
+                residual: Init::Normal(std),
+                norm: Init::NormalAroundOne(std),
+                attention_bias: Init::Normal(std),
+                head: Init::Normal(std),
+                projection: Some(Init::Normal(PROJECTION_STD)),
+            },
+        }
+    }
+}
+
+/// Standard deviation of projections under `init = "normal"`: `proj_init_std` of the public Transformer-XL.
+const PROJECTION_STD: f64 = 0.01;
 
 /// The first values of a parameter: a pure function of the seed and the name.
 pub fn initial(parameter: &Parameter, seed: u64) -> Vec<f32> {
@@ -95,5 +142,66 @@ pub fn initial(parameter: &Parameter, seed: u64) -> Vec<f32> {
             values.iter_mut().for_each(|v| *v *= std as f32);
             values
         }
+        Init::NormalAroundOne(std) => {
+            let mut values = random::normal(seed, &parameter.name, parameter.count());
+            values.iter_mut().for_each(|v| *v = 1.0 + *v * std as f32);
+            values
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Arch, Dimensions, ModelConfig, Stack};
+    use super::*;
+    use crate::schedule::Tie;
+
+    /// Mean and standard deviation of a parameter's first values.
+    fn moments(parameters: &[Parameter], name: &str) -> (f64, f64) {
+        let parameter = parameters.iter().find(|parameter| parameter.name == name).unwrap();
+        let values = initial(parameter, 3);
+        let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / values.len() as f64;
+        (mean, variance.sqrt())
+    }
+
+    /// The public Transformer-XL: everything normal with `init_std`, normalisations around 1, projections by one of their own.
+    #[test]
+    fn first_values_are_those_that_are_asked_for() {
+        let config = |init, init_std| ModelConfig {
+            arch: Arch::TransformerXl,
+            d_model: 256,
+            tie: Tie::Untied,
+            cutoffs: vec![100],
+            div_val: 2,
+            init,
+            init_std,
+            ..ModelConfig::default()
+        };
+        let parameters = |config: &ModelConfig| {
+            let d = Dimensions::new(config, 300, 4);
+            Stack::new(&d, 0..d.layers).parameters().to_vec()
+        };
+        let published = parameters(&config(InitKind::Normal, Some(0.03)));
+        for (name, mean, std) in [
+            ("layers.0.attention.out.weight", 0.0, 0.03),
+            ("layers.1.mlp.up.weight", 0.0, 0.03),
+            ("layers.0.attention.content_bias", 0.0, 0.03),
+            ("layers.0.norm1.weight", 1.0, 0.03),
+            ("layers.0.norm1.bias", 0.0, 0.0),
+            ("embedding.projection.1", 0.0, 0.01),
+            ("head.projection.1", 0.0, 0.01),
+            ("head.weight.0", 0.0, 0.03),
+        ] {
+            let (found_mean, found_std) = moments(&published, name);
+            assert!(
+                (found_mean - mean).abs() < 0.01 && (found_std - std).abs() <= 0.1 * std,
+                "{name}: {found_mean} {found_std}"
+            );
+        }
+        let scaled = parameters(&config(InitKind::Scaled, None));
+        assert_eq!(moments(&scaled, "layers.0.norm1.weight"), (1.0, 0.0));
+        let (_, out) = moments(&scaled, "layers.0.attention.out.weight");
+        assert!((out / (matrix_std(256) / 8f64.sqrt()) - 1.0).abs() < 0.05, "{out}");
     }
 }

@@ -29,9 +29,9 @@ use tch::Tensor;
 
 use super::architecture::Blocks;
 use super::linear::linear;
+use super::parameter::FirstValues;
 use super::{
-    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm,
-    matrix_std, named,
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm, named,
 };
 use crate::error::Result;
 
@@ -199,20 +199,19 @@ impl Layer for XlBlock {
 
     fn parameters(&self) -> Vec<Parameter> {
         let (d, f) = (self.d.d_model, self.d.d_ff);
-        let normal = Init::Normal(matrix_std(d));
-        let residual = Init::Normal(matrix_std(d) / (2.0 * self.d.layers as f64).sqrt());
+        let FirstValues { matrix, residual, norm, attention_bias, .. } = self.d.first_values;
         let shapes: &[(&str, &[i64], Init)] = &[
-            ("norm1.weight", &[d], Init::Ones),
+            ("norm1.weight", &[d], norm),
             ("norm1.bias", &[d], Init::Zeros),
-            ("attention.query.weight", &[d, d], normal),
-            ("attention.key_value.weight", &[2 * d, d], normal),
-            ("attention.position.weight", &[d, d], normal),
-            ("attention.content_bias", &[d], Init::Zeros),
-            ("attention.position_bias", &[d], Init::Zeros),
+            ("attention.query.weight", &[d, d], matrix),
+            ("attention.key_value.weight", &[2 * d, d], matrix),
+            ("attention.position.weight", &[d, d], matrix),
+            ("attention.content_bias", &[d], attention_bias),
+            ("attention.position_bias", &[d], attention_bias),
             ("attention.out.weight", &[d, d], residual),
-            ("norm2.weight", &[d], Init::Ones),
+            ("norm2.weight", &[d], norm),
             ("norm2.bias", &[d], Init::Zeros),
-            ("mlp.up.weight", &[f, d], normal),
+            ("mlp.up.weight", &[f, d], matrix),
             ("mlp.up.bias", &[f], Init::Zeros),
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),

@@ -58,7 +58,8 @@ impl Setup {
         let vocabulary = corpus.vocabulary.len();
         config.model.check_cutoffs(vocabulary)?;
         let shares = corpus.train.shares(&config.model.cutoffs);
-        let dimensions = Dimensions { shares, ..Dimensions::new(&config.model, vocabulary, config.data.sequence) };
+        let mut dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
+        dimensions.shares = shares;
         let partition = plan::layers(&config, &dimensions)?;
         plan::check_streams(&config, &corpus)?;
         let eval_share = match &config.eval {

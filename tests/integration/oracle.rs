@@ -108,6 +108,10 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     if number >= DRAWN && (number < DRAWN + DRAWN_XL || draw.one_in(2)) {
         draw_xl(&mut draw, &mut sets, &mut covers);
     }
+    if number.is_multiple_of(2) && covers.contains("pre-LN") {
+        covers.insert("no normalisation before the head");
+        sets.push("model.final_norm=false".to_owned());
+    }
     (sets, covers)
 }
 
@@ -332,6 +336,7 @@ fn the_draws_cover_everything() {
         "same length",
         "clamped",
         "pre-LN",
+        "no normalisation before the head",
         "attention dropout",
         "evaluation with lengths of its own",
         "recompute with memory",
