@@ -2,7 +2,7 @@
 //! (Grave et al. 2017). Without cut-offs there is one cluster, and everything is what it is without clusters.
 //!
 //! Cluster i holds the tokens `start .. start + n` (the most frequent have the lowest numbers) in rows that are
-//! `width / div_val^i` wide, with a projection to D where that differs from D.
+//! `width / div_val^i` wide, with a projection to D where that differs from D, or of every cluster (`project_all`).
 
 use super::{Dimensions, Init, Parameter, Role};
 
@@ -12,6 +12,8 @@ pub(super) struct Cluster {
     pub start: i64,
     pub tokens: i64,
     pub width: i64,
+    /// Its rows are made D wide by a matrix.
+    pub projected: bool,
 }
 
 /// The clusters of rows that are `width` wide in the first.
@@ -22,7 +24,10 @@ pub(super) fn clusters(d: &Dimensions, width: i64) -> Vec<Cluster> {
     starts
         .zip(ends)
         .zip(scales)
-        .map(|((start, end), scale)| Cluster { start, tokens: end - start, width: (width / scale).max(1) })
+        .map(|((start, end), scale)| {
+            let width = (width / scale).max(1);
+            Cluster { start, tokens: end - start, width, projected: d.project_all || width != d.d_model }
+        })
         .collect()
 }
 
@@ -31,8 +36,7 @@ pub(super) fn numbered(name: &str, i: usize, count: usize) -> String {
     if count == 1 { name.to_owned() } else { format!("{name}.{i}") }
 }
 
-/// The tables of all clusters with their projections, cluster by cluster: `rows` [n_i, w_i], and `projection` [D, w_i]
-/// where w_i is not D.
+/// The tables of all clusters with their projections, cluster by cluster: `rows` [n_i, w_i], and `projection` [D, w_i].
 pub(super) fn tables(
     d: &Dimensions,
     clusters: &[Cluster],
@@ -45,7 +49,7 @@ pub(super) fn tables(
     for (i, cluster) in clusters.iter().enumerate() {
         let shape = [cluster.tokens, cluster.width];
         parameters.push(Parameter::new(numbered(rows, i, count), &shape, init, role));
-        if cluster.width != d.d_model {
+        if cluster.projected {
             // Rows come out as large as those of a table that is D wide.
             let by_width = Init::Normal(1.0 / (cluster.width as f64).sqrt());
             let init = d.first_values.projection.unwrap_or(by_width);

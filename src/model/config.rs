@@ -38,6 +38,10 @@ pub enum InitKind {
     Normal,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// The model's sizes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -54,6 +58,9 @@ pub struct ModelConfig {
     pub cutoffs: Vec<usize>,
     /// Every cluster's rows are narrower than those of the one before by this factor.
     pub div_val: usize,
+    /// With `div_val`: rows that are as wide as the model are projected, too, as in the public code of Transformer-XL.
+    #[serde(skip_serializing_if = "is_false")]
+    pub project_all: bool,
     /// Width of the embedding's and of the head's rows; none: `d_model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embedding_width: Option<usize>,
@@ -145,6 +152,10 @@ impl ModelConfig {
             return Err(Error::config("model.div_val", self.div_val, "means something with model.cutoffs only"));
         }
 
+        if self.project_all && self.div_val == 1 {
+            return Err(Error::config("model.project_all", true, "means something with model.div_val > 1 only"));
+        }
+
         let embedding = self.embedding_width.unwrap_or(self.d_model);
         let head = self.head_width.unwrap_or(self.d_model);
         let (narrowest, clusters) = (embedding.min(head), self.cutoffs.len() as u32);
@@ -221,6 +232,7 @@ impl Default for ModelConfig {
             dropout: 0.0,
             cutoffs: Vec::new(),
             div_val: 1,
+            project_all: false,
             embedding_width: None,
             head_width: None,
             embedding_std: TABLE_STD,

@@ -17,6 +17,8 @@ pub struct Dimensions {
     /// Tokens after which a new cluster of the vocabulary begins.
     pub cutoffs: Vec<i64>,
     pub div_val: i64,
+    /// Every cluster's rows are projected, those that are D wide too.
+    pub project_all: bool,
     /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is known.
     pub shares: Vec<f64>,
     /// Of the rows of the embedding's and the head's first cluster.
@@ -64,6 +66,7 @@ impl Dimensions {
             shares: clusters::zipf(&cutoffs, vocabulary as i64),
             cutoffs,
             div_val: model.div_val as i64,
+            project_all: model.project_all,
             embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
             head_width: model.head_width.unwrap_or(model.d_model) as i64,
             embedding_std: model.embedding_std,

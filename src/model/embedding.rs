@@ -24,10 +24,10 @@ impl Embedding {
     fn rows(&self, cluster: &Cluster, weights: &mut std::slice::Iter<Tensor>, tokens: &Tensor) -> Result<Tensor> {
         let table = weights.next().expect("a table for every cluster");
         let rows = Tensor::f_embedding(table, tokens, -1, false, false)?;
-        if cluster.width == self.d.d_model {
+        if !cluster.projected {
             return Ok(rows);
         }
-        Ok(rows.f_linear::<Tensor>(weights.next().expect("a projection for every narrow table"), None)?)
+        Ok(rows.f_linear::<Tensor>(weights.next().expect("a projection for every table that has one"), None)?)
     }
 
     /// [B, T] -> [B, T, D]; every cluster works on its own tokens only.
@@ -89,8 +89,7 @@ impl Layer for Embedding {
 
     /// The tokens, int64, and the mask; the sum that it multiplies is not kept. With narrow tables their rows.
     fn saved_per_token(&self) -> usize {
-        let rows =
-            if self.clusters.iter().any(|c| c.width != self.d.d_model) { self.d.embedding_width as usize } else { 0 };
+        let rows = if self.clusters.iter().any(|c| c.projected) { self.d.embedding_width as usize } else { 0 };
         2 + rows + if self.d.dropout > 0.0 { self.d.d_model as usize } else { 0 }
     }
 

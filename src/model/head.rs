@@ -77,7 +77,7 @@ impl Head {
         let mut clusters: Vec<Part> = Vec::new();
         for cluster in &self.clusters {
             let rows = next();
-            let projection = (cluster.width != self.d.d_model).then(&mut next);
+            let projection = cluster.projected.then(&mut next);
             clusters.push(Part { rows, projection, bias: None });
         }
         if self.d.architecture.head_bias {
@@ -190,7 +190,7 @@ impl Head {
     /// Multiply-adds a token.
     pub(super) fn cost(&self) -> f64 {
         let of = |(i, (c, share)): (usize, (&Cluster, &f64))| {
-            let projected = if c.width != self.d.d_model { c.width * self.d.d_model } else { 0 };
+            let projected = if c.projected { c.width * self.d.d_model } else { 0 };
             let share = if i == 0 { 1.0 } else { *share };
             share * (c.tokens * c.width + projected) as f64
         };
@@ -254,16 +254,25 @@ mod tests {
     /// The probabilities of a softmax in clusters add up to 1, and its loss is made of them.
     #[test]
     fn clusters_make_a_distribution() {
-        for (cutoffs, div_val) in [(vec![], 1), (vec![5], 1), (vec![4, 9], 2), (vec![3, 6, 20], 2)] {
+        for (cutoffs, div_val, project_all) in [
+            (vec![], 1, false),
+            (vec![5], 1, false),
+            (vec![4, 9], 2, false),
+            (vec![4, 9], 2, true),
+            (vec![3, 6, 20], 2, false),
+        ] {
             let config = ModelConfig {
                 arch: Arch::TransformerXl,
                 d_model: 16,
                 tie: Tie::Untied,
                 cutoffs: cutoffs.clone(),
                 div_val,
+                project_all,
                 ..ModelConfig::default()
             };
             let head = Head::new(&Dimensions::new(&config, 31, 4));
+            let projections = head.parameters().iter().filter(|p| p.name.contains("projection")).count();
+            assert_eq!(projections, if div_val == 1 { 0 } else { cutoffs.len() + usize::from(project_all) });
             let weights: Vec<Tensor> = head
                 .parameters()
                 .iter()

@@ -108,6 +108,10 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     if number >= DRAWN && (number < DRAWN + DRAWN_XL || draw.one_in(2)) {
         draw_xl(&mut draw, &mut sets, &mut covers);
     }
+    if number.is_multiple_of(2) && covers.contains("narrow clusters") {
+        covers.insert("every cluster projected");
+        sets.push("model.project_all=true".to_owned());
+    }
     if number.is_multiple_of(2) && covers.contains("pre-LN") {
         covers.insert("no normalisation before the head");
         sets.push("model.final_norm=false".to_owned());
@@ -347,6 +351,7 @@ fn the_draws_cover_everything() {
         "one cut-off",
         "two cut-offs",
         "narrow clusters",
+        "every cluster projected",
         "narrow embedding",
     ];
     for name in wanted {
