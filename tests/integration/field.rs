@@ -8,11 +8,18 @@ use crate::harness::{Finished, Folder, LIMIT, TINY, run};
 /// A run that ends only when it is stopped.
 const LONG: &str = "--set steps=1000000 --set checkpoint.every=100000";
 
+/// What scripts may call: `began OUT` waits until a run has made some steps, `caught ID` until a process has a handler for SIGUSR1.
+const FUNCTIONS: &str = r#"
+    set -o pipefail
+    began() { until [ "$(cat $1/metrics.jsonl 2> /dev/null | wc -l)" -gt 3 ]; do sleep 0.05; done; }
+    caught() { until (( 0x$(awk '/^SigCgt/ { print $2 }' /proc/$1/status) & 0x200 )); do :; done; }
+"#;
+
 /// Runs a script of bash in the folder; `$B` is the program, `$M` mpirun without its number of ranks.
 fn shell(folder: &Folder, script: &str) -> Finished {
     // Whatever it has started ends with it.
     let mut command = Command::new("timeout");
-    command.args(["-k", "2", "50", "bash", "-c", &format!("set -o pipefail\n{script}")]).current_dir(folder.path(""));
+    command.args(["-k", "2", "50", "bash", "-c", &format!("{FUNCTIONS}\n{script}")]).current_dir(folder.path(""));
     command.env("B", env!("CARGO_BIN_EXE_ouroboros")).env("M", "mpirun --bind-to none --oversubscribe -n");
     command.env("LONG", LONG).env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     run(command, LIMIT)
@@ -46,7 +53,7 @@ fn field_f01() {
     shell(&folder, "$B --help | head -1; $B train --help > /dev/full").expect_code(0);
 
     // Ctrl-C reaches whoever reads as well.
-    shell(&folder, "timeout -s INT 2.5 $B train tiny.toml $LONG --out both 2>&1 | sleep 1").expect_code(124);
+    shell(&folder, "timeout -s INT 5 $B train tiny.toml $LONG --out both 2>&1 | sleep 1").expect_code(124);
     assert!(folder.path("both/checkpoints").read_dir().unwrap().count() == 1);
 }
 
@@ -54,15 +61,15 @@ fn field_f01() {
 #[test]
 fn field_f02() {
     let folder = Folder::new();
-    let stopped = shell(&folder, "timeout 1.5 $B train tiny.toml --grid 2x1 $LONG --out a").expect_code(124);
+    let stopped = shell(&folder, "timeout 4 $B train tiny.toml --grid 2x1 $LONG --out a").expect_code(124);
     assert!(stopped.stdout.contains("stopped at step ") && stopped.errors().is_empty(), "{stopped}");
     let twice =
-        "$B train tiny.toml --grid 2x1 $LONG --out b & sleep 1.5; kill -TERM $!; kill -TERM $!; kill -INT $!; wait $!";
+        "$B train tiny.toml --grid 2x1 $LONG --out b & began b; kill -TERM $!; kill -TERM $!; kill -INT $!; wait $!";
     let stopped = shell(&folder, twice).expect_code(75);
     assert!(stopped.stdout.contains("again in 2 s or later: ends at once"), "{stopped}");
 
     // A stop that takes long: a stage that waits for the disk.
-    let later = "$B train tiny.toml --grid 2x1 $LONG --inject hang@0,0:40 --out c & sleep 1.5; kill -TERM $!; sleep 2.5; kill -TERM $!; wait $!";
+    let later = "$B train tiny.toml --grid 2x1 $LONG --inject hang@0,0:10 --out c & began c; sleep 1; kill -TERM $!; sleep 2.5; kill -TERM $!; wait $!";
     let ended = shell(&folder, later).expect_code(143);
     assert!(ended.stderr.contains("error: SIGTERM again: ended at once"), "{ended}");
 }
@@ -111,17 +118,16 @@ fn field_f15() {
     let folder = Folder::new();
     for signal in ["HUP", "USR2", "XCPU"] {
         let script =
-            format!("$B train tiny.toml --grid 2x1 $LONG --out {signal} & sleep 1.5; kill -{signal} $!; wait $!");
+            format!("$B train tiny.toml --grid 2x1 $LONG --out {signal} & began {signal}; kill -{signal} $!; wait $!");
         let stopped = shell(&folder, &script).expect_code(75);
         assert!(stopped.stdout.contains(&format!("SIG{signal} at this process")), "{stopped}");
     }
     // While the program is being loaded, and with a signal that is ignored.
-    let early = "$B train tiny.toml --grid 2x1 $LONG --out early & sleep 0.1; kill -USR1 $!; wait $!";
+    let early = "$B train tiny.toml --grid 2x1 $LONG --out early & caught $!; kill -USR1 $!; wait $!";
     assert!(shell(&folder, early).expect_code(75).stdout.contains("SIGUSR1 at this process"));
-    let nohup = "trap '' HUP; $B train tiny.toml --grid 2x1 --out nohup --max-minutes 0.05 $LONG & sleep 1; kill -HUP $!; wait $!";
+    let nohup = "trap '' HUP; $B train tiny.toml --grid 2x1 --out nohup --max-minutes 0.05 $LONG & began nohup; kill -HUP $!; wait $!";
     assert!(shell(&folder, nohup).expect_code(75).stdout.contains("--max-minutes"));
-    let ranks =
-        "$M 2 $B train tiny.toml --grid 2x1 $LONG --out ranks & sleep 3; kill -USR2 $(pgrep -P $! | tail -1); wait $!";
+    let ranks = "$M 2 $B train tiny.toml --grid 2x1 $LONG --out ranks & began ranks; kill -USR2 $(pgrep -P $! | tail -1); wait $!";
     assert!(shell(&folder, ranks).expect_code(75).stdout.contains("SIGUSR2 at stage"));
 }
 
@@ -224,13 +230,13 @@ fn field_f06() {
     let ranks = shell(
         &folder,
         &format!(
-            "$M 2 $B train tiny.toml --grid 2x1 --out a {long} & sleep 3; all=\"$! $(pgrep -P $!)\"
+            "$M 2 $B train tiny.toml --grid 2x1 --out a {long} & began a; all=\"$! $(pgrep -P $!)\"
              kill -STOP $all; sleep 6; kill -CONT $all; wait $!"
         ),
     );
     assert!(ranks.code == Some(75) && ranks.errors().is_empty(), "{ranks}");
     let alone = format!(
-        "$B train tiny.toml --grid 2x1 --out b {long} & sleep 1; kill -STOP $!; sleep 6; kill -CONT $!; wait $!"
+        "$B train tiny.toml --grid 2x1 --out b {long} & began b; kill -STOP $!; sleep 6; kill -CONT $!; wait $!"
     );
     let alone = shell(&folder, &alone);
     assert!(alone.code == Some(75) && alone.errors().is_empty(), "{alone}");
@@ -272,21 +278,21 @@ fn field_f07() {
 #[test]
 fn field_f08() {
     let folder = Folder::new();
-    let second = "sleep 1.5; $B train tiny.toml --out a --set seed=2; code=$?; kill -KILL $!; exit $code";
-    let refused = shell(&folder, &format!("$B train tiny.toml --out a $LONG & {second}")).expect_code(2);
-    assert!(refused.stderr.contains("writes into it; wait for its end"), "{refused}");
-    // A dead run's lock does not hold.
-    shell(&folder, "$B train tiny.toml --out a").expect_code(0);
-    let ranks = format!(
-        "$M 2 $B train tiny.toml --out b --grid 2x1 $LONG --max-minutes 0.1 & sleep 3; {}",
-        &second[11..].replace("--out a", "--out b")
-    );
-    let refused = shell(&folder, &ranks.replace("kill -KILL $!", "wait $!")).expect_code(2);
-    assert!(refused.stderr.contains("writes into it; wait for its end"), "{refused}");
     let refused = shell(
         &folder,
-        "$B train tiny.toml --out c $LONG & sleep 1.5; $B init tiny.toml --out c; code=$?; kill $!; exit $code",
+        "$B train tiny.toml --out a $LONG & began a; $B train tiny.toml --out a --set seed=2; code=$?; kill -KILL $!; exit $code",
     );
+    assert!(refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    // A dead run's lock does not hold.
+    shell(&folder, "$B train tiny.toml --out a").expect_code(0);
+    let refused = shell(
+        &folder,
+        "$M 2 $B train tiny.toml --out b --grid 2x1 $LONG --max-minutes 0.15 & began b
+         $B train tiny.toml --out b --set seed=2; code=$?; wait $!; exit $code",
+    );
+    assert!(refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    let init = "$B train tiny.toml --out c $LONG & began c; $B init tiny.toml --out c; code=$?; kill $!; exit $code";
+    let refused = shell(&folder, init);
     assert!(refused.code == Some(2) && refused.stderr.contains("writes into it"), "{refused}");
 }
 
