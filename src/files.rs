@@ -5,8 +5,12 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// A network file system shows what another node has written after a while: so long it is waited for.
+pub const SEEN: Duration = Duration::from_secs(10);
 
 /// Opens a file. A pipe, a device or a folder is refused at once, where opening or reading it might wait for ever.
 ///

@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     device::prepare_environment();
     failure::hush_panics();
     control::survive_file_limit();
+
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -28,12 +29,14 @@ fn main() -> ExitCode {
             return ExitCode::from(launch::refuse(&Error::Usage(text)));
         }
     };
+
     if !matches!(cli.command, Command::Train(_)) {
         control::not_expected();
     }
     if !matches!(cli.command, Command::Schedule(_) | Command::Doctor | Command::Eval(_) | Command::Generate(_)) {
         console::go_on_without_reader();
     }
+
     ExitCode::from(match cli.command {
         Command::Train(args) => {
             if args.dies_with_parent {

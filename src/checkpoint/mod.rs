@@ -41,13 +41,12 @@ pub use snapshot::{SavedBuffer, Snapshot};
 use crate::config::{CheckpointConfig, Config};
 use crate::data::{Corpus, Fingerprint, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
+use crate::files::SEEN;
 
 const MANIFEST: &str = "manifest.json";
 /// Of characters or words; a model of bytes needs none.
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
-/// A network file system shows what another node has written after a while.
-const SEEN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of a buffer of state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

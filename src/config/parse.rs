@@ -4,6 +4,9 @@ use super::Config;
 use crate::error::{Error, Result};
 use crate::optim;
 
+/// The word for an option that is off.
+const NONE: &str = "none";
+
 /// A config's text with `key=value` pairs over it.
 pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
     let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
@@ -17,9 +20,10 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
     for set in sets {
         apply(&mut table, set)?;
     }
+
     loop {
         let error = match serde_path_to_error::deserialize(toml::Value::Table(table.clone())) {
-            Ok(config) => return Ok(config),
+            Ok(config) => return left_out(config, sets),
             Err(error) => error,
         };
         let (path, message) = (error.path().to_string(), error.inner().message());
@@ -27,6 +31,20 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
             return Err(describe(&path, message));
         }
     }
+}
+
+/// Refuses none for a key that has taken its default instead.
+fn left_out(config: Config, sets: &[String]) -> Result<Config> {
+    let written = toml::Value::try_from(&config).map_err(|error| Error::Internal(error.to_string()))?;
+    let value = |key: &str| key.split('.').try_fold(&written, |value, part| value.get(part)).cloned();
+    let off = |value: &toml::Value| value.as_str() == Some(NONE);
+
+    for (key, _) in sets.iter().filter_map(|set| pair(set).ok()).filter(|(_, text)| text.trim() == NONE) {
+        if value(key).is_some_and(|value| !off(&value)) {
+            return Err(Error::config(key, NONE, "it cannot be turned off; write a value"));
+        }
+    }
+    Ok(config)
 }
 
 /// Puts one `key=value` into the table. The value is TOML; what is not TOML is taken as a string.
@@ -69,7 +87,7 @@ fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &s
     let Ok((key, text)) = pair(set) else { return false };
     let (path, message) = of_key(path, message);
     let Some((_, expected)) = message.split_once(", expected ").filter(|_| key == path) else { return false };
-    if text.trim() == "none" {
+    if text.trim() == NONE {
         return remove(table, key);
     }
     let other = match expected {

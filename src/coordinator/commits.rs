@@ -82,7 +82,7 @@ impl Commits {
         let Setup { config, corpus, .. } = &*self.setup;
         let mut manifest = Manifest::new(config, corpus, self.setup.parameters(), step, pipeline, files);
         manifest.serial = self.serial;
-        self.serial += 1;
+        self.serial = self.serial.saturating_add(1);
         self.newest = Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
         self.kept.push(step);
         checkpoint::prune(&self.out, &mut self.kept, &self.setup.config.checkpoint);

@@ -160,6 +160,7 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
             .collect(),
         vocabulary: vocabulary.listed().clone(),
     };
+
     let temporary = files::temporary(path);
     let written = || -> std::io::Result<()> {
         let json = serde_json::to_vec(&header)?;
@@ -172,11 +173,13 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
         for (_, bytes) in &splits {
             file.write_all(bytes)?;
         }
+
         let digest = file.hash.digest();
         file.file.write_all(&digest.to_le_bytes())?;
         file.file.into_inner()?.sync_all()?;
         files::place(&temporary, path)
     };
+
     written().map_err(|error| {
         let _ = fs::remove_file(&temporary);
         match error.kind() {

@@ -3,13 +3,14 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::job::Job;
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
 use crate::data::Fingerprint;
 use crate::error::{Error, Result};
+use crate::files::SEEN;
 use crate::grid::Placement;
 use crate::lock;
 use crate::memory;
@@ -129,6 +130,3 @@ pub(super) fn same_folder(world: &World, out: &Path, owner: Option<&str>) -> Res
     }
     Ok(())
 }
-
-/// A network file system shows what another node has written after a while.
-const SEEN: Duration = Duration::from_secs(10);

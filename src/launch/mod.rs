@@ -104,10 +104,12 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     if let Some(injection) = inject {
         say!("a fault on purpose: {injection}");
     }
+
     let notes = too_few_cores(setup.config.threads).into_iter().chain(job_end().and_then(Result::err));
     for note in notes.chain(setup.other_texts()).chain(setup.config.notes()) {
         say!("{note}");
     }
+
     let (train, held_out) = (setup.corpus.train.len() as u64, setup.corpus.held_out.len() as u64);
     let unit = setup.config.data.tokenizer.unit();
     say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));

@@ -1,11 +1,13 @@
 //! Downloads that can be interrupted: into `NAME.part`, gone on with where they ended, checked by SHA-256, then renamed.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -74,6 +76,8 @@ pub fn check(path: &Path, expected: &str) -> Result<()> {
 /// the expected one (it is removed).
 pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
     let part = with_suffix(path, ".part");
+    let _lock = alone(path, &part)?;
+
     let mut problems = Vec::new();
     for address in addresses {
         match fetch(address, &part) {
@@ -89,7 +93,24 @@ pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
             Err(problem) => problems.push(format!("{address}: {problem}")),
         }
     }
+    if fs::metadata(&part).is_ok_and(|data| data.len() == 0) {
+        let _ = fs::remove_file(&part);
+    }
     Err(Error::data(path.display(), format!("cannot be downloaded ({})", problems.join("; ")), REMEDY))
+}
+
+/// Takes the file that is downloaded into, which two processes would mix up.
+fn alone(path: &Path, part: &Path) -> Result<File> {
+    let wrong = |error: io::Error| Error::data(path.display(), error, "make the folder writable");
+    let file = OpenOptions::new().create(true).append(true).open(part).map_err(wrong)?;
+
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            Err(Error::data(path.display(), "another process is downloading it", "wait for its end, and run again"))
+        }
+        // A file system without locks.
+        _ => Ok(file),
+    }
 }
 
 /// `NAME` as `NAME.suffix`, whatever its characters.
@@ -134,5 +155,21 @@ fn fetch(address: &str, part: &Path) -> std::result::Result<(), String> {
     match left {
         Some(left) if copied < left => Err(format!("the connection broke after {copied} of {left} bytes")),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_at_a_time_downloads_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, part) = (folder.path().join("a.zip"), folder.path().join("a.zip.part"));
+        let first = alone(&path, &part).unwrap();
+        let error = alone(&path, &part).unwrap_err().to_string();
+        assert!(error.contains("a.zip: another process is downloading it"), "{error}");
+        drop(first);
+        alone(&path, &part).unwrap();
     }
 }

@@ -146,6 +146,7 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
         Error::data(path.display(), problem, format!("give the path of a text, or one of {}", names.join(", ")))
     };
     let bytes = files::read(path).map_err(wrong)?;
+
     let tokenizer = request.tokenizer.unwrap_or(Tokenizer::Bytes);
     let name = path.file_name().unwrap_or(path.as_os_str()).to_owned();
     let out =

@@ -54,6 +54,7 @@ impl Setup {
         let rows = plan::rows(&config)?;
         let mut schedule = plan::schedule(&config)?;
         plan::check_counts(&config)?;
+
         let corpus = Arc::new(Corpus::open(&config.data, config.seed, plan::held_sequence(&config), None)?);
         let vocabulary = corpus.vocabulary.len();
         config.model.check_cutoffs(vocabulary)?;
@@ -62,6 +63,7 @@ impl Setup {
         dimensions.shares = shares;
         let partition = plan::layers(&config, &dimensions)?;
         plan::check_streams(&config, &corpus)?;
+
         let eval_share = match &config.eval {
             Some(eval) => {
                 let (share, microbatches) = plan::evaluation(&config, &corpus.held_out, rows)?;

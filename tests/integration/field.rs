@@ -514,6 +514,8 @@ fn field_messages() {
         ("name=..", "a folder of this name is made in runs/"),
         ("optimizer.lr=inf", "must be a finite number"),
         ("seed=18446744073709551615", "expected a whole number, at most 9223372036854775807"),
+        ("steps=none", "it cannot be turned off; write a value"),
+        ("optimizer.betas=none", "it cannot be turned off; write a value"),
         ("eval=true", "a section: set its keys, as in `eval.KEY=VALUE`"),
         ("grid=2x2", "give --grid, as in --grid 2x2"),
     ] {
