@@ -40,6 +40,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
         ("model.layers", Some(model.layers), DEPTH),
         ("model.d_model", Some(model.d_model), WIDTH),
         ("model.heads", Some(model.heads), WIDTH),
+        ("model.heads times model.d_head", model.d_head.map(|width| width.saturating_mul(model.heads)), WIDTH),
         ("model.d_ff", Some(model.d_ff), WIDTH),
         ("model.embedding_width", model.embedding_width, WIDTH),
         ("model.head_width", model.head_width, WIDTH),

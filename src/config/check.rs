@@ -33,6 +33,11 @@ pub(super) fn check(config: &Config) -> Result<()> {
         return Err(Error::config("grid.stages", config.grid.stages, remedy));
     }
 
+    if config.model.shared_biases && config.grid.stages > 1 {
+        let remedy = "one stage's layers can share them; with several it would be one parameter with as many delays";
+        return Err(Error::config("model.shared_biases", format!("true with {} stages", config.grid.stages), remedy));
+    }
+
     optim::check(&config.optimizer)?;
     config.data.check()
 }

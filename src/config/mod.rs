@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn errors_name_setting_value_and_remedy() {
         insta::assert_snapshot!(error("[model]\nd_modle = 3", &[]), @r"
-        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `norm`, `final_norm`, `init`, `init_std`, `attention_dropout`
+        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_head`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `shared_biases`, `norm`, `final_norm`, `init`, `init_std`, `attention_dropout`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
         setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`

@@ -50,6 +50,9 @@ pub struct ModelConfig {
     pub layers: usize,
     pub d_model: usize,
     pub heads: usize,
+    /// Width of a head; none: `d_model / heads`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_head: Option<usize>,
     pub d_ff: usize,
     /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
     /// position-wise network and before the head.
@@ -81,6 +84,10 @@ pub struct ModelConfig {
     pub clamp_len: Option<usize>,
     /// Transformer-XL: every query looks at `mem_len` keys.
     pub same_length: bool,
+    /// Transformer-XL: all layers have the two biases of their attention in common, as in the paper's code. Layers of several
+    /// stages cannot: it would be one parameter with a delay for each.
+    #[serde(skip_serializing_if = "is_false")]
+    pub shared_biases: bool,
     /// By default post for a Transformer-XL; a Transformer is pre.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<Norm>,
@@ -122,8 +129,9 @@ impl ModelConfig {
         Error::unless_at_least_one("model.d_model", self.d_model)?;
         Error::unless_at_least_one("model.heads", self.heads)?;
         Error::unless_at_least_one("model.d_ff", self.d_ff)?;
-        if !self.d_model.is_multiple_of(self.heads) {
-            let remedy = format!("must be a multiple of model.heads = {}", self.heads);
+        Error::unless_at_least_one("model.d_head", self.d_head.unwrap_or(1))?;
+        if self.d_head.is_none() && !self.d_model.is_multiple_of(self.heads) {
+            let remedy = format!("must be a multiple of model.heads = {}, or set model.d_head", self.heads);
             return Err(Error::config("model.d_model", self.d_model, remedy));
         }
 
@@ -175,12 +183,13 @@ impl ModelConfig {
     fn check_architecture(&self) -> Result<()> {
         let architecture = self.architecture();
         let given = |given: bool, value: String| given.then_some(value);
-        let memory = [
+        let recurrent = [
             ("model.mem_len", given(self.mem_len > 0, self.mem_len.to_string())),
             ("model.clamp_len", self.clamp_len.map(|clamp| clamp.to_string())),
             ("model.same_length", given(self.same_length, "true".into())),
+            ("model.shared_biases", given(self.shared_biases, "true".into())),
         ];
-        for (setting, found) in memory.into_iter().filter(|_| !architecture.has_memory) {
+        for (setting, found) in recurrent.into_iter().filter(|_| !architecture.has_memory) {
             found.map_or(Ok(()), |found| Err(Architecture::refuse(setting, found, |other| other.has_memory)))?;
         }
 
@@ -228,6 +237,7 @@ impl Default for ModelConfig {
             layers: 4,
             d_model: 128,
             heads: 4,
+            d_head: None,
             d_ff: 512,
             dropout: 0.0,
             cutoffs: Vec::new(),
@@ -241,6 +251,7 @@ impl Default for ModelConfig {
             mem_len: 0,
             clamp_len: None,
             same_length: false,
+            shared_biases: false,
             norm: None,
             final_norm: None,
             init: InitKind::Scaled,

@@ -10,6 +10,8 @@ pub struct Dimensions {
     pub layers: usize,
     pub d_model: i64,
     pub heads: i64,
+    /// W, the width of a head.
+    pub d_head: i64,
     pub d_ff: i64,
     pub vocabulary: i64,
     pub sequence: i64,
@@ -35,6 +37,8 @@ pub struct Dimensions {
     pub clamp_len: Option<i64>,
     /// Every query looks at as many keys.
     pub same_length: bool,
+    /// All layers have the biases of their attention in common.
+    pub shared_biases: bool,
     /// Normalisation before each branch, else after it.
     pub pre_norm: bool,
     /// Normalisation before the head.
@@ -44,6 +48,11 @@ pub struct Dimensions {
 }
 
 impl Dimensions {
+    /// A, the width of all heads together.
+    pub fn attention_width(&self) -> i64 {
+        self.heads * self.d_head
+    }
+
     /// What a tied table's rows are multiplied by, as embedding and as head. Rows that begin larger make the same embedding at
     /// first, of which a step of the same length moves less: a learning rate of its own, for optimizers whose steps do not
     /// depend on the gradient's length. A head that moved as much less would learn too slowly, so it takes the root of that.
@@ -59,6 +68,7 @@ impl Dimensions {
             layers: model.layers,
             d_model: model.d_model as i64,
             heads: model.heads as i64,
+            d_head: model.d_head.unwrap_or(model.d_model / model.heads) as i64,
             d_ff: model.d_ff as i64,
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
@@ -75,6 +85,7 @@ impl Dimensions {
             mem_len: model.mem_len as i64,
             clamp_len: model.clamp_len.filter(|clamp| *clamp > 0).map(|clamp| clamp as i64),
             same_length: model.same_length,
+            shared_biases: model.shared_biases,
             pre_norm: model.norm() == Norm::Pre,
             final_norm: model.final_norm(),
             attention_dropout: model.attention_dropout,

@@ -27,10 +27,10 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     blocks,
 };
 
-/// `4 D^2 + 2 D F` for the matrices, `T D` for causal attention.
+/// `4 D A + 2 D F` for the matrices, `T A` for causal attention.
 fn block_cost(d: &Dimensions) -> f64 {
-    let (dm, f, t) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64);
-    4.0 * dm * dm + 2.0 * dm * f + t * dm
+    let (dm, a, f, t) = (d.d_model as f64, d.attention_width() as f64, d.d_ff as f64, d.sequence as f64);
+    4.0 * dm * a + 2.0 * dm * f + t * a
 }
 
 fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
@@ -44,14 +44,14 @@ struct Block {
 }
 
 impl Block {
-    /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(D/H)) v` a head.
+    /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(W)) v` a head.
     fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };
         let (b, t) = (x.size()[0], x.size()[1]);
-        let heads = linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_model / self.d.heads])?;
+        let heads = linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_head])?;
         // At once: of single parts the backward would make three whole gradients, zeros but for one part, and add them up.
         let parts = heads.f_unbind(2)?;
-        let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, D/H]
+        let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, W]
         let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
             &part(0)?,
             &part(1)?,
@@ -62,7 +62,7 @@ impl Block {
             None,
             false,
         )?;
-        let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
+        let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         linear(&y, out, Some(out_bias))
     }
 
@@ -78,14 +78,14 @@ impl Layer for Block {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let (d, f) = (self.d.d_model, self.d.d_ff);
+        let (d, a, f) = (self.d.d_model, self.d.attention_width(), self.d.d_ff);
         let FirstValues { matrix, residual, norm, .. } = self.d.first_values;
         let shapes: &[(&str, &[i64], Init)] = &[
             ("norm1.weight", &[d], norm),
             ("norm1.bias", &[d], Init::Zeros),
-            ("attention.qkv.weight", &[3 * d, d], matrix),
-            ("attention.qkv.bias", &[3 * d], Init::Zeros),
-            ("attention.out.weight", &[d, d], residual),
+            ("attention.qkv.weight", &[3 * a, d], matrix),
+            ("attention.qkv.bias", &[3 * a], Init::Zeros),
+            ("attention.out.weight", &[d, a], residual),
             ("attention.out.bias", &[d], Init::Zeros),
             ("norm2.weight", &[d], norm),
             ("norm2.bias", &[d], Init::Zeros),
@@ -109,12 +109,12 @@ impl Layer for Block {
         Ok(x.f_add(&drop(y, 1)?)?)
     }
 
-    /// The input, norm1, q k v, the attention's output, the middle state, norm2: 8 D; both sides of the GELU: 2 F; the
+    /// The input, norm1, the middle state, norm2: 4 D; q k v, the attention's output: 4 A; both sides of the GELU: 2 F; the
     /// attention's log-sums: H; mean and deviation of two norms: 4; with dropout two masks: 2 D.
     fn saved_per_token(&self) -> usize {
-        let (d, f) = (self.d.d_model as usize, self.d.d_ff as usize);
+        let (d, a, f) = (self.d.d_model as usize, self.d.attention_width() as usize, self.d.d_ff as usize);
         let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
-        8 * d + 2 * f + self.d.heads as usize + 4 + masks
+        4 * d + 4 * a + 2 * f + self.d.heads as usize + 4 + masks
     }
 
     /// Backward of the mlp: the gradient of one side of the GELU beside those of output and input.

@@ -1,6 +1,6 @@
 //! The layers and the stack of them that a stage (or the oracle) holds.
 //!
-//! Shapes: B rows, T tokens a row, D = `d_model`, H heads, F = `d_ff`, V tokens of the vocabulary. A stack's input is
+//! Shapes: B rows, T tokens a row, D = `d_model`, H heads of width W, A = H W (D, unless `d_head` is given), F = `d_ff`, V tokens of the vocabulary. A stack's input is
 //! tokens [B, T] (int64) if it holds the embedding, else hidden states [B, T, D]; its output is hidden states; the head
 //! makes them a loss.
 //!
@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! embedding.tokens [V, D]          embedding.positions [T, D]
-//! layers.l.norm1.weight, .bias [D] layers.l.attention.qkv.weight [3D, D], .bias     layers.l.attention.out.weight [D, D], .bias
+//! layers.l.norm1.weight, .bias [D] layers.l.attention.qkv.weight [3A, D], .bias     layers.l.attention.out.weight [D, A], .bias
 //! layers.l.norm2.weight, .bias [D] layers.l.mlp.up.weight [F, D], .bias             layers.l.mlp.down.weight [D, F], .bias
 //! head.norm.weight, .bias [D]      head.weight [V, D]; with a tie there is none: `embedding.tokens` takes its place,
 //!                                  and is multiplied by sqrt(D) on its way in
@@ -18,9 +18,9 @@
 //!
 //! ```text
 //! embedding.tokens [V, D], multiplied by sqrt(D) on its way in; no positions
-//! layers.l.attention.query.weight [D, D]                  layers.l.attention.key_value.weight [2D, D]: keys, then values
-//! layers.l.attention.position.weight [D, D]: W_R          layers.l.attention.out.weight [D, D]; no biases
-//! layers.l.attention.content_bias, .position_bias [D]: u and v, head by head
+//! layers.l.attention.query.weight [A, D]                  layers.l.attention.key_value.weight [2A, D]: keys, then values
+//! layers.l.attention.position.weight [A, D]: W_R          layers.l.attention.out.weight [D, A]; no biases
+//! layers.l.attention.content_bias, .position_bias [A]: u and v, head by head; without l where all layers share them
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
 //!
@@ -66,6 +66,7 @@ use crate::error::Result;
 trait Layer: Send + Sync {
     /// As in the names of its parameters.
     fn name(&self) -> String;
+    /// Those of one name in several layers are one parameter, which all of them use.
     fn parameters(&self) -> Vec<Parameter>;
     /// `memory` is what the layer remembers of earlier segments, and what it will remember.
     fn forward(
@@ -97,11 +98,24 @@ pub struct Run {
     pub first: usize,
 }
 
+/// Which of a stack's parameters a layer uses.
+struct Uses {
+    /// In the order of its `parameters`.
+    numbers: Vec<usize>,
+    /// Those that no layer before it has.
+    added: Range<usize>,
+}
+
+impl Uses {
+    fn pick(&self, weights: &[Tensor]) -> Vec<Tensor> {
+        self.numbers.iter().map(|number| weights[*number].shallow_clone()).collect()
+    }
+}
+
 /// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
 pub struct Stack {
-    /// Each with the range of its parameters.
-    layers: Vec<(Box<dyn Layer>, Range<usize>)>,
-    head: Option<(head::Head, Range<usize>)>,
+    layers: Vec<(Box<dyn Layer>, Uses)>,
+    head: Option<(head::Head, Uses)>,
     parameters: Vec<Parameter>,
     d_model: usize,
 }
@@ -120,21 +134,33 @@ impl Stack {
         }
         if last {
             let head = head::Head::new(dimensions);
-            let range = stack.add(head.parameters());
-            stack.head = Some((head, range));
+            let uses = stack.add(head.parameters());
+            stack.head = Some((head, uses));
         }
         stack
     }
 
     fn push(&mut self, layer: Box<dyn Layer>) {
-        let range = self.add(layer.parameters());
-        self.layers.push((layer, range));
+        let uses = self.add(layer.parameters());
+        self.layers.push((layer, uses));
     }
 
-    fn add(&mut self, parameters: Vec<Parameter>) -> Range<usize> {
+    fn add(&mut self, parameters: Vec<Parameter>) -> Uses {
         let start = self.parameters.len();
-        self.parameters.extend(parameters);
-        start..self.parameters.len()
+        let mut numbers = Vec::with_capacity(parameters.len());
+        for parameter in parameters {
+            let shared = self.parameters[..start].iter().position(|held| !held.tied && held.name == parameter.name);
+            numbers.push(shared.unwrap_or(self.parameters.len()));
+            if shared.is_none() {
+                self.parameters.push(parameter);
+            }
+        }
+        Uses { numbers, added: start..self.parameters.len() }
+    }
+
+    /// Whether layers have parameters in common.
+    fn shares(&self) -> bool {
+        self.layers.iter().any(|(_, uses)| uses.numbers.len() > uses.added.len())
     }
 
     /// All parameters, in the order in which `forward` and `loss` take their values.
@@ -150,7 +176,7 @@ impl Stack {
     /// The values of all parameters as `forward` and `loss` take them, from those of `own`, those of the table that the
     /// embedding uses and those that the head uses ([`table`]; none where the stack has no such end).
     pub fn weights(&self, own: &[Tensor], input: &[Tensor], output: &[Tensor]) -> Vec<Tensor> {
-        let head = self.head.as_ref().map_or(self.parameters.len(), |(_, range)| range.start);
+        let head = self.head.as_ref().map_or(self.parameters.len(), |(_, uses)| uses.added.start);
         let (mut own, mut input, mut output) = (own.iter(), input.iter(), output.iter());
         let value = |(i, parameter): (usize, &Parameter)| {
             let from = match parameter.tied {
@@ -202,25 +228,27 @@ impl Stack {
     ) -> Result<Tensor> {
         let mut x = x.shallow_clone();
         let memories = &mut memory.of(self.layers.len())[run.clone()];
-        for ((layer, range), memory) in self.layers[run].iter().zip(memories) {
-            x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
+        for ((layer, uses), memory) in self.layers[run].iter().zip(memories) {
+            x = layer.forward(&uses.pick(weights), &x, memory, dropout)?;
         }
         Ok(x)
     }
 
     /// Cuts the layers, from the last to the first, into runs that hold at least `values` values of the parameters that
-    /// are not tied (the first may hold fewer); the head belongs to the last run. In the order of the layers.
+    /// are not tied (the first may hold fewer); the head belongs to the last run. In the order of the layers. Where layers share
+    /// parameters, whose gradient is added up from the last layer to the first, a run is one layer (`values` = 0) or all.
     pub fn runs(&self, values: usize) -> Vec<Run> {
-        let count = |range: &Range<usize>| {
-            let own = self.parameters[range.clone()].iter().filter(|p| !p.tied);
+        let values = if self.shares() && values > 0 { usize::MAX } else { values };
+        let count = |uses: &Uses| {
+            let own = self.parameters[uses.added.clone()].iter().filter(|p| !p.tied);
             own.map(Parameter::count).sum::<usize>()
         };
-        let mut held = self.head.as_ref().map_or(0, |(_, range)| count(range));
+        let mut held = self.head.as_ref().map_or(0, |(_, uses)| count(uses));
         let (mut runs, mut end) = (Vec::new(), self.layers.len());
-        for (i, (_, range)) in self.layers.iter().enumerate().rev() {
-            held += count(range);
+        for (i, (_, uses)) in self.layers.iter().enumerate().rev() {
+            held += count(uses);
             if held >= values || i == 0 {
-                let before = &self.parameters[..range.start];
+                let before = &self.parameters[..uses.added.start];
                 runs.insert(0, Run { layers: i..end, first: before.iter().filter(|p| !p.tied).count() });
                 (held, end) = (0, i);
             }
@@ -239,8 +267,8 @@ impl Stack {
         targets: &Tensor,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
-        let (head, range) = self.head.as_ref().expect("only a stack with the head has a loss");
-        head.loss(&weights[range.clone()], hidden, targets, dropout)
+        let (head, uses) = self.head.as_ref().expect("only a stack with the head has a loss");
+        head.loss(&uses.pick(weights), hidden, targets, dropout)
     }
 
     /// The losses of the targets that count, added up: nats.
@@ -248,8 +276,8 @@ impl Stack {
     /// # Errors
     /// What libtorch reports.
     pub fn losses(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let (head, range) = self.head.as_ref().expect("only a stack with the head has a loss");
-        head.losses(&weights[range.clone()], hidden, targets, None)
+        let (head, uses) = self.head.as_ref().expect("only a stack with the head has a loss");
+        head.losses(&uses.pick(weights), hidden, targets, None)
     }
 
     /// Logarithms of the probabilities of the next token: hidden states [B, T, D] -> [B, T, V].
@@ -257,8 +285,8 @@ impl Stack {
     /// # Errors
     /// What libtorch reports.
     pub fn log_probabilities(&self, weights: &[Tensor], hidden: &Tensor) -> Result<Tensor> {
-        let (head, range) = self.head.as_ref().expect("only a stack with the head has probabilities");
-        head.log_probabilities(&weights[range.clone()], hidden)
+        let (head, uses) = self.head.as_ref().expect("only a stack with the head has probabilities");
+        head.log_probabilities(&uses.pick(weights), hidden)
     }
 
     /// Runs the layers one by one and names the first whose output is not finite.
@@ -273,8 +301,8 @@ impl Stack {
         dropout: Option<Dropout>,
     ) -> Result<Option<String>> {
         let (mut x, mut memory) = (x.shallow_clone(), memory.shallow_clone());
-        for ((layer, range), memory) in self.layers.iter().zip(memory.of(self.layers.len())) {
-            x = layer.forward(&weights[range.clone()], &x, memory, dropout)?;
+        for ((layer, uses), memory) in self.layers.iter().zip(memory.of(self.layers.len())) {
+            x = layer.forward(&uses.pick(weights), &x, memory, dropout)?;
             if x.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
                 return Ok(Some(format!("output of {}", layer.name())));
             }
@@ -379,6 +407,7 @@ fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use super::config::InitKind;
     use super::*;
     use crate::schedule::Tie;
 
@@ -456,6 +485,57 @@ mod tests {
         assert!(!names.contains(&"head.weight".to_owned()));
         assert_eq!(count(&dimensions()) - count(&tied), 11 * 8);
         assert!(table(&dimensions()).is_empty());
+    }
+
+    /// Layers that share their biases are layers with equal ones, and the gradient is the sum of theirs.
+    #[test]
+    fn shared_biases_are_one_parameter_of_all_layers() {
+        let config = ModelConfig {
+            arch: Arch::TransformerXl,
+            layers: 3,
+            d_model: 8,
+            heads: 2,
+            d_head: Some(3),
+            d_ff: 16,
+            tie: Tie::Untied,
+            init: InitKind::Normal,
+            init_std: Some(0.3),
+            ..ModelConfig::default()
+        };
+        let stack = |shared_biases| {
+            let config = ModelConfig { shared_biases, ..config.clone() };
+            Stack::new(&Dimensions::new(&config, 11, 5), 0..3)
+        };
+        let (apart, shared) = (stack(false), stack(true));
+        assert_eq!(apart.parameters.len() - shared.parameters.len(), 4);
+        assert_eq!(shared.runs(1), shared.runs(usize::MAX), "one gradient, so one run");
+        assert_eq!(shared.runs(0).len(), 4);
+
+        let leaf = |value: Tensor| value.to_kind(tch::Kind::Double).set_requires_grad(true);
+        let of_shared: Vec<Tensor> = initial_values(&shared.parameters).into_iter().map(leaf).collect();
+        let number = |name: &str| shared.parameters.iter().position(|p| p.name == name).unwrap();
+        let value = |p: &Parameter| {
+            let name = match p.name.split_once(".attention.") {
+                Some((_, bias)) if bias.ends_with("_bias") => format!("layers.attention.{bias}"),
+                _ => p.name.clone(),
+            };
+            of_shared[number(&name)].detach()
+        };
+        let of_apart: Vec<Tensor> = apart.parameters.iter().map(|p| leaf(value(p))).collect();
+
+        let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 10, 9, 8, 7, 6]).view([2, 5]);
+        let output = |stack: &Stack, weights: &[Tensor]| {
+            let y = stack.forward(weights, &tokens, &mut Memory::new(0), None).unwrap();
+            y.square().sum(tch::Kind::Double).backward();
+            y.detach()
+        };
+        assert_eq!(output(&shared, &of_shared), output(&apart, &of_apart));
+        for short in ["attention.content_bias", "attention.position_bias"] {
+            let of_layers = apart.parameters.iter().zip(&of_apart).filter(|(p, _)| p.name.ends_with(short));
+            let sum = of_layers.map(|(_, weight)| weight.grad()).reduce(|sum, grad| sum + grad).unwrap();
+            let far = (of_shared[number(&format!("layers.{short}"))].grad() - &sum).abs().max().double_value(&[]);
+            assert!(far < 1e-12 && sum.abs().max().double_value(&[]) > 1e-3, "{short}: {far:e}");
+        }
     }
 
     #[test]

@@ -5,11 +5,11 @@
 //! `d = i + M - j` apart, and their score is
 //!
 //! ```text
-//! score(i, j) = ((q_i + u) . k_j + (q_i + v) . (W_R R_d)) / sqrt(D/H)         for 0 <= d, else nothing
+//! score(i, j) = ((q_i + u) . k_j + (q_i + v) . (W_R R_d)) / sqrt(W)           for 0 <= d, else nothing
 //! ```
 //!
 //! with R_d the sinusoid of the distance, and the biases u (content) and v (position) of each layer. Shared biases, as
-//! in the paper's code, would couple all stages at every step.
+//! in the paper's code (`shared_biases`), belong to one stage: they would couple several at every step.
 //!
 //! The second product is made for all distances at once, P[i, p] = (q_i + v) . (W_R R_{L-1-p}) for p = 0 ... L, where
 //! p = L is an empty row. Then score(i, j) needs P[i, j + T-1-i], and in the memory of P, whose rows are L + 1 long,
@@ -58,12 +58,13 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     blocks,
 };
 
-/// `4 D^2 + 2 D F` for the matrices, keys and values of the memory too, `2 D^2 M / T`, and three products over the whole
-/// context, `3 (M + T) D`.
+/// `4 D A + 2 D F` for the matrices, keys and values of the memory too, `2 D A M / T`, and three products over the whole
+/// context, `3 (M + T) A`.
 fn block_cost(d: &Dimensions) -> f64 {
-    let (dm, f, t, m) = (d.d_model as f64, d.d_ff as f64, d.sequence as f64, d.mem_len as f64);
-    let attention = 2.0 * dm * dm * m / t + 3.0 * (m + t) * dm;
-    4.0 * dm * dm + 2.0 * dm * f + attention
+    let (dm, a, f) = (d.d_model as f64, d.attention_width() as f64, d.d_ff as f64);
+    let (t, m) = (d.sequence as f64, d.mem_len as f64);
+    let attention = 2.0 * dm * a * m / t + 3.0 * (m + t) * a;
+    4.0 * dm * a + 2.0 * dm * f + attention
 }
 
 fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
@@ -144,14 +145,14 @@ impl XlBlock {
     ) -> Result<Tensor> {
         let [query, key_value, position, u, v, out] = weights else { unreachable!("attention has six parameters") };
         let (b, t, l) = (x.size()[0], x.size()[1], context.size()[1]);
-        let (h, w) = (self.d.heads, self.d.d_model / self.d.heads);
+        let (h, w) = (self.d.heads, self.d.d_head);
         let (positions, mask) = self.constants(l - t, t, limit, x)?;
         let positions = match dropout {
             Some(dropout) => dropout.apply(positions, POSITIONS.0, POSITIONS.1)?,
             None => positions,
         };
         let scale = 1.0 / (w as f64).sqrt();
-        let q = linear(x, query, None)?; // [B, T, D]
+        let q = linear(x, query, None)?; // [B, T, A]
         let heads = linear(context, key_value, None)?.f_view([b, l, 2, h, w])?.f_unbind(2)?;
         let k = heads[0].f_permute([0, 2, 3, 1])?; // [B, H, W, L]
         let values = heads[1].f_transpose(1, 2)?; // [B, H, L, W]
@@ -170,7 +171,7 @@ impl XlBlock {
             Some(dropout) => dropout.attention().apply(probabilities, self.layer + 1, PROBABILITIES)?,
             None => probabilities,
         };
-        let y = probabilities.f_matmul(&values)?.f_transpose(1, 2)?.f_reshape([b, t, self.d.d_model])?;
+        let y = probabilities.f_matmul(&values)?.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         linear(&y, out, None)
     }
 
@@ -198,17 +199,17 @@ impl Layer for XlBlock {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let (d, f) = (self.d.d_model, self.d.d_ff);
+        let (d, a, f) = (self.d.d_model, self.d.attention_width(), self.d.d_ff);
         let FirstValues { matrix, residual, norm, attention_bias, .. } = self.d.first_values;
         let shapes: &[(&str, &[i64], Init)] = &[
             ("norm1.weight", &[d], norm),
             ("norm1.bias", &[d], Init::Zeros),
-            ("attention.query.weight", &[d, d], matrix),
-            ("attention.key_value.weight", &[2 * d, d], matrix),
-            ("attention.position.weight", &[d, d], matrix),
-            ("attention.content_bias", &[d], attention_bias),
-            ("attention.position_bias", &[d], attention_bias),
-            ("attention.out.weight", &[d, d], residual),
+            ("attention.query.weight", &[a, d], matrix),
+            ("attention.key_value.weight", &[2 * a, d], matrix),
+            ("attention.position.weight", &[a, d], matrix),
+            ("attention.content_bias", &[a], attention_bias),
+            ("attention.position_bias", &[a], attention_bias),
+            ("attention.out.weight", &[d, a], residual),
             ("norm2.weight", &[d], norm),
             ("norm2.bias", &[d], Init::Zeros),
             ("mlp.up.weight", &[f, d], matrix),
@@ -216,7 +217,12 @@ impl Layer for XlBlock {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
-        fused(named(&self.name(), shapes), "attention.key_value.weight", 2)
+        let mut parameters = fused(named(&self.name(), shapes), "attention.key_value.weight", 2);
+        if self.d.shared_biases {
+            let biases = parameters.iter_mut().filter(|parameter| parameter.name.ends_with("_bias"));
+            biases.for_each(|bias| bias.name = bias.name.replace(&self.name(), "layers"));
+        }
+        parameters
     }
 
     /// `x`: [B, T, D] -> [B, T, D]; remembers the last M rows of what it has been given.
@@ -246,18 +252,19 @@ impl Layer for XlBlock {
         norm2(&x.f_add(&self.dropped(dropout, y, MLP)?)?)
     }
 
-    /// Post-LN: input, both queries, attention's output, the input of either norm and the output of the first: 7 D;
-    /// context, keys and values: 3 D a token of the context. Pre-LN: without the input and one norm, but the context
-    /// twice. Probabilities: H L; the ReLU's output: F. With dropout the masks, and dropped values beside those that are
-    /// kept.
+    /// Post-LN: input, the input of either norm and the output of the first: 4 D; both queries, attention's output: 3 A; a token
+    /// of the context, its keys and values: D + 2 A. Pre-LN: without the input and one norm, but the context twice.
+    /// Probabilities: H L; the ReLU's output: F. With dropout the masks, and dropped values beside those that are kept.
     fn saved_per_token(&self) -> usize {
         let (d, f, h) = (self.d.d_model as usize, self.d.d_ff as usize, self.d.heads as usize);
-        let (tokens, context) = if self.d.pre_norm { (5, 4) } else { (7, 3) };
+        let a = self.d.attention_width() as usize;
+        let (tokens, context) =
+            if self.d.pre_norm { (2 * d + 3 * a, 2 * d + 2 * a) } else { (4 * d + 3 * a, d + 2 * a) };
         let length = (self.d.mem_len + self.d.sequence) as usize;
         let scores = h * length;
         let masks = if self.d.dropout > 0.0 { 2 * d + 2 * f } else { 0 };
         let attention_masks = if self.d.attention_dropout > 0.0 { 2 * scores } else { 0 };
-        tokens * d + context * d * length / self.d.sequence as usize + scores + f + 4 + masks + attention_masks
+        tokens + context * length / self.d.sequence as usize + scores + f + 4 + masks + attention_masks
     }
 
     /// The gradient of the scores, of the shifted scores and its copy in full rows.

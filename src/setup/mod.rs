@@ -304,7 +304,20 @@ mod tests {
                 "batch = 30",
                 "`batch`: found 30; must be a multiple of grid.replicas * microbatches = 1 * 4; the next ones are 28 and 32",
             ),
-            ("[model]\nd_model = 130", "`model.d_model`: found 130; must be a multiple of model.heads = 4"),
+            (
+                "[model]\nd_model = 130",
+                "`model.d_model`: found 130; must be a multiple of model.heads = 4, or set model.d_head",
+            ),
+            ("[model]\nd_head = 0", "`model.d_head`: found 0; must be at least 1"),
+            ("[model]\nd_head = 500000", "`model.heads times model.d_head`: found 2000000; more than 1048576"),
+            (
+                "[model]\nshared_biases = true",
+                "`model.shared_biases`: found true; only model.arch = \"transformer-xl\" has it",
+            ),
+            (
+                "[model]\narch = \"transformer-xl\"\nshared_biases = true\n[grid]\nstages = 2",
+                "`model.shared_biases`: found true with 2 stages; one stage's layers can share them",
+            ),
             (
                 "microbatches = 1\n[grid]\nstages = 4\ndelays = [2, 2, 1, 0]",
                 "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3",

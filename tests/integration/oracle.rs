@@ -116,6 +116,14 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         covers.insert("no normalisation before the head");
         sets.push("model.final_norm=false".to_owned());
     }
+    if number % 5 == 1 {
+        covers.insert("heads of a width of their own");
+        sets.push("model.d_head=6".to_owned());
+    }
+    if number % 3 != 2 && stages == 1 && covers.contains("transformer-xl") {
+        covers.insert("shared biases");
+        sets.push("model.shared_biases=true".to_owned());
+    }
     (sets, covers)
 }
 
@@ -306,6 +314,8 @@ fn the_draws_cover_everything() {
         "K < layers",
         "m = 1",
         "m > 1",
+        "heads of a width of their own",
+        "shared biases",
         "decoupled",
         "1f1b",
         "gpipe",

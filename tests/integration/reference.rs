@@ -13,6 +13,7 @@ struct Case {
     pre: bool,
     clamp: Option<usize>,
     same_length: usize,
+    d_head: usize,
     output: Vec<f64>,
     input_gradient: Vec<f64>,
     gradients: BTreeMap<String, Vec<f64>>,
@@ -40,7 +41,7 @@ fn distance(found: &Tensor, expected: &[f64]) -> f64 {
 #[test]
 fn a_transformer_xl_layer_is_what_its_definition_says() {
     let cases: Vec<Case> = serde_json::from_str(include_str!("../reference/transformer_xl.json")).unwrap();
-    assert_eq!(cases.len(), 4);
+    assert_eq!(cases.len(), 6);
     for (kind, bound) in [(Kind::Double, 1e-10), (Kind::Float, 1e-5)] {
         for (number, case) in cases.iter().enumerate() {
             let config = ModelConfig {
@@ -48,6 +49,7 @@ fn a_transformer_xl_layer_is_what_its_definition_says() {
                 layers: 3,
                 d_model: D as usize,
                 heads: 2,
+                d_head: Some(case.d_head),
                 d_ff: 12,
                 tie: Tie::Untied,
                 mem_len: if case.same_length > 0 { case.same_length } else { case.memory },

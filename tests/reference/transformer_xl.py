@@ -12,22 +12,27 @@ import math
 import torch
 
 B, T, D, H, F = 2, 4, 8, 2, 12
-W = D // H
 LN_EPS = 1e-5
 
-SHAPES = {
-    "norm1.weight": [D], "norm1.bias": [D],
-    "attention.query.weight": [D, D], "attention.key_value.weight": [2 * D, D], "attention.position.weight": [D, D],
-    "attention.content_bias": [D], "attention.position_bias": [D], "attention.out.weight": [D, D],
-    "norm2.weight": [D], "norm2.bias": [D],
-    "mlp.up.weight": [F, D], "mlp.up.bias": [F], "mlp.down.weight": [D, F], "mlp.down.bias": [D],
-}
+
+def shapes(A):
+    """Of a layer whose heads are A wide together."""
+    return {
+        "norm1.weight": [D], "norm1.bias": [D],
+        "attention.query.weight": [A, D], "attention.key_value.weight": [2 * A, D], "attention.position.weight": [A, D],
+        "attention.content_bias": [A], "attention.position_bias": [A], "attention.out.weight": [D, A],
+        "norm2.weight": [D], "norm2.bias": [D],
+        "mlp.up.weight": [F, D], "mlp.up.bias": [F], "mlp.down.weight": [D, F], "mlp.down.bias": [D],
+    }
+
 
 CASES = [
-    {"name": "post", "memory": 6, "pre": False, "clamp": None, "same_length": 0},
-    {"name": "pre", "memory": 6, "pre": True, "clamp": None, "same_length": 0},
-    {"name": "no memory", "memory": 0, "pre": False, "clamp": None, "same_length": 0},
-    {"name": "clamped, same length", "memory": 5, "pre": False, "clamp": 3, "same_length": 5},
+    {"name": "post", "memory": 6, "pre": False, "clamp": None, "same_length": 0, "d_head": 4},
+    {"name": "pre", "memory": 6, "pre": True, "clamp": None, "same_length": 0, "d_head": 4},
+    {"name": "no memory", "memory": 0, "pre": False, "clamp": None, "same_length": 0, "d_head": 4},
+    {"name": "clamped, same length", "memory": 5, "pre": False, "clamp": 3, "same_length": 5, "d_head": 4},
+    {"name": "narrow heads", "memory": 6, "pre": True, "clamp": None, "same_length": 0, "d_head": 3},
+    {"name": "wide heads", "memory": 6, "pre": False, "clamp": None, "same_length": 0, "d_head": 5},
 ]
 
 
@@ -51,9 +56,9 @@ def sinusoid(distance):
 
 
 def attention(p, case, x, context):
-    m = context.shape[1] - T
-    keys = context @ p["attention.key_value.weight"][:D].T
-    vals = context @ p["attention.key_value.weight"][D:].T
+    m, W = context.shape[1] - T, case["d_head"]
+    keys = context @ p["attention.key_value.weight"][:H * W].T
+    vals = context @ p["attention.key_value.weight"][H * W:].T
     queries = x @ p["attention.query.weight"].T
     rows = []
     for b in range(B):
@@ -74,7 +79,7 @@ def attention(p, case, x, context):
                 share = torch.softmax(torch.stack(scores), 0)
                 heads.append(sum(s * vals[b, j, cut] for s, j in zip(share, seen)))
             rows.append(torch.cat(heads))
-    return torch.stack(rows).view(B, T, D) @ p["attention.out.weight"].T
+    return torch.stack(rows).view(B, T, H * W) @ p["attention.out.weight"].T
 
 
 def mlp(p, x):
@@ -96,7 +101,8 @@ def layer(p, case, x, memory):
 def main():
     out = []
     for number, case in enumerate(CASES):
-        p = {name: values(1.0 + n + 0.1 * number, shape) for n, (name, shape) in enumerate(SHAPES.items())}
+        every = shapes(H * case["d_head"]).items()
+        p = {name: values(1.0 + n + 0.1 * number, shape) for n, (name, shape) in enumerate(every)}
         x = values(0.3 + number, [B, T, D])
         memory = values(0.7 + number, [B, case["memory"], D], requires_grad=False)
         y = layer(p, case, x, memory)
