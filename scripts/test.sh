@@ -35,6 +35,7 @@ part "format" cargo fmt --check
 part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
 part "tests" cargo test --no-fail-fast
+part "damaged input, for a minute" scripts/fuzz.sh 1
 part "release build" cargo build --release --quiet
 part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10

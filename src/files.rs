@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -47,6 +47,13 @@ pub fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(invalid)
 }
 
+/// Whether a name is one of a file right in a folder: it leads nowhere else.
+pub fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let one = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
+    one && !name.chars().any(char::is_control)
+}
+
 /// A name beside `path` that no other process takes, for what is not complete yet.
 pub fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -77,6 +84,12 @@ mod tests {
         assert_eq!(open(folder.path()).unwrap_err().to_string(), "a folder, not a file");
         assert_eq!(open(Path::new("/dev/null")).unwrap_err().to_string(), "a device, not a file");
         assert_eq!(open(&folder.path().join("a")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_plain_name_leads_nowhere_else() {
+        assert!(["a", "a b.txt", "..a"].into_iter().all(is_plain_name));
+        assert!(!["", ".", "..", "a/b", "/a", "a/", "./a", "a\0", "a\nb"].into_iter().any(is_plain_name));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::wire::Wire;
 /// Round trips that the latency is the least half of.
 const PINGS: usize = 8;
 /// Values of the large message: 4 MiB.
-const LARGE: i64 = 1 << 20;
+pub const LARGE: i64 = 1 << 20;
 /// All-reduces, of which the fastest counts.
 const REDUCTIONS: usize = 3;
 /// A link is slow below this share of what its topology says, or of what such links do here.

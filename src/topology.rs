@@ -9,6 +9,9 @@ use serde::Deserialize;
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Order};
 
+/// More devices than that are a mistake.
+const DEVICES: usize = 1 << 24;
+
 /// Nodes of the same kind.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,8 +46,9 @@ impl Topology {
         let topology: Topology = toml::from_str(&text).map_err(|error| wrong(error.to_string().trim().to_owned()))?;
         let speeds = [topology.inside, topology.between];
         let good = |value: f64| value.is_finite() && value > 0.0;
-        if topology.nodes == 0 || topology.devices == 0 {
-            return Err(wrong("nodes and devices must be at least 1".into()));
+        let room = topology.nodes.checked_mul(topology.devices);
+        if !room.is_some_and(|room| (1..=DEVICES).contains(&room)) {
+            return Err(wrong(format!("nodes and devices must be at least 1, together at most {DEVICES} devices")));
         }
         if !speeds.iter().all(|speed| good(speed.gbit_s) && good(speed.latency_us)) {
             return Err(wrong("gbit_s and latency_us must be above 0".into()));

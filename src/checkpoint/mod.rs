@@ -25,6 +25,7 @@
 
 mod file;
 mod snapshot;
+mod tensors;
 mod saved;
 
 use std::collections::BTreeMap;
@@ -41,7 +42,7 @@ pub use snapshot::{SavedBuffer, Snapshot};
 use crate::config::{CheckpointConfig, Config};
 use crate::data::{Corpus, Fingerprint, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
-use crate::files::SEEN;
+use crate::files::{self, SEEN};
 
 const MANIFEST: &str = "manifest.json";
 /// Of characters or words; a model of bytes needs none.
@@ -174,6 +175,25 @@ impl Manifest {
     }
 }
 
+impl Manifest {
+    /// Whether what it says can be, as far as that is known without the files.
+    ///
+    /// # Errors
+    /// What cannot.
+    fn check(&self) -> std::result::Result<(), String> {
+        if let Some(shard) = self.shards.iter().find(|shard| !files::is_plain_name(&shard.file)) {
+            return Err(format!("the file `{}` is none of its folder", shard.file.escape_debug()));
+        }
+        self.config.check().map_err(|error| format!("its config: {error}"))?;
+
+        let Manifest { step, pipeline, config, .. } = self;
+        if *step > config.steps || pipeline.since > *step {
+            return Err(format!("step {step} of {}, whose delays count from step {}", config.steps, pipeline.since));
+        }
+        Ok(())
+    }
+}
+
 /// The name of a parameter's earlier version.
 fn older(name: &str, version: usize) -> String {
     format!("{name}@{version}")
@@ -279,7 +299,7 @@ fn seen(path: &Path, bytes: u64) -> Result<()> {
 /// The order of the states of a folder: by their serial numbers, of earlier versions by their steps. One whose manifest is
 /// damaged counts as the newest: that it is passed over must be told.
 fn age(folder: &Path) -> (u64, u64) {
-    let text = fs::read_to_string(folder.join(MANIFEST)).unwrap_or_default();
+    let text = files::read_text(&folder.join(MANIFEST)).unwrap_or_default();
     match serde_json::from_str::<serde_json::Value>(&text) {
         Ok(value) => (value["serial"].as_u64().unwrap_or(0), value["step"].as_u64().unwrap_or(u64::MAX)),
         Err(_) => (u64::MAX, u64::MAX),
@@ -327,7 +347,7 @@ pub fn room(folder: &Path) -> Option<u64> {
 
 /// Size and digest of a file.
 fn digest(path: &Path) -> io::Result<(u64, String)> {
-    let (mut file, mut hash, mut bytes) = (File::open(path)?, Xxh3::new(), 0);
+    let (mut file, mut hash, mut bytes) = (files::open(path)?, Xxh3::new(), 0);
     let mut buffer = vec![0u8; 1 << 20];
     loop {
         match file.read(&mut buffer)? {

@@ -1,20 +1,20 @@
 //! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written them.
 
-use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::collections::BTreeSet;
+use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use tch::{Device, Tensor};
 
+use super::tensors::Tensors;
 use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part};
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Parameter;
-use crate::params::{Layout, slice_mut, zeros};
+use crate::params::{Entry, Layout, slice_mut, zeros};
 use crate::schedule::Tie;
 
 /// A saved state whose files are there, in the sizes that the manifest says.
@@ -83,7 +83,7 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] if it cannot be read.
     pub fn read_manifest(path: &Path) -> Result<Checkpoint> {
         let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
-        let text = fs::read_to_string(path.join(MANIFEST)).map_err(|error| wrong(&error))?;
+        let text = files::read_text(&path.join(MANIFEST)).map_err(|error| wrong(&error))?;
         // The number of the format first: the rest may be another in another format.
         let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
         if value["format"] != super::FORMAT {
@@ -92,6 +92,7 @@ impl Checkpoint {
             return Err(wrong(&problem));
         }
         let mut manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+        manifest.check().map_err(|problem| wrong(&problem))?;
         manifest.config.optimizer = manifest.config.optimizer.known();
         let vocabulary = vocabulary(path, manifest.config.data.tokenizer)?;
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
@@ -212,32 +213,52 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if one is missing or has another shape.
     pub fn flat(&self, kind: &ShardKind, layout: &Layout) -> Result<Tensor> {
+        // Before memory is taken: what the files do not have may be of any size.
+        self.visit(kind, layout, |file, entry| {
+            let parameter = &entry.parameter;
+            match file.shape(&parameter.name)? {
+                shape if shape == parameter.shape => Ok(()),
+                shape => Err(format!("{} is {shape:?}, the config asks for {:?}", parameter.name, parameter.shape)),
+            }
+        })?;
+
         let mut flat = zeros(layout.len, Device::Cpu)?;
         let values = slice_mut(&mut flat);
+        self.visit(kind, layout, |file, entry| {
+            let found = file.read(&entry.parameter.name)?;
+            values[entry.offset..entry.offset + found.len()].copy_from_slice(&found);
+            Ok(())
+        })?;
+        Ok(flat)
+    }
+
+    /// Goes through the tensors of a layout, each with the file that has it.
+    fn visit(
+        &self,
+        kind: &ShardKind,
+        layout: &Layout,
+        mut look: impl FnMut(&mut Tensors, &Entry) -> std::result::Result<(), String>,
+    ) -> Result<()> {
         let places = index(&self.manifest.shards, kind);
         let mut open: Option<(&str, Tensors)> = None;
         for entry in &layout.entries {
-            let parameter = &entry.parameter;
-            let shard = places.get(parameter.name.as_str()).ok_or_else(|| {
+            let name = &entry.parameter.name;
+            let shard = places.get(name.as_str()).ok_or_else(|| {
                 let of = match kind {
                     ShardKind::State(name) => format!("optimizer state `{name}` of"),
                     _ => "parameter".to_owned(),
                 };
-                Error::checkpoint(&self.path, format!("no {of} {}", parameter.name))
+                Error::checkpoint(&self.path, format!("no {of} {name}"))
             })?;
+
             let path = self.path.join(&shard.file);
-            if open.as_ref().is_none_or(|(file, _)| *file != shard.file) {
-                open = Some((&shard.file, Tensors::open(&path)?));
-            }
-            let Some((_, file)) = &mut open else { continue };
-            let (shape, found) = file.read(&parameter.name).map_err(|error| Error::checkpoint(&path, error))?;
-            if shape != parameter.shape {
-                let problem = format!("{} is {shape:?}, the config asks for {:?}", parameter.name, parameter.shape);
-                return Err(Error::checkpoint(&self.path, problem));
-            }
-            values[entry.offset..entry.offset + parameter.count()].copy_from_slice(&found);
+            let file = match &mut open {
+                Some((of, file)) if *of == shard.file => file,
+                other => &mut other.insert((&shard.file, Tensors::open(&path)?)).1,
+            };
+            look(file, entry).map_err(|problem| Error::checkpoint(&path, problem))?;
         }
-        Ok(flat)
+        Ok(())
     }
 
     /// What a layer remembers of some rows of the batch, [rows, tokens, D]; none if it remembers nothing.
@@ -250,11 +271,20 @@ impl Checkpoint {
             let starts = shard.tensors.iter().filter_map(|name| name.strip_prefix(layer)?.strip_prefix('/'));
             let path = self.path.join(&shard.file);
             for start in starts.filter_map(|start| start.parse::<usize>().ok()) {
-                let wrong = |error| Error::checkpoint(&path, error);
-                let (shape, values) = Tensors::open(&path)?.read(&format!("{layer}/{start}")).map_err(wrong)?;
-                let have = start..start + shape[0] as usize;
+                let wrong = |error: String| Error::checkpoint(&path, error);
+                let (mut file, name) = (Tensors::open(&path)?, format!("{layer}/{start}"));
+                let shape = file.shape(&name).map_err(wrong)?;
+                let [count, _, width] = shape[..] else {
+                    return Err(wrong(format!("{name} is {shape:?}, not rows, tokens and values")));
+                };
+                if width != self.manifest.config.model.d_model as i64 {
+                    return Err(wrong(format!("{name} is {shape:?}, which is not as wide as the model")));
+                }
+
+                let have = start..start.saturating_add(count as usize);
                 let common = have.start.max(rows.start)..have.end.min(rows.end);
                 if !common.is_empty() {
+                    let values = file.read(&name).map_err(wrong)?;
                     let piece = Tensor::f_from_slice(&values)?.f_view(&shape[..])?;
                     let piece = piece.f_narrow(0, (common.start - start) as i64, common.len() as i64)?;
                     pieces.push((common.start, piece));
@@ -274,55 +304,13 @@ impl Checkpoint {
     }
 }
 
-/// A file of tensors, of which only the asked ones are read.
-struct Tensors {
-    file: File,
-    /// Where the values begin, and the tensors by their names.
-    values: u64,
-    infos: HashMap<String, TensorInfo>,
-}
-
-impl Tensors {
-    fn open(path: &Path) -> Result<Tensors> {
-        let read = || -> std::io::Result<Tensors> {
-            let mut file = File::open(path)?;
-            let mut length = [0u8; 8];
-            file.read_exact(&mut length)?;
-            let length = u64::from_le_bytes(length);
-            if length > file.metadata()?.len() {
-                return Err(std::io::Error::other("its header is longer than the file"));
-            }
-            let mut header = vec![0u8; length as usize];
-            file.read_exact(&mut header)?;
-            let metadata: Metadata = serde_json::from_slice(&header)?;
-            let infos = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
-            Ok(Tensors { file, values: 8 + length, infos })
-        };
-        read().map_err(|error| Error::checkpoint(path, error))
-    }
-
-    /// Shape and values of a tensor of f32.
-    fn read(&mut self, name: &str) -> std::result::Result<(Vec<i64>, Vec<f32>), String> {
-        let info = self.infos.get(name).ok_or_else(|| format!("no tensor {name}"))?;
-        if info.dtype != Dtype::F32 {
-            return Err(format!("{name} holds {:?}, not f32", info.dtype));
-        }
-        let start = info.data_offsets.0;
-        let mut bytes = vec![0u8; info.shape.iter().product::<usize>() * 4];
-        let at = SeekFrom::Start(self.values + start as u64);
-        self.file.seek(at).and_then(|_| self.file.read_exact(&mut bytes)).map_err(|error| error.to_string())?;
-        let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        Ok((info.shape.iter().map(|n| *n as i64).collect(), values))
-    }
-}
-
 /// The vocabulary that stands beside the weights.
 fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
     if tokenizer == Tokenizer::Bytes {
         return Ok(Vocabulary::bytes());
     }
     let file = path.join(VOCABULARY);
-    let text = fs::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
+    let text = files::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
     let listed: Listed = serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
     if listed.tokenizer != tokenizer {
         let problem = format!("of tokenizer `{}`, the manifest says `{}`", listed.tokenizer.word(), tokenizer.word());
@@ -354,6 +342,11 @@ mod tests {
             tied: false,
             fused: 1,
         }
+    }
+
+    /// Of a model that is 4 wide.
+    fn config() -> Config {
+        Config::parse("[model]\nd_model = 4", &[]).unwrap()
     }
 
     fn layout(stage: usize) -> Layout {
@@ -394,7 +387,7 @@ mod tests {
 
     #[test]
     fn what_is_saved_is_read_back() {
-        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let (out, config) = (tempfile::tempdir().unwrap(), config());
         let path = save(out.path(), 7, &config);
         let saved = Checkpoint::open(&path).unwrap();
         assert_eq!((saved.step(), saved.manifest.pipeline.since), (7, 6));
@@ -423,7 +416,7 @@ mod tests {
     /// Rows of two replicas, read by a grid that cuts them in another way.
     #[test]
     fn memories_are_read_by_rows() {
-        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let (out, config) = (tempfile::tempdir().unwrap(), config());
         let saved = Checkpoint::open(&save(out.path(), 7, &config)).unwrap();
         let rows = saved.memory("layers.1", 1..4).unwrap().unwrap();
         assert_eq!(rows.size(), [3, 3, 4]);
@@ -436,7 +429,7 @@ mod tests {
     /// Every byte of a file counts; an older state is taken instead, and what was passed over is an error if it is asked for.
     #[test]
     fn a_damaged_state_is_passed_over() {
-        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let (out, config) = (tempfile::tempdir().unwrap(), config());
         let older = save(out.path(), 7, &config);
         let newer = save(out.path(), 9, &config);
         assert_eq!(Checkpoint::open(out.path()).unwrap().path, newer);
@@ -467,7 +460,7 @@ mod tests {
 
     #[test]
     fn what_would_be_another_run_is_named() {
-        let (out, config) = (tempfile::tempdir().unwrap(), Config::default());
+        let (out, config) = (tempfile::tempdir().unwrap(), config());
         let saved = Checkpoint::open(&save(out.path(), 7, &config)).unwrap();
         assert!(saved.fits(&config).is_ok());
         for (set, setting) in [

@@ -79,6 +79,11 @@ impl Header {
         [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire, beside]
     }
 
+    /// How many values it tells of; none if that is beyond any number.
+    pub fn values(&self) -> Option<usize> {
+        self.shape.iter().try_fold(1usize, |values, n| values.checked_mul(usize::try_from(*n).ok()?))
+    }
+
     /// The header out of what travelled, `None` if that is none.
     pub fn decode(words: [i64; Header::WORDS]) -> Option<Header> {
         let [magic, content, pass, step, microbatch, b, t, d, wire, beside] = words;

@@ -1,10 +1,9 @@
 //! Whether the settings of a run can be used: each section by itself, then those that belong together.
 
-use std::path::{Component, Path};
-
 use super::{Config, OnNonfinite, bounds};
 use crate::data::Order;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::{Architecture, Positions};
 use crate::optim;
 
@@ -66,9 +65,7 @@ fn check_run(config: &Config) -> Result<()> {
 
 /// A run's name is that of a folder in `runs/`.
 pub(super) fn check_name(name: &str) -> Result<()> {
-    let mut parts = Path::new(name).components();
-    let one = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name);
-    if one && !name.chars().any(char::is_control) {
+    if files::is_plain_name(name) {
         return Ok(());
     }
     Err(Error::config(

@@ -4,6 +4,9 @@ use super::Config;
 use crate::error::{Error, Result};
 use crate::optim;
 
+/// Sections in sections; the config has one level.
+const DEPTH: usize = 4;
+
 /// The word for an option that is off.
 const NONE: &str = "none";
 
@@ -72,6 +75,9 @@ fn wrong_set(set: &str, remedy: &str) -> Error {
 fn entry<'a>(table: &'a mut toml::Table, set: &str, key: &str) -> Result<&'a mut toml::Value> {
     let mut parts: Vec<&str> = key.split('.').collect();
     let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| wrong_set(set, "the key is missing"))?;
+    if parts.len() > DEPTH {
+        return Err(wrong_set(set, "sections do not go so deep"));
+    }
     let mut inner = table;
     for part in parts {
         let entry = inner.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));

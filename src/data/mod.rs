@@ -133,6 +133,10 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
         HeldOut::File(path) => Some(path),
         HeldOut::Fraction(_) => None,
     };
+    if let Some(path) = held_out.filter(|path| !path.exists()) {
+        let remedy = format!("name a text; a split needs a prepared file as data.path, and {} is none", config.name());
+        return Err(Error::data(path.display(), "data.held_out names no file", remedy));
+    }
     match config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path)) {
         None => Ok(()),
         Some(path) => {

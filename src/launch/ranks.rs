@@ -130,7 +130,8 @@ fn connected(
     let values = |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
     let gradients: Vec<usize> = setup.grid.held(world.identity.rank).iter().map(values).collect();
     let (capacity, joiner) = (setup.schedule.link_capacity(), setup.schedule.joiner());
-    let wanted = Wanted { capacity, joiner, wire: setup.config.wire, stall };
+    let largest = setup.largest_message().max(selftest::LARGE as usize);
+    let wanted = Wanted { capacity, largest, joiner, wire: setup.config.wire, stall };
     let connected = world.connect(setup.grid, &wanted, limit, &gradients);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
     let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;

@@ -81,6 +81,11 @@ const KNOWN: [Known; 3] = [
     },
 ];
 
+/// Bytes of an unpacked text: the largest of those that everybody knows has half a gibibyte.
+const LARGEST: u64 = 1 << 32;
+/// Deflate makes no more bytes than this of one.
+const RATIO: u64 = 1032;
+
 /// The bytes of the texts of the splits, one after the other where they come from one file.
 type Texts = Vec<(&'static str, Vec<u8>)>;
 
@@ -245,11 +250,21 @@ fn unpack(archive: &Path, known: &Known, tokenizer: Tokenizer) -> Result<Texts> 
     let mut zip = zip::ZipArchive::new(file).map_err(|error| wrong(format!("not a zip archive ({error})")))?;
     let mut read = |name: &str| -> Result<Vec<u8>> {
         let mut member = zip.by_name(name).map_err(|error| wrong(format!("no `{name}` in it ({error})")))?;
-        let mut bytes = Vec::with_capacity(member.size() as usize);
-        let bar = download::bytes_bar(member.size(), "unpacking");
-        bar.wrap_read(&mut member).read_to_end(&mut bytes).map_err(|error| wrong(format!("`{name}`: {error}")))?;
+        let (size, packed) = (member.size(), member.compressed_size());
+        if !member.is_file() || size > LARGEST || size > RATIO.saturating_mul(packed) {
+            return Err(wrong(format!("`{name}` is no text: {size} bytes packed into {packed}")));
+        }
+
+        let mut bytes = Vec::with_capacity(size as usize);
+        let bar = download::bytes_bar(size, "unpacking");
+        // One byte more tells what goes on for ever.
+        let read = bar.wrap_read(&mut member).take(size + 1).read_to_end(&mut bytes);
         bar.finish_and_clear();
-        Ok(bytes)
+        match read {
+            Ok(read) if read as u64 == size => Ok(bytes),
+            Ok(_) => Err(wrong(format!("`{name}` is not the {size} bytes that the archive says"))),
+            Err(error) => Err(wrong(format!("`{name}`: {error}"))),
+        }
     };
     if let [only] = known.files {
         return cut(read(only)?, only, tokenizer, HELD_OUT);

@@ -73,15 +73,16 @@ pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result
     let spans = simulate(schedule, &lists, costs)?;
     let end = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
     let of = |stage: usize| spans[grid.device(stage)].iter().filter(move |s| s.action.stage == stage);
+    let count = (end / unit).round() as usize;
+    let shown = count.min(rows);
     let columns: Vec<Vec<String>> =
-        (0..schedule.stages).map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, end)).collect();
+        (0..schedule.stages).map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, shown)).collect();
     let width = columns.iter().flatten().map(String::len).max().unwrap_or(1).max(3);
     let mut out = String::from("  time ");
     for stage in 0..schedule.stages {
         let _ = write!(out, " {:>width$}", format!("k={stage}"));
     }
-    let count = (end / unit).round() as usize;
-    for row in 0..count.min(rows) {
+    for row in 0..shown {
         let _ = write!(out, "\n{:>6} ", (row as f64 * unit * 1000.0).round() / 1000.0);
         for column in &columns {
             let _ = write!(out, " {:>width$}", column[row]);
@@ -94,9 +95,9 @@ pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result
     Ok(out)
 }
 
-/// One stage's cells, a unit of time each.
-fn column(spans: &[Span], unit: f64, end: f64) -> Vec<String> {
-    let mut cells = vec![".".to_owned(); (end / unit).round() as usize];
+/// The first cells of one stage, a unit of time each.
+fn column(spans: &[Span], unit: f64, cells: usize) -> Vec<String> {
+    let mut cells = vec![".".to_owned(); cells];
     for (i, span) in spans.iter().enumerate() {
         if !matches!(span.action.op, Op::Forward | Op::Backward) {
             continue;

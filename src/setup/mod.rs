@@ -189,6 +189,14 @@ impl Setup {
         }
     }
 
+    /// Values of the largest message between two places: hidden states of a microbatch, or a part of the tied table's gradient.
+    pub fn largest_message(&self) -> usize {
+        let trained = self.rows * self.config.data.sequence;
+        let evaluated = self.eval_share * self.config.eval_sequence();
+        let hidden = trained.max(evaluated) * self.dimensions.d_model as usize;
+        hidden.max(Layout::new(&model::table(&self.dimensions)).len)
+    }
+
     /// The layers of one stage.
     pub fn stack(&self, stage: usize) -> Stack {
         Stack::new(&self.dimensions, self.partition[stage].clone())

@@ -229,3 +229,37 @@ fn a_text_of_ones_own_is_prepared_too() {
     assert!(finished.stderr.contains("bad.txt: no UTF-8 at byte 5"), "{finished}");
     assert_eq!(names(&folder.path("data")), ["own.txt.tokens"]);
 }
+
+/// The number of four bytes that stands so far behind the last mark of a member in the archive's directory.
+fn in_directory(archive: &mut [u8], offset: usize, value: u32) {
+    let mark = archive.windows(4).rposition(|bytes| bytes == b"PK\x01\x02").unwrap();
+    archive[mark + offset..mark + offset + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// Sizes are told by the archive: what cannot be is refused before memory is taken for it.
+#[test]
+fn an_archive_is_unpacked_within_bounds() {
+    let good = zip(&[("text8", &noise(20_000))]);
+    let altered = |offset: usize, value: u32| {
+        let mut archive = good.clone();
+        in_directory(&mut archive, offset, value);
+        archive
+    };
+    // Offsets of the sizes and of the mode, as in section 4.3.12 of the format's description.
+    let (packed, size, mode) = (20, 24, 38);
+    let folder = Folder::new();
+    for (archive, problem) in [
+        (altered(size, 4_000_000_000), "`text8` is no text: 4000000000 bytes packed into"),
+        (altered(size, 100), "`text8`: File is larger than its declared uncompressed size"),
+        (altered(size, 30_000), "`text8` is not the 30000 bytes that the archive says"),
+        (altered(packed, 1), "`text8`"),
+        (altered(mode, 0o120_777 << 16), "`text8` is no text"),
+        (zip(&[("../text8", b"outside"), ("/tmp/text8", b"outside")]), "no `text8` in it"),
+    ] {
+        std::fs::write(folder.path("a.zip"), &archive).unwrap();
+        let args = ["text8", "--archive", &folder.text("a.zip"), "--sha256", &sha256(&archive)];
+        let finished = prepare(&folder, &args).expect_code(3);
+        assert!(finished.stderr.contains(problem) && finished.stderr.contains("a.zip"), "{problem}: {finished}");
+        assert_eq!(names(&folder.path("data")), [""; 0], "{problem}");
+    }
+}

@@ -268,7 +268,7 @@ fn shipped_studies_run_in_a_short_form() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut paths: Vec<_> = fs::read_dir(root.join("studies")).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
-    assert_eq!(paths.len(), 8);
+    assert_eq!(paths.len(), 9);
 
     for path in paths {
         let plan = Plan::load(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

@@ -551,7 +551,7 @@ mod tests {
             let ((sender, inbox), (reporter, reports)) = (sync_channel(4), channel());
             let gate = Arc::new(Gate::new(3, "here", None));
             let (reply, connected) = channel();
-            let inboxes = vec![Inbox { from: 0, content: Content::Activation, sender }];
+            let inboxes = vec![Inbox { from: 0, content: Content::Activation, largest: 1 << 20, sender }];
             let connect = Command::Connect {
                 groups: vec![Some(Group { color: 0, values: 0 })],
                 key: 0,
@@ -621,6 +621,26 @@ mod tests {
             assert!(matches!(answer, Report::Heartbeat { rank: 0, .. }), "{answer:?}");
 
             lonely.send(Command::Control(Control::End));
+            let (reply, finished) = channel();
+            lonely.send(Command::Finish(reply));
+            finished.recv().unwrap();
+            driver.join().unwrap();
+        });
+    }
+
+    /// A damaged header asks for no memory.
+    #[test]
+    fn a_message_that_is_larger_than_any_is_refused() {
+        alone("a_message_that_is_larger_than_any_is_refused", || {
+            let (lonely, driver) = Lonely::start();
+            let permit = Permits::new(2).try_acquire().unwrap();
+            let header = Header { shape: [1 << 30, 1 << 30, 1 << 30], ..header(4) };
+            let tensor = Tensor::zeros([6], (Kind::Float, tch::Device::Cpu));
+            lonely.send(Command::Send { to: 0, header, tensor, permit });
+
+            let report = lonely.until(|| lonely.reports.try_recv().ok());
+            let Report::Failed { error: Error::Transport(text), .. } = report else { panic!("{report:?}") };
+            assert!(text.contains("rank 0 tells of a larger message than any: activation 4.0"), "{text}");
             let (reply, finished) = channel();
             lonely.send(Command::Finish(reply));
             finished.recv().unwrap();

@@ -76,6 +76,8 @@ pub struct World {
 pub struct Wanted {
     /// Messages under way on a link, at most.
     pub capacity: usize,
+    /// Values of a message, at most: one that says that it brings more is damaged.
+    pub largest: usize,
     /// The stage that takes the parts of the tied table's gradient.
     pub joiner: usize,
     pub wire: Wire,
@@ -152,13 +154,13 @@ impl World {
         limit: usize,
         gradients: &[usize],
     ) -> Result<(Ports, Option<Receiver<Report>>)> {
-        let Wanted { capacity, joiner, wire, stall } = *wanted;
+        let Wanted { capacity, largest, joiner, wire, stall } = *wanted;
         let held = grid.held(self.identity.rank);
         let mut inboxes = Vec::new();
         let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
             let peer = peer?;
             let (sender, inbox) = sync_channel(capacity);
-            inboxes.push(Inbox { from: grid.rank(peer), content, sender });
+            inboxes.push(Inbox { from: grid.rank(peer), content, largest, sender });
             let commands = self.commands.clone();
             let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
             Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))

@@ -26,6 +26,8 @@ pub type Arrival = Result<(Header, Tensor), String>;
 pub struct Inbox {
     pub from: usize,
     pub content: Content,
+    /// Values of a message, at most.
+    pub largest: usize,
     pub sender: SyncSender<Arrival>,
 }
 
@@ -133,6 +135,9 @@ impl Incoming {
         }
         let Some(words) = self.header.test()? else { return Ok(false) };
         let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
+        if header.values().is_none_or(|values| values > self.inbox.largest) {
+            return Err(format!("rank {from} tells of a larger message than any: {header}"));
+        }
         if header.beside {
             self.header = raw::receive_header(address(links, from, tag))?;
             self.hand_over(Ok((header, Tensor::new())));
