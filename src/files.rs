@@ -1,13 +1,14 @@
 //! Files that are read and written: only whole files are read, and what is written stands under a name of its own until it is
 //! complete.
 
-use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileTypeExt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 /// A network file system shows what another node has written after a while: so long it is waited for.
 pub const SEEN: Duration = Duration::from_secs(10);
@@ -26,6 +27,36 @@ pub fn open(path: &Path) -> io::Result<File> {
         () => "a device",
     };
     Err(io::Error::new(ErrorKind::InvalidInput, format!("{found}, not a file")))
+}
+
+/// An empty file to write into, in a folder that may have come from elsewhere: a link there is not followed, since it may lead
+/// anywhere, and a pipe is not waited for.
+///
+/// # Errors
+/// What the system says, or that the path is a link.
+pub fn create(path: &Path) -> io::Result<File> {
+    create_with(path, OpenOptions::new().write(true).truncate(true))
+}
+
+/// The same with other options.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = options.clone().create(true).custom_flags(flags.bits() as i32).open(path);
+    file.map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::LOOP) => io::Error::new(ErrorKind::InvalidInput, format!("{} is a link", path.display())),
+        _ => error,
+    })
+}
+
+/// Writes a whole file; as [`create`].
+///
+/// # Errors
+/// What the system says, or that the path is a link.
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    create(path)?.write_all(bytes)
 }
 
 /// The bytes of a file; as [`open`].
@@ -65,7 +96,6 @@ pub fn temporary(path: &Path) -> PathBuf {
 /// # Errors
 /// [`ErrorKind::AlreadyExists`] if something has.
 pub fn place(temporary: &Path, path: &Path) -> io::Result<()> {
-    use rustix::io::Errno;
     match renameat_with(CWD, temporary, CWD, path, RenameFlags::NOREPLACE) {
         // A file system that cannot promise that nothing is replaced.
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) if !path.exists() => fs::rename(temporary, path),
@@ -84,6 +114,18 @@ mod tests {
         assert_eq!(open(folder.path()).unwrap_err().to_string(), "a folder, not a file");
         assert_eq!(open(Path::new("/dev/null")).unwrap_err().to_string(), "a device, not a file");
         assert_eq!(open(&folder.path().join("a")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_link_is_not_written_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let (other, link) = (folder.path().join("other"), folder.path().join("link"));
+        fs::write(&other, "kept").unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        assert_eq!(write(&link, b"new").unwrap_err().to_string(), format!("{} is a link", link.display()));
+        assert_eq!(fs::read_to_string(&other).unwrap(), "kept");
+        write(&other, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&other).unwrap(), "new");
     }
 
     #[test]

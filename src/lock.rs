@@ -20,6 +20,7 @@ use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::files;
 
 const NAME: &str = "lock";
 /// Bytes of its text.
@@ -64,7 +65,7 @@ impl FolderLock {
             let remedy = format!("its file `{NAME}` cannot be written ({error}); choose another folder");
             Error::config("--out", folder.display(), remedy)
         };
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(wrong)?;
+        let file = files::create_with(&path, OpenOptions::new().read(true).write(true)).map_err(wrong)?;
         let beats = match lock(&file) {
             Ok(()) => false,
             Err(Errno::AGAIN | Errno::ACCESS) => return Err(taken(folder, &read(&file))),

@@ -1,12 +1,13 @@
 //! What this process runs on: the libtorch that was loaded, and where its log goes.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// The release of libtorch that this program was built for.
 pub const BUILT_FOR: &str = env!("OUROBOROS_LIBTORCH_VERSION");
@@ -83,8 +84,12 @@ pub fn log_to(out: &Path, rank: usize) -> Result<()> {
     let wrong = |error: std::io::Error| {
         Error::config("--out", out.display(), format!("its log cannot be written ({error}); choose another folder"))
     };
-    fs::create_dir_all(out.join("log")).map_err(wrong)?;
-    let file = File::create(out.join(format!("log/rank-{rank}.log"))).map_err(wrong)?;
+    let folder = out.join("log");
+    fs::create_dir_all(&folder).map_err(wrong)?;
+    if folder.is_symlink() {
+        return Err(wrong(std::io::Error::other("the folder `log` is a link")));
+    }
+    let file = files::create(&folder.join(format!("rank-{rank}.log"))).map_err(wrong)?;
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false);
     // A log that cannot be written is no reason to print.
     let subscriber = subscriber.log_internal_errors(false).finish();

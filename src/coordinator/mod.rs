@@ -26,6 +26,7 @@ use crate::control::{Controls, Mode, Report, Watch};
 use crate::data::Tokenizer;
 use crate::emulation::Emulation;
 use crate::error::{Error, Placed, Result};
+use crate::files;
 use crate::lock::FolderLock;
 use crate::metrics::{Bench, EvalLine, JsonLines, Progress, Sink, StepLine, Summary, print_memory};
 use crate::number::Readback;
@@ -81,7 +82,7 @@ impl Coordinator {
         check_room(&setup, out)?;
         std::fs::create_dir_all(out).map_err(wrong)?;
         let lock = FolderLock::take(out)?;
-        std::fs::write(out.join("config.toml"), setup.config.to_toml()).map_err(wrong)?;
+        files::write(&out.join("config.toml"), setup.config.to_toml().as_bytes()).map_err(wrong)?;
 
         let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
         let json = JsonLines::begin(out, setup.resumed.as_ref().map(|_| start))?;

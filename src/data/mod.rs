@@ -133,17 +133,15 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
         HeldOut::File(path) => Some(path),
         HeldOut::Fraction(_) => None,
     };
+    if let Some(path) = config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path)) {
+        let remedy = "name it as data.path, and one of its splits as data.held_out";
+        return Err(Error::data(path.display(), "a prepared file where a text is read", remedy));
+    }
     if let Some(path) = held_out.filter(|path| !path.exists()) {
         let remedy = format!("name a text; a split needs a prepared file as data.path, and {} is none", config.name());
         return Err(Error::data(path.display(), "data.held_out names no file", remedy));
     }
-    match config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path)) {
-        None => Ok(()),
-        Some(path) => {
-            let remedy = "name it as data.path, and one of its splits as data.held_out";
-            Err(Error::data(path.display(), "a prepared file where a text is read", remedy))
-        }
-    }
+    Ok(())
 }
 
 /// The files of a text; none for the synthetic one.

@@ -9,6 +9,7 @@ use super::thousands;
 use crate::clock::{Share, StageTimes, Times};
 use crate::emulation::{Emulation, StageTime};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::memory::Prediction;
 use crate::params::Layout;
 use crate::schedule::step_time;
@@ -132,7 +133,7 @@ impl Bench {
     /// If it cannot be written.
     pub fn write(&self, out: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(error.to_string()))?;
-        std::fs::write(out.join("bench.json"), text)
+        files::write(&out.join("bench.json"), text.as_bytes())
             .map_err(|error| Error::config("--out", out.display(), format!("bench.json cannot be written ({error})")))
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::{EvalLine, Sink, StepLine};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// The file, whole lines at any moment.
 pub struct JsonLines {
@@ -24,12 +25,12 @@ impl JsonLines {
     pub fn begin(out: &Path, resumed: Option<usize>) -> Result<JsonLines> {
         let path = out.join("metrics.jsonl");
         let wrong = |error| unwritable(&path, error);
-        let earlier = std::fs::read_to_string(&path).unwrap_or_default();
+        let earlier = files::read_text(&path).unwrap_or_default();
         let before = resumed.map(|start| lines_before(&earlier, start)).unwrap_or_default();
         if path.exists() {
             std::fs::rename(&path, out.join("metrics.previous.jsonl")).map_err(wrong)?;
         }
-        let mut file = BufWriter::new(File::create(&path).map_err(wrong)?);
+        let mut file = BufWriter::new(files::create(&path).map_err(wrong)?);
         file.write_all(before.as_bytes()).and_then(|()| file.flush()).map_err(wrong)?;
         Ok(JsonLines { path, file })
     }

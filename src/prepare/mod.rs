@@ -247,10 +247,11 @@ fn make_folder_of(out: &Path) -> Result<()> {
 fn unpack(archive: &Path, known: &Known, tokenizer: Tokenizer) -> Result<Texts> {
     let wrong = |problem: String| Error::data(archive.display(), problem, "fetch it again, or give another --archive");
     let file = files::open(archive).map_err(|error| wrong(error.to_string()))?;
+    let length = file.metadata().map_err(|error| wrong(error.to_string()))?.len();
     let mut zip = zip::ZipArchive::new(file).map_err(|error| wrong(format!("not a zip archive ({error})")))?;
     let mut read = |name: &str| -> Result<Vec<u8>> {
         let mut member = zip.by_name(name).map_err(|error| wrong(format!("no `{name}` in it ({error})")))?;
-        let (size, packed) = (member.size(), member.compressed_size());
+        let (size, packed) = (member.size(), member.compressed_size().min(length));
         if !member.is_file() || size > LARGEST || size > RATIO.saturating_mul(packed) {
             return Err(wrong(format!("`{name}` is no text: {size} bytes packed into {packed}")));
         }

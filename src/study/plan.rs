@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::times::{StepTimes, TimeConfig};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::setup::plan::schedule;
 
 /// A study: `studies/*.toml`.
@@ -191,6 +192,10 @@ impl Plan {
     }
 
     fn check(&self) -> Result<()> {
+        if !files::is_plain_name(&self.name) {
+            let found = format!("`{}`", self.name.escape_debug());
+            return Err(Error::config("name", found, "files of this name are written: write a plain name"));
+        }
         check_list("rates", &self.rates)?;
         check_list("seeds", &self.seeds)?;
         check_list("shares", &self.shares)?;

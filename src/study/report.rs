@@ -1,13 +1,13 @@
 //! What comes of a study, written: `NAME.json`, `NAME.md` with the same figures as tables, `NAME.svg` with the curves.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use super::curves::{self, Curve};
 use super::findings::{Findings, Row, SpeedUp, Tax};
 use super::times::StepTimes;
 use crate::error::{Error, Result};
+use crate::files;
 
 impl Findings {
     /// Writes all files into the study's folder.
@@ -19,7 +19,7 @@ impl Findings {
         for (ending, text) in [("json", json), ("md", self.table())] {
             let path = out.join(format!("{}.{ending}", self.name));
             let wrong = |error| Error::config("--out", path.display(), format!("cannot be written ({error})"));
-            fs::write(&path, text).map_err(wrong)?;
+            files::write(&path, text.as_bytes()).map_err(wrong)?;
         }
 
         let curve = |row: &Row| Curve {

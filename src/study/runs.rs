@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::plan::{Plan, Run, Variant};
 use crate::error::{Error, NOT_FINITE, Result};
+use crate::files;
 
 /// Steps of the run that the time of a study is guessed from.
 const PILOT_STEPS: usize = 6;
@@ -50,7 +51,8 @@ impl Runs {
                     return Err(wrong(problem));
                 }
                 Ok(_) => {}
-                Err(_) => fs::write(&kept, text).map_err(|error| wrong(format!("cannot be written ({error})")))?,
+                Err(_) => files::write(&kept, text.as_bytes())
+                    .map_err(|error| wrong(format!("cannot be written ({error})")))?,
             }
         }
         Ok(Runs { base: plan.base.clone(), folder, jobs })

@@ -97,9 +97,13 @@ fn main() -> ExitCode {
         let outcome = run::parent(name, time, seed, value("--number"));
         executions += outcome.executions;
         findings += outcome.findings.len();
-        println!("fuzz: {name:<14} {:>9} executions  {:>3} findings", outcome.executions, outcome.findings.len());
-        outcome.findings.iter().for_each(|finding| println!("{finding}"));
+        ouroboros::say!(
+            "fuzz: {name:<14} {:>9} executions  {:>3} findings",
+            outcome.executions,
+            outcome.findings.len()
+        );
+        outcome.findings.iter().for_each(|finding| ouroboros::say!("{finding}"));
     }
-    println!("fuzz: {:<14} {executions:>9} executions  {findings:>3} findings (seed {seed})", "in all");
+    ouroboros::say!("fuzz: {:<14} {executions:>9} executions  {findings:>3} findings (seed {seed})", "in all");
     ExitCode::from(u8::from(findings > 0))
 }

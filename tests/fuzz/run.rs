@@ -189,7 +189,7 @@ impl Trial {
             let mut this = this.borrow_mut();
             let parts = this.mutator.apply(&mutated);
             if show.take() {
-                println!("{}", shown(&parts));
+                ouroboros::say!("{}", shown(&parts));
             }
             this.input(&parts, number).map_err(TestCaseError::fail)
         });

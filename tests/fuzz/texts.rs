@@ -250,7 +250,7 @@ impl Target for OneFile {
     }
 
     fn room(&self, bytes: usize) -> usize {
-        self.room + 64 * bytes
+        self.room + 256 * bytes
     }
 }
 
@@ -263,7 +263,7 @@ pub fn topology(folder: &Path) -> Box<dyn Target> {
     };
     let words =
         vec!["nodes = ", "devices = ", "[inside]\n", "[between]\n", "nan", "inf", "-1", "order = \"stage-major\"\n"];
-    Box::new(OneFile { path: folder.join("a.toml"), seeds: files_of("topology"), words, read, room: 1 << 20 })
+    Box::new(OneFile { path: folder.join("a.toml"), seeds: files_of("topology"), words, read, room: 4 << 20 })
 }
 
 /// A bench.json with what a profile is made of.
@@ -274,7 +274,7 @@ const PROFILE: &str = r#"{"rows": 8, "tokens_per_s": 41000.5, "stages": [
 pub fn profile(folder: &Path) -> Box<dyn Target> {
     let read = |path: &Path| Emulation::read(&path.display().to_string())?.check(2);
     let words = vec!["null", "1e400", "-1", "[", "{", "}", "]", "\"stages\":", "\"rows\":", "\"forward_ms\":"];
-    Box::new(OneFile { path: folder.join("bench.json"), seeds: vec![vec![PROFILE.into()]], words, read, room: 1 << 20 })
+    Box::new(OneFile { path: folder.join("bench.json"), seeds: vec![vec![PROFILE.into()]], words, read, room: 4 << 20 })
 }
 
 pub fn study(folder: &Path) -> Box<dyn Target> {

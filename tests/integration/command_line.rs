@@ -218,7 +218,7 @@ fn bad_input_is_told_once_before_training() {
             "short.txt: the word `short` is not in the vocabulary, which has no `<unk>`",
         ),
         (vec!["data.tokenizer=words".into(), held(&binary)], 3, "binary.txt: no UTF-8 at byte 6"),
-        (vec![held(&missing)], 3, "missing.txt: cannot be opened"),
+        (vec![held(&missing)], 3, "missing.txt: data.held_out names no file; name a text"),
         (vec![held(&empty)], 3, "empty.txt: empty"),
         (vec![held(&short), "eval.every=3".into()], 3, "short.txt: 5 bytes, one window needs 9"),
     ];

@@ -549,3 +549,50 @@ fn field_messages() {
     shell(&folder, odd).expect_code(0);
     shell(&folder, "$M 2 $B train tiny.toml --grid 2x1 --out $'r\\xff' --resume --set steps=9").expect_code(0);
 }
+
+/// A run's folder that has come from elsewhere may have links in it: nothing is written through them.
+#[test]
+fn links_in_a_run_folder_are_not_followed() {
+    let folder = Folder::new();
+    let good = "$B train tiny.toml --set checkpoint.every=3 --out a";
+    shell(&folder, good).expect_code(0);
+    let outside = folder.path("outside");
+    std::fs::create_dir(&outside).unwrap();
+    let there = || {
+        let file = |entry: std::fs::DirEntry| (entry.file_name(), text(&entry.path()));
+        std::fs::read_dir(&outside).unwrap().flatten().map(file).collect::<Vec<_>>()
+    };
+    let link = |target: &str, name: &str| {
+        let name = folder.path(&format!("a/{name}"));
+        let _ = std::fs::remove_file(&name);
+        std::os::unix::fs::symlink(folder.path(target), name).unwrap();
+    };
+
+    std::fs::write(outside.join("kept"), "kept").unwrap();
+    for name in ["lock", "config.toml", "log/rank-0.log"] {
+        link("outside/kept", name);
+        let refused = shell(&folder, &format!("{good} --resume")).expect_code(2);
+        assert!(refused.stderr.contains(&format!("{name} is a link")), "{refused}");
+        std::fs::remove_file(folder.path(&format!("a/{name}"))).unwrap();
+    }
+    // What is replaced, or was left by an interrupted save, is taken away, and not what it leads to.
+    link("outside/kept", "metrics.jsonl");
+    link("outside/kept", "metrics.previous.jsonl");
+    link("outside", "checkpoints/step-9.tmp");
+    shell(&folder, &format!("{good} --resume --set steps=18")).expect_code(0);
+    assert!(folder.path("a/checkpoints/step-18").exists());
+    assert_eq!(there(), [("kept".into(), "kept".to_owned())]);
+
+    // A file of a state may be none of its folder.
+    let manifest = folder.path("a/checkpoints/step-18/manifest.json");
+    let good = text(&manifest);
+    std::fs::rename(folder.path("a/checkpoints/step-18/stage-0.safetensors"), outside.join("stage-0.safetensors"))
+        .unwrap();
+    let escaped = good.replace("\"stage-0.safetensors\"", "\"../../../outside/stage-0.safetensors\"");
+    std::fs::write(&manifest, escaped).unwrap();
+    let refused = shell(&folder, "$B eval a/checkpoints/step-18").expect_code(6);
+    assert!(
+        refused.stderr.contains("the file `../../../outside/stage-0.safetensors` is none of its folder"),
+        "{refused}"
+    );
+}
