@@ -53,6 +53,10 @@ impl Default for TimeConfig {
     }
 }
 
+/// What is simulated: more microbatches make no schedule better, and simulating more of either takes minutes.
+const MICROBATCHES: usize = 128;
+const STAGES: usize = 32;
+
 /// Times of a row on every stage.
 pub struct RowTimes {
     stages: Vec<StageCosts>,
@@ -142,7 +146,7 @@ impl RowTimes {
     /// The shortest step of a synchronous schedule, and its number of microbatches.
     fn best(&self, config: &Config, kind: Kind, rows: usize) -> Result<(f64, usize)> {
         let mut best = (f64::INFINITY, 1);
-        for microbatches in (1..=rows).filter(|m| rows.is_multiple_of(*m)) {
+        for microbatches in (1..=rows.min(MICROBATCHES)).filter(|m| rows.is_multiple_of(*m)) {
             let mut other = Config { schedule: kind, microbatches, ..config.clone() };
             (other.grid.delays, other.grid.reduce_delay) = (None, 0);
             let step = self.step(&schedule(&other)?, rows)?;
@@ -164,6 +168,12 @@ impl StepTimes {
         let m = config.microbatches;
         if !rows.is_multiple_of(m) {
             return Err(Error::config("time.rows", rows, format!("must be a multiple of microbatches = {m}")));
+        }
+
+        for (setting, value, most) in [("microbatches", m, MICROBATCHES), ("grid.stages", config.grid.stages, STAGES)] {
+            if value > most {
+                return Err(Error::config(setting, value, format!("a study simulates at most {most}")));
+            }
         }
 
         let own = schedule(config)?;
