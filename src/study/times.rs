@@ -56,6 +56,7 @@ impl Default for TimeConfig {
 /// What is simulated: more microbatches make no schedule better, and simulating more of either takes minutes.
 const MICROBATCHES: usize = 128;
 const STAGES: usize = 32;
+const ROWS: usize = 1 << 16;
 
 /// Times of a row on every stage.
 pub struct RowTimes {
@@ -97,7 +98,11 @@ impl TimeConfig {
                 "must be 0 or more, forward and backward above 0",
             )?;
         }
-        Error::unless_at_least_one("time.rows", self.rows.unwrap_or(1))
+        let rows = self.rows.unwrap_or(1);
+        if !(1..=ROWS).contains(&rows) {
+            return Err(Error::config("time.rows", rows, format!("from 1 to {ROWS}")));
+        }
+        Ok(())
     }
 
     /// The times of a row on each stage of a schedule.
