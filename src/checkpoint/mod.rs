@@ -173,9 +173,7 @@ impl Manifest {
             config: config.settled(),
         }
     }
-}
 
-impl Manifest {
     /// Whether what it says can be, as far as that is known without the files.
     ///
     /// # Errors

@@ -125,10 +125,12 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
         }
         return Ok(());
     }
+
     if let Some(list) = config.vocabulary.as_ref().filter(|_| config.min_count > 1) {
         let found = format!("{} with data.vocabulary = {}", config.min_count, list.display());
         return Err(Error::config("data.min_count", found, "a list is taken whole; leave one of them out"));
     }
+
     let held_out = match &config.held_out {
         HeldOut::File(path) => Some(path),
         HeldOut::Fraction(_) => None,
@@ -137,6 +139,7 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
         let remedy = "name it as data.path, and one of its splits as data.held_out";
         return Err(Error::data(path.display(), "a prepared file where a text is read", remedy));
     }
+
     if let Some(path) = held_out.filter(|path| !path.exists()) {
         let remedy = format!("name a text; a split needs a prepared file as data.path, and {} is none", config.name());
         return Err(Error::data(path.display(), "data.held_out names no file", remedy));

@@ -151,13 +151,16 @@ impl XlBlock {
             Some(dropout) => dropout.apply(positions, POSITIONS.0, POSITIONS.1)?,
             None => positions,
         };
+
         let scale = 1.0 / (w as f64).sqrt();
         let q = linear(x, query, None)?; // [B, T, A]
         let heads = linear(context, key_value, None)?.f_view([b, l, 2, h, w])?.f_unbind(2)?;
         let k = heads[0].f_permute([0, 2, 3, 1])?; // [B, H, W, L]
         let values = heads[1].f_transpose(1, 2)?; // [B, H, L, W]
+
         let content = q.f_add(u)?.f_mul_scalar(scale)?.f_view([b, t, h, w])?.f_transpose(1, 2)?;
         let mut scores = content.f_matmul(&k)?; // [B, H, T, L]
+
         let r = positions.f_linear::<Tensor>(position, None)?.f_view([l + 1, h, w])?.f_permute([1, 2, 0])?; // [H, W, L+1]
         let by_head = q.f_add(v)?.f_mul_scalar(scale)?.f_view([b * t, h, w])?.f_transpose(0, 1)?; // [H, BT, W]
         let shifted =
@@ -165,12 +168,14 @@ impl XlBlock {
         let _ = scores.f_add_(&shifted.f_transpose(0, 1)?)?;
         drop(shifted);
         let _ = scores.f_add_(&mask)?;
+
         let probabilities = scores.f_softmax(-1, x.kind())?;
         drop(scores);
         let probabilities = match dropout {
             Some(dropout) => dropout.attention().apply(probabilities, self.layer + 1, PROBABILITIES)?,
             None => probabilities,
         };
+
         let y = probabilities.f_matmul(&values)?.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         linear(&y, out, None)
     }

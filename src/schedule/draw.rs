@@ -24,6 +24,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
         costs.backward,
         costs.message
     );
+
     let tie = word(&schedule.tie);
     let _ = writeln!(out, "placement {}, tie {tie}\n", word(&schedule.placement));
     let _ = writeln!(out, "stages            {}", list(stages().collect()));
@@ -33,6 +34,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let _ = writeln!(out, "delays            {}", list(schedule.delays.clone()));
     let _ = writeln!(out, "versions held     {}", list(stages().map(|k| schedule.versions_held(k)).collect()));
     let _ = writeln!(out, "activations held  {}", list(stages().map(|k| schedule.activations_held(k)).collect()));
+
     if schedule.tie != Tie::Untied {
         let (input, head) = (schedule.table_delay(End::Input), schedule.table_delay(End::Output));
         let _ = match schedule.tie {
@@ -46,6 +48,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
             _ => writeln!(out, "table's delay     {input}"),
         };
     }
+
     let shares: Vec<String> = ideal.utilization.iter().map(|u| format!("{u:.2}")).collect();
     let _ = writeln!(out, "utilisation       {}", shares.join(" "));
     let _ = writeln!(out, "ideal speed-up    {:.2} of {} devices", ideal.speed_up, grid.devices());
@@ -71,17 +74,20 @@ pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result
     let grid = schedule.grid(1);
     let lists: Vec<Vec<Action>> = (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();
     let spans = simulate(schedule, &lists, costs)?;
+
     let end = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
     let of = |stage: usize| spans[grid.device(stage)].iter().filter(move |s| s.action.stage == stage);
     let count = (end / unit).round() as usize;
     let shown = count.min(rows);
     let columns: Vec<Vec<String>> =
         (0..schedule.stages).map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, shown)).collect();
+
     let width = columns.iter().flatten().map(String::len).max().unwrap_or(1).max(3);
     let mut out = String::from("  time ");
     for stage in 0..schedule.stages {
         let _ = write!(out, " {:>width$}", format!("k={stage}"));
     }
+
     for row in 0..shown {
         let _ = write!(out, "\n{:>6} ", (row as f64 * unit * 1000.0).round() / 1000.0);
         for column in &columns {

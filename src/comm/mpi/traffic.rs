@@ -63,6 +63,7 @@ impl Outgoing {
     ) -> MpiResult<Outgoing> {
         let tag = tag(header.content);
         let first = raw::send_header(address(links, to, tag), header)?;
+
         if header.beside {
             return Ok(Outgoing { header: first, tensor: None, permit: None });
         }
@@ -124,6 +125,7 @@ impl Incoming {
         if let Some(arrival) = self.held.take() {
             return Ok(self.hand_over(arrival));
         }
+
         let (from, tag) = (self.inbox.from, tag(self.inbox.content));
         if let Some((header, pending)) = &mut self.tensor {
             let Some(tensor) = pending.test()? else { return Ok(false) };
@@ -133,16 +135,19 @@ impl Incoming {
             self.hand_over(arrival);
             return Ok(true);
         }
+
         let Some(words) = self.header.test()? else { return Ok(false) };
         let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
         if header.values().is_none_or(|values| values > self.inbox.largest) {
             return Err(format!("rank {from} tells of a larger message than any: {header}"));
         }
+
         if header.beside {
             self.header = raw::receive_header(address(links, from, tag))?;
             self.hand_over(Ok((header, Tensor::new())));
             return Ok(true);
         }
+
         let room =
             Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
         self.tensor = Some((header, raw::receive(address(links, from, tag + 1), room)?));
