@@ -155,4 +155,5 @@ def main():
     print(f"{args.json} has every number")
 
 
-main()
+if __name__ == "__main__":
+    main()

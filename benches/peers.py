@@ -219,4 +219,5 @@ def show(args, names, best, rounds, starts):
     print(f"\n{args.json} has every number")
 
 
-main()
+if __name__ == "__main__":
+    main()

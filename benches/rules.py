@@ -71,4 +71,5 @@ def main():
     print(f"\n{args.json} has every number")
 
 
-main()
+if __name__ == "__main__":
+    main()

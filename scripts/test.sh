@@ -47,6 +47,7 @@ part "benchmark: rules, in short" scripts/bench-rules.sh --short
 part "benchmark: saves, in short" scripts/bench-save.sh --short
 part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
 part "whether its checks work, on the processor" scripts/gpu-check.sh --quick --processor
+part "whether its kit works, without MPI and network" scripts/test-gpu-kit.sh
 
 say "minutes"
 printf '%s' "$minutes"

@@ -50,6 +50,34 @@ pub fn deterministic() -> Result<()> {
     Ok(())
 }
 
+/// Leaves so many multiprocessors of the device to others: products then take as many fewer, instead of waiting for the blocks of
+/// threads that find none free (`Context::_setSMCarveout_EXPERIMENTAL`, which libtorch heeds where cuBLASLt makes the product,
+/// `setBlasPreferredBackend`). On Hopper products fill the device with blocks that stay, so that one multiprocessor less can double
+/// their time. Source: pytorch issue 143988 and its answer 144974.
+///
+/// # Errors
+/// If this libtorch does not have the switches.
+pub fn leave_multiprocessors(count: i32) -> Result<()> {
+    /// `at::BlasBackend::Cublaslt`, ATen/BlasBackend.h.
+    const CUBLASLT: i8 = 2;
+    type Prefer = unsafe extern "C" fn(*mut c_void, i8);
+    if count <= 0 {
+        return Ok(());
+    }
+    // SAFETY: `void (Context::*)(at::BlasBackend)`, an `enum class : int8_t`, of a libtorch whose CUDA half has been loaded.
+    unsafe { method::<Prefer>("_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE")?(context()?, CUBLASLT) };
+    carve_out(Some(count))
+}
+
+fn carve_out(count: Option<i32>) -> Result<()> {
+    type Set = unsafe extern "C" fn(*mut c_void, u64);
+    let optional = count.map_or(0, |count| 1 << 32 | u64::from(count as u32));
+    // SAFETY: `void (Context::*)(std::optional<int32_t>)`; that is trivial to copy and 8 bytes long, so it travels in one register:
+    // the value, then in the fifth byte whether there is one.
+    unsafe { method::<Set>("_ZN2at7Context27_setSMCarveout_EXPERIMENTALESt8optionalIiE")?(context()?, optional) };
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -58,6 +86,20 @@ mod tests {
     fn this_libtorch_has_the_switches() {
         allow_tf32(true).unwrap();
         allow_tf32(false).unwrap();
+        assert!(method::<unsafe extern "C" fn()>("_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE").is_ok());
         assert!(method::<unsafe extern "C" fn()>("_ZN2at7Context9noSuchOneEv").is_err());
+    }
+
+    /// An optional number travels as it is meant: libtorch tells the same back.
+    #[test]
+    fn multiprocessors_are_left() {
+        type Get = unsafe extern "C" fn(*mut c_void) -> u64;
+        for count in [Some(3), None] {
+            carve_out(count).unwrap();
+            // SAFETY: `std::optional<int32_t> (Context::*)() const`, which comes back in one register.
+            let found =
+                unsafe { method::<Get>("_ZNK2at7Context24_SMCarveout_EXPERIMENTALEv").unwrap()(context().unwrap()) };
+            assert_eq!((found >> 32 & 1 == 1).then_some(found as i32), count);
+        }
     }
 }

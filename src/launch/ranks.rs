@@ -153,6 +153,7 @@ fn on_gpus(world: &World, setup: &Setup, carried: Option<Transport>, ports: Port
                 index,
                 wire: setup.config.wire,
                 tied: setup.dimensions.tied,
+                deterministic: setup.config.deterministic,
                 patience: Duration::from_secs_f64(setup.config.stall_seconds),
                 exchange: &|bytes| world.all_gather(bytes),
             };

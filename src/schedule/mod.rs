@@ -29,6 +29,7 @@
 mod check;
 mod draw;
 mod generate;
+mod lookahead;
 mod merge;
 mod simulate;
 mod tie;
@@ -39,6 +40,7 @@ use std::str::FromStr;
 pub use check::check;
 pub use draw::{draw, summary, word};
 pub use generate::Actions;
+pub use lookahead::Lookahead;
 pub use merge::DeviceActions;
 pub use simulate::{Costs, Fault, Ideal, Span, StageCosts, ideal, simulate, step_time};
 pub use tie::{End, Tie};

@@ -4,7 +4,6 @@
 //! here. Result codes are read as numbers: a newer library may have more of them than the binding.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
@@ -12,11 +11,6 @@ use libloading::os::unix::Symbol;
 
 use crate::device::libraries;
 use crate::error::{Error, Result};
-
-/// Looks at a call that is still being made come one after the other for so long, since most are over within microseconds;
-/// then with a pause between them.
-const BRISK: Duration = Duration::from_millis(1);
-const LOOK: Duration = Duration::from_micros(200);
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -127,18 +121,13 @@ impl Api {
         Ok(id.internal.iter().map(|byte| *byte as u8).collect())
     }
 
-    /// Joins a communicator, which all its members must do; `most_ctas` of its kernels take part of the device at most.
+    /// Joins a communicator, and waits until all its members have; `most_ctas` of its kernels take part of the device at most.
+    ///
+    /// Its calls come back when they are made, by themselves: one that does not block starts a thread of NCCL's for each.
     ///
     /// # Errors
-    /// What NCCL reports, or members that do not come before the deadline.
-    pub fn join(
-        &self,
-        id: &[u8],
-        me: usize,
-        members: usize,
-        most_ctas: i32,
-        deadline: Instant,
-    ) -> Result<Communicator> {
+    /// What NCCL reports.
+    pub fn join(&self, id: &[u8], me: usize, members: usize, most_ctas: i32) -> Result<Communicator> {
         let mut unique = ncclUniqueId { internal: [0; 128] };
         if id.len() != unique.internal.len() {
             return Err(Error::Internal(format!("an id of NCCL has {} bytes", id.len())));
@@ -148,7 +137,7 @@ impl Api {
             size: size_of::<Config>(),
             magic: MAGIC,
             version: CONFIG_VERSION,
-            blocking: 0,
+            blocking: 1,
             cga_cluster_size: UNDEFINED,
             min_ctas: UNDEFINED,
             max_ctas: most_ctas,
@@ -159,7 +148,7 @@ impl Api {
         // SAFETY: room for one communicator; NCCL copies the id and the config before it returns.
         let code = unsafe { (self.init)(&raw mut raw, members as c_int, unique, me as c_int, &raw mut config) };
         let communicator = Communicator { raw };
-        self.settled(code, &communicator, "ncclCommInitRankConfig", deadline)?;
+        self.checked(code, Some(&communicator), "ncclCommInitRankConfig")?;
         Ok(communicator)
     }
 
@@ -180,25 +169,6 @@ impl Api {
         let code = unsafe { (self.async_error)(communicator.raw, &raw mut state) };
         self.checked(code, Some(communicator), "ncclCommGetAsyncError")?;
         Ok(state)
-    }
-
-    /// Waits while a call that does not block is still being made.
-    fn settled(&self, code: c_int, communicator: &Communicator, call: &str, deadline: Instant) -> Result<()> {
-        let (mut code, begun) = (code, Instant::now());
-        while code == IN_PROGRESS {
-            let now = Instant::now();
-            if now > deadline {
-                return Err(Error::Device(format!(
-                    "{call} does not come to an end: a member is missing, or cannot be reached"
-                )));
-            }
-            match now < begun + BRISK {
-                true => std::thread::yield_now(),
-                false => std::thread::sleep(LOOK),
-            }
-            code = self.state(communicator)?;
-        }
-        self.checked(code, Some(communicator), call)
     }
 
     fn checked(&self, code: c_int, communicator: Option<&Communicator>, call: &str) -> Result<()> {
@@ -224,14 +194,7 @@ impl Api {
     ///
     /// # Errors
     /// What NCCL reports.
-    pub unsafe fn put(
-        &self,
-        transfer: Transfer,
-        span: Span,
-        on: &Communicator,
-        stream: CUstream,
-        deadline: Instant,
-    ) -> Result<()> {
+    pub unsafe fn put(&self, transfer: Transfer, span: Span, on: &Communicator, stream: CUstream) -> Result<()> {
         let Span { address, count, kind } = span;
         // SAFETY: the caller's.
         let (code, call) = unsafe {
@@ -248,7 +211,7 @@ impl Api {
                 }
             }
         };
-        self.settled(code, on, call, deadline)
+        self.checked(code, Some(on), call)
     }
 }
 

@@ -9,14 +9,17 @@
 //!            channel:            follows a | receive into x | b |
 //!            x is new memory: what compute did with it before, under another name, is done at a. Nothing of x is
 //!            given back before compute follows b, so what compute does with it after x is after b.
+//!            host:     marks a   asks for the compute between   asks for the receive   has its header, follows b
 //! all-reduce compute:  ... gradient |a| ... |waits: follows b| update
 //!            channel:            follows a | sum in place | b |       the gradient is held until b has passed
 //! ```
 //!
-//! A receive may be posted long before it is taken: `a` is then early, and the transfer overlaps with the compute between.
-//! All transfers of a rank are put on their queues by one thread in the order of its action list, which is the same for the
-//! same place of every replica: NCCL's kernels of several communicators wait for each other's ends, but never for one that a
-//! neighbour would only start later than this one in the same schedule.
+//! Room for a receive may be made long before it is posted: `a` is then early, and the transfer overlaps with the compute between,
+//! although the host has asked for that compute first. It must: a receive that is posted cannot end before its sender has sent, which
+//! may need what that very compute makes; and whatever then waits for the whole device (libtorch giving memory back to the driver, a
+//! kernel that is loaded) waits for ever. So all transfers of a rank are put on their queues by one thread in the order of its action
+//! list, which is the same for the same place of every replica, and at every moment all work of a device can be done without any
+//! that a host would only ask for later (`deadlock` has the proof by example).
 
 use std::collections::VecDeque;
 
@@ -66,6 +69,12 @@ pub trait Carrier<Q: Queues> {
     /// # Errors
     /// That.
     fn check(&self) -> Result<()>;
+}
+
+/// Memory for a receive: what compute has done with it before is done at a mark.
+pub struct Room<M, B> {
+    free: M,
+    buffer: B,
 }
 
 /// A receive that is under way.
@@ -139,13 +148,23 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         Ok(())
     }
 
-    /// Posts a receive into memory that nobody has used yet.
+    /// Memory that nobody has used yet, for a receive that is posted now or later.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn room(&mut self, buffer: C::Buffer) -> Result<Room<Q::Mark, C::Buffer>> {
+        Ok(Room { free: self.queues.mark(Queue::Compute)?, buffer })
+    }
+
+    /// Posts a receive.
     ///
     /// # Errors
     /// What device or library report.
-    pub fn post(&mut self, channel: usize, buffer: C::Buffer) -> Result<Posted<Q::Mark, C::Buffer>> {
+    pub fn post(&mut self, channel: usize, room: Room<Q::Mark, C::Buffer>) -> Result<Posted<Q::Mark, C::Buffer>> {
         self.sweep()?;
-        let queue = self.behind_compute(channel)?;
+        let Room { free, buffer } = room;
+        let queue = self.channels[channel].0;
+        self.queues.follow(queue, &free)?;
         self.carrier.receive(channel, &buffer, &self.queues, queue)?;
         Ok(Posted { done: self.queues.mark(queue)?, buffer })
     }
@@ -387,10 +406,11 @@ mod tests {
         for chance in 0..20 {
             let (model, mut fabric) = model(chance);
             let gradient = Rc::new(Memory::new(&model));
-            let mut posted = fabric.post(0, Rc::new(Memory::new(&model))).unwrap();
+            let mut room = fabric.room(Rc::new(Memory::new(&model))).unwrap();
             for _ in 0..6 {
-                let next = fabric.post(0, Rc::new(Memory::new(&model))).unwrap();
-                let x = fabric.take(std::mem::replace(&mut posted, next)).unwrap();
+                let next = fabric.room(Rc::new(Memory::new(&model))).unwrap();
+                let posted = fabric.post(0, std::mem::replace(&mut room, next)).unwrap();
+                let x = fabric.take(posted).unwrap();
                 x.put(Doing::Uses);
                 let y = Rc::new(Memory::new(&model));
                 y.put(Doing::Makes);
@@ -436,8 +456,16 @@ mod tests {
         }));
         // A receive that is used before it has come.
         assert!(faulty(|model, fabric| {
-            let posted = fabric.post(0, Rc::new(Memory::new(model))).unwrap();
+            let room = fabric.room(Rc::new(Memory::new(model))).unwrap();
+            let posted = fabric.post(0, room).unwrap();
             posted.buffer.put(Doing::Uses);
+        }));
+        // A receive into memory that is got only after its mark: compute may still be at work there, under another name.
+        assert!(faulty(|model, fabric| {
+            let free = fabric.queues.mark(Queue::Compute).unwrap();
+            Memory::new(model).put(Doing::Makes);
+            let posted = fabric.post(0, Room { free, buffer: Rc::new(Memory::new(model)) }).unwrap();
+            fabric.take(posted).unwrap().put(Doing::Uses);
         }));
         // A sum that is not waited for.
         assert!(faulty(|model, fabric| {
@@ -447,7 +475,9 @@ mod tests {
         }));
         // In order, nothing is found.
         assert!(!faulty(|model, fabric| {
-            let posted = fabric.post(0, Rc::new(Memory::new(model))).unwrap();
+            let room = fabric.room(Rc::new(Memory::new(model))).unwrap();
+            Memory::new(model).put(Doing::Makes);
+            let posted = fabric.post(0, room).unwrap();
             fabric.take(posted).unwrap().put(Doing::Uses);
         }));
     }

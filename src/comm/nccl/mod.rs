@@ -5,49 +5,60 @@
 //!            header ──MPI───► receiver        on the host: what the message is, as everywhere; a wrong one is named
 //! ```
 //!
-//! The receiver posts its side of the transfer as soon as the schedule says that a message comes, and takes it when the
-//! header has come and is right. Nobody's host waits for a device.
+//! The receiver makes room for a message as soon as the schedule says that it comes, asks for it when its turn has come, and takes
+//! it when the header has come and is right. Nobody's host waits for a device.
+//!
+//! ```text
+//! api        NCCL's functions, communicators
+//! channels   which channels a grid has, who takes part in which
+//! fabric     the order of transfers on a device, and who holds their memory
+//! ends       links and groups over it
+//! times      how long sums take on the device
+//! ```
 
 mod api;
 mod channels;
 mod fabric;
+mod ends;
 mod times;
+#[cfg(test)]
+mod deadlock;
 
-use std::collections::VecDeque;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
-use cudarc::driver::CudaEvent;
 use cudarc::nccl::sys::ncclDataType_t;
 use tch::{Device, Kind, Tensor};
 
 pub use api::Api;
 use api::{Communicator, Span, Transfer};
 use channels::{Channel, Purpose, channels};
-use fabric::{Carrier, Fabric, Posted};
+use ends::{LOOK, Shared, Travel};
+use fabric::{Carrier, Fabric};
 use times::Times;
 
-use super::{Beside, Ends, Header, Link, Ports, Reduction, ReplicaGroup};
+use super::Ports;
+use crate::device::context;
 use crate::device::queues::{CudaQueues, Queue};
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::params::here;
 use crate::wire::Wire;
 
-/// Parts of a device that a channel's kernels take at most (blocks of threads): a link moves one message, a group sums
-/// while the backward still computes.
-const LINK_CTAS: i32 = 4;
+/// Parts of a device that a channel's kernels take at most (blocks of threads). A link moves one message, for which one is enough,
+/// and a receive that waits for its sender keeps a multiprocessor from the products beside it; a group sums while the backward
+/// still computes.
+const LINK_CTAS: i32 = 1;
 const GROUP_CTAS: i32 = 16;
-/// Between two looks at transfers that are waited for at the end.
-const LOOK: Duration = Duration::from_micros(200);
 
 /// NCCL's functions and a rank's communicators.
 struct Nccl {
     api: Api,
     joined: Vec<Joined>,
     times: Times,
-    patience: Duration,
 }
 
 /// A communicator, and whom a message of it goes to or comes from.
@@ -79,13 +90,12 @@ impl Nccl {
         queue: Queue,
     ) -> Result<()> {
         queues.bind()?;
-        let deadline = Instant::now() + self.patience;
         // SAFETY: `span` has looked at the tensor, which `Fabric` holds until the queue has come past this: what is sent nobody
         // changes; what is received is new, and given to nobody whose work does not follow the queue; and a gradient is
         // touched by nobody before its sum has been waited for.
         unsafe {
             let stream = queues.stream(queue).cu_stream();
-            self.api.put(transfer, span(buffer)?, &self.joined[channel].communicator, stream, deadline)
+            self.api.put(transfer, span(buffer)?, &self.joined[channel].communicator, stream)
         }
     }
 }
@@ -121,30 +131,6 @@ impl Carrier<CudaQueues> for Nccl {
 
 type Cuda = Fabric<CudaQueues, Nccl>;
 
-/// The fabric of this rank, for all its links and groups. One thread works with it.
-#[derive(Clone)]
-struct Shared(Arc<Mutex<Cuda>>);
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Cuda> {
-        // After a panic the run ends; what is left to do is to say so.
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-impl Beside for Shared {
-    fn check(&self) -> Result<()> {
-        self.lock().check()
-    }
-
-    fn settle(&self) -> Result<()> {
-        while !self.lock().settled()? {
-            std::thread::sleep(LOOK);
-        }
-        Ok(())
-    }
-}
-
 /// What a rank is told of to connect itself.
 pub struct Connection<'a> {
     pub grid: Grid,
@@ -155,6 +141,8 @@ pub struct Connection<'a> {
     pub wire: Wire,
     /// Whether a tied table is exchanged.
     pub tied: bool,
+    /// Whether the same kernels must be taken as on a device without neighbours.
+    pub deterministic: bool,
     /// How long a neighbour may be late.
     pub patience: Duration,
     /// Everybody's bytes, in the order of the ranks; all ranks must ask.
@@ -164,78 +152,26 @@ pub struct Connection<'a> {
 /// Ports whose values travel by NCCL, and whose headers by the given ones. All ranks must call this.
 ///
 /// # Errors
-/// What NCCL, the driver or the exchange report.
+/// What NCCL, the driver or the exchange report, and members that do not come.
 pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
-    let Connection { grid, rank, index, wire, .. } = *connection;
-    // NCCL takes the device that is this thread's when a communicator is made.
-    let queues = CudaQueues::new(index)?;
-    queues.bind()?;
-    let (own, nccl) = joined(connection)?;
-    let mut fabric = Fabric::new(queues, nccl, own.len())?;
-    meet(&mut fabric, &own, connection)?;
-    let shared = Shared(Arc::new(Mutex::new(fabric)));
-    let find = |purpose| own.iter().position(|channel| channel.purpose == purpose);
-    let link = |headers: Option<Box<dyn Link>>, out: Purpose, back: Option<Purpose>| -> Result<Option<Box<dyn Link>>> {
-        let Some(headers) = headers else { return Ok(None) };
-        let (Some(out), Some(back)) = (find(out), back.and_then(find)) else {
-            return Err(Error::Internal("a link without channels".into()));
-        };
-        let (fabric, posted) = (shared.clone(), VecDeque::new());
-        let device = Device::Cuda(index);
-        Ok(Some(Box::new(NcclLink { headers, fabric, out, back, device, posted })))
-    };
-    let mut places = Vec::new();
-    for (place, ends) in grid.held(rank).into_iter().zip(ports.places) {
-        let group = find(Purpose::Group(place.stage)).filter(|_| ends.group.is_some());
-        places.push(Ends {
-            upstream: link(ends.upstream, Purpose::Up(place), grid.upstream(place).map(Purpose::Down))?,
-            downstream: link(ends.downstream, Purpose::Down(place), grid.downstream(place).map(Purpose::Up))?,
-            twin: match connection.tied {
-                true => link(ends.twin, Purpose::Twin(place), grid.twin(place).map(Purpose::Twin))?,
-                false => None,
-            },
-            group: group
-                .map(|channel| Box::new(NcclGroup { fabric: shared.clone(), channel, wire }) as Box<dyn ReplicaGroup>),
-        });
+    let Connection { grid, rank, index, wire, tied, .. } = *connection;
+    let api = Api::load().map_err(Error::Device)?;
+    let named = named(&api, connection)?;
+    let (fabric, own) = connected(api, named, connection)?;
+
+    if !connection.deterministic {
+        let receives = |channel: &&Channel| !matches!(channel.purpose, Purpose::Group(_)) && channel.members[1] == rank;
+        let waiting = own.iter().filter(receives).count() as i32;
+        context::leave_multiprocessors(waiting * LINK_CTAS)?;
     }
+    let (shared, travel) = (Shared::new(fabric), Travel { grid, rank, device: Device::Cuda(index), wire, tied });
+    let places = ends::over(ports.places, travel, &own, &shared, |link| Box::new(link))?;
     Ok(Ports { places, beside: Some(Arc::new(shared)), ..ports })
 }
 
-/// Lets the members of every channel meet, channel by channel. NCCL connects two devices when the first message between them
-/// is asked for, and only when both ends have done so; until then the host waits in that call. Later a receive may be
-/// posted before the sender can have anything to send: the hosts must not have to wait for each other then.
-fn meet(fabric: &mut Cuda, own: &[Channel], connection: &Connection) -> Result<()> {
-    let device = Device::Cuda(connection.index);
-    for (channel, Channel { purpose, members }) in own.iter().enumerate() {
-        let value = Tensor::f_zeros([1], (Kind::Float, device))?;
-        match purpose {
-            Purpose::Group(_) => {
-                let done = fabric.sum(channel, value)?;
-                fabric.wait(channel, &done)?;
-            }
-            _ if members[0] == connection.rank => fabric.send(channel, value)?,
-            _ => {
-                let posted = fabric.post(channel, value)?;
-                let _ = here(&fabric.take(posted)?)?;
-            }
-        }
-        let deadline = Instant::now() + connection.patience;
-        while !fabric.settled()? {
-            if Instant::now() > deadline {
-                return Err(Error::Device(format!(
-                    "NCCL does not connect {purpose:?}: a member is missing, or cannot be reached"
-                )));
-            }
-            std::thread::sleep(LOOK);
-        }
-    }
-    Ok(())
-}
-
-/// The channels of a rank, each with its communicator.
-fn joined(connection: &Connection) -> Result<(Vec<Channel>, Nccl)> {
-    let Connection { grid, rank, tied, patience, exchange, .. } = *connection;
-    let api = Api::load().map_err(Error::Device)?;
+/// The channels of a rank, each with the name of its communicator.
+fn named(api: &Api, connection: &Connection) -> Result<Vec<(Channel, Vec<u8>)>> {
+    let Connection { grid, rank, tied, exchange, .. } = *connection;
     let all = channels(grid, tied);
     let mut named: Vec<(usize, Vec<u8>)> = Vec::new();
     for (number, channel) in all.iter().enumerate() {
@@ -243,90 +179,98 @@ fn joined(connection: &Connection) -> Result<(Vec<Channel>, Nccl)> {
             named.push((number, api.unique_id()?));
         }
     }
+
     let bytes = serde_json::to_vec(&named).map_err(|error| Error::Internal(error.to_string()))?;
     let read = |bytes: &Vec<u8>| serde_json::from_slice::<Vec<(usize, Vec<u8>)>>(bytes);
     let told: std::result::Result<Vec<_>, _> = exchange(bytes)?.iter().map(read).collect();
     let told = told.map_err(|error| Error::Internal(format!("ids of NCCL that cannot be read ({error})")))?;
-    let (mut own, mut communicators) = (Vec::new(), Vec::new());
-    for (number, channel) in all.into_iter().enumerate() {
-        let Some(me) = channel.members.iter().position(|member| *member == rank) else { continue };
-        let id = told.iter().flatten().find(|(of, _)| *of == number).map(|(_, id)| id);
-        let id = id.ok_or_else(|| Error::Internal(format!("nobody has named channel {number}")))?;
-        let most = if matches!(channel.purpose, Purpose::Group(_)) { GROUP_CTAS } else { LINK_CTAS };
-        let communicator = api.join(id, me, channel.members.len(), most, Instant::now() + patience)?;
-        communicators.push(Joined { communicator, other: usize::from(me == 0) });
+
+    let mut own = Vec::new();
+    for (number, channel) in all.into_iter().enumerate().filter(|(_, channel)| channel.members.contains(&rank)) {
+        let id = told.iter().flatten().find(|(of, _)| *of == number).map(|(_, id)| id.clone());
+        own.push((channel, id.ok_or_else(|| Error::Internal(format!("nobody has named channel {number}")))?));
+    }
+    Ok(own)
+}
+
+/// Joins all communicators and lets their members meet, on a thread of its own: NCCL's calls wait for the other members, however long
+/// that takes. Afterwards none does.
+fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) -> Result<(Cuda, Vec<Channel>)> {
+    let Connection { rank, index, patience, .. } = *connection;
+    let purposes: Vec<Purpose> = named.iter().map(|(channel, _)| channel.purpose).collect();
+    let steps = Arc::new(AtomicUsize::new(0));
+    let (done, result) = sync_channel(1);
+    let counted = Arc::clone(&steps);
+    let body = move || {
+        let _ = done.send(meet(api, named, rank, index, &counted)); // Nobody listens any more if it was too late.
+    };
+    let thread = std::thread::Builder::new().name("nccl set-up".into()).spawn(body);
+    thread.map_err(|error| Error::Internal(format!("no thread for NCCL's set-up ({error})")))?;
+
+    let (mut seen, mut since) = (0, Instant::now());
+    loop {
+        match result.recv_timeout(patience.min(Duration::from_secs(1))) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::Internal("a panic in NCCL's set-up".into())),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+
+        let step = steps.load(Ordering::Relaxed);
+        if step > seen {
+            (seen, since) = (step, Instant::now());
+        } else if since.elapsed() > patience {
+            let purpose = purposes[seen % purposes.len()];
+            return Err(Error::Device(format!(
+                "timed out after {:.0} s: NCCL does not connect {purpose:?}: a member is missing, or cannot be reached",
+                patience.as_secs_f64()
+            )));
+        }
+    }
+}
+
+/// Joins the communicators, channel by channel; then lets the members of every channel meet. NCCL connects two devices when the first
+/// message between them is asked for, and only when both ends have done so; until then the host waits in that call. Later a receive
+/// may be posted before the sender can have anything to send: the hosts must not have to wait for each other then.
+fn meet(
+    api: Api,
+    named: Vec<(Channel, Vec<u8>)>,
+    rank: usize,
+    index: usize,
+    steps: &AtomicUsize,
+) -> Result<(Cuda, Vec<Channel>)> {
+    // NCCL takes the device that is this thread's when a communicator is made.
+    let queues = CudaQueues::new(index)?;
+    queues.bind()?;
+    let (mut own, mut joined) = (Vec::new(), Vec::new());
+    for (channel, id) in named {
+        let Channel { purpose, members } = &channel;
+        let me = members.iter().position(|member| *member == rank).unwrap_or_default();
+        let most = if matches!(purpose, Purpose::Group(_)) { GROUP_CTAS } else { LINK_CTAS };
+        let communicator = api.join(&id, me, members.len(), most)?;
+        joined.push(Joined { communicator, other: usize::from(me == 0) });
         own.push(channel);
-    }
-    Ok((own, Nccl { api, joined: communicators, times: Times::new(), patience }))
-}
-
-/// A link between two GPUs.
-struct NcclLink {
-    headers: Box<dyn Link>,
-    fabric: Shared,
-    /// The channels out and back.
-    out: usize,
-    back: usize,
-    device: Device,
-    posted: VecDeque<(Header, Posted<CudaEvent, Tensor>)>,
-}
-
-impl NcclLink {
-    fn post(&mut self, expected: Header) -> Result<()> {
-        let room = Tensor::f_empty(expected.shape, (expected.wire.kind(), self.device))?;
-        let posted = self.fabric.lock().post(self.back, room)?;
-        self.posted.push_back((expected, posted));
-        Ok(())
-    }
-}
-
-impl Link for NcclLink {
-    fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        self.fabric.lock().send(self.out, tensor.f_contiguous()?)?;
-        self.headers.send(Header { beside: true, ..header }, Tensor::new())
+        steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn expect(&mut self, expected: Header) -> Result<()> {
-        self.post(expected)
-    }
-
-    fn receive(&mut self, expected: Header) -> Result<Tensor> {
-        if self.posted.is_empty() {
-            self.post(expected)?;
-        }
-        // First: a message that is not the right one must be told, not waited for.
-        let _ = self.headers.receive(Header { beside: true, ..expected })?;
-        match self.posted.pop_front() {
-            Some((header, posted)) if header == expected => self.fabric.lock().take(posted),
-            other => {
-                let found = other.map_or("nothing".to_owned(), |(header, _)| header.to_string());
-                Err(Error::Internal(format!("{expected} is taken where {found} is posted")))
+    let mut fabric = Fabric::new(queues, Nccl { api, joined, times: Times::new() }, own.len())?;
+    for (channel, Channel { purpose, members }) in own.iter().enumerate() {
+        let value = Tensor::f_zeros([1], (Kind::Float, Device::Cuda(index)))?;
+        match purpose {
+            Purpose::Group(_) => {
+                let done = fabric.sum(channel, value)?;
+                fabric.wait(channel, &done)?;
+            }
+            _ if members[0] == rank => fabric.send(channel, value)?,
+            _ => {
+                let room = fabric.room(value)?;
+                let posted = fabric.post(channel, room)?;
+                let _ = here(&fabric.take(posted)?)?;
             }
         }
+        while !fabric.settled()? {
+            std::thread::sleep(LOOK);
+        }
+        steps.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// The replicas of a stage on their GPUs.
-struct NcclGroup {
-    fabric: Shared,
-    channel: usize,
-    wire: Wire,
-}
-
-impl ReplicaGroup for NcclGroup {
-    fn all_reduce(&mut self, _step: usize, mut flat: Tensor) -> Result<Reduction> {
-        let packed = match self.wire {
-            Wire::F32 => flat.shallow_clone(),
-            Wire::Bf16 => self.wire.pack(&flat)?,
-        };
-        let done = self.fabric.lock().sum(self.channel, packed.shallow_clone())?;
-        let (fabric, channel, wire) = (self.fabric.clone(), self.channel, self.wire);
-        Ok(Reduction::new(move || {
-            fabric.lock().wait(channel, &done)?;
-            if wire == Wire::Bf16 {
-                flat.f_copy_(&packed)?;
-            }
-            Ok(())
-        }))
-    }
+    Ok((fabric, own))
 }
