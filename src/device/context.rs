@@ -1,7 +1,7 @@
 //! Switches of libtorch that `tch` does not have: methods of `at::Context` in the very release that this program is built
 //! for ([`crate::runtime::check_libtorch`]), called by the names that the compiler has given them.
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 
 use libloading::os::unix::Library;
 
@@ -72,10 +72,28 @@ pub fn leave_multiprocessors(count: i32) -> Result<()> {
 fn carve_out(count: Option<i32>) -> Result<()> {
     type Set = unsafe extern "C" fn(*mut c_void, u64);
     let optional = count.map_or(0, |count| 1 << 32 | u64::from(count as u32));
+    // libtorch warns that this may go away; the names of its methods are looked up anyway.
+    let level = warnings();
+    // SAFETY: as in `warnings`.
+    let before = level.map(|level| unsafe { level.replace(ERRORS_ONLY) });
     // SAFETY: `void (Context::*)(std::optional<int32_t>)`; that is trivial to copy and 8 bytes long, so it travels in one register:
     // the value, then in the fifth byte whether there is one.
     unsafe { method::<Set>("_ZN2at7Context27_setSMCarveout_EXPERIMENTALESt8optionalIiE")?(context()?, optional) };
+    if let (Some(level), Some(before)) = (level, before) {
+        // SAFETY: as in `warnings`.
+        unsafe { level.write(before) };
+    }
     Ok(())
+}
+
+/// What libtorch logs from on, and errors among that.
+const ERRORS_ONLY: c_int = 2;
+
+/// `FLAGS_caffe2_log_level`, an int of libc10's that lives as long as it.
+fn warnings() -> Option<*mut c_int> {
+    let this = Library::this();
+    // SAFETY: the address of a variable, which is asked for before other threads of ours use libtorch.
+    unsafe { this.get::<*mut c_int>(b"FLAGS_caffe2_log_level").ok().map(|symbol| symbol.into_raw().cast()) }
 }
 
 #[cfg(test)]

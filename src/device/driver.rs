@@ -6,14 +6,18 @@ use std::fmt;
 use cudarc::driver::{DriverError, result, sys};
 use serde::{Deserialize, Serialize};
 
+use crate::runtime::mapped;
+
 /// A device as the driver shows it to this process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
     /// Among the visible ones.
     pub index: usize,
     pub name: String,
-    /// Its address on the PCI bus, the same whatever is visible.
+    /// Its address on the PCI bus, the same whatever is visible; slices of one GPU (MIG) have the same.
     pub bus: String,
+    /// Its own, or its slice's.
+    pub uuid: String,
     /// Memory, bytes.
     pub bytes: u64,
     /// Major and minor.
@@ -45,6 +49,12 @@ pub fn find() -> Result<Driver, String> {
     }
     match result::init() {
         Ok(()) => {}
+        Err(DriverError(sys::CUresult::CUDA_ERROR_STUB_LIBRARY)) => {
+            let path = mapped("/libcuda.so").map_or("libcuda.so".into(), |path| path.display().to_string());
+            return Err(format!(
+                "{path} is CUDA's stub of the driver, for linking only; take its folder out of LD_LIBRARY_PATH"
+            ));
+        }
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => {
             return Ok(Driver { version: version()?, gpus: Vec::new() });
         }
@@ -73,6 +83,7 @@ fn gpu(index: c_int) -> Result<Gpu, String> {
     let read = || -> Result<Gpu, DriverError> {
         let device = result::device::get(index)?;
         let mut bus: [c_char; 32] = [0; 32];
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
         use sys::CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
@@ -80,13 +91,15 @@ fn gpu(index: c_int) -> Result<Gpu, String> {
         // SAFETY: `device` comes from the driver, and `bus` is as long as is said.
         let (bytes, capability) = unsafe {
             sys::cuDeviceGetPCIBusId(bus.as_mut_ptr(), bus.len() as c_int, device).result()?;
+            sys::cuDeviceGetUuid_v2(&raw mut uuid, device).result()?;
             let capability =
                 (result::device::get_attribute(device, MAJOR)?, result::device::get_attribute(device, MINOR)?);
             (result::device::total_mem(device)? as u64, capability)
         };
         // SAFETY: the driver ends it with a zero, as the array was before.
         let bus = unsafe { CStr::from_ptr(bus.as_ptr()) }.to_string_lossy().into_owned();
-        Ok(Gpu { index: index as usize, name: result::device::get_name(device)?, bus, bytes, capability })
+        let uuid = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+        Ok(Gpu { index: index as usize, name: result::device::get_name(device)?, bus, uuid, bytes, capability })
     };
     read().map_err(|error| failed("a question about a device", error))
 }

@@ -5,6 +5,10 @@
 //! config `device`  ──►  libraries   libtorch's CUDA half, NCCL, NVRTC: loaded from beside the libtorch that was found
 //!                       driver      its version, its devices
 //!                       choose      the device of this rank among those of its host
+//! then                  context     switches of libtorch that tch does not have
+//!                       queues      streams and marks, and the one context that all share
+//!                       compiler    NVRTC
+//!                       kernels     our own, on a stream
 //! ```
 
 pub mod context;
@@ -12,6 +16,7 @@ pub mod driver;
 pub mod libraries;
 pub mod compiler;
 pub mod queues;
+pub mod kernels;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -28,6 +33,8 @@ pub fn prepare_environment() {
         ("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         // Groups connect when they are made, not when they first sum.
         ("NCCL_RUNTIME_CONNECT", "0"),
+        // Sums that switches make have no order of their own, and take buffers; ours overlap with compute anyway.
+        ("NCCL_NVLS_ENABLE", "0"),
         // Fixed workspaces, without which cuBLAS is not deterministic. Source: cuBLAS, "Results reproducibility".
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
     ] {
@@ -109,13 +116,14 @@ fn usable(driver: Driver) -> std::result::Result<Driver, String> {
         ));
     }
     let needed = libraries::load_torch_cuda()?;
-    // Within a major version drivers of any minor one will do.
+    // Within a major version drivers of any minor one will do: kernels of our own are compiled to machine code.
     if driver.version.0 < needed {
         let (major, minor) = driver.version;
         return Err(format!(
             "the driver is too old: it serves CUDA {major}.{minor}, and this libtorch needs {needed}.0"
         ));
     }
+    libraries::nvrtc()?;
     Ok(driver)
 }
 
@@ -150,7 +158,8 @@ pub fn sent(values: &Tensor, device: Device) -> Result<Tensor> {
 /// [`Error::Config`] about `allow_shared_gpu` with both ranks.
 pub fn check_apart(all: &[(String, Gpu)], shared: bool) -> Result<()> {
     for (rank, (host, gpu)) in all.iter().enumerate() {
-        let other = all[..rank].iter().position(|(on, other)| on == host && other.bus == gpu.bus);
+        // By identity, not by address: slices of a GPU are devices of their own.
+        let other = all[..rank].iter().position(|(on, other)| on == host && other.uuid == gpu.uuid);
         if let Some(other) = other.filter(|_| !shared) {
             let found = format!("false, and ranks {other} and {rank} have both {gpu} on {host}");
             let remedy = "start no more ranks on a host than it has GPUs (each its own by CUDA_VISIBLE_DEVICES, or all to be \
@@ -166,7 +175,8 @@ mod tests {
     use super::*;
 
     fn gpu(index: usize) -> Gpu {
-        Gpu { index, name: "Test".into(), bus: format!("0000:0{index}:00.0"), bytes: 1 << 30, capability: (9, 0) }
+        let bus = format!("0000:0{index}:00.0");
+        Gpu { index, name: "Test".into(), bus, uuid: format!("{index:032x}"), bytes: 1 << 30, capability: (9, 0) }
     }
 
     #[test]
@@ -190,6 +200,10 @@ mod tests {
         let error = check_apart(&both, false).unwrap_err().to_string();
         assert!(error.contains("ranks 1 and 2 have both Test (0000:01:00.0) on b"), "{error}");
         check_apart(&both, true).unwrap();
+        // Two slices of one GPU.
+        let slice = |uuid: &str| ("a".to_owned(), Gpu { uuid: uuid.into(), ..gpu(0) });
+        check_apart(&[slice("1"), slice("2")], false).unwrap();
+        assert!(check_apart(&[slice("1"), slice("1")], false).is_err());
     }
 
     /// Where the tests of CI run, and most laptops.

@@ -5,7 +5,8 @@
 //! [`Queue::Compute`]. libtorch gives memory that is dropped to whoever asks next, and lets that one's work simply follow on
 //! this queue; so memory that another queue still uses must be held until a mark behind that use has passed.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 
@@ -50,6 +51,23 @@ pub trait Queues {
     fn passed(&self, mark: &Self::Mark) -> Result<bool>;
 }
 
+/// The primary context of a device, which libtorch uses too: made once a process, and never given back. Making it takes up to a
+/// second, and one that is given back is stale for whoever still means it.
+///
+/// # Errors
+/// [`Error::Device`] with what the driver reports.
+pub fn primary(index: usize) -> Result<Arc<CudaContext>> {
+    static CONTEXTS: Mutex<BTreeMap<usize, Arc<CudaContext>>> = Mutex::new(BTreeMap::new());
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(context) = contexts.get(&index) {
+        return Ok(Arc::clone(context));
+    }
+
+    let context = CudaContext::new(index).map_err(lost("cuDevicePrimaryCtxRetain"))?;
+    contexts.insert(index, Arc::clone(&context));
+    Ok(context)
+}
+
 /// The queues of a GPU.
 pub struct CudaQueues {
     context: Arc<CudaContext>,
@@ -67,8 +85,7 @@ impl CudaQueues {
     /// # Errors
     /// What the driver reports.
     pub fn new(index: usize) -> Result<CudaQueues> {
-        // libtorch uses the primary context too.
-        let context = CudaContext::new(index).map_err(lost("cuDevicePrimaryCtxRetain"))?;
+        let context = primary(index)?;
         Ok(CudaQueues { compute: context.default_stream(), context, own: Vec::new() })
     }
 
@@ -87,24 +104,23 @@ impl CudaQueues {
     pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(lost("cuCtxSetCurrent"))
     }
-}
 
-impl CudaQueues {
     /// Bytes of the device's memory that are taken, by whomever.
     ///
     /// # Errors
     /// What the driver reports.
     pub fn taken(&self) -> Result<u64> {
-        let (left, all) = self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?;
-        Ok((all - left) as u64)
+        let (left, all) = self.memory()?;
+        Ok(all - left)
     }
 
-    /// Bytes of the device's memory that are free.
+    /// Bytes of the device's memory that are free, and all.
     ///
     /// # Errors
     /// What the driver reports.
-    pub fn left(&self) -> Result<u64> {
-        Ok(self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?.0 as u64)
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let (left, all) = self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?;
+        Ok((left as u64, all as u64))
     }
 }
 

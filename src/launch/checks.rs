@@ -9,6 +9,7 @@ use super::job::Job;
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
 use crate::data::Fingerprint;
+use crate::device::Chosen;
 use crate::error::{Error, Result};
 use crate::files::SEEN;
 use crate::grid::Placement;
@@ -73,7 +74,7 @@ pub(super) fn hosts(world: &World) -> Result<Vec<String>> {
 }
 
 /// Refuses a machine whose limits the ranks on it would break.
-pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<()> {
+pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup, chosen: &Chosen) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
     let group = memory::control_group().unwrap_or_default();
     let all = world.all_gather(format!("{host}\n{group}").into_bytes())?;
@@ -83,7 +84,7 @@ pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup) -> Result<(
         (on == host && other != *rank).then(|| (other, group.to_owned()))
     };
     let neighbours: Vec<(usize, String)> = all.iter().enumerate().filter_map(of_rank).collect();
-    job.check_memory(setup, *rank..*rank + 1, &neighbours)
+    job.check_memory(setup, chosen, *rank..*rank + 1, &neighbours)
 }
 
 /// Refuses a world whose ranks have read different configs, texts or vocabularies.

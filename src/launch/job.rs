@@ -8,6 +8,7 @@ use tch::Device;
 use crate::checkpoint::Checkpoint;
 use crate::config::{CheckpointConfig, Config};
 use crate::control::Mode;
+use crate::device::Chosen;
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
@@ -148,21 +149,37 @@ impl Job {
         config
     }
 
-    /// Whether the ranks of this process and their neighbours fit into memory. Stages that only sleep hardly touch theirs.
+    /// Whether the ranks of this process and their neighbours fit into memory, as far as that can be told before anything is
+    /// computed. Stages that only sleep hardly touch theirs.
     ///
     /// # Errors
     /// [`Error::Memory`].
     pub(super) fn check_memory(
         &self,
         setup: &Setup,
+        chosen: &Chosen,
         ranks: Range<usize>,
         neighbours: &[(usize, String)],
     ) -> Result<()> {
-        match setup.device {
+        match chosen {
             _ if self.mode.emulation.is_some() => Ok(()),
-            // Places that are threads share one GPU.
-            Device::Cuda(index) => memory::check_gpu(setup, ranks, CudaQueues::new(index)?.left()?),
-            _ => memory::check(setup, ranks, neighbours),
+            Chosen::Cuda(gpu) => memory::check_gpu_size(setup, ranks, gpu.bytes),
+            Chosen::Cpu => memory::check(setup, ranks, neighbours),
+        }
+    }
+
+    /// Whether they fit into what their GPU has left, now that everything is connected. Places that are threads share one.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub(super) fn check_gpu_memory(&self, setup: &Setup, ranks: Range<usize>) -> Result<()> {
+        match setup.device {
+            Device::Cuda(index) if self.mode.emulation.is_none() => {
+                let queues = CudaQueues::new(index)?;
+                let (left, bytes) = queues.memory()?;
+                memory::check_gpu(setup, ranks, left, bytes)
+            }
+            _ => Ok(()),
         }
     }
 

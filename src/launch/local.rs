@@ -10,7 +10,7 @@ use super::{announce, watch};
 use crate::comm::local;
 use crate::control::{Controls, Gate, Mode, Report, Reporter, SignalWatch};
 use crate::coordinator::{Coordinator, Ranks};
-use crate::device::Local;
+use crate::device::{Chosen, Local};
 use crate::emulator::Emulator;
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
@@ -24,14 +24,18 @@ use crate::worker::Worker;
 /// # Errors
 /// The first error of any place, with the place.
 pub(super) fn threads(job: &Job) -> Placed<Summary> {
-    let (setup, out, coordinator) =
-        prepare(job, |setup| job.check_memory(setup, 0..setup.grid.size(), &[])).map_err(|error| (None, error))?;
+    let (setup, out, coordinator) = prepare(job, |setup, chosen| {
+        let all = 0..setup.grid.size();
+        job.check_memory(setup, chosen, all.clone(), &[])?;
+        job.check_gpu_memory(setup, all)
+    })
+    .map_err(|error| (None, error))?;
     announce(&setup, "threads of one process", job.mode(&setup).inject);
     run_local(&setup, &out, coordinator, job.mode(&setup))
 }
 
 /// Folder, log and coordinator of a run in one process.
-fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Coordinator)> {
+fn prepare(job: &Job, check: impl Fn(&Setup, &Chosen) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Coordinator)> {
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
     let setup = setup.on(chosen.device());
@@ -39,7 +43,7 @@ fn prepare(job: &Job, check: impl Fn(&Setup) -> Result<()>) -> Result<(Arc<Setup
         Some(saved) => setup.resume(saved)?,
         None => setup,
     };
-    check(&setup)?;
+    check(&setup, &chosen)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));
     let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
     runtime::log_to(&out, 0)?;
@@ -93,7 +97,7 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode:
 /// # Errors
 /// What it finds.
 pub(super) fn oracle(job: &Job) -> Placed<Summary> {
-    let (setup, out, coordinator) = prepare(job, |_| Ok(())).map_err(|error| (None, error))?;
+    let (setup, out, coordinator) = prepare(job, |_, _| Ok(())).map_err(|error| (None, error))?;
     announce(&setup, "emulated in one process", None);
     run_emulated(&setup, &out, coordinator, &job.mode)
 }

@@ -62,7 +62,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
     together(world, || on_their_nodes(topology.as_ref(), world))?;
-    together(world, || enough_memory(job, world, &setup))?;
+    together(world, || enough_memory(job, world, &setup, &chosen))?;
     let out = job.out(&setup);
     let coordinator = together(world, || match rank {
         0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
@@ -134,7 +134,10 @@ fn connected(
     let wanted = Wanted { capacity, largest, joiner, wire: setup.config.wire, stall };
     let connected = world.connect(setup.grid, &wanted, limit, &gradients);
     let (ports, reports) = connected.map_err(|error| (None, error))?;
-    let ports = on_gpus(world, setup, carried, ports).map_err(|error| (Some(origin(world, setup)), error))?;
+    let rank = world.identity.rank;
+    let ports = on_gpus(world, setup, carried, ports)
+        .and_then(|ports| job.check_gpu_memory(setup, rank..rank + 1).map(|()| ports))
+        .map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {
         true => self_tested(topology, world, setup, ports).map_err(|error| (Some(origin(world, setup)), error))?,
         false => ports,

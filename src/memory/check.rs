@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::Prediction;
 use super::limits::limits;
+use super::prediction::{Prediction, beside};
 use crate::error::{Error, Result};
 use crate::setup::Setup;
 
@@ -29,18 +29,50 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
     Ok(())
 }
 
-/// Refuses ranks of this process whose GPU, of which `left` bytes are free, cannot hold what they need together.
+/// What of a GPU's memory is left free: pieces between tensors that nobody can use, and what no formula knows. At the last byte
+/// libtorch gives memory back and asks for it anew, which waits for the whole device each time.
+fn reserve(bytes: u64) -> u64 {
+    (3 << 29).max(bytes * 3 / 100)
+}
+
+/// Refuses ranks whose GPU, of `bytes`, could not hold them if it had nothing else to hold.
 ///
 /// # Errors
 /// [`Error::Memory`] with the need by the prediction.
-pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64) -> Result<()> {
+pub fn check_gpu_size(setup: &Setup, ranks: Range<usize>, bytes: u64) -> Result<()> {
+    let left = bytes.saturating_sub(beside(setup, ranks.start));
+    fits(setup, ranks, left, bytes, &format!("the GPU has {} MiB for it", left >> 20))
+}
+
+/// Refuses ranks of this process whose GPU, of `bytes`, of which `left` are free now that everything is connected, cannot hold what
+/// they need together.
+///
+/// # Errors
+/// As [`check_gpu_size`].
+pub fn check_gpu(setup: &Setup, ranks: Range<usize>, left: u64, bytes: u64) -> Result<()> {
+    fits(setup, ranks, left, bytes, &format!("{} MiB left of the GPU", left >> 20))
+}
+
+fn fits(setup: &Setup, ranks: Range<usize>, left: u64, bytes: u64, found: &str) -> Result<()> {
     let needed: u64 = ranks.clone().map(|rank| Prediction::new(setup, rank).on_gpu()).sum();
+    let reserve = reserve(bytes);
+    if needed + reserve <= left {
+        return Ok(());
+    }
+
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    match needed <= left {
-        true => Ok(()),
-        false => {
-            let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} places", ranks.len()) };
-            Err(Error::Memory(format!("{} MiB predicted for {who}, {} MiB left of the GPU", mib(needed), mib(left))))
-        }
+    let who = if ranks.len() == 1 { setup.grid.name(ranks.start) } else { format!("{} places", ranks.len()) };
+    let (needed, reserve) = (mib(needed), mib(reserve));
+    Err(Error::Memory(format!("{needed} MiB predicted for {who}, {found}, of which {reserve} stay free")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_keeps_a_reserve() {
+        assert_eq!(reserve(80 << 30), (80u64 << 30) * 3 / 100);
+        assert_eq!(reserve(24 << 30), 3 << 29);
     }
 }

@@ -5,7 +5,7 @@ mod gauge;
 mod limits;
 mod prediction;
 
-pub use check::{check, check_gpu};
+pub use check::{check, check_gpu, check_gpu_size};
 pub use gauge::Gauge;
 pub use limits::control_group;
 pub use prediction::Prediction;

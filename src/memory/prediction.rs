@@ -2,6 +2,7 @@
 
 use crate::checkpoint::SavedBuffer;
 use crate::comm::mpi::{PART, PARTS_UNDER_WAY};
+use crate::comm::nccl;
 use crate::config::Recompute;
 use crate::data::Order;
 use crate::grid::Place;
@@ -20,6 +21,15 @@ const VALUE: u64 = 4;
 /// The heap's holes are one part of so many of what comes and goes.
 const HOLES: u64 = 6;
 
+/// On a GPU, of this process: the workspaces of products (cuBLAS has 32 MiB by `CUBLAS_WORKSPACE_CONFIG`, cuBLASLt as much), and the
+/// kernels of libtorch and its libraries that are loaded when they are first used. Not measured yet.
+const LIBRARIES: u64 = (64 + 320) << 20;
+
+/// What CUDA takes for this process before anything is computed, and NCCL for a communicator: buffers of both protocols, connected
+/// as ring and tree. Not measured yet.
+const CONTEXT: u64 = 512 << 20;
+const COMMUNICATOR: u64 = 100 << 20;
+
 /// The parts of a rank's predicted peak, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Prediction {
@@ -37,6 +47,8 @@ pub struct Prediction {
     /// The copy that is written to the disk beside the training; of the end of the run what exceeds activations and
     /// transient values, which are gone by then.
     pub saving: u64,
+    /// On a GPU what its libraries take while they work.
+    pub libraries: u64,
 }
 
 impl Prediction {
@@ -68,6 +80,7 @@ impl Prediction {
         }
         if setup.device.is_cuda() {
             sum.optimizer += decays(setup, &held);
+            sum.libraries = LIBRARIES;
         } else {
             sum.transient += held.len() as u64 * reduced_at_once(setup);
         }
@@ -101,7 +114,9 @@ impl Prediction {
             Recompute::Nothing | Recompute::Stage => stack.transient_per_token(),
         };
         let transient = (tokens * per_token as u64 + stack.transient() as u64) * value;
-        let transient = transient + 2 * wide + messages;
+        // The attention's backward adds up the queries' gradient in f32.
+        let queries = if setup.device.is_cuda() { hidden / value * VALUE } else { 0 };
+        let transient = transient + 2 * wide + messages + queries;
         let transient = transient.max(evaluation(setup, &stack));
         // What the layers remember of every microbatch, and what those under way have seen.
         let remembered = (setup.rows * setup.config.model.mem_len * stack.remembering()) as u64;
@@ -140,8 +155,18 @@ impl Prediction {
     }
 
     pub fn total(&self) -> u64 {
-        self.weights + self.gradient + self.optimizer + self.activations + self.transient + self.holes + self.saving
+        let kept = self.weights + self.gradient + self.optimizer + self.libraries;
+        kept + self.activations + self.transient + self.holes + self.saving
     }
+}
+
+/// What a GPU holds for a rank besides, from before its first tensor on: bytes, of CUDA and of NCCL.
+pub fn beside(setup: &Setup, rank: usize) -> u64 {
+    let communicators = match setup.grid.size() {
+        1 => 0,
+        _ => nccl::channels_of(setup.grid, setup.dimensions.tied, rank) as u64,
+    };
+    CONTEXT + communicators * COMMUNICATOR
 }
 
 /// The f32 weights behind versions that are others: bytes, of those of the weights in f32.

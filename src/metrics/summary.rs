@@ -47,18 +47,19 @@ impl Summary {
 /// threads of one process, so that only their sum can be measured.
 pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool) {
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+    // A GPU does not hold what the host writes, but its libraries.
+    let last = if setup.device.is_cuda() { "libraries" } else { "saving" };
     say!(
-        "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  saving  predicted  measured"
+        "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  {last:>6}  predicted  measured"
     );
     let mut total = 0;
     for (rank, peak) in peaks {
         let p = Prediction::new(setup, *rank);
-        // A GPU does not hold what the host writes.
         let p = if setup.device.is_cuda() { Prediction { saving: 0, ..p } } else { p };
         total += p.total();
         let measured = peak.map_or("-".to_owned(), mib);
         say!(
-            "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>6} {:>7} {:>10} {measured:>9}",
+            "{:<21} {:>8} {:>9} {:>10} {:>12} {:>10} {:>6} {:>width$} {:>10} {measured:>9}",
             setup.grid.name(*rank),
             mib(p.weights),
             mib(p.gradient),
@@ -66,8 +67,9 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
             mib(p.activations),
             mib(p.transient),
             mib(p.holes),
-            mib(p.saving),
-            mib(p.total())
+            mib(p.saving + p.libraries),
+            mib(p.total()),
+            width = last.len().max(6) + 1,
         );
     }
     if shared {

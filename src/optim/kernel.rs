@@ -1,26 +1,23 @@
 //! An update on a GPU: `update.cu`, compiled for the device by NVRTC. It takes the norm from the device's memory and
 //! decides there, so the host waits for nothing.
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::sys;
 use tch::{Device, Kind, Tensor};
 
 use super::config::OptimizerConfig;
 use super::{Run, StateBuffer, UpdateScalars};
-use crate::device::{compiler, driver};
+use crate::device::compiler::Source;
+use crate::device::kernels::Kernel;
 use crate::error::{Error, Result};
 use crate::number::Number;
 use crate::params::UpdateBuffers;
 
-const SOURCE: &str = include_str!("update.cu");
-const THREADS: u32 = 256;
+const SOURCE: Source = Source { name: "update.cu", text: include_str!("update.cu") };
 /// Buffers of state that the kernel takes.
 const STATE: usize = 2;
-/// Blocks at most; a thread goes through the buffer with their stride.
-const BLOCKS: u64 = 1 << 14;
 
 /// The constants of every rule, as the kernel has them.
 #[repr(C)]
@@ -58,38 +55,22 @@ impl Constants {
     }
 }
 
-/// The kernel, loaded on a device.
-pub struct Kernel {
-    context: Arc<CudaContext>,
-    function: sys::CUfunction,
+/// A rule's pass on a device.
+pub struct UpdateKernel {
+    kernel: Kernel,
     /// A byte a value: whether it decays.
     decays: Tensor,
 }
 
-impl Kernel {
-    /// Compiles the passes for a device and loads that of a rule, `entry`. `decay` says, sorted and without gaps, which parts
-    /// of the buffer decay.
+impl UpdateKernel {
+    /// The pass of a rule, `entry`. `decay` says, sorted and without gaps, which parts of the buffer decay.
     ///
     /// # Errors
-    /// [`Error::Config`] about `device` if that cannot be, [`Error::Internal`] if there is no such pass.
-    pub fn new(index: usize, entry: &str, decay: &[(Range<usize>, bool)]) -> Result<Kernel> {
-        let unusable = |why: String| {
-            Error::config("device", format!("`cuda`, but {why}"), "see ouroboros doctor, or set device = \"cpu\"")
-        };
-        let failed = |call: &'static str| move |error| unusable(driver::failed(call, error));
-        let context = CudaContext::new(index).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let capability = context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
-        let image = compiler::ptx("update.cu", SOURCE, capability).map_err(unusable)?;
-        context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
-        // SAFETY: the image is PTX that ends with a zero; the module is never unloaded, so its function stays.
-        let function = unsafe {
-            let module =
-                result::module::load_data(image.as_ptr().cast::<c_void>()).map_err(failed("cuModuleLoadData"))?;
-            result::module::get_function(module, entry_name(entry)?).map_err(failed("cuModuleGetFunction"))?
-        };
+    /// As [`Kernel::new`].
+    pub fn new(index: usize, entry: &str, decay: &[(Range<usize>, bool)]) -> Result<UpdateKernel> {
         let flags: Vec<u8> = decay.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect();
         let decays = Tensor::f_from_slice(&flags)?.f_to_device(Device::Cuda(index))?;
-        Ok(Kernel { context, function, decays })
+        Ok(UpdateKernel { kernel: Kernel::new(index, &SOURCE, entry)?, decays })
     }
 
     /// Puts an update of some runs of the buffers on libtorch's stream of the device. `constants` are the rule's, in the order
@@ -120,18 +101,12 @@ impl Kernel {
     }
 
     fn launch(&self, mut arguments: Arguments) -> Result<()> {
-        let blocks = arguments.count.div_ceil(u64::from(THREADS)).min(BLOCKS) as u32;
-        let failed = |error| Error::Device(driver::failed("cuLaunchKernel", error));
-        self.context.bind_to_thread().map_err(failed)?;
-        // SAFETY: the arguments are those of the kernel's declaration, in their order, and are read before the call returns.
-        // The buffers are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked. The stream is
-        // libtorch's own (its default, the null stream), so the pass comes after all work on the buffers that has been
-        // asked for, and what libtorch does with their memory later comes after the pass.
-        unsafe {
-            let stream = std::ptr::null_mut();
-            let pointers = &mut arguments.pointers();
-            result::launch_kernel(self.function, (blocks, 1, 1), (THREADS, 1, 1), 0, stream, pointers).map_err(failed)
-        }
+        let count = arguments.count;
+        // SAFETY: the arguments are those of the kernel's declaration, in their order. The buffers are f32 (`rounded` bf16, `decays`
+        // bytes) of `count` values on this device, as checked. The stream is libtorch's own (its default, the null stream), so the
+        // pass comes after all work on the buffers that has been asked for, and what libtorch does with their memory later comes
+        // after the pass.
+        unsafe { self.kernel.launch(count, std::ptr::null_mut(), &mut arguments.pointers()) }
     }
 
     /// Where a run of the buffers of an update lies: all on one device, long enough, of the types that the pass takes.
@@ -213,21 +188,13 @@ impl Arguments {
     }
 }
 
-/// The name of a rule's pass, if the source has it.
-fn entry_name(entry: &str) -> Result<CString> {
-    let there = SOURCE.contains(&format!("void {entry}("));
-    let name = CString::new(entry).ok().filter(|_| there);
-    name.ok_or_else(|| Error::Internal(format!("update.cu has no {entry}: this optimizer cannot run on a GPU")))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
     use libloading::os::unix::{Library, Symbol};
 
     use super::*;
-    use crate::device::libraries;
+    use crate::device::kernels::entry_name;
+    use crate::device::kernels::tests::{compiles_for_gpus_of_today, for_processor};
     use crate::optim::adamw::Lead;
     use crate::optim::tests::{layout, wave};
     use crate::optim::{Optimizer, OptimizerKind, config, rule};
@@ -240,25 +207,17 @@ mod tests {
 
     #[test]
     fn the_passes_compile_for_gpus_of_today() {
-        if libraries::nvrtc().is_err() {
-            return; // The set-up brings it; a libtorch of one's own may not.
-        }
-        for capability in [(8, 0), (9, 0), (10, 0)] {
-            let ptx = compiler::ptx("update.cu", SOURCE, capability).unwrap().into_string().unwrap();
-            for kind in OptimizerKind::ALL {
-                let entry = rule(&of_kind(kind), 1, Precision::F32).kernel();
-                assert!(ptx.contains(&format!(".entry {entry}")), "{ptx}");
-            }
-            assert!(!ptx.contains("fma.rn"), "contracted: {ptx}");
-        }
+        let entries: Vec<&str> =
+            OptimizerKind::ALL.map(|kind| rule(&of_kind(kind), 1, Precision::F32).kernel()).to_vec();
+        compiles_for_gpus_of_today(&SOURCE, &entries);
     }
 
     #[test]
     fn a_rule_that_the_kernel_does_not_know_is_an_error() {
         for kind in OptimizerKind::ALL {
-            assert!(entry_name(rule(&of_kind(kind), 1, Precision::F32).kernel()).is_ok());
+            assert!(entry_name(&SOURCE, rule(&of_kind(kind), 1, Precision::F32).kernel()).is_ok());
         }
-        let error = entry_name("update_muon").unwrap_err().to_string();
+        let error = entry_name(&SOURCE, "update_muon").unwrap_err().to_string();
         assert!(error.contains("no update_muon"), "{error}");
     }
 
@@ -276,20 +235,6 @@ mod tests {
         Common,
         Constants,
     );
-
-    /// The same source for the processor: one block of one thread.
-    fn compiled(folder: &std::path::Path) -> Library {
-        let head = "#include <cmath>\n#include <cstring>\n#define __device__\n#define __global__\n\
-                    static struct { unsigned x; } blockIdx{0}, threadIdx{0}, blockDim{1}, gridDim{1};\n\
-                    static unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }\n";
-        let (source, library) = (folder.join("update.cpp"), folder.join("update.so"));
-        std::fs::write(&source, format!("{head}{SOURCE}")).unwrap();
-        let mut command = Command::new("c++");
-        command.args(["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source);
-        assert!(command.status().unwrap().success());
-        // SAFETY: the library was made above and has no constructors.
-        unsafe { Library::open(Some(&library), libloading::os::unix::RTLD_NOW) }.unwrap()
-    }
 
     /// A set of weights with its state, as the kernel takes it.
     struct Buffers {
@@ -346,7 +291,7 @@ mod tests {
     /// that are published ahead of the weights too.
     fn is_that_of_the_processor(config: &OptimizerConfig) {
         let folder = tempfile::tempdir().unwrap();
-        let (library, layout) = (compiled(folder.path()), layout());
+        let (library, layout) = (for_processor(&SOURCE, folder.path()), layout());
         let mut optimizer = Optimizer::new(config, &layout, 2, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         let mut version = zeros(layout.len, Device::Cpu).unwrap();
@@ -395,7 +340,7 @@ mod tests {
     #[test]
     fn the_pass_clips() {
         let folder = tempfile::tempdir().unwrap();
-        let (library, layout) = (compiled(folder.path()), layout());
+        let (library, layout) = (for_processor(&SOURCE, folder.path()), layout());
         for (norm, factor) in [(8.0f32, 0.25f32), (1.0, 1.0)] {
             let mut buffers = Buffers::new(&layout);
             let before = buffers.weights.clone();

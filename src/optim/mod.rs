@@ -37,7 +37,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use clip::{clip_factor, norm};
 pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check, override_kind};
-use kernel::Kernel;
+use kernel::UpdateKernel;
 use matrices::{Batch, Target, batches};
 pub use predict::{horizon, predicts};
 pub use rate::learning_rate;
@@ -81,7 +81,7 @@ pub struct Optimizer {
     updates: i32,
     pool: Option<ThreadPool>,
     /// On a GPU.
-    kernel: Option<Kernel>,
+    kernel: Option<UpdateKernel>,
 }
 
 impl Optimizer {
@@ -111,7 +111,7 @@ impl Optimizer {
         let pool = pool(threads)?;
         let decay = decaying(layout);
         let kernel = match device {
-            Device::Cuda(index) => Some(Kernel::new(index, rule.kernel(), &decay)?),
+            Device::Cuda(index) => Some(UpdateKernel::new(index, rule.kernel(), &decay)?),
             _ => None,
         };
 

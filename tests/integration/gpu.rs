@@ -9,32 +9,57 @@ use crate::harness::{Finished, Folder, mpirun, ouroboros, run, slices};
 /// libtorch's CUDA half is half a gigabyte.
 const LIMIT: u64 = 120;
 
-/// A driver that serves CUDA `version` (13000 is 13.0) and has so many devices, in a folder of its own.
+/// A driver made for the test.
+#[derive(Clone, Copy)]
+struct Made {
+    /// Of CUDA, as it serves it: 13000 is 13.0.
+    version: u32,
+    devices: u32,
+    /// What it answers to begin with; 0: that it works.
+    init: u32,
+    /// Whether its devices are slices of one GPU.
+    slices: bool,
+}
+
+/// A driver that serves CUDA `version` and has so many devices.
 fn driver(folder: &Folder, version: u32, devices: u32) -> PathBuf {
-    let path = folder.path(&format!("driver-{version}-{devices}"));
-    std::fs::create_dir(&path).unwrap();
-    let source = format!(
-        r#"
+    Made { version, devices, init: 0, slices: false }.built(folder)
+}
+
+impl Made {
+    /// Compiles it, in a folder of its own.
+    fn built(self, folder: &Folder) -> PathBuf {
+        let Made { version, devices, init, slices } = self;
+        let path = folder.path(&format!("driver-{version}-{devices}-{init}-{slices}"));
+        std::fs::create_dir(&path).unwrap();
+        let slices = u32::from(slices);
+        let source = format!(
+            r#"
         #include <stdio.h>
         #include <string.h>
-        int cuInit(unsigned flags) {{ return {devices} ? 0 : 100; }}
+        int cuInit(unsigned flags) {{ return {init} ? {init} : {devices} ? 0 : 100; }}
         int cuDriverGetVersion(int *version) {{ *version = {version}; return 0; }}
         int cuDeviceGetCount(int *count) {{ *count = {devices}; return 0; }}
         int cuDeviceGet(int *device, int ordinal) {{ *device = ordinal; return 0; }}
         int cuDeviceGetName(char *name, int length, int device) {{ strncpy(name, "Made for a test", length); return 0; }}
         int cuDeviceTotalMem_v2(size_t *bytes, int device) {{ *bytes = (size_t)80 << 30; return 0; }}
+        int cuDeviceGetUuid_v2(char *uuid, int device) {{ memset(uuid, device + 1, 16); return 0; }}
+        int cuDevicePrimaryCtxRetain(void **context, int device) {{ *context = (void *)64; return 0; }}
+        int cuCtxGetCurrent(void **context) {{ *context = (void *)64; return 0; }}
+        int cuMemGetInfo_v2(size_t *left, size_t *all) {{ *left = (size_t)2 << 30; *all = (size_t)80 << 30; return 0; }}
         int cuDeviceGetAttribute(int *value, int attribute, int device) {{ *value = attribute == 75 ? 9 : 0; return 0; }}
         int cuDeviceGetPCIBusId(char *bus, int length, int device) {{
-            snprintf(bus, length, "0000:%02x:00.0", device + 1);
+            snprintf(bus, length, "0000:%02x:00.0", {slices} ? 1 : device + 1);
             return 0;
         }}
         "#
-    );
-    std::fs::write(path.join("driver.c"), source).unwrap();
-    let mut command = Command::new("cc");
-    command.args(["-shared", "-fPIC", "-o"]).arg(path.join("libcuda.so")).arg(path.join("driver.c"));
-    assert!(command.status().unwrap().success());
-    path
+        );
+        std::fs::write(path.join("driver.c"), source).unwrap();
+        let mut command = Command::new("cc");
+        command.args(["-shared", "-fPIC", "-o"]).arg(path.join("libcuda.so")).arg(path.join("driver.c"));
+        assert!(command.status().unwrap().success());
+        path
+    }
 }
 
 /// Whether libtorch has a CUDA half here: a libtorch of one's own may have none.
@@ -74,6 +99,37 @@ fn a_driver_without_devices_or_too_old_is_told() {
     }
 }
 
+/// CUDA's toolkit has a library of that name to link with, which modules of clusters put on the loader's path.
+#[test]
+fn a_stub_of_the_driver_is_told() {
+    let folder = Folder::new();
+    let stub = Made { version: 13000, devices: 1, init: 34, slices: false }.built(&folder);
+    let args = folder.train("out", &["device=cuda"], &[]);
+    let found = with(ouroboros(&slices(&args)), &stub).expect_code(2);
+    let expected = format!("{}/libcuda.so is CUDA's stub of the driver", stub.canonicalize().unwrap().display());
+    one_error(&found, &expected);
+}
+
+/// What a GPU has left is asked before anything is computed on it.
+#[test]
+fn a_model_that_does_not_fit_is_told() {
+    if !torch_has_cuda() {
+        return;
+    }
+    let folder = Folder::new();
+    let full = driver(&folder, 13000, 1);
+    let args = folder.train("out", &["device=cuda"], &[]);
+    let found = with(ouroboros(&slices(&args)), &full).expect_code(2);
+    one_error(&found, "MiB predicted for stage 0, replica 0, 2048 MiB left of the GPU, of which 2458 stay free");
+    let huge = ["device=cuda", "model.layers=400", "model.d_model=8192", "model.heads=64", "model.d_ff=32768"];
+    let args = folder.train("out", &huge, &[]);
+    let found = with(ouroboros(&slices(&args)), &full).expect_code(2);
+    one_error(
+        &found,
+        "stage 0, replica 0, the GPU has 81408 MiB for it, of which 2458 stay free; take more stages (--grid)",
+    );
+}
+
 #[test]
 fn doctor_tells_of_devices() {
     let folder = Folder::new();
@@ -103,6 +159,10 @@ fn ranks_and_devices_must_fit() {
         &shared,
         "setting `allow_shared_gpu`: found false, and ranks 0 and 1 have both Made for a test (0000:01:00.0) on ",
     );
+    // Slices of one GPU are devices of their own: the next thing that is looked at is their memory.
+    let sliced = Made { version: 13000, devices: 2, init: 0, slices: true }.built(&folder);
+    let huge = ["model.layers=400", "model.d_model=8192", "model.heads=64", "model.d_ff=32768"];
+    one_error(&ranks(2, "2x1", &sliced, &huge, &[]).expect_code(2), "the GPU has");
     let args = folder.train("out", &[], &["--transport", "nccl", "--grid", "2x1"]);
     let found = with(mpirun(2, &slices(&args)), &one).expect_code(2);
     one_error(&found, "--transport nccl is for GPUs");

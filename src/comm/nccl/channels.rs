@@ -67,6 +67,26 @@ mod tests {
         assert!(channels(Grid::line(1, 1), true).is_empty());
     }
 
+    /// Streams that could share one of the device's 32 queues would wait for each other: a channel has one and NCCL two of its own,
+    /// beside libtorch's and those of the set-up.
+    #[test]
+    fn every_stream_has_a_queue_of_its_own() {
+        for (stages, replicas, placement) in [
+            (1, 8, Placement::Line),
+            (3, 1, Placement::Line),
+            (4, 3, Placement::Line),
+            (4, 3, Placement::Ring),
+            (9, 2, Placement::Ring),
+        ] {
+            let grid = Grid { placement, ..Grid::line(stages, replicas) };
+            let all = channels(grid, true);
+            for rank in 0..grid.size() {
+                let own = all.iter().filter(|channel| channel.members.contains(&rank)).count();
+                assert!(own <= 7 && 3 * own + 2 <= 32, "{own} channels of rank {rank} on {grid}");
+            }
+        }
+    }
+
     /// No channel has a rank twice: NCCL would refuse it.
     #[test]
     fn a_ring_talks_to_others_only() {

@@ -131,6 +131,11 @@ impl Carrier<CudaQueues> for Nccl {
 
 type Cuda = Fabric<CudaQueues, Nccl>;
 
+/// How many channels, each with a communicator, a rank has on a grid.
+pub fn channels_of(grid: Grid, tied: bool, rank: usize) -> usize {
+    channels(grid, tied).iter().filter(|channel| channel.members.contains(&rank)).count()
+}
+
 /// What a rank is told of to connect itself.
 pub struct Connection<'a> {
     pub grid: Grid,
