@@ -365,7 +365,7 @@ impl Emulator {
         sums.extend(self.table.layout.views(&output)?);
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
-            let batch = self.batches.train(t, setup.train_rows(replica, microbatch)).on(setup.device)?;
+            let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
             let (rate, attention_rate) = (config.model.dropout, config.model.attention_dropout);
             let dropout = Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
             let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
@@ -434,7 +434,7 @@ impl Emulator {
             let mut memories = self.forgetful(self.setup.config.eval_mem_len());
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
                 let rows = self.setup.eval_rows(replica, microbatch);
-                let batch = self.batches.held_out(rows, microbatch).on(self.setup.device)?;
+                let batch = self.batches.held_out(rows, microbatch);
                 let loss = tch::no_grad(|| self.losses(&weights, &batch, &mut memories))?;
                 loss_sum += loss.f_double_value(&[])?;
                 tokens += batch.counted;

@@ -19,6 +19,10 @@ enum Use {
 }
 
 fn stream(seed: u64, purpose: Use, a: u32, b: u64, c: u32, d: u32) -> ChaCha8Rng {
+    ChaCha8Rng::from_seed(key(seed, purpose, a, b, c, d))
+}
+
+fn key(seed: u64, purpose: Use, a: u32, b: u64, c: u32, d: u32) -> [u8; 32] {
     let mut key = [0u8; 32];
     key[0..8].copy_from_slice(&seed.to_le_bytes());
     key[8..12].copy_from_slice(&(purpose as u32).to_le_bytes());
@@ -26,7 +30,7 @@ fn stream(seed: u64, purpose: Use, a: u32, b: u64, c: u32, d: u32) -> ChaCha8Rng
     key[16..24].copy_from_slice(&b.to_le_bytes());
     key[24..28].copy_from_slice(&c.to_le_bytes());
     key[28..32].copy_from_slice(&d.to_le_bytes());
-    ChaCha8Rng::from_seed(key)
+    key
 }
 
 /// `count` standard normal numbers for the parameter `name`.
@@ -52,14 +56,39 @@ pub struct DropoutKey {
     pub site: usize,
 }
 
-/// `count` numbers, each 0 with probability `rate`, else `1 / (1 - rate)`.
-pub fn dropout_mask(key: DropoutKey, rate: f64, count: usize) -> Vec<f32> {
-    let DropoutKey { seed, step, replica, microbatch, layer, site } = key;
-    let layer_and_site = (layer * 16 + site) as u32;
-    let mut rng = stream(seed, Use::Dropout, layer_and_site, step as u64, replica as u32, microbatch as u32);
-    let threshold = (rate * f64::from(u32::MAX)) as u32;
-    let kept = (1.0 / (1.0 - rate)) as f32;
-    (0..count).map(|_| if rng.next_u32() < threshold { 0.0 } else { kept }).collect()
+impl DropoutKey {
+    fn key(self) -> [u8; 32] {
+        let DropoutKey { seed, step, replica, microbatch, layer, site } = self;
+        let layer_and_site = (layer * 16 + site) as u32;
+        key(seed, Use::Dropout, layer_and_site, step as u64, replica as u32, microbatch as u32)
+    }
+
+    /// The key of its stream, for whoever makes the words of it elsewhere.
+    pub fn words(self) -> [u32; 8] {
+        let key = self.key();
+        std::array::from_fn(|i| u32::from_le_bytes([key[4 * i], key[4 * i + 1], key[4 * i + 2], key[4 * i + 3]]))
+    }
+}
+
+/// What a mask is made by: the bound below which a word drops its value, and what others are multiplied by.
+pub fn dropout_bound(rate: f64) -> (u32, f32) {
+    ((rate * f64::from(u32::MAX)) as u32, (1.0 / (1.0 - rate)) as f32)
+}
+
+/// Fills a mask: each number 0 with probability `rate`, else `1 / (1 - rate)`. A word of the stream decides about a number.
+pub fn dropout_mask(key: DropoutKey, rate: f64, mask: &mut [f32]) {
+    let mut rng = ChaCha8Rng::from_seed(key.key());
+    let (bound, kept) = dropout_bound(rate);
+
+    // Many words at once: one by one they take four times as long.
+    let mut bytes = [0u8; 4096];
+    for numbers in mask.chunks_mut(bytes.len() / 4) {
+        let bytes = &mut bytes[..4 * numbers.len()];
+        rng.fill_bytes(bytes);
+        for (number, word) in numbers.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *number = if u32::from_le_bytes(*word) < bound { 0.0 } else { kept };
+        }
+    }
 }
 
 /// The key of the order of an epoch's windows, and a number below `bound` that shifts them.
@@ -120,6 +149,7 @@ fn mix(x: u64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use rand_chacha::rand_core::RngCore;
 
     proptest! {
         #[test]
@@ -142,7 +172,12 @@ mod tests {
     #[test]
     fn dropout_keeps_the_mean_and_depends_on_every_coordinate() {
         let key = DropoutKey { seed: 1, step: 2, replica: 0, microbatch: 1, layer: 3, site: 0 };
-        let mask = dropout_mask(key, 0.25, 100_000);
+        let masked = |key, count| {
+            let mut mask = vec![f32::NAN; count];
+            dropout_mask(key, 0.25, &mut mask);
+            mask
+        };
+        let mask = masked(key, 100_000);
         let mean = mask.iter().sum::<f32>() / mask.len() as f32;
         assert!((mean - 1.0).abs() < 0.01, "{mean}");
         let others = [
@@ -154,8 +189,14 @@ mod tests {
             DropoutKey { site: 1, ..key },
         ];
         for other in others {
-            assert_ne!(dropout_mask(other, 0.25, 64), mask[..64], "{other:?}");
+            assert_ne!(masked(other, 64), mask[..64], "{other:?}");
         }
+
+        // Word by word of the stream, whatever the length.
+        let mut rng = ChaCha8Rng::from_seed(key.key());
+        let (bound, kept) = dropout_bound(0.25);
+        let words: Vec<f32> = (0..5001).map(|_| if rng.next_u32() < bound { 0.0 } else { kept }).collect();
+        assert_eq!(masked(key, 5001), words);
     }
 
     #[test]

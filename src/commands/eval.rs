@@ -89,7 +89,7 @@ fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -
         if evaluation.order == Order::Shuffled {
             memory = Memory::new(0);
         }
-        let batch = evaluation.batch(text, rows, segment).on(weights[0].device())?;
+        let batch = evaluation.batch(text, rows, segment);
         sum += tch::no_grad(|| -> Result<f64> {
             let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
             Ok(model.losses(weights, &hidden, &batch.targets)?.f_double_value(&[])?)

@@ -3,14 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::{Corpus, Evaluation, Order, Tokens};
-use crate::device::sent;
-use crate::error::Result;
 use crate::random;
 
-/// Rows of a step or of an evaluation.
+/// Rows of a step or of an evaluation, on the host.
 #[derive(Debug)]
 pub struct Batch {
     /// [rows, T], int64.
@@ -19,17 +17,6 @@ pub struct Batch {
     pub targets: Tensor,
     /// Targets that count: all, but at the ends of a held-out text.
     pub counted: usize,
-}
-
-impl Batch {
-    /// The same rows on another device, copied while the host goes on.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn on(self, device: Device) -> Result<Batch> {
-        let Batch { tokens, targets, counted } = self;
-        Ok(Batch { tokens: sent(&tokens, device)?, targets: sent(&targets, device)?, counted })
-    }
 }
 
 /// The batches of a run.

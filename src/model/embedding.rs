@@ -1,10 +1,14 @@
 //! Tokens to hidden states: rows of a table, or of the tables of several clusters, and in a Transformer the learned
 //! positions.
+//!
+//! Tokens are the host's, which sends them; which of them fall into a cluster it finds out by itself, so that it knows all sizes
+//! without waiting for a device.
 
 use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role};
+use crate::device::sent;
 use crate::error::Result;
 
 /// Layer 0 of the dropout keys.
@@ -23,7 +27,8 @@ impl Embedding {
     /// Rows of one cluster's table, projected to D: `tokens` count from the cluster's first.
     fn rows(&self, cluster: &Cluster, weights: &mut std::slice::Iter<Tensor>, tokens: &Tensor) -> Result<Tensor> {
         let table = weights.next().expect("a table for every cluster");
-        let rows = Tensor::f_embedding(table, tokens, -1, false, false)?;
+        let tokens = sent(tokens, table.device())?;
+        let rows = Tensor::f_embedding(table, &tokens, -1, false, false)?;
         if !cluster.projected {
             return Ok(rows);
         }
@@ -41,6 +46,7 @@ impl Embedding {
             let inside = tokens.f_ge(cluster.start)?.f_logical_and(&tokens.f_lt(cluster.start + cluster.tokens)?)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             let rows = self.rows(cluster, weights, &tokens.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?)?;
+            let places = sent(&places, rows.device())?;
             let all = match hidden.take() {
                 Some(all) => all,
                 None => Tensor::f_zeros([tokens.size()[0], self.d.d_model], (rows.kind(), rows.device()))?,
@@ -68,7 +74,7 @@ impl Layer for Embedding {
         parameters
     }
 
-    /// `x`: [B, t] with t <= T -> [B, t, D].
+    /// `x`: [B, t] with t <= T, on the host -> [B, t, D].
     fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
         let mut weights = weights.iter();
         let mut hidden = self.lookup(&mut weights, x)?;

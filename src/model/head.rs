@@ -3,7 +3,8 @@
 //!
 //! With clusters it is an adaptive softmax (Grave et al. 2017): the first softmax is over the tokens of the first
 //! cluster and one entry for each of the others; a token of cluster i > 0 costs that entry and its place in a softmax
-//! over its own cluster, which is made only for the tokens of the text that fall into it:
+//! over its own cluster, which is made only for the tokens of the text that fall into it (targets are the host's, which
+//! finds out by itself which those are, and sends what a device needs):
 //!
 //! ```text
 //! log p(token) = first[token]                       cluster 0
@@ -16,6 +17,7 @@ use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Parameter, Role, layer_norm, table};
 use crate::data::UNCOUNTED;
+use crate::device::sent;
 use crate::error::Result;
 
 pub(super) struct Head {
@@ -113,7 +115,7 @@ impl Head {
         Part { rows: &rows, bias: Some(&biases), ..*part }.logits(x)
     }
 
-    /// Hidden states [B, T, D], `targets` [B, T] -> the mean cross-entropy in nats per token.
+    /// Hidden states [B, T, D], `targets` [B, T] on the host -> the mean cross-entropy in nats per token.
     pub(super) fn loss(
         &self,
         weights: &[Tensor],
@@ -128,7 +130,7 @@ impl Head {
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
         let logits = wide(self.first(&parts, &x)?)?;
-        let targets = targets.f_reshape([-1])?;
+        let targets = sent(&targets.f_reshape([-1])?, logits.device())?;
         Ok(logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, UNCOUNTED, 0.0)?)
     }
 
@@ -153,10 +155,11 @@ impl Head {
             entries = entries.f_masked_fill(&inside, self.clusters[0].tokens + i as i64 - 1)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             // Also without any token of the cluster, so that its weights always have a gradient.
-            let own = wide(part.logits(&x.f_index_select(0, &places)?)?)?;
-            let wanted = targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?;
+            let own = wide(part.logits(&x.f_index_select(0, &sent(&places, x.device())?)?)?)?;
+            let wanted = sent(&targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?, x.device())?;
             tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, UNCOUNTED, 0.0)?);
         }
+        let entries = sent(&entries, x.device())?;
         let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, UNCOUNTED, 0.0)?;
         for tail in tails {
             sum = sum.f_add(&tail)?;

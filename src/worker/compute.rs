@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::emulation::Sleep;
 use crate::error::{Error, Result};
@@ -70,6 +70,7 @@ impl Compute {
 pub(super) struct SleepingStage {
     sleep: Sleep,
     first: bool,
+    device: Device,
     d_model: i64,
     microbatches: usize,
     /// Where the runs of layers begin in the flat buffer: of the last microbatch of a step, and of the others.
@@ -82,13 +83,14 @@ pub(super) struct SleepingStage {
 }
 
 impl SleepingStage {
-    /// The layers of `stack`, which is the first of the model or not.
-    pub(super) fn new(sleep: Sleep, stack: &Stack, first: bool, settings: &Settings) -> SleepingStage {
+    /// The layers of `stack`, which is the first of the model or not, on a device.
+    pub(super) fn new(sleep: Sleep, stack: &Stack, first: bool, settings: &Settings, device: Device) -> SleepingStage {
         let layout = Layout::new(&stack.own());
         let starts = |values: usize| stack.runs(values).iter().map(|run| layout.offset(run.first)).collect();
         SleepingStage {
             sleep,
             first,
+            device,
             d_model: stack.d_model() as i64,
             microbatches: settings.microbatches,
             buckets: starts(settings.bucket.unwrap_or(usize::MAX)),
@@ -107,7 +109,7 @@ impl SleepingStage {
             (None, Some(blank)) => Output::Hidden(blank.shallow_clone()),
             (None, None) => {
                 let shape = [x.size()[0], x.size()[1], self.d_model];
-                let zeros = Tensor::f_zeros(shape, (Kind::Float, x.device()))?;
+                let zeros = Tensor::f_zeros(shape, (Kind::Float, self.device))?;
                 self.blank = Some(zeros.shallow_clone());
                 Output::Hidden(zeros)
             }

@@ -140,7 +140,6 @@ impl Worker {
             Pass::Eval => self.batches.held_out(setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
 
-        let batch = batch.on(setup.device)?;
         let place = self.place(action);
         if action.pass == Pass::Eval {
             place.eval.1 += batch.counted;

@@ -81,7 +81,7 @@ impl PlaceState {
             None => Compute::Real(Box::new(Stage::new(place, stack, settings))),
             Some(emulation) => {
                 let sleep = emulation.sleep(&setup.schedule, place.stage);
-                Compute::Asleep(SleepingStage::new(sleep, &stack, place.stage == 0, &settings))
+                Compute::Asleep(SleepingStage::new(sleep, &stack, place.stage == 0, &settings, setup.device))
             }
         };
         compute.recall(memories);

@@ -79,14 +79,17 @@ fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTab
     let (rows, sequence, device) = (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
     for PlaceState { place, compute, versions, optimizer, .. } in places {
         let Compute::Real(stage) = compute else { continue };
-        let tokens = || Tensor::f_zeros([rows, sequence], (Kind::Int64, device));
+        // Of all clusters that the vocabulary has.
+        let spread = Tensor::f_arange(rows * sequence, (Kind::Int64, Device::Cpu))?;
+        let spread = spread.f_mul_scalar((setup.dimensions.vocabulary / (rows * sequence)).max(1))?;
+        let tokens = spread.f_remainder(setup.dimensions.vocabulary)?.f_view([rows, sequence])?;
         let hidden = [rows, sequence, setup.dimensions.d_model];
         let x = match place.stage {
-            0 => tokens()?,
+            0 => tokens.shallow_clone(),
             _ => Tensor::f_zeros(hidden, (setup.config.precision.kind(), device))?,
         };
         let last = place.stage == setup.grid.stages - 1;
-        let input = Input { x, targets: last.then(tokens).transpose()?, restart: true };
+        let input = Input { x, targets: last.then_some(tokens), restart: true };
         stage.rehearse(held(versions, table.as_ref().map(TiedTable::table)), &input, setup.hidden_wire())?;
         optimizer.rehearse(versions.gradient(0))?;
     }
@@ -102,7 +105,7 @@ fn warm_up(kind: Kind, device: Device) -> Result<()> {
     let layout = Layout::new(stack.parameters());
     let versions = Versions::new(layout.clone(), layout.initial(0)?.f_to_device(device)?, 1, 1, kind)?;
 
-    let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, device))?;
+    let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, Device::Cpu))?;
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
     Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
