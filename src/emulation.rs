@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::Choice;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::schedule::{Schedule, StageCosts};
@@ -52,6 +53,8 @@ impl StageTime {
 pub struct Profile {
     /// Of a microbatch; none of a profile that does not tell.
     pub rows: Option<usize>,
+    /// What it was measured on; none of a profile that does not tell.
+    pub device: Option<Choice>,
     pub stages: Vec<StageTime>,
 }
 
@@ -63,6 +66,9 @@ impl Profile {
     pub fn read(path: &Path) -> std::result::Result<Profile, String> {
         let text = files::read_text(path).map_err(|error| format!("cannot be read ({error})"))?;
         let profile: Profile = serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
+        if profile.device == Some(Choice::Cuda) {
+            return Err("has the times of a GPU's host, which does not wait for the GPU".into());
+        }
         let good = profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
         if good { Ok(profile) } else { Err(format!("has times that are not between 0 and {LONGEST_MS} ms")) }
     }
@@ -160,6 +166,10 @@ mod tests {
         let profile = Emulation::read(file.path().to_str().unwrap()).unwrap();
         let stage = StageTime { forward_ms: 3.0, backward_ms: 6.5, update_ms: 1.0, ..StageTime::default() };
         assert_eq!(profile, Emulation::Profile(vec![stage]));
+        let of_gpu = text.replace("\"more\": 1", "\"device\": \"cuda\"");
+        std::fs::write(file.path(), of_gpu).unwrap();
+        let error = Emulation::read(file.path().to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("has the times of a GPU's host"), "{error}");
         assert!(profile.check(1).is_ok());
         assert!(profile.check(2).unwrap_err().to_string().contains("a profile of 1 stages; the grid has 2"));
     }

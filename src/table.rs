@@ -68,12 +68,13 @@ impl Table {
         self.ends.iter().position(|held| *held == end)
     }
 
-    /// Adds what a backward has left to the step's sums.
+    /// Adds a backward's gradient of a parameter, as an end uses it, to the step's sum.
     ///
     /// # Errors
-    /// What libtorch reports.
-    pub fn collect(&self) -> Result<()> {
-        (0..self.ends.len()).try_for_each(|side| self.versions.collect(side, 0..self.versions.layout().len))
+    /// What libtorch or the driver reports, or that the end is not here.
+    pub fn add(&self, end: End, parameter: usize, part: &Tensor) -> Result<()> {
+        let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
+        self.versions.add(side, parameter, part)
     }
 
     /// Completes an end's part of a step: takes it out of the gradient, which begins anew.

@@ -137,6 +137,8 @@ REST = [
     equals_oracle("3x1 as a ring equals the oracle (NCCL)", 2, grid__placement="ring"),
     equals_oracle("3x1 equals the oracle, gpipe (NCCL)", 3, schedule="gpipe"),
     equals_oracle("3x1 equals the oracle, sequential (NCCL)", 3, schedule="sequential", microbatches=1),
+    equals_oracle("1x3 equals the oracle (NCCL)", 3, batch=12),
+    equals_oracle("1x3 equals the oracle, wire = bf16 (NCCL)", 3, batch=12, wire="bf16"),
     equals_oracle("2x2 equals the oracle (over MPI)", 4, ["--transport", "mpi"]),
     equals_oracle("2x2 equals the oracle (threads)", 1),
     equals_oracle("2x1 equals the oracle, dropout (NCCL)", 2, model__dropout=0.1),

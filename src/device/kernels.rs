@@ -89,6 +89,23 @@ impl Kernel {
     }
 }
 
+/// The kernel of an entry, found once a process.
+///
+/// # Errors
+/// As [`Kernel::new`].
+pub fn kept(index: usize, source: &Source, entry: &'static str) -> Result<Arc<Kernel>> {
+    type Found = Vec<(usize, &'static str, Arc<Kernel>)>;
+    static FOUND: Mutex<Found> = Mutex::new(Vec::new());
+    let mut found = FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some((_, _, kernel)) = found.iter().find(|(of, name, _)| (*of, *name) == (index, entry)) {
+        return Ok(Arc::clone(kernel));
+    }
+
+    let kernel = Arc::new(Kernel::new(index, source, entry)?);
+    found.push((index, entry, Arc::clone(&kernel)));
+    Ok(kernel)
+}
+
 /// The name of an entry, if the source has it.
 pub fn entry_name(source: &Source, entry: &str) -> Result<CString> {
     let there = source.text.contains(&format!("void {entry}("));

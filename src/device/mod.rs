@@ -9,6 +9,7 @@
 //!                       queues      streams and marks, and the one context that all share
 //!                       compiler    NVRTC
 //!                       kernels     our own, on a stream
+//!                       timing      how long work takes there
 //! ```
 
 pub mod context;
@@ -17,6 +18,7 @@ pub mod libraries;
 pub mod compiler;
 pub mod queues;
 pub mod kernels;
+pub mod timing;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};

@@ -75,7 +75,7 @@ impl Prediction {
             if setup.schedule.tie == Tie::Head && ends == 2 && setup.master(delay) == Master::Always {
                 sum.weights += narrow(setup, table);
             }
-            sum.gradient += (ends + parts) * table + ends * narrow(setup, table);
+            sum.gradient += (ends + parts) * table;
             sum.add_optimizer(setup, &layout, delay);
         }
         if setup.device.is_cuda() {
@@ -117,6 +117,8 @@ impl Prediction {
         // The attention's backward adds up the queries' gradient in f32.
         let queries = if setup.device.is_cuda() { hidden / value * VALUE } else { 0 };
         let transient = transient + 2 * wide + messages + queries;
+        // As a backward gives activations up its gradients grow, where they are added to the sum at its end.
+        let transient = transient + returned(setup, &stack).saturating_sub(saved);
         let transient = transient.max(evaluation(setup, &stack));
         // What the layers remember of every microbatch, and what those under way have seen.
         let remembered = (setup.rows * setup.config.model.mem_len * stack.remembering()) as u64;
@@ -124,7 +126,7 @@ impl Prediction {
         let memories = (setup.config.microbatches as u64 + held) * remembered;
         let delay = schedule.delays[place.stage];
         self.weights += schedule.versions_held(place.stage) as u64 * flat / VALUE * value + master(setup, flat, delay);
-        self.gradient += flat + narrow(setup, flat);
+        self.gradient += flat;
         self.activations += match setup.config.recompute {
             Recompute::Nothing => held * saved,
             Recompute::Stage => held * hidden + saved,
@@ -154,6 +156,11 @@ impl Prediction {
         self.total() - self.saving
     }
 
+    /// What is measured of it, on the device that the run has.
+    pub fn of_device(&self, setup: &Setup) -> u64 {
+        if setup.device.is_cuda() { self.on_gpu() } else { self.total() }
+    }
+
     pub fn total(&self) -> u64 {
         let kept = self.weights + self.gradient + self.optimizer + self.libraries;
         kept + self.activations + self.transient + self.holes + self.saving
@@ -175,7 +182,18 @@ fn master(setup: &Setup, flat: u64, delay: usize) -> u64 {
     if apart { flat } else { 0 }
 }
 
-/// Where backwards add, before that is added to the f32 gradient.
+/// The gradients that a backward returns, of versions that are not f32: of all layers, or of the largest if they are run one by one.
+fn returned(setup: &Setup, stack: &Stack) -> u64 {
+    let parameters = stack.parameters();
+    let all = Layout::new(parameters).len as u64 * VALUE;
+    let layout = Layout::new(&stack.own());
+    let starts: Vec<usize> = stack.runs(0).iter().map(|run| layout.offset(run.first)).collect();
+    let ends = starts.iter().skip(1).copied().chain([layout.len]);
+    let largest = starts.iter().zip(ends).map(|(start, end)| end - start).max().unwrap_or(0) as u64 * VALUE;
+    narrow(setup, if setup.config.recompute == Recompute::Layers { largest } else { all })
+}
+
+/// As many values as versions have them; none where those are f32.
 fn narrow(setup: &Setup, flat: u64) -> u64 {
     if setup.config.precision != Precision::Bf16 { 0 } else { flat / VALUE * setup.config.precision.bytes() as u64 }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::thousands;
 use crate::clock::{Share, StageTimes, Times};
+use crate::device::Choice;
 use crate::emulation::{Emulation, StageTime};
 use crate::error::{Error, Result};
 use crate::files;
@@ -21,6 +22,8 @@ use crate::stage::Settings;
 pub struct Bench {
     name: String,
     grid: String,
+    /// On GPUs times are those of the hosts, which do not wait for them: no profile.
+    device: Choice,
     schedule: crate::schedule::Kind,
     microbatches: usize,
     /// Of a microbatch.
@@ -105,12 +108,13 @@ impl Bench {
             shares: Share::ALL.iter().map(|(share, name)| (*name, times.share(*share))).collect(),
             compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
             mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
-            predicted_bytes: Prediction::new(setup, *rank).total(),
+            predicted_bytes: Prediction::new(setup, *rank).of_device(setup),
             peak_bytes: *peak,
         });
         Ok(Bench {
             name: config.name.clone(),
             grid: setup.grid.to_string(),
+            device: if setup.device.is_cuda() { Choice::Cuda } else { Choice::Cpu },
             schedule: config.schedule,
             microbatches: config.microbatches,
             rows: setup.rows,

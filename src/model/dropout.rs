@@ -3,14 +3,12 @@
 //! A GPU makes its masks itself (`dropout.cu`), a thread sixteen numbers: what a host could make and send takes longer than the step.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
 
 use tch::{Device, Kind, Tensor};
 
 use crate::device::compiler::Source;
-use crate::device::kernels::Kernel;
+use crate::device::kernels::kept;
 use crate::error::{Error, Result};
-use crate::params::{slice_mut, zeros};
 use crate::random::{DropoutKey, dropout_bound, dropout_mask};
 
 const SOURCE: Source = Source { name: "dropout.cu", text: include_str!("dropout.cu") };
@@ -51,9 +49,9 @@ impl Dropout {
 }
 
 fn on_host(key: DropoutKey, rate: f64, shape: &[i64], kind: Kind) -> Result<Tensor> {
-    let mut mask = zeros(shape.iter().product::<i64>() as usize, Device::Cpu)?;
-    dropout_mask(key, rate, slice_mut(&mut mask));
-    Ok(mask.f_view(shape)?.f_to_kind(kind)?)
+    let mut mask = vec![0.0; shape.iter().product::<i64>() as usize];
+    dropout_mask(key, rate, &mut mask);
+    Ok(Tensor::f_from_slice(&mask)?.f_view(shape)?.f_to_kind(kind)?)
 }
 
 /// The same, on libtorch's stream of a device.
@@ -63,7 +61,7 @@ fn on_gpu(index: usize, key: DropoutKey, rate: f64, shape: &[i64], kind: Kind) -
         Kind::BFloat16 => "dropout_bf16",
         other => return Err(Error::Internal(format!("a mask of {other:?}"))),
     };
-    let kernel = kernel(index, entry)?;
+    let kernel = kept(index, &SOURCE, entry)?;
     let mask = Tensor::f_empty(shape, (kind, Device::Cuda(index)))?;
 
     let mut arguments = Arguments::new(mask.data_ptr() as u64, mask.numel() as u64, key, rate, kind);
@@ -73,19 +71,6 @@ fn on_gpu(index: usize, key: DropoutKey, rate: f64, shape: &[i64], kind: Kind) -
         kernel.launch(arguments.count.div_ceil(BLOCK), std::ptr::null_mut(), &mut arguments.pointers())?;
     }
     Ok(mask)
-}
-
-/// The kernel of an entry, found once.
-fn kernel(index: usize, entry: &'static str) -> Result<Arc<Kernel>> {
-    static FOUND: Mutex<Vec<(usize, &str, Arc<Kernel>)>> = Mutex::new(Vec::new());
-    let mut found = FOUND.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Some((_, _, kernel)) = found.iter().find(|(of, name, _)| (*of, *name) == (index, entry)) {
-        return Ok(Arc::clone(kernel));
-    }
-
-    let kernel = Arc::new(Kernel::new(index, &SOURCE, entry)?);
-    found.push((index, entry, Arc::clone(&kernel)));
-    Ok(kernel)
 }
 
 /// What a kernel is given, in the order of its declaration.

@@ -61,6 +61,7 @@ pub use parameter::{Init, Parameter, Role, initial};
 use parameter::{TABLE_STD, fused, named};
 
 use crate::error::Result;
+use crate::schedule::End;
 
 /// One layer of the model; its parameters are handed to it, in the order of `parameters`.
 trait Layer: Send + Sync {
@@ -110,6 +111,15 @@ impl Uses {
     fn pick(&self, weights: &[Tensor]) -> Vec<Tensor> {
         self.numbers.iter().map(|number| weights[*number].shallow_clone()).collect()
     }
+}
+
+/// Whose a parameter of a stack is: its number among those of its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// [`Stack::own`].
+    Own(usize),
+    /// The table, as an end uses it.
+    Table(End, usize),
 }
 
 /// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
@@ -187,6 +197,34 @@ impl Stack {
             from.next().expect("as many values as parameters").shallow_clone()
         };
         self.parameters.iter().enumerate().map(value).collect()
+    }
+
+    /// Whose each of the parameters is.
+    fn owners(&self) -> Vec<Owner> {
+        let head = self.head.as_ref().map_or(self.parameters.len(), |(_, uses)| uses.added.start);
+        let (mut own, mut input, mut output) = (0.., 0.., 0..);
+        let mut owners = Vec::with_capacity(self.parameters.len());
+        for (i, parameter) in self.parameters.iter().enumerate() {
+            owners.push(match parameter.tied {
+                false => Owner::Own(own.next().unwrap_or_default()),
+                true if i < head => Owner::Table(End::Input, input.next().unwrap_or_default()),
+                true => Owner::Table(End::Output, output.next().unwrap_or_default()),
+            });
+        }
+        owners
+    }
+
+    /// The values that a run of the layers uses, each once, out of those of all parameters, and whose they are; with the last layer
+    /// those of the head.
+    pub fn used(&self, run: Range<usize>, weights: &[Tensor]) -> Vec<(Owner, Tensor)> {
+        let with_head = run.end == self.layers.len();
+        let layers = self.layers[run].iter().map(|(_, uses)| uses);
+        let head = self.head.iter().filter(|_| with_head).map(|(_, uses)| uses);
+        let mut numbers: Vec<usize> = layers.chain(head).flat_map(|uses| uses.numbers.iter().copied()).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let owners = self.owners();
+        numbers.into_iter().map(|number| (owners[number], weights[number].shallow_clone())).collect()
     }
 
     /// How many layers there are, the head not counted.

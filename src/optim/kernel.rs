@@ -11,6 +11,7 @@ use super::config::OptimizerConfig;
 use super::{Run, StateBuffer, UpdateScalars};
 use crate::device::compiler::Source;
 use crate::device::kernels::Kernel;
+use crate::device::timing::Spans;
 use crate::error::{Error, Result};
 use crate::number::Number;
 use crate::params::UpdateBuffers;
@@ -60,6 +61,17 @@ pub struct UpdateKernel {
     kernel: Kernel,
     /// A byte a value: whether it decays.
     decays: Tensor,
+    times: Option<Spans>,
+}
+
+impl Drop for UpdateKernel {
+    fn drop(&mut self) {
+        // Only at the end of a good run all updates are done, and there is something to tell.
+        let took = self.times.as_ref().and_then(|times| times.took().ok());
+        if let Some((updates, took_ms)) = took.filter(|(updates, _)| *updates > 0) {
+            tracing::debug!(updates, values = self.decays.numel(), took_ms, "updates of weights");
+        }
+    }
 }
 
 impl UpdateKernel {
@@ -70,7 +82,7 @@ impl UpdateKernel {
     pub fn new(index: usize, entry: &str, decay: &[(Range<usize>, bool)]) -> Result<UpdateKernel> {
         let flags: Vec<u8> = decay.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect();
         let decays = Tensor::f_from_slice(&flags)?.f_to_device(Device::Cuda(index))?;
-        Ok(UpdateKernel { kernel: Kernel::new(index, &SOURCE, entry)?, decays })
+        Ok(UpdateKernel { kernel: Kernel::new(index, &SOURCE, entry)?, decays, times: Spans::new(index)? })
     }
 
     /// Puts an update of some runs of the buffers on libtorch's stream of the device. `constants` are the rule's, in the order
@@ -94,10 +106,16 @@ impl UpdateKernel {
 
         let horizon = buffers.published.as_ref().map_or(0.0, |published| published.horizon);
         let (common, constants) = (Common::new(config, scalars, horizon), Constants::new(constants)?);
-        for run in runs.iter().filter(|run| !run.weights.is_empty()) {
-            self.launch(Arguments { common, constants, ..self.buffers(buffers, state, &norm, run)? })?;
+        let update = || {
+            for run in runs.iter().filter(|run| !run.weights.is_empty()) {
+                self.launch(Arguments { common, constants, ..self.buffers(buffers, state, &norm, run)? })?;
+            }
+            Ok(())
+        };
+        match &self.times {
+            Some(times) => times.around(update),
+            None => update(),
         }
-        Ok(())
     }
 
     fn launch(&self, mut arguments: Arguments) -> Result<()> {

@@ -16,14 +16,14 @@
 //! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
 //!
 //! Where the versions are not what updates change, as bf16 ones, there is an f32 master that updates change, of which
-//! [`publish()`] makes the next version; and a backward adds into a bf16 gradient, which is then added to the f32 one
-//! (`collect`).
+//! [`publish()`] makes the next version; and the gradients of a backward, which are bf16 then, are added to the f32 one as they
+//! come (`add`): autograd would add them up in bf16 first, and pass over them three times more.
 
 use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::{Layout, Published, publish, zeros};
+use super::{Layout, Published, add, publish, zeros};
 use crate::error::Result;
 
 /// The versions of a set of weights that are held, and their gradient.
@@ -67,8 +67,6 @@ struct Side {
     leaves: Vec<Vec<Tensor>>,
     /// The sum over a step's microbatches, f32.
     gradient: Tensor,
-    /// Where backwards add, where that is not f32.
-    narrow: Option<Tensor>,
 }
 
 impl Versions {
@@ -106,12 +104,8 @@ impl Versions {
             publish(&initial, &mut buffers[0])?;
         }
         let side = |gradient: Tensor| -> Result<Side> {
-            let narrow = narrow.then(|| gradient.f_to_kind(kind)).transpose()?;
-            let gradients = layout.views(narrow.as_ref().unwrap_or(&gradient))?;
-            let of_buffer = |flat| -> Result<Vec<Tensor>> {
-                layout.views(flat)?.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
-            };
-            Ok(Side { leaves: buffers.iter().map(of_buffer).collect::<Result<_>>()?, gradient, narrow })
+            let leaves = buffers.iter().map(|flat| leaves(&layout, flat, &gradient)).collect::<Result<_>>()?;
+            Ok(Side { leaves, gradient })
         };
         let sides = gradients.into_iter().map(side).collect::<Result<_>>()?;
         Ok(Versions { layout, master: apart.then_some(initial), buffers, sides, rounded: None, newest: 0 })
@@ -125,11 +119,8 @@ impl Versions {
         let (Some(master), kind) = (&self.master, self.buffers[0].kind()) else { return Ok(self) };
         self.rounded = (kind != Kind::Float).then(|| master.f_to_kind(kind)).transpose()?;
 
-        let read = self.layout.views(self.rounded.as_ref().unwrap_or(master))?;
         let side = &mut self.sides[side];
-        let gradients = self.layout.views(side.narrow.as_ref().unwrap_or(&side.gradient))?;
-        side.leaves =
-            vec![read.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect::<Result<_>>()?];
+        side.leaves = vec![leaves(&self.layout, self.rounded.as_ref().unwrap_or(master), &side.gradient)?];
         Ok(self)
     }
 
@@ -198,18 +189,20 @@ impl Versions {
         publish(&first, &mut newest.f_narrow(0, 0, 1)?)
     }
 
-    /// Adds what a backward has left of a part of a side's gradient to the step's sum; where both are one buffer, that is
-    /// done already.
+    /// Whether backwards add to the gradients by themselves; else whoever runs them does, by `add`.
+    pub fn adds_itself(&self) -> bool {
+        self.buffers[0].kind() == Kind::Float
+    }
+
+    /// Adds a backward's gradient of a parameter to the step's sum of a side.
     ///
     /// # Errors
-    /// What libtorch reports.
-    pub fn collect(&self, side: usize, part: Range<usize>) -> Result<()> {
-        let Side { gradient, narrow: Some(narrow), .. } = &self.sides[side] else { return Ok(()) };
-        let (start, length) = (part.start as i64, part.len() as i64);
-        let mut fresh = narrow.f_narrow(0, start, length)?;
-        let _ = gradient.f_narrow(0, start, length)?.f_add_(&fresh)?;
-        let _ = fresh.f_zero_()?;
-        Ok(())
+    /// What libtorch or the driver reports.
+    pub fn add(&self, side: usize, parameter: usize, part: &Tensor) -> Result<()> {
+        let entry = &self.layout.entries[parameter];
+        let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
+        let sum = self.sides[side].gradient.f_narrow(0, offset, count)?;
+        add(&mut sum.f_view(&entry.parameter.shape[..])?, part)
     }
 
     /// The flat f32 gradient of a side. The handle shares its memory with the parameters' gradients.
@@ -240,6 +233,17 @@ impl Versions {
         let (old, new) = if old < next { (&low[old], &mut high[0]) } else { (&high[0], &mut low[next]) };
         update(UpdateBuffers { old: Some(old), new, published: None, gradient })
     }
+}
+
+/// Leaves of autograd over a flat buffer, one a parameter, which add their gradients into that of the flat buffer `gradient` if both
+/// are of one kind.
+fn leaves(layout: &Layout, flat: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+    let views = layout.views(flat)?;
+    if flat.kind() != gradient.kind() {
+        return views.iter().map(|view| Ok(view.f_detach()?.f_set_requires_grad(true)?)).collect();
+    }
+    let gradients = layout.views(gradient)?;
+    views.iter().zip(&gradients).map(|(view, gradient)| leaf(view, gradient)).collect()
 }
 
 /// A leaf of autograd that reads its value from `view` and adds its gradient into `gradient`.
@@ -357,16 +361,16 @@ mod tests {
         assert_eq!((value(&versions, 1), value(&versions, 2)), (1.0, 1.0));
         advance(&mut versions, |new| new.g_add_scalar_(0.004));
         assert_eq!((value(&versions, 2), value(&versions, 3)), (1.0, 1.007_812_5));
-        for _ in 0..3 {
-            (&versions.parameters(3, 0)[1] * 1.001).sum(Kind::Float).backward();
-            versions.collect(0, 0..layout.len).unwrap();
-        }
+        let add = |versions: &Versions, factor: f64| {
+            let leaf = &versions.parameters(3, 0)[1];
+            let gradients = Tensor::run_backward(&[(leaf * factor).sum(Kind::Float)], &[leaf], false, false);
+            versions.add(0, 1, &gradients[0]).unwrap();
+        };
+        assert!(!versions.adds_itself());
+        (0..3).for_each(|_| add(&versions, 1.001));
         // 1.001 is 1 in bf16; 257 would be 256.
         assert_eq!(slice(versions.gradient(0))[128..135], [3.0; 7]);
-        for _ in 0..254 {
-            versions.parameters(3, 0)[1].sum(Kind::Float).backward();
-            versions.collect(0, 128..256).unwrap();
-        }
+        (0..254).for_each(|_| add(&versions, 1.0));
         assert_eq!(slice(versions.gradient(0))[128..135], [257.0; 7]);
     }
 

@@ -14,7 +14,7 @@ pub use settings::Settings;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{Dropout, Memory, Run, Stack};
+use crate::model::{Dropout, Memory, Owner, Run, Stack};
 use crate::number::Number;
 use crate::params::Versions;
 use crate::schedule::End;
@@ -106,6 +106,52 @@ struct Graph {
     output: Tensor,
     /// Where its gradients begin in the flat buffer.
     offset: usize,
+    /// The values that it uses of parameters whose gradients do not add up by themselves.
+    used: Vec<(Owner, Tensor)>,
+}
+
+/// Gradients of parameters that layers have in common, as far as a backward that runs those one by one has come: added up as one
+/// graph of them all would.
+type Shared = BTreeMap<usize, Tensor>;
+
+impl Graph {
+    /// Adds the gradients of what it uses to those of the step, by that of its output, none of a loss; gives that of its input.
+    fn backward(self, dy: Option<Tensor>, held: Held, shared: &mut Shared) -> Result<Option<Tensor>> {
+        let Graph { input, output, offset, used } = self;
+        // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
+        let root = match dy {
+            Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?,
+            None => output,
+        };
+        if used.is_empty() {
+            root.f_backward()?;
+            return input.requires_grad().then(|| Ok(input.f_grad()?)).transpose();
+        }
+
+        let mut leaves: Vec<&Tensor> = used.iter().map(|(_, value)| value).collect();
+        leaves.extend(input.requires_grad().then_some(&input));
+        let mut gradients = Tensor::f_run_backward(&[&root], &leaves, false, false)?;
+        let dx = input.requires_grad().then(|| gradients.pop()).flatten();
+        for ((owner, _), gradient) in used.iter().zip(&gradients) {
+            match (owner, held.table) {
+                (Owner::Own(number), _) => {
+                    let sum = match shared.remove(number) {
+                        Some(mut sum) => sum.f_add_(gradient)?,
+                        None => gradient.shallow_clone(),
+                    };
+                    // The layer that has it is yet to come.
+                    if held.own.layout().offset(*number) < offset {
+                        shared.insert(*number, sum);
+                    } else {
+                        held.own.add(0, *number, &sum)?;
+                    }
+                }
+                (Owner::Table(end, number), Some(table)) => table.add(*end, *number, gradient)?,
+                (Owner::Table(..), None) => return Err(Error::Internal("a graph without its table".into())),
+            }
+        }
+        Ok(dx)
+    }
 }
 
 /// The layers of one place and the microbatches under way.
@@ -182,31 +228,21 @@ impl Stage {
         };
         let layout = held.own.layout();
         let bounds: Vec<usize> = self.runs(slot).iter().map(|run| layout.offset(run.first)).collect();
-        // What is added up ends here; what is reduced, there.
-        let (mut collected, mut end) = (layout.len, layout.len);
+        let (mut end, mut shared) = (layout.len, Shared::new());
         loop {
             let next = match saved.inputs.pop() {
                 Some(input) => Some(self.block(&saved, saved.inputs.len(), input, held)?),
                 None => graphs.pop(),
             };
-            let Some(Graph { input, output, offset }) = next else { break };
-            match dy.take() {
-                // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
-                Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?.f_backward()?,
-                None => output.f_backward()?,
-            }
-            if input.requires_grad() {
-                dy = Some(input.f_grad()?);
-            }
-            held.own.collect(0, offset..collected)?;
-            collected = offset;
+            let Some(graph) = next else { break };
+            let offset = graph.offset;
+            dy = graph.backward(dy.take(), held, &mut shared)?;
             if offset > 0 && bounds.contains(&offset) {
                 let values = held.own.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
                 ready(Bucket { offset, values })?;
                 end = offset;
             }
         }
-        held.table.map_or(Ok(()), Table::collect)?;
         Ok(dy)
     }
 
@@ -279,7 +315,12 @@ impl Stage {
         if let Some(targets) = saved.targets.as_ref().filter(|_| number + 1 == self.blocks.len()) {
             output = self.stack.loss(&weights, &output, targets, dropout)?;
         }
-        Ok(Graph { input, output, offset: held.own.layout().offset(run.first) })
+        let (offset, used) = (held.own.layout().offset(run.first), self.used(run, &weights, held));
+        Ok(Graph { input, output, offset, used })
+    }
+
+    fn used(&self, run: &Run, weights: &[Tensor], held: Held) -> Vec<(Owner, Tensor)> {
+        if held.own.adds_itself() { Vec::new() } else { self.stack.used(run.layers.clone(), weights) }
     }
 
     /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
@@ -293,7 +334,7 @@ impl Stage {
             };
             let output = self.stack.forward_run(run.layers.clone(), &weights, &input, memory, dropout)?;
             let offset = held.own.layout().offset(run.first);
-            graphs.push(Graph { input, output, offset });
+            graphs.push(Graph { input, output, offset, used: self.used(run, &weights, held) });
         }
         if let (Some(targets), Some(end)) = (&saved.targets, graphs.last_mut()) {
             end.output = self.stack.loss(&weights, &end.output, targets, dropout)?;

@@ -54,6 +54,8 @@ pub struct Api {
             CUstream,
         ) -> c_int,
     >,
+    group_start: Symbol<unsafe extern "C" fn() -> c_int>,
+    group_end: Symbol<unsafe extern "C" fn() -> c_int>,
     error_string: Symbol<unsafe extern "C" fn(c_int) -> *const c_char>,
     last_error: Symbol<unsafe extern "C" fn(ncclComm_t) -> *const c_char>,
 }
@@ -104,6 +106,8 @@ impl Api {
             send: function!("ncclSend"),
             receive: function!("ncclRecv"),
             all_reduce: function!("ncclAllReduce"),
+            group_start: function!("ncclGroupStart"),
+            group_end: function!("ncclGroupEnd"),
             error_string: function!("ncclGetErrorString"),
             last_error: function!("ncclGetLastError"),
         })
@@ -184,6 +188,21 @@ impl Api {
             false => unsafe { CStr::from_ptr(string) }.to_string_lossy().trim().to_owned(),
         };
         Err(Error::Device(format!("NCCL answers {call} with \"{}\" {}", text(what), text(last))))
+    }
+
+    /// Makes all transfers that `put` asks for one operation, which then has no order of its own.
+    ///
+    /// # Errors
+    /// What NCCL reports, and those of `put`.
+    pub fn grouped(&self, on: &Communicator, put: impl FnOnce() -> Result<()>) -> Result<()> {
+        // SAFETY: a group is open on this thread until its end, which is reached whatever `put` comes to.
+        let code = unsafe { (self.group_start)() };
+        self.checked(code, Some(on), "ncclGroupStart")?;
+        let result = put();
+        // SAFETY: as above.
+        let code = unsafe { (self.group_end)() };
+        result?;
+        self.checked(code, Some(on), "ncclGroupEnd")
     }
 
     /// Puts a transfer on a stream.

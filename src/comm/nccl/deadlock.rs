@@ -235,7 +235,7 @@ impl Carrier<ModelQueues> for ModelCarrier {
         self.put(channel, queues, queue, Doing::Receives)
     }
 
-    fn sum(&self, channel: usize, _: &Tensor, queues: &ModelQueues, queue: Queue) -> Result<()> {
+    fn sum(&self, channel: usize, _: &Tensor, _: Option<&Tensor>, queues: &ModelQueues, queue: Queue) -> Result<()> {
         self.put(channel, queues, queue, Doing::Sums)
     }
 

@@ -42,11 +42,26 @@ pub trait Carrier<Q: Queues> {
     /// What the library reports.
     fn receive(&self, channel: usize, buffer: &Self::Buffer, queues: &Q, queue: Queue) -> Result<()>;
 
+    /// Memory that the sum of a buffer needs besides, if any.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn scratch(&self, _channel: usize, _buffer: &Self::Buffer, _queues: &Q) -> Result<Option<Self::Buffer>> {
+        Ok(None)
+    }
+
     /// Puts the sum of a buffer over the channel's members, in place, on its queue.
     ///
     /// # Errors
     /// What the library reports.
-    fn sum(&self, channel: usize, buffer: &Self::Buffer, queues: &Q, queue: Queue) -> Result<()>;
+    fn sum(
+        &self,
+        channel: usize,
+        buffer: &Self::Buffer,
+        scratch: Option<&Self::Buffer>,
+        queues: &Q,
+        queue: Queue,
+    ) -> Result<()>;
 
     /// Compute has come to where it needs a channel's oldest sum.
     ///
@@ -86,7 +101,7 @@ pub struct Posted<M, B> {
 /// Memory that a channel's queue still uses.
 struct Held<M, B> {
     done: M,
-    _buffer: B,
+    _buffers: [Option<B>; 2],
 }
 
 /// A channel's queue, and what it still uses, in order.
@@ -117,8 +132,8 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         Ok(queue)
     }
 
-    fn hold(&mut self, channel: usize, done: Q::Mark, buffer: C::Buffer) {
-        self.channels[channel].1.push_back(Held { done, _buffer: buffer });
+    fn hold(&mut self, channel: usize, done: Q::Mark, buffer: C::Buffer, scratch: Option<C::Buffer>) {
+        self.channels[channel].1.push_back(Held { done, _buffers: [Some(buffer), scratch] });
     }
 
     /// Gives back what no queue uses any more, and looks for errors.
@@ -144,7 +159,7 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         let queue = self.behind_compute(channel)?;
         self.carrier.send(channel, &buffer, &self.queues, queue)?;
         let done = self.queues.mark(queue)?;
-        self.hold(channel, done, buffer);
+        self.hold(channel, done, buffer, None);
         Ok(())
     }
 
@@ -185,10 +200,12 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     /// What device or library report.
     pub fn sum(&mut self, channel: usize, buffer: C::Buffer) -> Result<Q::Mark> {
         self.sweep()?;
+        // Before the mark of what compute has done so far: libtorch may fill it there.
+        let scratch = self.carrier.scratch(channel, &buffer, &self.queues)?;
         let queue = self.behind_compute(channel)?;
-        self.carrier.sum(channel, &buffer, &self.queues, queue)?;
+        self.carrier.sum(channel, &buffer, scratch.as_ref(), &self.queues, queue)?;
         let (done, kept) = (self.queues.mark(queue)?, self.queues.mark(queue)?);
-        self.hold(channel, kept, buffer);
+        self.hold(channel, kept, buffer, scratch);
         Ok(done)
     }
 
@@ -384,8 +401,23 @@ mod tests {
             self.send(channel, buffer, queues, queue)
         }
 
-        fn sum(&self, channel: usize, buffer: &Rc<Memory>, queues: &ModelQueues, queue: Queue) -> Result<()> {
-            self.send(channel, buffer, queues, queue)
+        /// As deterministic libtorch gives memory: filled.
+        fn scratch(&self, _: usize, _: &Rc<Memory>, queues: &ModelQueues) -> Result<Option<Rc<Memory>>> {
+            let scratch = Memory::new(&queues.0);
+            scratch.put(Doing::Makes);
+            Ok(Some(Rc::new(scratch)))
+        }
+
+        fn sum(
+            &self,
+            channel: usize,
+            buffer: &Rc<Memory>,
+            scratch: Option<&Rc<Memory>>,
+            queues: &ModelQueues,
+            queue: Queue,
+        ) -> Result<()> {
+            self.send(channel, buffer, queues, queue)?;
+            scratch.map_or(Ok(()), |scratch| self.send(channel, scratch, queues, queue))
         }
 
         fn check(&self) -> Result<()> {

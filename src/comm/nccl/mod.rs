@@ -12,6 +12,7 @@
 //! api        NCCL's functions, communicators
 //! channels   which channels a grid has, who takes part in which
 //! fabric     the order of transfers on a device, and who holds their memory
+//! ordered    sums in the order of the replicas, where NCCL's have another
 //! ends       links and groups over it
 //! times      how long sums take on the device
 //! ```
@@ -19,12 +20,14 @@
 mod api;
 mod channels;
 mod fabric;
+mod ordered;
 mod ends;
 mod times;
 #[cfg(test)]
 mod deadlock;
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -59,12 +62,28 @@ struct Nccl {
     api: Api,
     joined: Vec<Joined>,
     times: Times,
+    /// Which device it is.
+    index: usize,
+    /// Whether sums of more than two have the order of the replicas.
+    ordered: bool,
 }
 
-/// A communicator, and whom a message of it goes to or comes from.
+/// A communicator, which member this rank is, and whom a message goes to or comes from.
 struct Joined {
     communicator: Communicator,
+    me: usize,
+    members: usize,
     other: usize,
+}
+
+/// Some values of a contiguous tensor as NCCL sees it.
+fn part(tensor: &Tensor, values: Range<usize>) -> Result<Span> {
+    let whole = span(tensor)?;
+    if values.end > whole.count {
+        return Err(Error::Internal(format!("values up to {} of {} are to travel", values.end, whole.count)));
+    }
+    let address = whole.address.wrapping_byte_add(values.start * tensor.kind().elt_size_in_bytes());
+    Ok(Span { address, count: values.len(), ..whole })
 }
 
 /// A contiguous tensor as NCCL sees it.
@@ -98,6 +117,43 @@ impl Nccl {
             self.api.put(transfer, span(buffer)?, &self.joined[channel].communicator, stream)
         }
     }
+
+    /// A sum in the order of the members: [`ordered`] has the picture.
+    fn ordered_sum(
+        &self,
+        channel: usize,
+        buffer: &Tensor,
+        scratch: &Tensor,
+        queues: &CudaQueues,
+        queue: Queue,
+    ) -> Result<()> {
+        queues.bind()?;
+        let Joined { communicator, me, members, .. } = &self.joined[channel];
+        let (me, members, stream) = (*me, *members, queues.stream(queue).cu_stream());
+        let slice = |member| ordered::slice(buffer.numel(), member, members);
+        let own = slice(me);
+        let others = || (0..members).filter(|member| *member != me);
+        let put = |transfer, span: Span| match span.count {
+            0 => Ok(()),
+            // SAFETY: as in `put`, for parts of buffer and scratch, both of which `Fabric` holds; parts do not overlap.
+            _ => unsafe { self.api.put(transfer, span, communicator, stream) },
+        };
+
+        self.api.grouped(communicator, || {
+            others().try_for_each(|other| {
+                let at = ordered::place(own.len(), other, me);
+                put(Transfer::To(other), part(buffer, slice(other))?)?;
+                put(Transfer::From(other), part(scratch, at..at + own.len())?)
+            })
+        })?;
+        ordered::sum(buffer, scratch, me, members, self.index, stream)?;
+        self.api.grouped(communicator, || {
+            others().try_for_each(|other| {
+                put(Transfer::To(other), part(buffer, own.clone())?)?;
+                put(Transfer::From(other), part(buffer, slice(other))?)
+            })
+        })
+    }
 }
 
 impl Carrier<CudaQueues> for Nccl {
@@ -111,8 +167,27 @@ impl Carrier<CudaQueues> for Nccl {
         self.put(Transfer::From(self.joined[channel].other), channel, buffer, queues, queue)
     }
 
-    fn sum(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
-        let sum = || self.put(Transfer::Sum, channel, buffer, queues, queue);
+    fn scratch(&self, channel: usize, buffer: &Tensor, _: &CudaQueues) -> Result<Option<Tensor>> {
+        let Joined { me, members, .. } = self.joined[channel];
+        if !self.ordered || members < 3 {
+            return Ok(None);
+        }
+        let values = ordered::scratch(buffer.numel(), me, members) as i64;
+        Ok(Some(Tensor::f_empty([values], (buffer.kind(), buffer.device()))?))
+    }
+
+    fn sum(
+        &self,
+        channel: usize,
+        buffer: &Tensor,
+        scratch: Option<&Tensor>,
+        queues: &CudaQueues,
+        queue: Queue,
+    ) -> Result<()> {
+        let sum = || match scratch {
+            Some(scratch) => self.ordered_sum(channel, buffer, scratch, queues, queue),
+            None => self.put(Transfer::Sum, channel, buffer, queues, queue),
+        };
         self.times.around(channel, queues, queue, sum)
     }
 
@@ -202,12 +277,14 @@ fn named(api: &Api, connection: &Connection) -> Result<Vec<(Channel, Vec<u8>)>> 
 /// that takes. Afterwards none does.
 fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) -> Result<(Cuda, Vec<Channel>)> {
     let Connection { rank, index, patience, .. } = *connection;
+    // NCCL rounds a sum of bf16 after every addition; of two there is only one.
+    let ordered = connection.deterministic || connection.wire == Wire::Bf16;
     let purposes: Vec<Purpose> = named.iter().map(|(channel, _)| channel.purpose).collect();
     let steps = Arc::new(AtomicUsize::new(0));
     let (done, result) = sync_channel(1);
     let counted = Arc::clone(&steps);
     let body = move || {
-        let _ = done.send(meet(api, named, rank, index, &counted)); // Nobody listens any more if it was too late.
+        let _ = done.send(meet(api, named, rank, index, ordered, &counted)); // Nobody listens any more if it was too late.
     };
     let thread = std::thread::Builder::new().name("nccl set-up".into()).spawn(body);
     thread.map_err(|error| Error::Internal(format!("no thread for NCCL's set-up ({error})")))?;
@@ -241,6 +318,7 @@ fn meet(
     named: Vec<(Channel, Vec<u8>)>,
     rank: usize,
     index: usize,
+    ordered: bool,
     steps: &AtomicUsize,
 ) -> Result<(Cuda, Vec<Channel>)> {
     // NCCL takes the device that is this thread's when a communicator is made.
@@ -252,14 +330,17 @@ fn meet(
         let me = members.iter().position(|member| *member == rank).unwrap_or_default();
         let most = if matches!(purpose, Purpose::Group(_)) { GROUP_CTAS } else { LINK_CTAS };
         let communicator = api.join(&id, me, members.len(), most)?;
-        joined.push(Joined { communicator, other: usize::from(me == 0) });
+        joined.push(Joined { communicator, me, members: members.len(), other: usize::from(me == 0) });
         own.push(channel);
         steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    let mut fabric = Fabric::new(queues, Nccl { api, joined, times: Times::new() }, own.len())?;
+    let nccl = Nccl { api, joined, times: Times::new(), index, ordered };
+    let mut fabric = Fabric::new(queues, nccl, own.len())?;
     for (channel, Channel { purpose, members }) in own.iter().enumerate() {
-        let value = Tensor::f_zeros([1], (Kind::Float, Device::Cuda(index)))?;
+        // So many values that of an ordered sum every member has some.
+        let values = [(members.len() * ordered::ALIGN) as i64];
+        let value = Tensor::f_zeros(values, (Kind::Float, Device::Cuda(index)))?;
         match purpose {
             Purpose::Group(_) => {
                 let done = fabric.sum(channel, value)?;

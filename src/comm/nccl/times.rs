@@ -5,15 +5,11 @@ use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
-use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
-use cudarc::driver::{CudaEvent, DriverError};
+use cudarc::driver::CudaEvent;
 
-use crate::device::driver::failed;
 use crate::device::queues::{CudaQueues, Queue};
-use crate::error::{Error, Result};
-
-/// Sums that are kept: the first ones of a run.
-const KEPT: usize = 4096;
+use crate::device::timing::{KEPT, lost, mark, wanted};
+use crate::error::Result;
 
 #[derive(Default)]
 struct Kept {
@@ -28,17 +24,9 @@ struct Kept {
 /// The times of a rank's sums.
 pub struct Times(Option<Mutex<Kept>>);
 
-fn lost(error: DriverError) -> Error {
-    Error::Device(failed("a measurement of time", error))
-}
-
-fn mark(queues: &CudaQueues, queue: Queue) -> Result<CudaEvent> {
-    queues.stream(queue).record_event(Some(CU_EVENT_DEFAULT)).map_err(lost)
-}
-
 impl Times {
     pub fn new() -> Times {
-        Times(tracing::enabled!(tracing::Level::DEBUG).then(Mutex::default))
+        Times(wanted().then(Mutex::default))
     }
 
     /// Measures what `sum` puts on a channel's queue.
@@ -57,11 +45,11 @@ impl Times {
             return sum();
         }
         if kept.base.is_none() {
-            kept.base = Some(mark(queues, Queue::Compute)?);
+            kept.base = Some(mark(queues.stream(Queue::Compute))?);
         }
-        let begun = mark(queues, queue)?;
+        let begun = mark(queues.stream(queue))?;
         sum()?;
-        let ended = mark(queues, queue)?;
+        let ended = mark(queues.stream(queue))?;
         kept.open.entry(channel).or_default().push_back((begun, ended));
         Ok(())
     }
@@ -73,7 +61,7 @@ impl Times {
     pub fn wanted(&self, channel: usize, queues: &CudaQueues) -> Result<()> {
         let Some(Ok(mut kept)) = self.0.as_ref().map(Mutex::lock) else { return Ok(()) };
         if let Some((begun, ended)) = kept.open.get_mut(&channel).and_then(VecDeque::pop_front) {
-            let wanted = mark(queues, Queue::Compute)?;
+            let wanted = mark(queues.stream(Queue::Compute))?;
             kept.closed.push([begun, ended, wanted]);
         }
         Ok(())
