@@ -20,7 +20,7 @@ components="allocator_* bml_r2 btl_self btl_vader coll_basic coll_inter coll_lib
     pmix_isolated pml_ob1 pstat_linux ras_simulator rcache_grdma reachable_weighted regx_* rmaps_* rml_oob routed_* rtc_hwloc
     schizo_ompi schizo_orte shmem_* state_app state_hnp state_novm state_orted topo_basic"
 # What every Linux has, and what comes with PyTorch.
-everywhere='^(linux-vdso|ld-linux[-_a-z0-9]*|libc|libm|libdl|librt|libutil|libpthread|libstdc\+\+|libgcc_s|libgomp[-a-f0-9]*|libtorch[_a-z]*|libc10[_a-z]*)\.so'
+everywhere='^(linux-vdso|ld-linux[-_a-z0-9]*|libc|libm|libdl|librt|libutil|libpthread|libstdc\+\+|libgcc_s|libgomp[-a-f0-9]*|libtorch[_a-z]*|libc10[_a-z]*|libcu[a-z]+|libnv[a-z]+|libnccl)\.so'
 # What most have: theirs first.
 often='^(libz|libudev)\.so'
 

@@ -80,7 +80,7 @@ pub fn dropout_mask(key: DropoutKey, rate: f64, mask: &mut [f32]) {
     let mut rng = ChaCha8Rng::from_seed(key.key());
     let (bound, kept) = dropout_bound(rate);
 
-    // Many words at once: one by one they take four times as long.
+    // Many words at once: one by one they take several times as long.
     let mut bytes = [0u8; 4096];
     for numbers in mask.chunks_mut(bytes.len() / 4) {
         let bytes = &mut bytes[..4 * numbers.len()];

@@ -2,6 +2,7 @@
 with a reason; it returns what it found, in words, or words and figures.
 """
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -47,12 +48,44 @@ def together(*parts):
             raise
 
 
-def processor_and_gpu_agree(work):
-    (one, _), (other, _) = together(
-        lambda: train(f"{work}/cpu", "1x1", {"device": "cpu"}), lambda: train(f"{work}/gpu", "1x1", CUDA))
-    worst = max(abs(a - b) / a for a, b in zip(losses(one), losses(other)))
-    assert worst < LOSS_TOLERANCE, f"losses differ by {worst:.2e}"
-    return f"losses differ by {worst:.1e} at most, {LOSS_TOLERANCE:.0e} allowed", {"worst": worst}
+def processor_and_gpu_agree(sets):
+    def check(work):
+        (one, _), (other, _) = together(
+            lambda: train(f"{work}/cpu", "1x1", {**sets, "device": "cpu"}), lambda: train(f"{work}/gpu", "1x1", {**CUDA, **sets}))
+        worst = max(abs(a - b) / a for a, b in zip(losses(one), losses(other)))
+        assert worst < LOSS_TOLERANCE, f"losses differ by {worst:.2e}"
+        return f"losses differ by {worst:.1e} at most, {LOSS_TOLERANCE:.0e} allowed", {"worst": worst}
+    return check
+
+
+AGREE = [(f"CPU and CUDA agree{what}", processor_and_gpu_agree(sets)) for what, sets in (
+    (" (f32)", {}), (", Muon", {"optimizer.kind": "muon"}), (", SOAP", {"optimizer.kind": "soap"}),
+    (", dropout", {"model.dropout": 0.1}))]
+
+
+@contextlib.contextmanager
+def logged():
+    """The log has what is measured on the device only at `debug`; and libtorch tells where the host waits for it."""
+    os.environ["OUROBOROS_LOG"] = "debug"
+    try:
+        yield
+    finally:
+        del os.environ["OUROBOROS_LOG"]
+
+
+def nothing_is_waited_for(work):
+    """As many waits of the host for the device in a longer run: those are of its start and its end."""
+    kinds = {"AdamW, dropout": {"model.dropout": 0.1}, "Muon": {"optimizer.kind": "muon"}, "SOAP": {"optimizer.kind": "soap"},
+             "Transformer-XL, bf16": {"model.arch": "transformer-xl", "model.mem_len": 32, "precision": "bf16"}}
+    text, figures = [], {}
+    with logged():
+        for name, sets in kinds.items():
+            of = lambda steps: train(f"{work}/{name}-{steps}", "1x1", {**CUDA, "deterministic": "false", **sets, "steps": steps})[1]
+            waits = [run.count("synchronizing CUDA operation") for run in together(lambda: of(20), lambda: of(40))]
+            figures[name] = (waits[1] - waits[0]) / 20
+            text.append(f"{name} {figures[name]:g}")
+    assert not any(figures.values()), "waits of the host a step: " + ", ".join(text)
+    return "the host waits for the device in no step: " + ", ".join(kinds), figures
 
 
 @functools.cache
@@ -125,7 +158,7 @@ def equals_oracle(name, count, more=(), **sets):
 
 # Those that are worth most: where time is short, the others are left out.
 FIRST = [
-    ("CPU and CUDA agree (f32)", processor_and_gpu_agree),
+    AGREE[0],
     equals_oracle("1x1 equals the oracle", 1),
     equals_oracle("2x1 equals the oracle (NCCL)", 2),
     equals_oracle("1x2 equals the oracle (NCCL)", 2),
@@ -133,6 +166,8 @@ FIRST = [
 ]
 REST = [
     ("sharing a GPU is refused", sharing_is_refused),
+    ("no step waits for the device", nothing_is_waited_for),
+    *AGREE[1:],
     equals_oracle("2x2 equals the oracle (NCCL)", 4),
     equals_oracle("3x1 as a ring equals the oracle (NCCL)", 2, grid__placement="ring"),
     equals_oracle("3x1 equals the oracle, gpipe (NCCL)", 3, schedule="gpipe"),
@@ -160,4 +195,4 @@ REST = [
     equals_oracle("2x2 equals the oracle, with a self-test of all links (NCCL)", 4, ["--self-test"]),
 ]
 # What shows on a processor that the checks themselves work; besides everything about the oracle.
-ANYWHERE = (processor_and_gpu_agree, resumed)
+ANYWHERE = (*(check for _, check in AGREE), resumed)

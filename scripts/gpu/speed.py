@@ -2,7 +2,6 @@
 NVIDIA H200.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import sys
 import time
 import warnings
 
-from checks import CUDA, train
+from checks import CUDA, logged, train
 from command import APART, CLOCK, PROGRAM, ROOT, Skipped, end, lines_of, run, settings, started, tail
 
 sys.path.insert(0, os.path.join(ROOT, "benches", "peers"))
@@ -44,16 +43,6 @@ def on_gpu():
     if not torch.cuda.is_available():
         raise Skipped("this PyTorch sees no GPU")
     return torch
-
-
-@contextlib.contextmanager
-def logged():
-    """The log has what is measured on the device only at `debug`."""
-    os.environ["OUROBOROS_LOG"] = "debug"
-    try:
-        yield
-    finally:
-        del os.environ["OUROBOROS_LOG"]
 
 
 def told(path, pattern):

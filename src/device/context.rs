@@ -86,6 +86,21 @@ fn carve_out(count: Option<i32>) -> Result<()> {
     Ok(())
 }
 
+/// Lets libtorch warn wherever a call of this process waits for a device (`c10::cuda::warning_state()`), for `scripts/gpu-check.sh`: in
+/// the steady state there must be none. Only of a libtorch whose CUDA half is loaded.
+pub fn warn_of_waits() {
+    /// `SyncDebugMode::L_WARN`, c10/cuda/CUDAFunctions.h.
+    const WARN: c_int = 1;
+    let this = Library::this();
+    // SAFETY: the address of the static in `c10::cuda::warning_state()`, a class whose only member is an `enum class` of int's size.
+    let state = unsafe { this.get::<*mut c_int>(b"_ZZN3c104cuda13warning_stateEvE14warning_state_") };
+    match state.map(|symbol| symbol.into_raw().cast::<c_int>()) {
+        // SAFETY: as above; it is read without a lock by libtorch too.
+        Ok(state) => unsafe { state.write(WARN) },
+        Err(error) => tracing::debug!(%error, "libtorch cannot tell where it waits for the device"),
+    }
+}
+
 /// What libtorch logs from on, and errors among that.
 const ERRORS_ONLY: c_int = 2;
 

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::comm::Ports;
 use crate::control::Mode;
 use crate::data::Batches;
+use crate::device::{context, timing};
 use crate::error::Result;
 use crate::memory::Gauge;
 use crate::model::{Dimensions, Memory, ModelConfig, Stack};
@@ -44,6 +45,9 @@ pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf,
     let mut table = TiedTable::of_rank(&setup, rank)?;
     if setup.readback == Readback::Deferred {
         rehearse(&setup, &mut places, &mut table)?;
+    }
+    if setup.device.is_cuda() && timing::wanted() {
+        context::warn_of_waits();
     }
 
     let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
