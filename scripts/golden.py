@@ -109,7 +109,7 @@ def train(program, row, grid, runner, out, resume=False, expected=0):
     command += [word for key in row.sets for word in ("--set", key)]
     command += ["--resume"] if resume else []
     if runner == "oracle":
-        command.append("--emulate")
+        command.append("--emulate")  # The name that older commits know too.
     if runner == "mpirun":
         command = ["mpirun", "-n", str(row.ranks(grid)), "--oversubscribe"] + command
     try:

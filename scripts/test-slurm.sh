@@ -240,7 +240,7 @@ scontrol update JobId="$job" TimeLimit=1
 within 60 restarted "$job" 2 || fail "the job was not queued again before its time limit"
 scontrol update JobId="$job" TimeLimit=10
 within 240 in_state "$job" COMPLETED || fail "the job has not ended"
-grep -E 'the run stops|^stopped at|nothing is saved|goes on' "$work/job.out" || true
+grep -E 'the run stops|^stopped at|no checkpoint|resuming at' "$work/job.out" || true
 for reason in "SIGUSR1 at " "the end of the batch job is 54 s away"; do
     grep -q "$reason" "$work/job.out" || fail "no launch was stopped by: $reason (a fast machine? STEPS=10000 $0)"
 done

@@ -6,13 +6,13 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::control::{Limits, Mode, limit};
 use crate::data::Tokenizer;
-use crate::emulation::Emulation;
+use crate::emulated_compute::EmulatedCompute;
 use crate::error::Result;
 use crate::grid::{Grid, Placement};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
 use crate::prepare::Request;
-use crate::schedule::{Kind, Tie};
+use crate::schedule::{ScheduleKind, Tie};
 use crate::study;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
@@ -56,11 +56,20 @@ pub enum Command {
     Study(StudyArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
-    /// Texts and what they are made of.
+    /// Prepares datasets.
     #[command(subcommand)]
     Data(DataCommand),
-    /// Tells what is installed, and what to do about what is not.
+    /// Checks the installation and advises.
     Doctor,
+    /// Prints every key of a config, with its type, default and meaning.
+    Config,
+    /// Prints completions for a shell.
+    Completions {
+        /// bash, zsh, fish, elvish or powershell.
+        shell: clap_complete::Shell,
+    },
+    /// Prints the man page.
+    Man,
 }
 
 #[derive(Debug, Args)]
@@ -81,8 +90,8 @@ pub struct TrainArgs {
     #[arg(long)]
     pub self_test: bool,
     /// Compute the whole grid's arithmetic in one process, in order: the definition of correct.
-    #[arg(long, conflicts_with_all = ["transport", "inject"])]
-    pub emulate: bool,
+    #[arg(long, alias = "emulate", conflicts_with_all = ["transport", "inject"])]
+    pub oracle: bool,
     /// Be killed when the process that has started this one is: a study's runs.
     #[arg(long, hide = true)]
     pub dies_with_parent: bool,
@@ -92,8 +101,8 @@ pub struct TrainArgs {
     /// Overrides a key of the config, as in model.d_model=256; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on from the newest saved state of the run's folder that is good, with any grid; from the beginning if there is none.
-    /// With PATH: from that state or folder.
+    /// Resume from the newest checkpoint of the run's folder that is good, with any grid; from the beginning if there is none.
+    /// With PATH: from that checkpoint or folder.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<Option<PathBuf>>,
     /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1, SIGUSR2, SIGXCPU, SIGTERM,
@@ -112,13 +121,13 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs { config, grid, transport, topology, self_test, emulate, out, set, resume, inject, .. } = self;
+        let TrainArgs { config, grid, transport, topology, self_test, oracle, out, set, resume, inject, .. } = self;
         let (max_minutes, stop_margin) = (self.max_minutes, self.stop_margin);
         let limits = Limits { max_minutes, margin_s: stop_margin };
         let mode = Mode { inject, signals: true, limits, ..Mode::default() };
         let resume = resume.map(Option::unwrap_or_default);
         let self_test = self_test || topology.is_some();
-        Job { config, sets: set, grid, out, transport, topology, self_test, emulate, resume, mode, steps: None }
+        Job { config, sets: set, grid, out, transport, topology, self_test, oracle, resume, mode, steps: None }
     }
 }
 
@@ -154,10 +163,10 @@ impl BenchArgs {
     /// Times or a profile that cannot be used.
     pub fn job(self) -> Result<Job> {
         let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
-        let emulation = emulated_compute.as_deref().map(Emulation::read).transpose()?;
-        let mode = Mode { bench: true, emulation, ..Mode::default() };
-        let (topology, self_test, emulate, resume) = (None, false, false, None);
-        Ok(Job { config, sets: set, grid, out, transport, topology, self_test, emulate, resume, mode, steps })
+        let emulated = emulated_compute.as_deref().map(EmulatedCompute::read).transpose()?;
+        let mode = Mode { bench: true, emulated, ..Mode::default() };
+        let (topology, self_test, oracle, resume) = (None, false, false, None);
+        Ok(Job { config, sets: set, grid, out, transport, topology, self_test, oracle, resume, mode, steps })
     }
 }
 
@@ -290,7 +299,7 @@ pub struct ScheduleArgs {
     pub microbatches: usize,
     /// The schedule.
     #[arg(long, value_enum, default_value = "decoupled")]
-    pub schedule: Kind,
+    pub schedule: ScheduleKind,
     /// Slack per hop.
     #[arg(long, default_value_t = 1)]
     pub slack: usize,

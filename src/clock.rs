@@ -13,7 +13,7 @@ use crate::schedule::{Action, Op, Pass, Schedule};
 
 /// What a device's time is spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
+pub enum TimeKind {
     /// Forwards and backwards.
     Compute,
     /// Waiting for activations.
@@ -32,29 +32,29 @@ pub enum Share {
     Idle,
 }
 
-impl Share {
+impl TimeKind {
     /// All of them, as tables show them.
-    pub const ALL: [(Share, &'static str); 8] = [
-        (Share::Compute, "compute"),
-        (Share::Upstream, "upstream"),
-        (Share::Downstream, "downstream"),
-        (Share::Reduce, "reduce"),
-        (Share::Update, "update"),
-        (Share::Copies, "copies"),
-        (Share::Table, "table"),
-        (Share::Idle, "idle"),
+    pub const ALL: [(TimeKind, &'static str); 8] = [
+        (TimeKind::Compute, "compute"),
+        (TimeKind::Upstream, "upstream"),
+        (TimeKind::Downstream, "downstream"),
+        (TimeKind::Reduce, "reduce"),
+        (TimeKind::Update, "update"),
+        (TimeKind::Copies, "copies"),
+        (TimeKind::Table, "table"),
+        (TimeKind::Idle, "idle"),
     ];
 
     /// What an action is counted as.
-    pub fn of(op: Op) -> Share {
+    pub fn of(op: Op) -> TimeKind {
         match op {
-            Op::Forward | Op::Backward => Share::Compute,
-            Op::RecvActivation => Share::Upstream,
-            Op::RecvGradient => Share::Downstream,
-            Op::Update => Share::Update,
-            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => Share::Copies,
-            Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => Share::Table,
-            Op::UpdateTable | Op::AwaitTable | Op::Digest => Share::Table,
+            Op::Forward | Op::Backward => TimeKind::Compute,
+            Op::RecvActivation => TimeKind::Upstream,
+            Op::RecvGradient => TimeKind::Downstream,
+            Op::Update => TimeKind::Update,
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => TimeKind::Copies,
+            Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => TimeKind::Table,
+            Op::UpdateTable | Op::AwaitTable | Op::Digest => TimeKind::Table,
         }
     }
 }
@@ -80,8 +80,8 @@ pub struct Times {
     /// Steps that the clock ran for, and seconds.
     pub steps: usize,
     pub seconds: f64,
-    /// Seconds by share, in the order of [`Share::ALL`].
-    pub shares: [f64; Share::ALL.len()],
+    /// Seconds of each kind, in the order of [`TimeKind::ALL`].
+    pub shares: [f64; TimeKind::ALL.len()],
     /// One for each stage of the device.
     pub stages: Vec<StageTimes>,
     /// Seconds of a processor, of the thread that computes and of the one that owns MPI (0 where there is none).
@@ -90,8 +90,8 @@ pub struct Times {
 
 impl Times {
     /// A share of the device's time, from 0 to 1.
-    pub fn share(&self, share: Share) -> f64 {
-        self.shares[share as usize] / self.seconds
+    pub fn fraction(&self, kind: TimeKind) -> f64 {
+        self.shares[kind as usize] / self.seconds
     }
 }
 
@@ -169,7 +169,7 @@ impl Clock {
     }
 
     /// The time since the last call was spent on `share`; how much it was.
-    pub fn lap(&mut self, share: Share) -> f64 {
+    pub fn lap(&mut self, share: TimeKind) -> f64 {
         let now = Instant::now();
         let seconds = now.duration_since(self.last).as_secs_f64();
         self.last = now;
@@ -181,7 +181,7 @@ impl Clock {
 
     /// An action is over.
     pub fn passed(&mut self, action: &Action) {
-        let seconds = self.lap(Share::of(action.op));
+        let seconds = self.lap(TimeKind::of(action.op));
         if action.pass == Pass::Eval {
             return;
         }
@@ -229,11 +229,12 @@ impl Clock {
 mod tests {
     use super::*;
     use crate::delay::SyncPoints;
-    use crate::schedule::Kind;
+    use crate::schedule::ScheduleKind;
 
     #[test]
     fn the_window_leaves_filling_and_draining_out() {
-        let window = |stages, m, steps| window(&Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(steps)));
+        let window =
+            |stages, m, steps| window(&Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps)));
         assert_eq!(window(1, 4, 16), Some(3..14));
         assert_eq!(window(4, 1, 24), Some(7..19));
         assert_eq!(window(4, 1, 9), None);
@@ -243,7 +244,7 @@ mod tests {
     #[test]
     fn a_run_that_is_too_short_is_told_how_long_it_must_be() {
         for (stages, m) in [(1, 4), (6, 1), (11, 1), (11, 8)] {
-            let of = |steps| Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(steps));
+            let of = |steps| Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps));
             let told = check(&of(2)).unwrap_err().to_string();
             let least: usize = told.split("take ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
             assert!(check(&of(least)).is_ok() && check(&of(least - 1)).is_err(), "{told}");
@@ -252,10 +253,10 @@ mod tests {
 
     #[test]
     fn every_moment_of_the_window_is_somebodys() {
-        let schedule = Schedule::new(Kind::Decoupled, 2, 2, 1, SyncPoints::ends(8));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 2, 2, 1, SyncPoints::ends(8));
         let mut clock = Clock::new(&schedule, &[0]);
         for action in schedule.actions(0) {
-            clock.lap(Share::Idle);
+            clock.lap(TimeKind::Idle);
             if action.op == Op::Forward {
                 std::thread::sleep(std::time::Duration::from_millis(2));
             }
@@ -266,9 +267,9 @@ mod tests {
         assert_eq!((times.steps, times.stages[0].microbatches), (window.len(), 2 * window.len()));
         assert_eq!(times.stages[0].updates, window.len());
         let counted = times.stages[0].copies;
-        assert!((counted - times.share(Share::Copies) * times.seconds).abs() < 1e-9, "{times:?}");
+        assert!((counted - times.fraction(TimeKind::Copies) * times.seconds).abs() < 1e-9, "{times:?}");
         assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
-        assert!(times.share(Share::Compute) > 0.5, "{times:?}");
+        assert!(times.fraction(TimeKind::Compute) > 0.5, "{times:?}");
         // It has slept most of the time.
         assert!(times.processor[0] < times.seconds && times.processor[1] == 0.0, "{times:?}");
     }

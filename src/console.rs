@@ -67,7 +67,7 @@ fn output_is_lost(error: &io::Error) {
     if GOES_ON.load(Ordering::Relaxed) {
         if !TOLD.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "standard output cannot be written ({error}); the run goes on, its figures are in its files"
+                "standard output cannot be written ({error}); the run continues, its figures are in its files"
             );
         }
         return;

@@ -12,7 +12,9 @@ pub enum Error {
     #[error("setting `{setting}`: found {found}; {remedy}")]
     Config { setting: String, found: String, remedy: String },
     /// The memory that this process may have is not enough.
-    #[error("memory: {0}; take more stages (--grid), more microbatches, recompute = \"blocks\", or a higher limit")]
+    #[error(
+        "out of memory: {0}; take more stages (--grid), more microbatches, recompute = \"blocks\", or a higher limit"
+    )]
     Memory(String),
     /// A corpus or another input file cannot be used.
     #[error("data {path}: {problem}; {remedy}")]
@@ -22,12 +24,12 @@ pub enum Error {
     Lost { peer: Place, doing: String },
     /// A process is gone, without a word: killed, or ended by something else than this program.
     #[error(
-        "has died in {doing}; what the launcher says next tells how (signal 9: killed, often for want of memory); what \
-         was saved before is as it was"
+        "process died in {doing}; the launcher's next line names the signal (9: killed, often out of memory); \
+         earlier checkpoints are intact"
     )]
     Died { doing: String },
     /// Nothing moves any more.
-    #[error("nothing has moved for {seconds:.0} s: {place} {what}")]
+    #[error("timed out: no progress for {seconds:.0} s: {place} {what}")]
     Hang { seconds: f64, place: String, what: String },
     /// The transport itself failed.
     #[error("MPI: {0}")]
@@ -46,13 +48,13 @@ pub enum Error {
     /// A loss, an activation or a gradient holds inf or NaN.
     #[error(
         "not finite: {tensor} at step {step} on {place}{data}; lower optimizer.lr, set optimizer.clip or lengthen \
-         optimizer.warmup (what was saved before is as it was)"
+         optimizer.warmup (earlier checkpoints are intact)"
     )]
     NotFinite { tensor: String, step: usize, place: Place, data: String },
     /// Copies of the same weights are not the same any more.
     #[error(
         "the copies of {what} differ after step {step}: {digests}; a fault of the program or of a machine's \
-         memory (what was saved before is as it was)"
+         memory (earlier checkpoints are intact)"
     )]
     CopiesDiffer { what: String, step: usize, digests: String },
     /// A folder of weights is not usable.
@@ -60,8 +62,8 @@ pub enum Error {
     Checkpoint { path: String, problem: String },
     /// A file of the run cannot be written: the disk or a quota is full, a limit is met, a folder has gone.
     #[error(
-        "{path}: cannot be written ({problem}); make room, or raise the limit, and go on with --resume: what was saved before \
-         is as it was"
+        "{path}: cannot be written ({problem}); make room, or raise the limit, then --resume: earlier checkpoints \
+         are intact"
     )]
     Unwritten { path: String, problem: String },
     /// A fault of the program itself, a panic among them.

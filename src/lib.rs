@@ -31,14 +31,14 @@
 //! model      [model], layers, families       number      scalars of a device, read now or later
 //! params     flat buffers and versions       optim       [optimizer], one file a rule
 //! table      the tied embedding              config      what is asked: the other sections, and their checks
-//! emulation  stages that sleep               checkpoint  saved states
+//! emulated_compute  stages that sleep       checkpoint  saved states
 //! setup      what is true                    stage       forward and backward of a microbatch
 //! inject     faults on purpose               clock       where a device's time goes
 //! control    reports, controls, gate, heartbeat, stop    comm        links and groups: threads, MPI, NCCL
 //! memory     predicted, measured, limited    metrics     sinks, summary, the table of a benchmark
 //! coordinator  rank 0: steps, commits, stop, watchdog    selftest    whether links do what is said of them
 //! prepare    corpora                         worker      one device at work
-//! emulator   the oracle: the same arithmetic in one process, the definition of correct
+//! oracle     the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! study      what delay costs: variants over paired seeds, by the oracle
 //! cli        what can be typed               commands    the short ones
@@ -77,7 +77,7 @@ pub mod params;
 pub mod optim;
 mod table;
 pub mod config;
-pub mod emulation;
+pub mod emulated_compute;
 pub mod checkpoint;
 pub mod setup;
 pub mod stage;
@@ -91,7 +91,7 @@ pub mod coordinator;
 mod selftest;
 pub mod prepare;
 mod worker;
-mod emulator;
+mod oracle;
 pub mod launch;
 pub mod study;
 pub mod cli;

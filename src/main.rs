@@ -33,7 +33,16 @@ fn main() -> ExitCode {
     if !matches!(cli.command, Command::Train(_)) {
         control::not_expected();
     }
-    if !matches!(cli.command, Command::Schedule(_) | Command::Doctor | Command::Eval(_) | Command::Generate(_)) {
+    if !matches!(
+        cli.command,
+        Command::Schedule(_)
+            | Command::Doctor
+            | Command::Config
+            | Command::Completions { .. }
+            | Command::Man
+            | Command::Eval(_)
+            | Command::Generate(_)
+    ) {
         console::go_on_without_reader();
     }
 
@@ -52,6 +61,9 @@ fn main() -> ExitCode {
         Command::Schedule(args) => answer(|| commands::schedule(&args)),
         Command::Data(DataCommand::Prepare(args)) => answer(|| prepare::prepare(&args.request()).map(|_| ())),
         Command::Doctor => answer(commands::doctor),
+        Command::Config => answer(commands::config),
+        Command::Completions { shell } => answer(|| commands::completions(shell)),
+        Command::Man => answer(commands::man),
     })
 }
 

@@ -30,7 +30,7 @@ impl Number {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn of(tensor: &Tensor, readback: Readback) -> Result<Number> {
+    pub fn from_tensor(tensor: &Tensor, readback: Readback) -> Result<Number> {
         match readback {
             Readback::Deferred => Ok(Number::Pending(tensor.f_detach()?.f_to_kind(Kind::Double)?)),
             Readback::Now => Ok(Number::Known(tensor.f_double_value(&[])?)),
@@ -82,8 +82,8 @@ mod tests {
     fn a_number_is_the_same_now_and_later() {
         let tensor = Tensor::from(0.1f32);
         for readback in [Readback::Now, Readback::Deferred] {
-            let sum = Number::Known(1.5).plus(Number::of(&tensor, readback).unwrap()).unwrap();
-            let sum = sum.plus(Number::of(&tensor, readback).unwrap()).unwrap();
+            let sum = Number::Known(1.5).plus(Number::from_tensor(&tensor, readback).unwrap()).unwrap();
+            let sum = sum.plus(Number::from_tensor(&tensor, readback).unwrap()).unwrap();
             assert_eq!(sum.times(0.25).unwrap().now().unwrap(), (1.5 + 2.0 * f64::from(0.1f32)) * 0.25);
         }
     }

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::comm::{Content, Ends, Header, Link, Ports, ReplicaGroup};
+use crate::comm::{Content, Endpoints, Header, Link, Ports, ReplicaGroup};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
-use crate::params::{here, slice};
+use crate::params::{slice, to_host};
 use crate::schedule::Pass;
 use crate::topology::Topology;
 use crate::wire::Wire;
@@ -100,7 +100,7 @@ fn all(ports: &mut Ports, grid: Grid, rank: usize, device: Device, doing: &Mutex
 
 fn header(content: Content, number: usize, values: i64) -> Header {
     let shape = [1, 1, values];
-    Header { content, pass: Pass::Train, step: 0, microbatch: number, shape, wire: Wire::F32, beside: false }
+    Header { content, pass: Pass::Train, step: 0, microbatch: number, shape, wire: Wire::F32, payload_elsewhere: false }
 }
 
 fn filled(values: i64, with: f64, device: Device) -> Result<Tensor> {
@@ -109,7 +109,7 @@ fn filled(values: i64, with: f64, device: Device) -> Result<Tensor> {
 
 /// Waits until a device has made what has been asked of it.
 fn settle(flat: &Tensor) -> Result<()> {
-    here(&flat.f_view([-1])?.f_narrow(0, 0, 1)?).map(drop)
+    to_host(&flat.f_view([-1])?.f_narrow(0, 0, 1)?).map(drop)
 }
 
 /// What the n-th message of the test holds.
@@ -118,7 +118,7 @@ fn value(number: usize) -> f64 {
 }
 
 fn checked(tensor: &Tensor, number: usize, peer: &str) -> Result<()> {
-    let flat = here(&tensor.f_view([-1])?)?;
+    let flat = to_host(&tensor.f_view([-1])?)?;
     match slice(&flat).iter().find(|found| f64::from(**found) != value(number)) {
         None => Ok(()),
         Some(found) => {
@@ -158,7 +158,7 @@ fn ask(link: &mut dyn Link, peer: Place, device: Device) -> Result<(f64, f64)> {
     Ok((round / 2.0 * 1e6, bits / (large - round / 2.0).max(1e-9) / 1e9))
 }
 
-fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<Option<(f64, f64)>> {
+fn reduce(ends: &mut Endpoints, grid: Grid, place: Place, device: Device) -> Result<Option<(f64, f64)>> {
     let Some(group) = &mut ends.group else { return Ok(None) };
     let replicas = grid.replicas;
     let expected = (replicas * (replicas + 1) / 2) as f32;
@@ -173,7 +173,7 @@ fn reduce(ends: &mut Ends, grid: Grid, place: Place, device: Device) -> Result<O
         group.all_reduce(0, flat.shallow_clone())?.wait()?;
         settle(&flat)?;
         let seconds = start.elapsed().as_secs_f64();
-        if let Some(found) = slice(&here(&flat)?).iter().find(|found| **found != expected) {
+        if let Some(found) = slice(&to_host(&flat)?).iter().find(|found| **found != expected) {
             let text = format!("the sum over the replicas of stage {} is {found}, not {expected}", place.stage);
             return Err(Error::SelfTest(text));
         }
@@ -208,10 +208,11 @@ fn check_halves(group: &mut dyn ReplicaGroup, place: Place, replicas: usize, dev
         let whole = values.f_detach_copy()?;
         group.all_reduce(0, whole.shallow_clone())?.wait()?;
         group.reduce(0, flat.shallow_clone())?.wait()?;
-        let part = |of: &Tensor| -> Result<Tensor> { here(&of.f_narrow(0, owned.start as i64, owned.len() as i64)?) };
+        let part =
+            |of: &Tensor| -> Result<Tensor> { to_host(&of.f_narrow(0, owned.start as i64, owned.len() as i64)?) };
         let reduced = same(&part(&flat)?, &part(&whole)?)?;
         group.gather(0, flat.shallow_clone())?.wait()?;
-        if !reduced || !same(&here(&flat)?, &here(&whole)?)? {
+        if !reduced || !same(&to_host(&flat)?, &to_host(&whole)?)? {
             let what = if reduced { "gathered" } else { "reduced" };
             let text = format!("halves of a sum over {replicas} replicas of stage {} are {what} wrongly", place.stage);
             return Err(Error::SelfTest(text));

@@ -13,15 +13,15 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::error::{Error, Result};
 use crate::number::{Number, Readback};
 use crate::optim::{Optimizer, UpdateScalars, norm};
-use crate::params::{Layout, Master, UpdateBuffers, Versions, bytes, here, zeros};
-use crate::schedule::End;
+use crate::params::{Layout, Master, UpdateBuffers, Versions, bytes, to_host, zeros};
+use crate::schedule::TableEnd;
 
 /// The tied table of one device.
 pub struct Table {
     versions: Versions,
     optimizer: Optimizer,
     /// The ends that are on this device, in the order of the versions' sides.
-    ends: Vec<End>,
+    ends: Vec<TableEnd>,
     /// Of the joiner: parts by step, complete and not yet used.
     inputs: VecDeque<(usize, Tensor)>,
     outputs: VecDeque<(usize, Tensor)>,
@@ -38,7 +38,7 @@ impl Table {
         layout: Layout,
         initial: Tensor,
         held: usize,
-        ends: Vec<End>,
+        ends: Vec<TableEnd>,
         optimizer: Optimizer,
         kind: Kind,
         master: Master,
@@ -52,7 +52,7 @@ impl Table {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn unpredicted(self, end: End) -> Result<Table> {
+    pub fn unpredicted(self, end: TableEnd) -> Result<Table> {
         match self.side(end) {
             Some(side) => Ok(Table { versions: self.versions.unpredicted(side)?, ..self }),
             None => Ok(self),
@@ -60,11 +60,11 @@ impl Table {
     }
 
     /// The parameters of a version as an end uses them; none if that end is on another device.
-    pub fn parameters(&self, version: usize, end: End) -> &[Tensor] {
+    pub fn parameters(&self, version: usize, end: TableEnd) -> &[Tensor] {
         self.side(end).map_or(&[], |side| self.versions.parameters(version, side))
     }
 
-    fn side(&self, end: End) -> Option<usize> {
+    fn side(&self, end: TableEnd) -> Option<usize> {
         self.ends.iter().position(|held| *held == end)
     }
 
@@ -72,7 +72,7 @@ impl Table {
     ///
     /// # Errors
     /// What libtorch or the driver reports, or that the end is not here.
-    pub fn add(&self, end: End, parameter: usize, part: &Tensor) -> Result<()> {
+    pub fn add(&self, end: TableEnd, parameter: usize, part: &Tensor) -> Result<()> {
         let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
         self.versions.add(side, parameter, part)
     }
@@ -81,7 +81,7 @@ impl Table {
     ///
     /// # Errors
     /// What libtorch reports.
-    pub fn close(&mut self, end: End) -> Result<Tensor> {
+    pub fn close(&mut self, end: TableEnd) -> Result<Tensor> {
         let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
         let mut gradient = self.versions.gradient(side).shallow_clone();
         let part = gradient.f_detach_copy()?;
@@ -98,18 +98,18 @@ impl Table {
     }
 
     /// Keeps a part until its update is made.
-    pub fn keep(&mut self, end: End, step: usize, part: Tensor) {
+    pub fn keep(&mut self, end: TableEnd, step: usize, part: Tensor) {
         match end {
-            End::Input => self.inputs.push_back((step, part)),
-            End::Output => self.outputs.push_back((step, part)),
+            TableEnd::Input => self.inputs.push_back((step, part)),
+            TableEnd::Output => self.outputs.push_back((step, part)),
         }
     }
 
     /// Whether an end's part of a step is here.
-    pub fn has(&self, end: End, step: usize) -> bool {
+    pub fn has(&self, end: TableEnd, step: usize) -> bool {
         let parts = match end {
-            End::Input => &self.inputs,
-            End::Output => &self.outputs,
+            TableEnd::Input => &self.inputs,
+            TableEnd::Output => &self.outputs,
         };
         parts.iter().any(|(of, _)| *of == step)
     }
@@ -172,8 +172,8 @@ impl Table {
     }
 
     /// The same table as version `newest`.
-    pub fn at(self, newest: usize) -> Table {
-        Table { versions: self.versions.at(newest), ..self }
+    pub fn starting_at(self, newest: usize) -> Table {
+        Table { versions: self.versions.starting_at(newest), ..self }
     }
 
     /// The versions that are held, to be saved or recalled.
@@ -208,6 +208,6 @@ impl Table {
     /// # Errors
     /// What libtorch reports.
     pub fn digest(&self) -> Result<u64> {
-        Ok(xxh3_64(bytes(&here(self.versions.flat())?)))
+        Ok(xxh3_64(bytes(&to_host(self.versions.flat())?)))
     }
 }

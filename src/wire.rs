@@ -8,7 +8,7 @@
 use tch::{Kind, TchError, Tensor};
 
 /// The type of the values on the wire; everything else stays f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Wire {
     F32,

@@ -92,7 +92,7 @@ def nothing_is_waited_for(work):
 def oracle(grid, sets):
     """The oracle's lines, once for all checks of the same grid and settings."""
     with tempfile.TemporaryDirectory() as work:
-        return train(f"{work}/oracle", grid, dict(sets), ["--emulate"])[0]
+        return train(f"{work}/oracle", grid, dict(sets), ["--oracle"])[0]
 
 
 def grid_equals_oracle(grid, count, more=(), sets=None):

@@ -123,7 +123,7 @@ impl Checkpoint {
         let (old, new) = (&self.manifest.config, config);
         let path = self.path.display();
         let differs = |setting: &str, old: &dyn std::fmt::Display, new: &dyn std::fmt::Display| {
-            Err(Error::config(setting, new, format!("{path} was trained with {old}, and a run goes on as it began")))
+            Err(Error::config(setting, new, format!("{path} was trained with {old}, and a resumed run keeps it")))
         };
         let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
         let (before, now) = (json(old), json(new));

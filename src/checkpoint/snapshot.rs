@@ -12,7 +12,7 @@ use super::{Shard, ShardKind, Written, folder, older, part, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
-use crate::params::{Entry, Layout, here, slice};
+use crate::params::{Entry, Layout, slice, to_host};
 
 /// A flat buffer that all replicas of a stage hold alike, so that one of them saves it: they share the buffers out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Snapshot {
 
     /// Copies a flat buffer with its layout.
     fn copy(&mut self, kind: ShardKind, layout: &Layout, flat: &Tensor) -> Result<()> {
-        let flat = here(flat)?;
+        let flat = to_host(flat)?;
         let flat = slice(&flat);
         self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
             let values = &flat[*offset..offset + parameter.count()];
@@ -131,7 +131,7 @@ impl Snapshot {
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
             let (shape, flat) =
-                (states.size(), here(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
+                (states.size(), to_host(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
             self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor))?;
         }

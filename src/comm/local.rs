@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
-use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup, checked};
+use super::{Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, checked};
 use crate::control::{Control, Controls, Gate, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
@@ -26,7 +26,7 @@ pub fn connect(
     limit: usize,
     reports: &Sender<Report>,
 ) -> (Vec<Ports>, Controls) {
-    let mut ends: BTreeMap<Place, Ends> = grid.places().map(|place| (place, Ends::default())).collect();
+    let mut ends: BTreeMap<Place, Endpoints> = grid.places().map(|place| (place, Endpoints::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
             let (above, below) = link(place, next, capacity);
@@ -53,7 +53,7 @@ pub fn connect(
         let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, gate: Arc::new(Gate::new(limit, "this process", None)), beside: None }
+        Ports { places, reports: reporter, gate: Arc::new(Gate::new(limit, "this process", None)), transfers: None }
     };
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
     let gates: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
@@ -93,7 +93,7 @@ impl Link for LocalLink {
         self.sender.send((header, tensor)).map_err(lost)
     }
 
-    fn expect(&mut self, expected: Header) -> Result<()> {
+    fn prepare(&mut self, expected: Header) -> Result<()> {
         self.expected.push_back(expected);
         Ok(())
     }
@@ -309,7 +309,7 @@ mod tests {
             microbatch: 0,
             shape: [1, 1, 2],
             wire: Wire::F32,
-            beside: false,
+            payload_elsewhere: false,
         }
     }
 

@@ -48,7 +48,7 @@ pub struct Header {
     pub shape: [i64; 3],
     pub wire: Wire,
     /// The values do not follow: they travel another way.
-    pub beside: bool,
+    pub payload_elsewhere: bool,
 }
 
 impl fmt::Display for Header {
@@ -75,7 +75,7 @@ impl Header {
         let [b, t, d] = self.shape;
         let content = self.content as i64;
         let pass = i64::from(self.pass == Pass::Eval);
-        let (wire, beside) = (self.wire as i64, i64::from(self.beside));
+        let (wire, beside) = (self.wire as i64, i64::from(self.payload_elsewhere));
         [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire, beside]
     }
 
@@ -97,7 +97,7 @@ impl Header {
             microbatch: usize::try_from(microbatch).ok()?,
             shape: [b, t, d],
             wire,
-            beside: [false, true].get(usize::try_from(beside).ok()?).copied()?,
+            payload_elsewhere: [false, true].get(usize::try_from(beside).ok()?).copied()?,
         };
         (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n))).then_some(header)
     }
@@ -116,7 +116,7 @@ pub trait Link: Send {
     ///
     /// # Errors
     /// What the transport reports.
-    fn expect(&mut self, _expected: Header) -> Result<()> {
+    fn prepare(&mut self, _expected: Header) -> Result<()> {
         Ok(()) // Most begin by themselves.
     }
 
@@ -189,7 +189,7 @@ impl Reduction {
 }
 
 /// What works beside the host for a rank.
-pub trait Beside: Send + Sync {
+pub trait AsyncTransfers: Send + Sync {
     /// What has gone wrong there meanwhile.
     ///
     /// # Errors
@@ -205,7 +205,7 @@ pub trait Beside: Send + Sync {
 
 /// What one place talks through.
 #[derive(Default)]
-pub struct Ends {
+pub struct Endpoints {
     pub upstream: Option<Box<dyn Link>>,
     pub downstream: Option<Box<dyn Link>>,
     /// To the other copy of the tied table, where that is on another device.
@@ -217,11 +217,11 @@ pub struct Ends {
 /// Everything that one rank talks through.
 pub struct Ports {
     /// One for each place that the rank holds.
-    pub places: Vec<Ends>,
+    pub places: Vec<Endpoints>,
     pub reports: Reporter,
     pub gate: Arc<Gate>,
     /// Where values travel by themselves.
-    pub beside: Option<Arc<dyn Beside>>,
+    pub transfers: Option<Arc<dyn AsyncTransfers>>,
 }
 
 /// Compares the header that came with the one that the schedule calls for.
@@ -239,11 +239,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, half: bool, beside: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
+        fn headers_travel(content in prop::sample::select(Content::ALL.to_vec()), eval: bool, half: bool, payload_elsewhere: bool, step in 0usize..1 << 40, microbatch in 0usize..1 << 20,
                           shape in prop::array::uniform3(0i64..1 << 31)) {
             let pass = if eval { Pass::Eval } else { Pass::Train };
             let wire = if half { Wire::Bf16 } else { Wire::F32 };
-            let header = Header { content, pass, step, microbatch, shape, wire, beside };
+            let header = Header { content, pass, step, microbatch, shape, wire, payload_elsewhere };
             prop_assert_eq!(Header::decode(header.encode()), Some(header));
         }
 

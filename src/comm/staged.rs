@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use tch::{Device, Tensor};
 
-use super::{Ends, Header, Link, Ports, Reduction, ReplicaGroup};
+use super::{Endpoints, Header, Link, Ports, Reduction, ReplicaGroup};
 use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
 
@@ -16,16 +16,16 @@ use crate::error::Result;
 pub fn over(ports: Ports, index: usize) -> Result<Ports> {
     let link = |inner: Option<Box<dyn Link>>| -> Result<Option<Box<dyn Link>>> {
         let Some(inner) = inner else { return Ok(None) };
-        Ok(Some(Box::new(Staged { inner, stage: Stage::new(index)? })))
+        Ok(Some(Box::new(Staged { inner, buffer: HostBuffer::new(index)? })))
     };
     let mut places = Vec::new();
     for ends in ports.places {
         let group = match ends.group {
-            Some(inner) => Some(Box::new(Staged { inner, stage: Stage::new(index)? }) as Box<dyn ReplicaGroup>),
+            Some(inner) => Some(Box::new(Staged { inner, buffer: HostBuffer::new(index)? }) as Box<dyn ReplicaGroup>),
             None => None,
         };
         let (upstream, downstream, twin) = (link(ends.upstream)?, link(ends.downstream)?, link(ends.twin)?);
-        places.push(Ends { upstream, downstream, twin, group });
+        places.push(Endpoints { upstream, downstream, twin, group });
     }
     Ok(Ports { places, ..ports })
 }
@@ -33,17 +33,17 @@ pub fn over(ports: Ports, index: usize) -> Result<Ports> {
 /// A link or a group, and the way between device and host.
 struct Staged<T: ?Sized> {
     inner: Box<T>,
-    stage: Stage,
+    buffer: HostBuffer,
 }
 
-struct Stage {
+struct HostBuffer {
     queues: CudaQueues,
     device: Device,
 }
 
-impl Stage {
-    fn new(index: usize) -> Result<Stage> {
-        Ok(Stage { queues: CudaQueues::new(index)?, device: Device::Cuda(index) })
+impl HostBuffer {
+    fn new(index: usize) -> Result<HostBuffer> {
+        Ok(HostBuffer { queues: CudaQueues::new(index)?, device: Device::Cuda(index) })
     }
 
     /// The values on the host, there when this returns.
@@ -60,11 +60,11 @@ impl Stage {
 
 impl Link for Staged<dyn Link> {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        self.inner.send(header, self.stage.down(&tensor)?)
+        self.inner.send(header, self.buffer.down(&tensor)?)
     }
 
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
-        Ok(self.inner.receive(expected)?.f_to_device(self.stage.device)?)
+        Ok(self.inner.receive(expected)?.f_to_device(self.buffer.device)?)
     }
 }
 
@@ -75,7 +75,7 @@ impl Staged<dyn ReplicaGroup> {
         mut flat: Tensor,
         start: impl FnOnce(&mut dyn ReplicaGroup, Tensor) -> Result<Reduction>,
     ) -> Result<Reduction> {
-        let host = self.stage.down(&flat)?;
+        let host = self.buffer.down(&flat)?;
         let reduction = start(self.inner.as_mut(), host.shallow_clone())?;
         Ok(Reduction::new(move || {
             reduction.wait()?;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::comm::mpi::{self, World};
-use crate::device::{self, Choice, Local, driver, libraries};
+use crate::device::{self, DeviceSetting, Local, driver, libraries};
 use crate::error::Result;
 use crate::runtime;
 
@@ -57,7 +57,7 @@ fn gpus(lines: &mut Vec<String>, advice: &mut Vec<String>) {
                 let (gib, (major, minor)) = (gpu.bytes as f64 / f64::from(1 << 30), gpu.capability);
                 lines.push(format!("  GPU {:<5} {gpu}, {gib:.1} GiB, compute capability {major}.{minor}", gpu.index));
             }
-            if let Err(error) = device::choose(Choice::Cuda, Local::ALONE, false) {
+            if let Err(error) = device::choose(DeviceSetting::Cuda, Local::ALONE, false) {
                 advice.push(error.to_string());
             }
         }

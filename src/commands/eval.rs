@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
 use crate::config::Config;
 use crate::data::{Corpus, Order, Tokenizer, Tokens};
-use crate::device::{self, Choice, Local};
+use crate::device::{self, DeviceSetting, Local};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use crate::model::{Dimensions, Memory, ModelConfig, Positions, Stack};
@@ -51,8 +51,8 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
 fn config(saved: &Config, sets: &[String]) -> Result<Config> {
     let mut config = Config::parse(&saved.to_toml(), sets)?;
     // Where it was trained says nothing of this machine.
-    if config.device == Choice::Cuda && !sets.iter().any(|set| set.trim_start().starts_with("device")) {
-        config.device = Choice::Auto;
+    if config.device == DeviceSetting::Cuda && !sets.iter().any(|set| set.trim_start().starts_with("device")) {
+        config.device = DeviceSetting::Auto;
     }
     if let Some(eval) =
         config.eval.as_mut().filter(|_| !sets.iter().any(|set| set.trim_start().starts_with("eval.tokens")))

@@ -37,7 +37,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     for _ in 0..args.tokens {
         let last = reader.next(&text)?;
         text.push(
-            Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p }
+            DeviceSetting { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p }
                 .pick(&last, random::unit(&mut rng)) as i64,
         );
     }
@@ -97,7 +97,7 @@ impl Reader<'_> {
 }
 
 /// How a token is chosen.
-struct Choice {
+struct DeviceSetting {
     temperature: f64,
     /// Only among this many likeliest tokens.
     top_k: Option<usize>,
@@ -106,7 +106,7 @@ struct Choice {
     top_p: Option<f64>,
 }
 
-impl Choice {
+impl DeviceSetting {
     /// The token at `u` in [0, 1) of the distribution softmax(logits / temperature), cut as asked for.
     fn pick(&self, logits: &[f64], u: f64) -> usize {
         let mut order: Vec<usize> = (0..logits.len()).collect();
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     fn pick(logits: &[f64], temperature: f64, top_k: Option<usize>, top_p: Option<f64>, u: f64) -> usize {
-        Choice { temperature, top_k, top_p }.pick(logits, u)
+        DeviceSetting { temperature, top_k, top_p }.pick(logits, u)
     }
 
     #[test]

@@ -26,11 +26,11 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
     args.placement.check(args.grid.stages).map_err(|found| Error::config("--placement", "ring", found))?;
     let mut schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
     (schedule.placement, schedule.tie) = (args.placement, args.tie);
-    let fault = |fault: crate::schedule::Fault| Error::Internal(format!("schedule: {fault}"));
+    let fault = |fault: crate::schedule::Violation| Error::Internal(format!("schedule: {fault}"));
     put!("{}", summary(&schedule, args.grid.replicas, costs).map_err(fault)?);
     if args.steps > 0 {
         // A row is the shortest action; messages move between rows.
-        let shares = (0..args.grid.stages).map(|stage| schedule.share(stage));
+        let shares = (0..args.grid.stages).map(|stage| schedule.device_fraction(stage));
         let unit = costs.forward.min(costs.backward) * shares.fold(1.0, f64::min);
         say!("\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n");
         put!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);

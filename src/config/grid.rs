@@ -6,15 +6,18 @@ use crate::error::{Error, Result};
 use crate::grid::{self, Placement};
 
 /// The grid and what stands on it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GridConfig {
+    /// Pipeline stages, K.
     pub stages: usize,
+    /// Data-parallel replicas, R.
     pub replicas: usize,
     /// `line`, or `ring`: the last stage on the first one's device.
     pub placement: Placement,
     /// `replica-major`: the stages of a replica are neighbouring ranks; or `stage-major`: the replicas of a stage.
     pub order: grid::Order,
+    /// `"balanced"`, by the costs of the layers, or their counts, one a stage.
     pub layers_per_stage: LayersPerStage,
     /// Delays `D_k`, one a stage, where the least ones are not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -59,7 +62,7 @@ impl GridConfig {
 }
 
 /// How many layers every stage has.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(from = "LayersKey", into = "LayersKey")]
 pub enum LayersPerStage {
     /// By their costs: `"balanced"`.
@@ -68,14 +71,14 @@ pub enum LayersPerStage {
 }
 
 /// The key as it is written.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(untagged, expecting = "`\"balanced\"` or a list of layer counts such as [2, 3, 3]")]
 enum LayersKey {
     Word(Balanced),
     Counts(Vec<usize>),
 }
 
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Balanced {
     Balanced,

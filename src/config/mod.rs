@@ -19,17 +19,17 @@ pub use grid::{GridConfig, LayersPerStage};
 pub use recompute::Recompute;
 
 use crate::data::{DataConfig, Order, Reading, Shape};
-use crate::device::Choice;
+use crate::device::DeviceSetting;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::ModelConfig;
 use crate::optim::{OptimizerConfig, OptimizerKind, Predict, Sides};
 use crate::precision::Precision;
-use crate::schedule::Kind;
+use crate::schedule::ScheduleKind;
 use crate::wire::Wire;
 
 /// A run. Every key has a default, so a config file holds only what differs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Names the run and its folder under `runs/`.
@@ -42,7 +42,8 @@ pub struct Config {
     pub batch: usize,
     /// Microbatches m, a replica and step.
     pub microbatches: usize,
-    pub schedule: Kind,
+    /// In which order stages do forwards and backwards, and whether every step is a sync point.
+    pub schedule: ScheduleKind,
     /// Slack h per hop: 1, or 2 where messages take time.
     pub slack: usize,
     /// Keep only the stage input of a microbatch and run its forward again in the backward; `blocks`: keep the input of every
@@ -55,7 +56,7 @@ pub struct Config {
     /// Threads a rank.
     pub threads: usize,
     /// `cpu`; `cuda`, one GPU a rank; or `auto`, a GPU where there is one.
-    pub device: Choice,
+    pub device: DeviceSetting,
     /// Several ranks may share one GPU: for tests.
     pub allow_shared_gpu: bool,
     /// On a GPU only what gives the same bits every time; the processor always does.
@@ -77,6 +78,7 @@ pub struct Config {
     pub grid: GridConfig,
     pub model: ModelConfig,
     pub data: DataConfig,
+    #[schemars(with = "crate::optim::Common")]
     pub optimizer: OptimizerConfig,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalConfig>,
@@ -91,13 +93,13 @@ impl Default for Config {
             steps: 500,
             batch: 32,
             microbatches: 4,
-            schedule: Kind::Decoupled,
+            schedule: ScheduleKind::Decoupled,
             slack: 1,
             recompute: Recompute::Nothing,
             sync_steps: 0,
             sync_at: Vec::new(),
             threads: 1,
-            device: Choice::Cpu,
+            device: DeviceSetting::Cpu,
             allow_shared_gpu: false,
             deterministic: false,
             precision: Precision::F32,
@@ -117,7 +119,7 @@ impl Default for Config {
 }
 
 /// What a loss or a gradient that is not finite does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnNonfinite {
     Stop,
@@ -314,7 +316,7 @@ mod tests {
         let sets = ["model.d_model=256", "schedule=1f1b", "data.path=a b.txt", "eval.every=10", "optimizer.lr=3e-4"];
         let config = Config::parse("[model]\nd_model = 64", &sets.map(str::to_owned)).unwrap();
         assert_eq!(config.model.d_model, 256);
-        assert_eq!(config.schedule, Kind::OneForwardOneBackward);
+        assert_eq!(config.schedule, ScheduleKind::OneForwardOneBackward);
         assert_eq!(config.data.path, Some("a b.txt".into()));
         assert_eq!(config.eval.unwrap().every, 10);
         assert_eq!(config.optimizer.common.lr, 3e-4);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What of a forward is run again in the backward, to keep less of it meanwhile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(from = "RecomputeKey", into = "RecomputeKey")]
 pub enum Recompute {
     /// Everything is kept: `false`.
@@ -15,14 +15,14 @@ pub enum Recompute {
 }
 
 /// The key as it is written.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(untagged, expecting = "`true`, `false` or `\"blocks\"`")]
 enum RecomputeKey {
     Whole(bool),
     Word(Blocks),
 }
 
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Blocks {
     Blocks,

@@ -70,7 +70,7 @@ impl Gate {
             Control::Limit(limit) => state.limit = state.limit.max(limit),
             Control::Stop(at) => state.stop = Some(at),
             Control::Ask => {}
-            Control::End => state.ended = true,
+            Control::Shutdown => state.ended = true,
         }
         drop(state);
         self.changed.notify_all();
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(second, GateDecision::Stop);
         assert_eq!(gate.wait(6).unwrap(), GateDecision::Proceed(7));
         let gate = Gate::new(3, "here", None);
-        gate.apply(Control::End);
+        gate.apply(Control::Shutdown);
         assert!(gate.wait(3).is_err());
     }
 }

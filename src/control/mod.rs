@@ -26,7 +26,7 @@ pub use protocol::{Control, Controls, Report, Reporter};
 pub use signals::{SignalWatch, survive_file_limit};
 pub use stop::{Limits, STOPPED, Watch, left_of_job, limit};
 
-use crate::emulation::Emulation;
+use crate::emulated_compute::EmulatedCompute;
 use crate::inject::Injection;
 
 /// How a run differs from plain training.
@@ -35,7 +35,7 @@ pub struct Mode {
     pub inject: Option<Injection>,
     /// Only measures: nothing is saved.
     pub bench: bool,
-    pub emulation: Option<Emulation>,
+    pub emulated: Option<EmulatedCompute>,
     /// Heed signals, which belong to the whole process.
     pub signals: bool,
     pub limits: Limits,

@@ -92,7 +92,7 @@ pub enum Control {
     /// The heartbeat is asked for.
     Ask,
     /// Nothing more will be told.
-    End,
+    Shutdown,
 }
 
 /// Tells all ranks; on rank 0.
@@ -111,6 +111,6 @@ impl Controls {
 
 impl Drop for Controls {
     fn drop(&mut self) {
-        self.send(Control::End);
+        self.send(Control::Shutdown);
     }
 }

@@ -93,7 +93,7 @@ impl SignalWatch {
             for signal in signals.forever() {
                 let wish = wishes.hear(signal, Instant::now());
                 if wish == Wish::EndNow {
-                    complain!("error: {} again: ended at once; what was saved before is as it was", name(signal));
+                    complain!("error: {} again: ended at once; earlier checkpoints are intact", name(signal));
                     let _ = emulate_default_handler(signal);
                 }
                 if wish == Wish::Nothing || (signal == SIGTERM && ended()) {

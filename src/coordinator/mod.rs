@@ -24,7 +24,7 @@ use crate::awake::Awake;
 use crate::clock::Times;
 use crate::control::{Controls, Mode, Report, Watch};
 use crate::data::Tokenizer;
-use crate::emulation::Emulation;
+use crate::emulated_compute::EmulatedCompute;
 use crate::error::{Error, Placed, Result};
 use crate::files;
 use crate::lock::FolderLock;
@@ -60,7 +60,7 @@ pub struct Coordinator {
     times: Vec<(usize, Option<Times>)>,
     /// Only measures: tells where the time goes, saves nothing.
     bench: bool,
-    emulation: Option<Emulation>,
+    emulated: Option<EmulatedCompute>,
     commits: Commits,
     planner: StopPlanner,
     /// When the last step was complete.
@@ -99,7 +99,7 @@ impl Coordinator {
             done: Vec::new(),
             times: Vec::new(),
             bench: false,
-            emulation: None,
+            emulated: None,
             commits: Commits::begin(Arc::clone(&setup), out)?,
             planner: StopPlanner::new(config.steps, start, setup.lead()),
             last: Awake::now(),
@@ -116,7 +116,7 @@ impl Coordinator {
 
     /// The coordinator of a run of this mode.
     pub fn of_mode(self, mode: &Mode) -> Coordinator {
-        Coordinator { bench: mode.bench, emulation: mode.emulation.clone(), ..self }
+        Coordinator { bench: mode.bench, emulated: mode.emulated.clone(), ..self }
     }
 
     /// The coordinator of a run that has no heartbeats.
@@ -184,7 +184,7 @@ impl Coordinator {
         let text = match self.planner.end_at_limit(controls) {
             Stopping::Already => return,
             Stopping::AtEnd => format!("{reason}: all steps up to the end are under way, so the run ends there"),
-            Stopping::At(step) => format!(
+            Stopping::UsedVersions(step) => format!(
                 "{reason}: the run stops and saves at step {step}, in about {:.1} s ({} steps under way, then the save)",
                 self.time_to_stop().as_secs_f64(),
                 self.planner.under_way(self.steps.done())
@@ -308,7 +308,7 @@ impl Coordinator {
             });
         }
         if let Some(step) = self.planner.stop() {
-            say!("stopped at step {step} of {steps}; it is saved, and --resume goes on from there");
+            say!("stopped at step {step} of {steps}, checkpoint saved; --resume continues from it");
             return Ok(self.summary(self.commits.newest()));
         }
 
@@ -321,7 +321,7 @@ impl Coordinator {
     /// Where the time went, of a run that only measures.
     fn finish_bench(mut self, ranks: Ranks) -> Result<Summary> {
         self.times.sort_by_key(|(rank, _)| *rank);
-        let bench = Bench::new(&self.setup, self.emulation.as_ref(), &self.times, &self.done)?;
+        let bench = Bench::new(&self.setup, self.emulated.as_ref(), &self.times, &self.done)?;
         bench.write(&self.out)?;
         put!("{}", bench.table(ranks == Ranks::Threads));
         Ok(self.summary(None))
@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(lines[3]["grad_norm"], serde_json::json!([1.0, 2.0]));
         assert!(lines[3].get("table_norm").is_none());
         assert_eq!((&lines[12]["eval_loss"], &lines[12]["eval_tokens"]), (&(17.0 / 8.0).into(), &8.into()));
-        assert_eq!(sent.last(), Some(&Control::End));
+        assert_eq!(sent.last(), Some(&Control::Shutdown));
         assert!(sent.contains(&Control::Limit(12)), "{sent:?}");
     }
 

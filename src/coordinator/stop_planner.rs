@@ -26,7 +26,7 @@ pub struct StopPlanner {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Stopping {
     /// The run stops at this step.
-    At(usize),
+    UsedVersions(usize),
     /// All steps up to the end are under way: the run ends there.
     AtEnd,
     /// It was asked before.
@@ -110,7 +110,7 @@ impl StopPlanner {
         }
         self.stop = Some(self.limit);
         controls.send(Control::Stop(self.limit));
-        Stopping::At(self.limit)
+        Stopping::UsedVersions(self.limit)
     }
 }
 
@@ -141,7 +141,7 @@ mod tests {
         let limits: Vec<Control> = (5..=14).map(Control::Limit).collect();
         assert_eq!(*told.lock().unwrap(), limits);
         assert_eq!((planner.under_way(10), planner.time_to_stop(10)), (4, Duration::from_secs(40)));
-        assert_eq!(planner.end_at_limit(&controls), Stopping::At(14));
+        assert_eq!(planner.end_at_limit(&controls), Stopping::UsedVersions(14));
         assert_eq!(planner.end_at_limit(&controls), Stopping::Already);
         planner.raise(13, &controls);
         assert_eq!(told.lock().unwrap()[10..], [Control::Stop(14)]);

@@ -1,7 +1,7 @@
 //! When nothing moves any more: who is everybody waiting for?
 //!
 //! Rank 0 asks all ranks for their heartbeats when no report has come for a while. Nothing moves if no rank has begun anything
-//! new for `stall_seconds`. Then the culprit is, in this order: a rank that does not answer; one that waits for nobody; the
+//! new for `stall_seconds`. Then the culprit is, in this order: a rank that does not respond; one that waits for nobody; the
 //! sender of a message that somebody waits for although it was sent; a rank that all wait for in a circle.
 
 use std::collections::BTreeMap;
@@ -103,7 +103,7 @@ impl Watchdog {
     fn verdict(&self) -> (usize, String) {
         let ranks = 0..self.grid.size();
         if let Some(silent) = ranks.clone().find(|rank| !self.answers(*rank)) {
-            return (silent, "does not answer: its process is stopped, or its node is lost".into());
+            return (silent, "does not respond: its process is suspended, or its node is lost".into());
         }
         let working = |rank: &usize| {
             let finishing = self.beats.get(rank).is_some_and(|(beat, _)| beat.doing == Activity::Finishing);
@@ -112,7 +112,7 @@ impl Watchdog {
         let since = |rank: &usize| self.beats.get(rank).map_or(0.0, |(beat, _)| beat.since);
         let oldest = ranks.clone().filter(working).max_by(|a, b| since(a).total_cmp(&since(b)));
         if let Some(rank) = oldest {
-            return (rank, format!("stands still in {}, and everybody waits for it", self.doing(rank)));
+            return (rank, format!("is stuck in {}, and all other ranks are waiting for it", self.doing(rank)));
         }
         for rank in ranks {
             let Some((beat, _)) = self.beats.get(&rank) else { continue };
@@ -144,7 +144,7 @@ impl Watchdog {
     /// Everybody: place, host, what it does, for whom it waits, since when.
     fn table(&self) -> String {
         let mut out = format!(
-            "nothing has moved for {:.0} s:\n{:<26} {:<16} {:<22} {:>7}  {:<12} last actions",
+            "timed out: no progress for {:.0} s:\n{:<26} {:<16} {:<22} {:>7}  {:<12} last actions",
             self.stall.as_secs_f64(),
             "place",
             "host",
@@ -187,11 +187,11 @@ mod tests {
     #[test]
     fn the_one_that_all_wait_for_is_named() {
         let table: [(&[&str], usize, &str); 7] = [
-            (&["0SA4.0 0RG3.0", "1RA4.0 1F4.0", "0SA4.0 0RG3.0", "1R3 1U3"], 1, "stands still in 1F4.0"),
-            (&["0RG3.0", "1U3", "0F4.0", "1RA4.0"], 2, "stands still in 0F4.0"),
+            (&["0SA4.0 0RG3.0", "1RA4.0 1F4.0", "0SA4.0 0RG3.0", "1R3 1U3"], 1, "is stuck in 1F4.0"),
+            (&["0RG3.0", "1U3", "0F4.0", "1RA4.0"], 2, "is stuck in 0F4.0"),
             // The other has its sum of that step, and waits for the next.
-            (&["0ST7", "1U7", "0RG7.0", "1U6"], 3, "stands still in 1U6"),
-            (&["0ST7", "1U6", "0RG7.0", "1U7"], 1, "stands still in 1U6"),
+            (&["0ST7", "1U7", "0RG7.0", "1U6"], 3, "is stuck in 1U6"),
+            (&["0ST7", "1U6", "0RG7.0", "1U7"], 1, "is stuck in 1U6"),
             (
                 &["0SA4.0 0RG4.0", "1RA4.0", "0SA4.0 0RG4.0", "1R3 1U3"],
                 0,
@@ -202,7 +202,7 @@ mod tests {
                 1,
                 "a message that has not arrived: stage 0, replica 0",
             ),
-            (&["0RG3.0", "1RA4.0", "0RG3.0"], 3, "does not answer"),
+            (&["0RG3.0", "1RA4.0", "0RG3.0"], 3, "does not respond"),
         ];
         for (beats, rank, what) in table {
             let (found, text) = watchdog(beats).verdict();

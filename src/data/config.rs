@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// The text to train on. With none of `path`, `paths`, `synthetic`: 4,000,000 synthetic bytes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
+    /// A text, or a file of `ouroboros data prepare`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// Files read one after the other as one text.
@@ -18,6 +19,7 @@ pub struct DataConfig {
     /// Bytes of the embedded text, whose entropy rate is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synthetic: Option<usize>,
+    /// How text becomes tokens.
     pub tokenizer: Tokenizer,
     /// Words that stand more rarely in the training text become `<unk>`.
     pub min_count: usize,
@@ -29,11 +31,12 @@ pub struct DataConfig {
     /// By default streams where the model has a memory, else shuffled windows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
+    /// What evaluation reads: a fraction of the text, its last part; the path of a file; or a split of a prepared file.
     pub held_out: HeldOut,
 }
 
 /// In which order the rows of a batch read the text.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
     /// Windows in an order that every epoch shuffles.
@@ -99,7 +102,7 @@ impl Default for DataConfig {
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokenizer {
     /// 256 tokens, one a byte.
@@ -131,7 +134,7 @@ impl Tokenizer {
 }
 
 /// What evaluation reads: the last part of the corpus, a file of its own, or a split of a prepared file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(untagged, expecting = "a fraction between 0 and 1, or the path of a file")]
 pub enum HeldOut {
     Fraction(f64),

@@ -48,9 +48,9 @@ pub fn prepare_environment() {
 }
 
 /// What a config asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Choice {
+pub enum DeviceSetting {
     /// A GPU where there is one that can be used, else the processor.
     Auto,
     Cpu,
@@ -71,17 +71,17 @@ impl Local {
 
 /// What a rank computes on.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Chosen {
+pub enum ComputeDevice {
     Cpu,
     Cuda(Gpu),
 }
 
-impl Chosen {
+impl ComputeDevice {
     /// libtorch's name of it.
     pub fn device(&self) -> Device {
         match self {
-            Chosen::Cpu => Device::Cpu,
-            Chosen::Cuda(gpu) => Device::Cuda(gpu.index),
+            ComputeDevice::Cpu => Device::Cpu,
+            ComputeDevice::Cuda(gpu) => Device::Cuda(gpu.index),
         }
     }
 }
@@ -90,22 +90,22 @@ impl Chosen {
 ///
 /// # Errors
 /// [`Error::Config`] about `device` if a GPU is wanted and cannot be had.
-pub fn choose(choice: Choice, local: Local, shared: bool) -> Result<Chosen> {
+pub fn choose(choice: DeviceSetting, local: Local, shared: bool) -> Result<ComputeDevice> {
     let found = match choice {
-        Choice::Cpu => return Ok(Chosen::Cpu),
+        DeviceSetting::Cpu => return Ok(ComputeDevice::Cpu),
         _ => driver::find().and_then(usable),
     };
     match (choice, found) {
-        (Choice::Auto, Err(why)) => {
+        (DeviceSetting::Auto, Err(why)) => {
             tracing::info!(%why, "no GPU is used");
-            Ok(Chosen::Cpu)
+            Ok(ComputeDevice::Cpu)
         }
         (_, Err(why)) => Err(Error::config(
             "device",
             format!("`cuda`, but {why}"),
             "set device = \"cpu\", or mend that; see ouroboros doctor",
         )),
-        (_, Ok(driver)) => pick(&driver.gpus, local, shared).map(Chosen::Cuda),
+        (_, Ok(driver)) => pick(&driver.gpus, local, shared).map(ComputeDevice::Cuda),
     }
 }
 
@@ -147,7 +147,7 @@ fn pick(gpus: &[Gpu], local: Local, shared: bool) -> Result<Gpu> {
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn sent(values: &Tensor, device: Device) -> Result<Tensor> {
+pub fn to_device(values: &Tensor, device: Device) -> Result<Tensor> {
     match device {
         Device::Cpu => Ok(values.shallow_clone()),
         _ => Ok(values.f_internal_pin_memory(device)?.f_to_device_(device, values.kind(), true, false)?),
@@ -214,8 +214,8 @@ mod tests {
         if driver::find().is_ok() {
             return; // scripts/gpu-check.sh is for such a machine.
         }
-        assert_eq!(choose(Choice::Auto, Local::ALONE, false).unwrap(), Chosen::Cpu);
-        let error = choose(Choice::Cuda, Local::ALONE, false).unwrap_err();
+        assert_eq!(choose(DeviceSetting::Auto, Local::ALONE, false).unwrap(), ComputeDevice::Cpu);
+        let error = choose(DeviceSetting::Cuda, Local::ALONE, false).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         let text = error.to_string();
         assert!(text.contains("setting `device`: found `cuda`, but "), "{text}");

@@ -9,7 +9,7 @@ use super::job::Job;
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
 use crate::data::Fingerprint;
-use crate::device::Chosen;
+use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::files::SEEN;
 use crate::grid::Placement;
@@ -74,7 +74,7 @@ pub(super) fn hosts(world: &World) -> Result<Vec<String>> {
 }
 
 /// Refuses a machine whose limits the ranks on it would break.
-pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup, chosen: &Chosen) -> Result<()> {
+pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup, chosen: &ComputeDevice) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
     let group = memory::control_group().unwrap_or_default();
     let all = world.all_gather(format!("{host}\n{group}").into_bytes())?;
@@ -95,7 +95,7 @@ pub(super) fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
         ("training text", format!("{train_tokens} {train}")),
         ("held-out text", format!("{held_out_tokens} {held_out}")),
         ("config", setup.config.to_toml()),
-        ("step to go on from", setup.start().to_string()),
+        ("step to resume from", setup.start().to_string()),
     ];
     for (what, mine) in mine {
         let all = world.all_gather(mine.into_bytes())?;

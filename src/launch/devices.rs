@@ -3,7 +3,7 @@
 use super::job::Transport;
 use crate::comm::mpi::World;
 use crate::config::Config;
-use crate::device::{self, Chosen, Gpu, Local, context, libraries};
+use crate::device::{self, ComputeDevice, Gpu, Local, context, libraries};
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
@@ -11,20 +11,20 @@ use crate::precision::Precision;
 ///
 /// # Errors
 /// [`Error::Usage`] about `--transport`, [`Error::Config`] about `device` if NCCL is missing.
-pub(super) fn carried(transport: Option<Transport>, chosen: &Chosen, size: usize) -> Result<Option<Transport>> {
+pub(super) fn carried(transport: Option<Transport>, chosen: &ComputeDevice, size: usize) -> Result<Option<Transport>> {
     match (transport, chosen) {
-        (Some(Transport::Nccl), Chosen::Cpu) => {
+        (Some(Transport::Nccl), ComputeDevice::Cpu) => {
             Err(Error::Usage("--transport nccl is for GPUs; set device = \"cuda\", or take mpi".into()))
         }
-        (Some(Transport::Mpi), Chosen::Cuda(_)) => Ok(Some(Transport::Mpi)),
+        (Some(Transport::Mpi), ComputeDevice::Cuda(_)) => Ok(Some(Transport::Mpi)),
         // Nobody to talk to.
-        (_, Chosen::Cuda(_)) if size == 1 => Ok(None),
-        (_, Chosen::Cuda(_)) => {
+        (_, ComputeDevice::Cuda(_)) if size == 1 => Ok(None),
+        (_, ComputeDevice::Cuda(_)) => {
             let remedy = "or take --transport mpi, which is slow";
             libraries::nccl().map_err(|why| Error::config("device", format!("`cuda`, but {why}"), remedy))?;
             Ok(Some(Transport::Nccl))
         }
-        (_, Chosen::Cpu) => Ok(None),
+        (_, ComputeDevice::Cpu) => Ok(None),
     }
 }
 
@@ -32,10 +32,10 @@ pub(super) fn carried(transport: Option<Transport>, chosen: &Chosen, size: usize
 ///
 /// # Errors
 /// [`Error::Config`] about `device` or `precision`.
-pub(super) fn chosen(config: &Config, local: Local) -> Result<Chosen> {
+pub(super) fn chosen(config: &Config, local: Local) -> Result<ComputeDevice> {
     let chosen = device::choose(config.device, local, config.allow_shared_gpu)?;
     if config.precision == Precision::Tf32 {
-        if chosen == Chosen::Cpu {
+        if chosen == ComputeDevice::Cpu {
             let remedy = "only GPUs have it: set device = \"cuda\", or take \"f32\"";
             return Err(Error::config("precision", "`tf32` on a processor", remedy));
         }
@@ -51,10 +51,10 @@ pub(super) fn chosen(config: &Config, local: Local) -> Result<Chosen> {
 ///
 /// # Errors
 /// [`Error::Config`] about `device` or `allow_shared_gpu`.
-pub(super) fn apart(world: &World, config: &Config, chosen: &Chosen) -> Result<()> {
+pub(super) fn apart(world: &World, config: &Config, chosen: &ComputeDevice) -> Result<()> {
     let gpu = match chosen {
-        Chosen::Cpu => None,
-        Chosen::Cuda(gpu) => Some(gpu.clone()),
+        ComputeDevice::Cpu => None,
+        ComputeDevice::Cuda(gpu) => Some(gpu.clone()),
     };
     let bytes =
         serde_json::to_vec(&(&world.identity.host, &gpu)).map_err(|error| Error::Internal(error.to_string()))?;

@@ -8,7 +8,7 @@ use tch::Device;
 use crate::checkpoint::Checkpoint;
 use crate::config::{CheckpointConfig, Config};
 use crate::control::Mode;
-use crate::device::Chosen;
+use crate::device::ComputeDevice;
 use crate::device::queues::CudaQueues;
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
@@ -43,7 +43,7 @@ pub struct Job {
     /// The description of the machine; whether its links are tested first.
     pub topology: Option<PathBuf>,
     pub self_test: bool,
-    pub emulate: bool,
+    pub oracle: bool,
     /// Go on from this saved state, or the newest in this folder; an empty path is the run's own folder.
     pub resume: Option<PathBuf>,
     pub mode: Mode,
@@ -67,16 +67,16 @@ impl Job {
         if self.mode.bench {
             config = self.measured(config);
         }
-        if !self.emulate && config.eval.as_ref().is_some_and(|eval| !eval.drain) {
-            let remedy = "only the oracle reads the weights while steps are under way; leave it out, or add --emulate";
+        if !self.oracle && config.eval.as_ref().is_some_and(|eval| !eval.drain) {
+            let remedy = "only the oracle reads the weights while steps are under way; leave it out, or add --oracle";
             return Err(Error::config("eval.drain", false, remedy));
         }
         let setup = Setup::new(config)?;
         if self.mode.bench {
             clock::check(&setup.schedule)?;
         }
-        if let Some(emulation) = &self.mode.emulation {
-            emulation.check(setup.grid.stages)?;
+        if let Some(emulated) = &self.mode.emulated {
+            emulated.check(setup.grid.stages)?;
         }
         if let Some(injection) = self.mode.inject {
             self.check_injection(injection, &setup)?;
@@ -121,7 +121,7 @@ impl Job {
                 let out = self.out(setup);
                 let found = Checkpoint::newest(&out)?;
                 if found.is_none() {
-                    say!("nothing is saved in {} yet: the run begins", out.display());
+                    say!("no checkpoint in {} yet: starting at step 0", out.display());
                 }
                 Ok(found)
             }
@@ -157,14 +157,14 @@ impl Job {
     pub(super) fn check_memory(
         &self,
         setup: &Setup,
-        chosen: &Chosen,
+        chosen: &ComputeDevice,
         ranks: Range<usize>,
         neighbours: &[(usize, String)],
     ) -> Result<()> {
         match chosen {
-            _ if self.mode.emulation.is_some() => Ok(()),
-            Chosen::Cuda(gpu) => memory::check_gpu_size(setup, ranks, gpu.bytes),
-            Chosen::Cpu => memory::check(setup, ranks, neighbours),
+            _ if self.mode.emulated.is_some() => Ok(()),
+            ComputeDevice::Cuda(gpu) => memory::check_gpu_size(setup, ranks, gpu.bytes),
+            ComputeDevice::Cpu => memory::check(setup, ranks, neighbours),
         }
     }
 
@@ -174,7 +174,7 @@ impl Job {
     /// [`Error::Memory`].
     pub(super) fn check_gpu_memory(&self, setup: &Setup, ranks: Range<usize>) -> Result<()> {
         match setup.device {
-            Device::Cuda(index) if self.mode.emulation.is_none() => {
+            Device::Cuda(index) if self.mode.emulated.is_none() => {
                 let queues = CudaQueues::new(index)?;
                 let (left, bytes) = queues.memory()?;
                 memory::check_gpu(setup, ranks, left, bytes)

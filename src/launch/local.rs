@@ -10,11 +10,11 @@ use super::{announce, watch};
 use crate::comm::local;
 use crate::control::{Controls, Gate, Mode, Report, Reporter, SignalWatch};
 use crate::coordinator::{Coordinator, Ranks};
-use crate::device::{Chosen, Local};
-use crate::emulator::Emulator;
+use crate::device::{ComputeDevice, Local};
 use crate::error::{Error, Placed, Result};
 use crate::failure::{FirstError, caught, panic_text, show};
 use crate::metrics::Summary;
+use crate::oracle::Oracle;
 use crate::runtime;
 use crate::setup::Setup;
 use crate::worker::Worker;
@@ -35,10 +35,13 @@ pub(super) fn threads(job: &Job) -> Placed<Summary> {
 }
 
 /// Folder, log and coordinator of a run in one process.
-fn prepare(job: &Job, check: impl Fn(&Setup, &Chosen) -> Result<()>) -> Result<(Arc<Setup>, PathBuf, Coordinator)> {
+fn prepare(
+    job: &Job,
+    check: impl Fn(&Setup, &ComputeDevice) -> Result<()>,
+) -> Result<(Arc<Setup>, PathBuf, Coordinator)> {
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
-    let setup = setup.on(chosen.device());
+    let setup = setup.with_device(chosen.device());
     let setup = match job.saved(&setup)? {
         Some(saved) => setup.resume(saved)?,
         None => setup,
@@ -98,15 +101,18 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode:
 /// What it finds.
 pub(super) fn oracle(job: &Job) -> Placed<Summary> {
     let (setup, out, coordinator) = prepare(job, |_, _| Ok(())).map_err(|error| (None, error))?;
-    announce(&setup, "emulated in one process", None);
-    run_emulated(&setup, &out, coordinator, &job.mode)
+    announce(&setup, "the oracle, in one process", None);
+    if std::env::args().any(|word| word == "--emulate") {
+        say!("note: --emulate is called --oracle");
+    }
+    run_oracle(&setup, &out, coordinator, &job.mode)
 }
 
 /// Trains `setup` with the oracle.
 ///
 /// # Errors
 /// What the oracle finds.
-pub fn run_emulated(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: &Mode) -> Placed<Summary> {
+pub fn run_oracle(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: &Mode) -> Placed<Summary> {
     let (reports, received) = channel();
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports)).map_err(|error| (None, error))?;
@@ -115,7 +121,7 @@ pub fn run_emulated(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mo
     let told = Arc::clone(&gate);
     let controls = Controls::new(move |control| told.apply(control));
     let (outcome, summary) = std::thread::scope(|scope| {
-        let work = || Emulator::new(Arc::clone(setup), oracles, gate, out.to_owned())?.run();
+        let work = || Oracle::new(Arc::clone(setup), oracles, gate, out.to_owned())?.run();
         let oracle = scope.spawn(|| {
             let outcome = caught(work);
             if let Err(error) = &outcome {

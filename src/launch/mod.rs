@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 pub use agree::refuse;
 pub use job::{Job, Transport};
-pub use local::{run_emulated, run_local};
+pub use local::{run_local, run_oracle};
 
 use crate::comm::mpi;
 use crate::control::{Mode, STOPPED, Watch, left_of_job};
@@ -34,20 +34,20 @@ pub fn train(job: &Job) -> u8 {
 fn run_job(job: &Job) -> u8 {
     let launched = mpi::by_mpirun() && mpi::launched().is_some_and(|(size, _)| size > 1);
     let transport = match job.transport {
-        _ if job.emulate && launched => {
-            return refuse(&Error::Usage("--emulate is one process; run it without mpirun".into()));
+        _ if job.oracle && launched => {
+            return refuse(&Error::Usage("--oracle is one process; run it without mpirun".into()));
         }
         Some(Transport::Local) if launched => {
             return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
         }
         Some(Transport::Local) if job.self_test => return refuse(&no_links()),
         Some(transport) => transport,
-        None if mpi::launched().is_some() && !job.emulate => Transport::Mpi,
+        None if mpi::launched().is_some() && !job.oracle => Transport::Mpi,
         None if job.self_test => return refuse(&no_links()),
         None => Transport::Local,
     };
     let result = match transport {
-        _ if job.emulate => local::oracle(job),
+        _ if job.oracle => local::oracle(job),
         Transport::Local => local::threads(job),
         Transport::Mpi | Transport::Nccl => return ranks::over_mpi(job),
     };
@@ -95,7 +95,7 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     put!("{}", setup.picture());
     if let Some(saved) = &setup.resumed {
         say!(
-            "goes on at step {} from {}, saved on a grid of {}",
+            "resuming at step {} from {} (saved by a grid of {})",
             saved.step(),
             saved.path.display(),
             saved.manifest.grid

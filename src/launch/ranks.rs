@@ -58,7 +58,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let chosen = together(world, || chosen(&setup.config, world.identity.local))?;
     together(world, || apart(world, &setup.config, &chosen))?;
     let carried = together(world, || carried(job.transport, &chosen, world.identity.size))?;
-    let setup = setup.on(chosen.device());
+    let setup = setup.with_device(chosen.device());
     let setup = Arc::new(together(world, || resumed(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
     together(world, || on_their_nodes(topology.as_ref(), world))?;

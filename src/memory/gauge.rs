@@ -34,7 +34,7 @@ impl Gauge {
     ///
     /// # Errors
     /// What the driver reports.
-    pub fn on(device: Device) -> Result<Option<Gauge>> {
+    pub fn for_device(device: Device) -> Result<Option<Gauge>> {
         let Device::Cuda(index) = device else { return Ok(Gauge::start()) };
         let queues = CudaQueues::new(index)?;
         let start = queues.taken()?;
@@ -42,7 +42,7 @@ impl Gauge {
     }
 
     /// So many bytes more of memory that replicas share are this process's.
-    pub fn shares(&mut self, bytes: u64) {
+    pub fn exclude_shared(&mut self, bytes: u64) {
         if let Gauge::Host { shared, .. } = self {
             *shared += bytes;
         }

@@ -1,7 +1,7 @@
 //! The predicted peak of a rank's memory, from the formulas of the layers.
 
 use crate::checkpoint::SavedBuffer;
-use crate::comm::mpi::{PART, PARTS_UNDER_WAY};
+use crate::comm::mpi::{CHUNK, CHUNKS_UNDER_WAY};
 use crate::comm::nccl;
 use crate::config::Recompute;
 use crate::data::Order;
@@ -11,7 +11,7 @@ use crate::number::READBACK_STEPS;
 use crate::optim::{state_layouts, workspace};
 use crate::params::{Layout, Master};
 use crate::precision::Precision;
-use crate::schedule::{End, Tie};
+use crate::schedule::{TableEnd, Tie};
 use crate::setup::Setup;
 use crate::wire::Wire;
 
@@ -60,7 +60,7 @@ impl Prediction {
             sum.add_place(setup, *place);
         }
         let value = setup.config.precision.bytes() as u64;
-        let ends: Vec<End> = held.iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
+        let ends: Vec<TableEnd> = held.iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
         if let Some(end) = ends.first() {
             let layout = Layout::new(&model::table(&setup.dimensions));
             let table = layout.len as u64 * VALUE;
@@ -229,7 +229,7 @@ fn copied_older(setup: &Setup, place: Place) -> u64 {
     // With prediction that of the newest weights too.
     let versions = |delay: usize| delay + usize::from(setup.master(delay) == Master::Always);
     let own = versions(schedule.delays[place.stage]) * own;
-    (own + versions(schedule.table_delay(End::Input)) * table) as u64 * VALUE
+    (own + versions(schedule.table_delay(TableEnd::Input)) * table) as u64 * VALUE
 }
 
 /// The parts of the tied table's gradient that a place copies if it is stopped between two sync points.
@@ -256,8 +256,8 @@ fn reduced_at_once(setup: &Setup) -> u64 {
         Wire::F32 => replicas - 1,
         Wire::Bf16 => 2 * (replicas - 1) + 1,
     };
-    let slice = PART.div_ceil(replicas);
-    (PARTS_UNDER_WAY * slices * slice * wire.bytes()) as u64 + slice as u64 * VALUE
+    let slice = CHUNK.div_ceil(replicas);
+    (CHUNKS_UNDER_WAY * slices * slice * wire.bytes()) as u64 + slice as u64 * VALUE
 }
 
 /// What an evaluation holds at most: nothing is kept but memories, and one layer's work.
@@ -267,7 +267,7 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
     }
     let rows = match setup.config.order() {
         Order::Shuffled => setup.rows,
-        Order::Streams => setup.eval_share,
+        Order::Streams => setup.eval_rows_per_replica,
     };
     let value = setup.config.precision.bytes();
     let remembered = setup.config.eval_mem_len() * stack.remembering() * setup.config.model.d_model;

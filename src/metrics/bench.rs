@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::thousands;
-use crate::clock::{Share, StageTimes, Times};
-use crate::device::Choice;
-use crate::emulation::{Emulation, StageTime};
+use crate::clock::{StageTimes, TimeKind, Times};
+use crate::device::DeviceSetting;
+use crate::emulated_compute::{EmulatedCompute, StageTime};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::memory::Prediction;
@@ -23,8 +23,8 @@ pub struct Bench {
     name: String,
     grid: String,
     /// On GPUs times are those of the hosts, which do not wait for them: no profile.
-    device: Choice,
-    schedule: crate::schedule::Kind,
+    device: DeviceSetting,
+    schedule: crate::schedule::ScheduleKind,
     microbatches: usize,
     /// Of a microbatch.
     rows: usize,
@@ -39,13 +39,13 @@ pub struct Bench {
     pub utilisation: f64,
     /// K times the utilisation: over one device that holds the whole model.
     speed_up: f64,
-    stages: Vec<Stage>,
+    stages: Vec<StageRow>,
     devices: Vec<Device>,
 }
 
 /// One stage.
 #[derive(Debug, Serialize)]
-struct Stage {
+struct StageRow {
     stage: usize,
     #[serde(flatten)]
     time: StageTime,
@@ -73,7 +73,7 @@ impl Bench {
     /// [`Error::Internal`] if a device has measured nothing: a run's length is checked before it starts.
     pub fn new(
         setup: &Setup,
-        emulation: Option<&Emulation>,
+        emulated: Option<&EmulatedCompute>,
         times: &[(usize, Option<Times>)],
         peaks: &[(usize, Option<u64>)],
     ) -> Result<Bench> {
@@ -86,16 +86,17 @@ impl Bench {
             .ok_or_else(short)?;
         let steps = measured.first().map_or(0, |(_, times)| times.steps);
         let step_s = mean(measured.iter().map(|(_, times)| times.seconds / times.steps as f64));
-        let stages: Vec<Stage> = (0..setup.grid.stages).map(|stage| Stage::new(setup, stage, &measured)).collect();
+        let stages: Vec<StageRow> =
+            (0..setup.grid.stages).map(|stage| StageRow::new(setup, stage, &measured)).collect();
         let costs = stages.iter().map(|stage| stage.time.costs()).collect();
         let predicted_step_s =
             step_time(&setup.schedule, costs, 0.0).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
         // What a device was asked to sleep is its work, however late it was woken.
-        let busy = |rank: usize, times: &Times| match emulation {
-            None => times.share(Share::Compute),
-            Some(emulation) => {
+        let busy = |rank: usize, times: &Times| match emulated {
+            None => times.fraction(TimeKind::Compute),
+            Some(emulated) => {
                 let asked = setup.grid.held(rank).into_iter().map(|place| {
-                    let sleep = emulation.sleep(&setup.schedule, place.stage);
+                    let sleep = emulated.sleep(&setup.schedule, place.stage);
                     (sleep.forward + sleep.backward).as_secs_f64()
                 });
                 asked.sum::<f64>() * (config.microbatches * times.steps) as f64 / times.seconds
@@ -105,7 +106,7 @@ impl Bench {
         let devices = measured.iter().zip(peaks).map(|((rank, times), (_, peak))| Device {
             rank: *rank,
             place: setup.grid.name(*rank),
-            shares: Share::ALL.iter().map(|(share, name)| (*name, times.share(*share))).collect(),
+            shares: TimeKind::ALL.iter().map(|(share, name)| (*name, times.fraction(*share))).collect(),
             compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
             mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
             predicted_bytes: Prediction::new(setup, *rank).of_device(setup),
@@ -114,12 +115,12 @@ impl Bench {
         Ok(Bench {
             name: config.name.clone(),
             grid: setup.grid.to_string(),
-            device: if setup.device.is_cuda() { Choice::Cuda } else { Choice::Cpu },
+            device: if setup.device.is_cuda() { DeviceSetting::Cuda } else { DeviceSetting::Cpu },
             schedule: config.schedule,
             microbatches: config.microbatches,
             rows: setup.rows,
             parameters: setup.parameters(),
-            emulated: emulation.is_some(),
+            emulated: emulated.is_some(),
             steps,
             step_s,
             predicted_step_s,
@@ -144,7 +145,7 @@ impl Bench {
     /// The table. `shared` says that the ranks are threads of one process, so that only their sum can be measured.
     pub fn table(&self, shared: bool) -> String {
         let mut text = format!("\n% of the time       {:>8}", "");
-        for (_, name) in Share::ALL {
+        for (_, name) in TimeKind::ALL {
             let _ = write!(text, " {name:>10}");
         }
         text.push_str("   peak MiB  of prediction\n");
@@ -185,15 +186,15 @@ impl Bench {
     }
 }
 
-impl Stage {
-    fn new(setup: &Setup, stage: usize, measured: &[(usize, &Times)]) -> Stage {
+impl StageRow {
+    fn new(setup: &Setup, stage: usize, measured: &[(usize, &Times)]) -> StageRow {
         let found: Vec<(&StageTimes, &Times)> = measured
             .iter()
             .flat_map(|(_, times)| times.stages.iter().map(move |of| (of, *times)))
             .filter(|(of, _)| of.stage == stage)
             .collect();
         let ms = |seconds: f64, count: usize| 1e3 * seconds / count.max(1) as f64;
-        let waits = found.iter().map(|(of, times)| ms(times.shares[Share::Reduce as usize], of.updates));
+        let waits = found.iter().map(|(of, times)| ms(times.shares[TimeKind::Reduce as usize], of.updates));
         let time = StageTime {
             forward_ms: mean(found.iter().map(|(of, _)| ms(of.forward, of.microbatches))),
             backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
@@ -202,7 +203,7 @@ impl Stage {
             table_ms: mean(found.iter().map(|(of, _)| ms(of.table, of.updates))),
             reduce_ms: waits.fold(f64::INFINITY, f64::min),
         };
-        Stage { stage, time, bucket_values: buckets(setup, stage) }
+        StageRow { stage, time, bucket_values: buckets(setup, stage) }
     }
 }
 

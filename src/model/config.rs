@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::schedule::Tie;
 
 /// The architectures; what each is stands in its [`Architecture`].
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Arch {
     /// Pre-LN decoder with learned positions, GELU and causal attention.
@@ -19,7 +19,7 @@ pub enum Arch {
 }
 
 /// Where a layer normalises.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Norm {
     /// Before each branch, and once more before the head.
@@ -29,7 +29,7 @@ pub enum Norm {
 }
 
 /// How the parameters of a model begin; tables have `embedding_std`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InitKind {
     /// Matrices by the width of the model, those that end a residual branch smaller by the root of twice the layers.
@@ -43,16 +43,21 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// The model's sizes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
+    /// The family.
     pub arch: Arch,
+    /// Blocks, embedding and head not counted.
     pub layers: usize,
+    /// Width of hidden states, D.
     pub d_model: usize,
+    /// Heads of the attention, as wide as `d_model` together unless `d_head` is given.
     pub heads: usize,
     /// Width of a head; none: `d_model / heads`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub d_head: Option<usize>,
+    /// Width of the feed-forward, F.
     pub d_ff: usize,
     /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
     /// position-wise network and before the head.
@@ -64,14 +69,15 @@ pub struct ModelConfig {
     /// With `div_val`: rows that are as wide as the model are projected, too, as in the public code of Transformer-XL.
     #[serde(skip_serializing_if = "is_false")]
     pub project_all: bool,
-    /// Width of the embedding's and of the head's rows; none: `d_model`.
+    /// Width of the embedding's rows; none: `d_model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embedding_width: Option<usize>,
+    /// Width of the head's rows; none: `d_model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_width: Option<usize>,
-    /// Standard deviation of the first values of the embedding's tables, of the positions too. GPT-2's 0.02 suits small learning
-    /// rates: at 6e-3 a step of AdamW moves such a row by a third of itself, which delayed steps stand badly. A
-    /// tied table is multiplied by so much less on its way in that the embedding begins as with 0.02, and by the root of that as the head.
+    /// Standard deviation of the initial values of the embedding's tables, of the positions too. GPT-2's 0.02 suits small learning
+    /// rates; delayed steps stand larger values (0.2) better. The embedding of a tied table is multiplied by 0.02 / `embedding_std`,
+    /// its head by the root of that.
     pub embedding_std: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
@@ -221,7 +227,7 @@ impl ModelConfig {
 }
 
 /// How the two parts of a tied table's gradient are put together.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TieGradient {
     /// The true gradient.

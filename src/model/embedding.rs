@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role};
-use crate::device::sent;
+use crate::device::to_device;
 use crate::error::Result;
 
 /// Layer 0 of the dropout keys.
@@ -27,7 +27,7 @@ impl Embedding {
     /// Rows of one cluster's table, projected to D: `tokens` count from the cluster's first.
     fn rows(&self, cluster: &Cluster, weights: &mut std::slice::Iter<Tensor>, tokens: &Tensor) -> Result<Tensor> {
         let table = weights.next().expect("a table for every cluster");
-        let tokens = sent(tokens, table.device())?;
+        let tokens = to_device(tokens, table.device())?;
         let rows = Tensor::f_embedding(table, &tokens, -1, false, false)?;
         if !cluster.projected {
             return Ok(rows);
@@ -46,7 +46,7 @@ impl Embedding {
             let inside = tokens.f_ge(cluster.start)?.f_logical_and(&tokens.f_lt(cluster.start + cluster.tokens)?)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             let rows = self.rows(cluster, weights, &tokens.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?)?;
-            let places = sent(&places, rows.device())?;
+            let places = to_device(&places, rows.device())?;
             let all = match hidden.take() {
                 Some(all) => all,
                 None => Tensor::f_zeros([tokens.size()[0], self.d.d_model], (rows.kind(), rows.device()))?,

@@ -17,7 +17,7 @@ use super::clusters::{Cluster, clusters, numbered, tables};
 use super::linear::linear;
 use super::{Dimensions, Dropout, Init, Parameter, Role, layer_norm, table};
 use crate::data::UNCOUNTED;
-use crate::device::sent;
+use crate::device::to_device;
 use crate::error::Result;
 
 pub(super) struct Head {
@@ -26,16 +26,16 @@ pub(super) struct Head {
 }
 
 /// The values of a cluster's parameters.
-struct Part<'a> {
+struct ClusterWeights<'a> {
     rows: &'a Tensor,
     projection: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
 }
 
 /// The values of the head's parameters, sorted out.
-struct Parts<'a> {
+struct HeadWeights<'a> {
     norm: Option<(&'a Tensor, &'a Tensor)>,
-    clusters: Vec<Part<'a>>,
+    clusters: Vec<ClusterWeights<'a>>,
     /// Rows and biases of the entries that stand for clusters.
     entries: Option<(&'a Tensor, &'a Tensor)>,
 }
@@ -72,25 +72,25 @@ impl Head {
         parameters
     }
 
-    fn parts<'a>(&self, weights: &'a [Tensor]) -> Parts<'a> {
+    fn parts<'a>(&self, weights: &'a [Tensor]) -> HeadWeights<'a> {
         let mut weights = weights.iter();
         let mut next = || weights.next().expect("as many values as parameters");
         let norm = self.d.final_norm.then(|| (next(), next()));
-        let mut clusters: Vec<Part> = Vec::new();
+        let mut clusters: Vec<ClusterWeights> = Vec::new();
         for cluster in &self.clusters {
             let rows = next();
             let projection = cluster.projected.then(&mut next);
-            clusters.push(Part { rows, projection, bias: None });
+            clusters.push(ClusterWeights { rows, projection, bias: None });
         }
         if self.d.architecture.head_bias {
             clusters.iter_mut().for_each(|part| part.bias = Some(next()));
         }
         let entries = (clusters.len() > 1).then(|| (next(), next()));
-        Parts { norm, clusters, entries }
+        HeadWeights { norm, clusters, entries }
     }
 
     /// [B, T, D] -> [B T, D], normalised and dropped.
-    fn prepared(&self, parts: &Parts, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    fn prepared(&self, parts: &HeadWeights, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
         let x = match parts.norm {
             Some((weight, bias)) => layer_norm(x, weight, bias)?,
             None => x.shallow_clone(),
@@ -105,14 +105,14 @@ impl Head {
     }
 
     /// [N, D] -> the logits of the first softmax, [N, n_0 + further clusters].
-    fn first(&self, parts: &Parts, x: &Tensor) -> Result<Tensor> {
+    fn first(&self, parts: &HeadWeights, x: &Tensor) -> Result<Tensor> {
         let part = &parts.clusters[0];
         let Some((entries, entry_biases)) = parts.entries else { return part.logits(x) };
         let rows = Tensor::f_cat(&[part.rows, entries], 0)?;
         let n = part.rows.size()[0];
         let zeros = Tensor::f_zeros([n], (x.kind(), x.device()))?;
         let biases = Tensor::f_cat(&[part.bias.unwrap_or(&zeros), entry_biases], 0)?;
-        Part { rows: &rows, bias: Some(&biases), ..*part }.logits(x)
+        ClusterWeights { rows: &rows, bias: Some(&biases), ..*part }.logits(x)
     }
 
     /// Hidden states [B, T, D], `targets` [B, T] on the host -> the mean cross-entropy in nats per token.
@@ -130,7 +130,7 @@ impl Head {
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
         let logits = wide(self.first(&parts, &x)?)?;
-        let targets = sent(&targets.f_reshape([-1])?, logits.device())?;
+        let targets = to_device(&targets.f_reshape([-1])?, logits.device())?;
         Ok(logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, UNCOUNTED, 0.0)?)
     }
 
@@ -155,11 +155,11 @@ impl Head {
             entries = entries.f_masked_fill(&inside, self.clusters[0].tokens + i as i64 - 1)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             // Also without any token of the cluster, so that its weights always have a gradient.
-            let own = wide(part.logits(&x.f_index_select(0, &sent(&places, x.device())?)?)?)?;
-            let wanted = sent(&targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?, x.device())?;
+            let own = wide(part.logits(&x.f_index_select(0, &to_device(&places, x.device())?)?)?)?;
+            let wanted = to_device(&targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?, x.device())?;
             tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, UNCOUNTED, 0.0)?);
         }
-        let entries = sent(&entries, x.device())?;
+        let entries = to_device(&entries, x.device())?;
         let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, UNCOUNTED, 0.0)?;
         for tail in tails {
             sum = sum.f_add(&tail)?;
@@ -216,7 +216,7 @@ impl Head {
     }
 }
 
-impl Part<'_> {
+impl ClusterWeights<'_> {
     /// [N, D] -> [N, n].
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let x = match self.projection {

@@ -61,7 +61,7 @@ pub use parameter::{Init, Parameter, Role, initial};
 use parameter::{TABLE_STD, fused, named};
 
 use crate::error::Result;
-use crate::schedule::End;
+use crate::schedule::TableEnd;
 
 /// One layer of the model; its parameters are handed to it, in the order of `parameters`.
 trait Layer: Send + Sync {
@@ -93,7 +93,7 @@ trait Layer: Send + Sync {
 
 /// Layers of a stack whose backward is made at one go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Run {
+pub struct LayerRange {
     pub layers: Range<usize>,
     /// The number of their first parameter among those of [`Stack::own`].
     pub first: usize,
@@ -119,7 +119,7 @@ pub enum Owner {
     /// [`Stack::own`].
     Own(usize),
     /// The table, as an end uses it.
-    Table(End, usize),
+    Table(TableEnd, usize),
 }
 
 /// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
@@ -169,7 +169,7 @@ impl Stack {
     }
 
     /// Whether layers have parameters in common.
-    fn shares(&self) -> bool {
+    fn has_shared_parameters(&self) -> bool {
         self.layers.iter().any(|(_, uses)| uses.numbers.len() > uses.added.len())
     }
 
@@ -207,8 +207,8 @@ impl Stack {
         for (i, parameter) in self.parameters.iter().enumerate() {
             owners.push(match parameter.tied {
                 false => Owner::Own(own.next().unwrap_or_default()),
-                true if i < head => Owner::Table(End::Input, input.next().unwrap_or_default()),
-                true => Owner::Table(End::Output, output.next().unwrap_or_default()),
+                true if i < head => Owner::Table(TableEnd::Input, input.next().unwrap_or_default()),
+                true => Owner::Table(TableEnd::Output, output.next().unwrap_or_default()),
             });
         }
         owners
@@ -275,8 +275,8 @@ impl Stack {
     /// Cuts the layers, from the last to the first, into runs that hold at least `values` values of the parameters that
     /// are not tied (the first may hold fewer); the head belongs to the last run. In the order of the layers. Where layers share
     /// parameters, whose gradient is added up from the last layer to the first, a run is one layer (`values` = 0) or all.
-    pub fn runs(&self, values: usize) -> Vec<Run> {
-        let values = if self.shares() && values > 0 { usize::MAX } else { values };
+    pub fn runs(&self, values: usize) -> Vec<LayerRange> {
+        let values = if self.has_shared_parameters() && values > 0 { usize::MAX } else { values };
         let count = |uses: &Uses| {
             let own = self.parameters[uses.added.clone()].iter().filter(|p| !p.tied);
             own.map(Parameter::count).sum::<usize>()
@@ -287,7 +287,7 @@ impl Stack {
             held += count(uses);
             if held >= values || i == 0 {
                 let before = &self.parameters[..uses.added.start];
-                runs.insert(0, Run { layers: i..end, first: before.iter().filter(|p| !p.tied).count() });
+                runs.insert(0, LayerRange { layers: i..end, first: before.iter().filter(|p| !p.tied).count() });
                 (held, end) = (0, i);
             }
         }
@@ -490,7 +490,7 @@ mod tests {
         assert_eq!(runs(800), [(0..2, 0), (2..4, 14)]);
         assert_eq!(runs(usize::MAX), [(0..4, 0)]);
         let middle = Stack::new(&Dimensions { tied: true, ..dimensions() }, 1..2);
-        assert_eq!(middle.runs(1), [Run { layers: 0..1, first: 0 }]);
+        assert_eq!(middle.runs(1), [LayerRange { layers: 0..1, first: 0 }]);
     }
 
     /// Rows of a tied table that begin a hundred times larger make the same hidden states at first, and logits that are ten times

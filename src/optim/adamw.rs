@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
 /// Its keys.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Keys {
     /// How much of the first and of the second moment stays.
@@ -37,7 +37,7 @@ pub struct Keys {
 }
 
 /// By how many updates a step leads the average of gradients.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Lead {
     Off,

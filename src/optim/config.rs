@@ -10,7 +10,7 @@ use super::{adamw, muon, sgd, soap};
 use crate::error::{Error, Result};
 
 /// The optimizers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
     Adamw,
@@ -48,7 +48,7 @@ mod kinds {
 }
 
 /// What a norm is taken over when gradients are clipped.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClipScope {
     /// Each stage by its own norm, after the replica all-reduce.
@@ -58,7 +58,7 @@ pub enum ClipScope {
 }
 
 /// Whether delayed steps use weights that are moved on to where they will be when their gradient arrives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Predict {
     Off,
@@ -67,7 +67,7 @@ pub enum Predict {
 }
 
 /// Learning rate over steps.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RateKind {
     Constant,
@@ -90,17 +90,19 @@ fn number_or_none<S: Serializer>(value: &Option<f64>, out: S) -> std::result::Re
 }
 
 fn read_number_or_none<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a number, or \"none\"")]
-    enum Read {
-        Number(f64),
-        Word(String),
+    match NumberOrNone::deserialize(from)? {
+        NumberOrNone::Number(value) => Ok(Some(value)),
+        NumberOrNone::None(text) if text == NONE => Ok(None),
+        NumberOrNone::None(text) => Err(serde::de::Error::custom(format!("`{text}`, expected a number, or \"none\""))),
     }
-    match Read::deserialize(from)? {
-        Read::Number(value) => Ok(Some(value)),
-        Read::Word(word) if word == NONE => Ok(None),
-        Read::Word(word) => Err(serde::de::Error::custom(format!("`{word}`, expected a number, or \"none\""))),
-    }
+}
+
+/// The key as it is written.
+#[derive(Deserialize, schemars::JsonSchema)]
+#[serde(untagged, expecting = "a number, or \"none\"")]
+enum NumberOrNone {
+    Number(f64),
+    None(String),
 }
 
 /// The optimizer and its learning rate: the keys of every rule, and those of some.
@@ -172,23 +174,28 @@ impl Serialize for OptimizerConfig {
 }
 
 /// The keys of every rule.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Common {
+    /// The rule. Muon and SOAP take matrices whole, and AdamW's steps with the rest, by AdamW's keys.
     pub kind: OptimizerKind,
+    /// The peak of the learning rate, at the end of the warm-up.
     pub lr: f64,
     /// Decoupled, on matrices only.
     pub weight_decay: f64,
-    /// Largest norm of a gradient, of each stage by itself, and of a tied table, which is none of theirs, by itself too, also
-    /// on one stage; `"none"`: no clipping.
+    /// Gradients with a larger norm are scaled down to it: each stage by its own norm, after the all-reduce, and a tied table by
+    /// its own, on one stage too; `"none"`: no clipping.
     #[serde(serialize_with = "number_or_none", deserialize_with = "read_number_or_none")]
+    #[schemars(with = "NumberOrNone")]
     pub clip: Option<f64>,
+    /// What the norm is taken over.
     pub clip_scope: ClipScope,
-    /// `update`: stages with a delay use predicted weights; none: that of the optimizer.
+    /// Whether stages with a delay use predicted weights; by default `update`, with SGD `off`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub predict: Option<Predict>,
-    /// Of the horizon of a prediction.
+    /// Multiplies how far ahead weights are predicted.
     pub predict_scale: f64,
+    /// The learning rate over steps.
     pub schedule: RateKind,
     /// Steps over which the rate rises linearly: the first has `lr / warmup`, the last of them `lr`.
     pub warmup: usize,

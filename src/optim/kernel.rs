@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 use tch::{Device, Kind, Tensor};
 
 use super::config::OptimizerConfig;
-use super::{Run, StateBuffer, UpdateScalars};
+use super::{StateBuffer, UpdateScalars, ValueRange};
 use crate::device::compiler::Source;
 use crate::device::kernels::Kernel;
 use crate::device::timing::Spans;
@@ -97,7 +97,7 @@ impl UpdateKernel {
         scalars: &UpdateScalars,
         constants: &[f32],
         state: &[StateBuffer],
-        runs: &[Run],
+        runs: &[ValueRange],
     ) -> Result<()> {
         let Number::Pending(norm) = scalars.norm else {
             return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
@@ -128,7 +128,13 @@ impl UpdateKernel {
     }
 
     /// Where a run of the buffers of an update lies: all on one device, long enough, of the types that the pass takes.
-    fn buffers(&self, buffers: &UpdateBuffers, state: &[StateBuffer], norm: &Tensor, run: &Run) -> Result<Arguments> {
+    fn buffers(
+        &self,
+        buffers: &UpdateBuffers,
+        state: &[StateBuffer],
+        norm: &Tensor,
+        run: &ValueRange,
+    ) -> Result<Arguments> {
         let UpdateBuffers { old, new, published, gradient } = buffers;
         let (device, start, count) = (new.device(), run.weights.start, run.weights.len());
         let at = |tensor: &Tensor, kind: Kind, start: usize, count: usize| -> Result<sys::CUdeviceptr> {

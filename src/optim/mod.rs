@@ -35,14 +35,17 @@ use std::ops::Range;
 use rayon::ThreadPool;
 use tch::{Device, Kind, Tensor};
 
+pub use adamw::Keys as AdamwKeys;
 pub use clip::{clip_factor, norm};
 pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check, override_kind};
 use kernel::UpdateKernel;
 use matrices::{Batch, Target, batches};
+pub use muon::Keys as MuonKeys;
 pub use predict::{horizon, predicts};
 pub use rate::learning_rate;
-pub use rule::{Rule, Run, Step, rule};
-pub use soap::Sides;
+pub use rule::{Rule, Step, ValueRange, rule};
+pub use sgd::Keys as SgdKeys;
+pub use soap::{Keys as SoapKeys, Sides};
 
 use crate::error::{Error, Result};
 use crate::number::Number;
@@ -73,7 +76,7 @@ pub struct Optimizer {
     config: OptimizerConfig,
     rule: Box<dyn Rule>,
     /// What the rule takes value by value, and the matrices that it takes whole.
-    runs: Vec<Run>,
+    runs: Vec<ValueRange>,
     batches: Vec<Batch>,
     /// Sorted, without gaps: which part of the buffer decays.
     decay: Vec<(Range<usize>, bool)>,
@@ -280,8 +283,8 @@ pub fn workspace(config: &OptimizerConfig, layout: &Layout) -> usize {
 }
 
 /// The parameters that a rule takes value by value, neighbours together: of the buffers and of its state.
-fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<ValueRange> {
+    let mut runs: Vec<ValueRange> = Vec::new();
     for (i, entry) in layout.entries.iter().enumerate() {
         if rule.takes_whole(&entry.parameter) {
             continue;
@@ -296,7 +299,7 @@ fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<Run> {
             let mut entries = buffer.layout.entries.iter();
             entries.find(|of| of.parameter.name == entry.parameter.name).map(|of| of.offset)
         };
-        runs.push(Run { weights: entry.offset..end, state: state.iter().map_while(at).collect() });
+        runs.push(ValueRange { weights: entry.offset..end, state: state.iter().map_while(at).collect() });
     }
     runs
 }

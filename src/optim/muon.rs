@@ -39,7 +39,7 @@ const SCALE: f64 = 0.2;
 const LARGEST: f64 = 1e19;
 
 /// Its key.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Keys {
     /// How much of the average of gradients stays.

@@ -38,7 +38,7 @@ pub struct Step {
 
 /// A part of the flat buffers whose values are taken one by one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Run {
+pub struct ValueRange {
     /// Of the weights and their gradient.
     pub weights: Range<usize>,
     /// Where it begins in the buffers of state that hold it, in their order.
@@ -48,7 +48,7 @@ pub struct Run {
 /// What the pass over the values of a set of weights goes by.
 pub struct Weights<'a> {
     /// Sorted.
-    pub runs: &'a [Run],
+    pub runs: &'a [ValueRange],
     /// Sorted, without gaps: which part of the buffer decays.
     pub decay: &'a [(Range<usize>, bool)],
     pub pool: Option<&'a ThreadPool>,

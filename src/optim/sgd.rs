@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::params::{Layout, UpdateBuffers};
 
 /// Its key.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Keys {
     /// How much of the sum of gradients stays.

@@ -37,9 +37,10 @@ use crate::params::{Entry, Layout, UpdateBuffers};
 const LARGEST: f64 = 1e19;
 
 /// Its keys.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Keys {
+    /// Which sides of a matrix are turned into their eigenbasis.
     pub soap_sides: Sides,
     /// Updates between two refreshes of a basis, of gradients that are at most one update old.
     pub soap_every: usize,
@@ -48,7 +49,7 @@ pub struct Keys {
 }
 
 /// Which sides of a matrix are turned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Sides {
     Both,

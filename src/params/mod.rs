@@ -98,7 +98,7 @@ pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn here(flat: &Tensor) -> Result<Tensor> {
+pub fn to_host(flat: &Tensor) -> Result<Tensor> {
     Ok(flat.f_to_device(Device::Cpu)?)
 }
 

@@ -125,7 +125,7 @@ impl Versions {
     }
 
     /// The same weights as version `newest`, for a run that goes on.
-    pub fn at(mut self, newest: usize) -> Versions {
+    pub fn starting_at(mut self, newest: usize) -> Versions {
         let by = newest % self.buffers.len();
         self.buffers.rotate_right(by);
         self.sides.iter_mut().for_each(|side| {
@@ -322,8 +322,9 @@ mod tests {
     fn weights_can_begin_with_any_version() {
         let layout = layout();
         for start in [0, 1, 5] {
-            let mut versions =
-                Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1, Kind::Float).unwrap().at(start);
+            let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1, Kind::Float)
+                .unwrap()
+                .starting_at(start);
             let first = slice(&layout.initial(1).unwrap()).to_vec();
             assert_eq!(slice(versions.flat()), first);
             let leaf = versions.parameters(start, 0)[0].data_ptr();

@@ -1,29 +1,29 @@
 //! Whether a set of action lists is a run of the algorithm: every message meets its receive, nothing deadlocks, every
 //! version that is used exists and is still held, no bound on memory is passed.
 
-use super::{Action, Costs, End, Fault, Op, Pass, Schedule, Tie, simulate};
+use super::{Action, Costs, Op, Pass, Schedule, TableEnd, Tie, Violation, simulate};
 use crate::delay::version;
 
 /// Checks the lists of all devices of `replicas` pipelines (in the order of their ranks) against `schedule`.
 ///
 /// # Errors
 /// The first action that breaks a rule, and the rule.
-pub fn check(schedule: &Schedule, replicas: usize, lists: &[Vec<Action>]) -> Result<(), Fault> {
+pub fn check(schedule: &Schedule, replicas: usize, lists: &[Vec<Action>]) -> Result<(), Violation> {
     let grid = schedule.grid(replicas);
     for (rank, list) in lists.iter().enumerate() {
         let held = grid.held(rank);
         let mut ledgers: Vec<Ledger> = held.iter().map(|place| Ledger::new(schedule, place.stage)).collect();
         for action in list {
             let Some(i) = held.iter().position(|place| place.stage == action.stage) else {
-                return Err(Fault(format!("{action} stands in the list of {}", grid.name(rank))));
+                return Err(Violation(format!("{action} stands in the list of {}", grid.name(rank))));
             };
             // On a ring the other stage of this device may update the table.
             let tables = ledgers.iter().find(|ledger| ledger.updates_table()).map_or(0, |ledger| ledger.tables);
-            let broken = |rule| Fault(format!("{action} on {}: {rule}", held[i]));
+            let broken = |rule| Violation(format!("{action} on {}: {rule}", held[i]));
             ledgers[i].take(action, tables).map_err(broken)?;
         }
         for (ledger, place) in ledgers.iter().zip(&held) {
-            ledger.end().map_err(|rule| Fault(format!("{place}: {rule}")))?;
+            ledger.end().map_err(|rule| Violation(format!("{place}: {rule}")))?;
         }
     }
     simulate(schedule, lists, Costs { forward: 1.0, backward: 2.0, message: 0.0 }).map(|_| ())
@@ -202,7 +202,7 @@ impl<'a> Ledger<'a> {
             // Under `head` the head's backward uses the newest version too.
             let newest = match self.schedule.tie {
                 Tie::Fresh => forward,
-                Tie::Head => end == End::Output,
+                Tie::Head => end == TableEnd::Output,
                 Tie::Aligned | Tie::Untied => false,
             };
             if newest && needed != self.tables {
@@ -252,7 +252,7 @@ mod tests {
     use super::*;
     use crate::delay::SyncPoints;
     use crate::grid::Placement;
-    use crate::schedule::{Kind, Tie};
+    use crate::schedule::{ScheduleKind, Tie};
     use proptest::prelude::*;
 
     fn lists(schedule: &Schedule, replicas: usize) -> Vec<Vec<Action>> {
@@ -268,8 +268,8 @@ mod tests {
         prop_oneof![Just(Tie::Untied), Just(Tie::Aligned), Just(Tie::Head)]
     }
 
-    fn any_kind() -> impl Strategy<Value = Kind> {
-        use Kind::*;
+    fn any_kind() -> impl Strategy<Value = ScheduleKind> {
+        use ScheduleKind::*;
         prop_oneof![3 => Just(Decoupled), 1 => Just(OneForwardOneBackward), 1 => Just(Gpipe), 1 => Just(Sequential)]
     }
 
@@ -287,7 +287,7 @@ mod tests {
             let mut sync = SyncPoints { at, warm_up, ..SyncPoints::ends(steps) };
             sync.periods.extend(every);
             let mut schedule = Schedule::new(kind, k, m, h, sync);
-            if kind == Kind::Decoupled {
+            if kind == ScheduleKind::Decoupled {
                 schedule.delays.iter_mut().zip(extra).for_each(|(d, e)| *d += e);
             }
             schedule.evals = every.map(|every| crate::schedule::Evals { every, microbatches: 2 });
@@ -303,7 +303,7 @@ mod tests {
         fn decoupled_stages_are_never_idle(
             k in 1usize..=6, m in 1usize..=6, h in 1usize..=3, backward in 1u32..4, tie in waits_for_nobody(),
         ) {
-            let mut schedule = Schedule::new(Kind::Decoupled, k, m, h, SyncPoints::ends(1));
+            let mut schedule = Schedule::new(ScheduleKind::Decoupled, k, m, h, SyncPoints::ends(1));
             schedule.tie = tie;
             let costs = Costs { forward: 1.0, backward: backward as f64, message: 0.0 };
             for share in crate::schedule::ideal(&schedule, costs).unwrap().utilization {
@@ -316,7 +316,7 @@ mod tests {
         fn a_dropped_action_is_found(
             k in 2usize..=4, m in 1usize..=3, stage in 0usize..4, which in 0usize..1000, tie in any_tie(), ring: bool,
         ) {
-            let mut schedule = Schedule::new(Kind::Decoupled, k, m, 1, SyncPoints::ends(5));
+            let mut schedule = Schedule::new(ScheduleKind::Decoupled, k, m, 1, SyncPoints::ends(5));
             schedule.tie = tie;
             if ring && k >= 3 {
                 schedule.placement = Placement::Ring;
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_delay_below_its_bound_is_found() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
         let made_with_enough = lists(&schedule, 1);
         schedule.delays[0] = 2;
         let fault = check(&schedule, 1, &made_with_enough).unwrap_err();
@@ -348,7 +348,7 @@ mod tests {
             [(1, 1, false), (2, 1, false), (4, 1, false), (4, 3, false), (4, 1, true), (5, 2, true)]
         {
             for (start, tie) in (1..12).flat_map(|start| [(start, Tie::Head), (start, Tie::Aligned)]) {
-                let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(12));
+                let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(12));
                 schedule.sync.from(start, 0);
                 schedule.tie = tie;
                 if ring {
@@ -362,7 +362,7 @@ mod tests {
     /// On a ring the table's newest version is written while the embedding still uses much older ones.
     #[test]
     fn a_ring_under_head_holds_more_tables() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(20));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 4, 1, 1, SyncPoints::ends(20));
         (schedule.placement, schedule.tie) = (Placement::Ring, Tie::Head);
         let (mut written, mut oldest, mut most) = (0, 0, 0);
         for action in schedule.device_actions(0) {
@@ -379,7 +379,7 @@ mod tests {
 
     #[test]
     fn memory_bounds_are_kept_and_reached() {
-        let schedule = Schedule::new(Kind::Decoupled, 4, 2, 1, SyncPoints::ends(9));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 4, 2, 1, SyncPoints::ends(9));
         for stage in 0..4 {
             let (mut held, mut most) = (0usize, 0);
             for action in schedule.actions(stage) {

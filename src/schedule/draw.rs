@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 
 use super::simulate::BEFORE_DRAIN;
-use super::{Action, Costs, End, Fault, Op, Schedule, Span, Tie, ideal, simulate};
+use super::{Action, Costs, Op, Schedule, Span, TableEnd, Tie, Violation, ideal, simulate};
 
 /// Delays, versions and activations held, utilisation of every device, and the speed-up in the steady state.
 ///
 /// # Errors
 /// As [`simulate()`].
-pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<String, Fault> {
+pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<String, Violation> {
     let ideal = ideal(schedule, costs)?;
     let grid = schedule.grid(replicas);
     let mut out = String::new();
@@ -36,7 +36,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let _ = writeln!(out, "activations held  {}", list(stages().map(|k| schedule.activations_held(k)).collect()));
 
     if schedule.tie != Tie::Untied {
-        let (input, head) = (schedule.table_delay(End::Input), schedule.table_delay(End::Output));
+        let (input, head) = (schedule.table_delay(TableEnd::Input), schedule.table_delay(TableEnd::Output));
         let _ = match schedule.tie {
             Tie::Head => {
                 let applied = input + schedule.delays[0];
@@ -70,7 +70,7 @@ pub fn word(value: &impl serde::Serialize) -> String {
 ///
 /// # Errors
 /// As [`simulate()`].
-pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result<String, Fault> {
+pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result<String, Violation> {
     let grid = schedule.grid(1);
     let lists: Vec<Vec<Action>> = (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();
     let spans = simulate(schedule, &lists, costs)?;
@@ -130,17 +130,17 @@ fn column(spans: &[Span], unit: f64, cells: usize) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::delay::SyncPoints;
-    use crate::schedule::Kind;
+    use crate::schedule::ScheduleKind;
 
     const TIMES: Costs = Costs { forward: 1.0, backward: 1.0, message: 0.0 };
 
-    fn drawn(kind: Kind, stages: usize, m: usize, steps: usize) -> String {
+    fn drawn(kind: ScheduleKind, stages: usize, m: usize, steps: usize) -> String {
         draw(&Schedule::new(kind, stages, m, 1, SyncPoints::ends(steps)), TIMES, 1.0, 100).unwrap()
     }
 
     #[test]
     fn one_stage_is_plain_training() {
-        insta::assert_snapshot!(drawn(Kind::Decoupled, 1, 2, 2), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Decoupled, 1, 2, 2), @r"
         time    k=0
            0   F0.0
            1   B0.0
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn two_stages_decoupled() {
-        insta::assert_snapshot!(drawn(Kind::Decoupled, 2, 2, 3), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Decoupled, 2, 2, 3), @r"
         time    k=0   k=1
            0   F0.0     .
            1   F0.1  F0.0
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn three_stages_decoupled() {
-        insta::assert_snapshot!(drawn(Kind::Decoupled, 3, 1, 5), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Decoupled, 3, 1, 5), @r"
         time    k=0   k=1   k=2
            0   F0.0     .     .
            1   F1.0  F0.0     .
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn four_stages_of_the_four_schedules() {
-        insta::assert_snapshot!(drawn(Kind::Decoupled, 4, 1, 6), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Decoupled, 4, 1, 6), @r"
         time    k=0   k=1   k=2   k=3
            0   F0.0     .     .     .
            1   F1.0  F0.0     .     .
@@ -218,7 +218,7 @@ mod tests {
           16      . B5.0*     .     .
           17  B5.0*     .     .     .
         ");
-        insta::assert_snapshot!(drawn(Kind::OneForwardOneBackward, 4, 4, 1), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::OneForwardOneBackward, 4, 4, 1), @r"
         time    k=0   k=1   k=2   k=3
            0   F0.0     .     .     .
            1   F0.1  F0.0     .     .
@@ -235,7 +235,7 @@ mod tests {
           12      . B0.3*     .     .
           13  B0.3*     .     .     .
         ");
-        insta::assert_snapshot!(drawn(Kind::Gpipe, 4, 3, 1), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Gpipe, 4, 3, 1), @r"
         time    k=0   k=1   k=2   k=3
            0   F0.0     .     .     .
            1   F0.1  F0.0     .     .
@@ -250,7 +250,7 @@ mod tests {
           10   B0.1 B0.2*     .     .
           11  B0.2*     .     .     .
         ");
-        insta::assert_snapshot!(drawn(Kind::Sequential, 4, 2, 1), @r"
+        insta::assert_snapshot!(drawn(ScheduleKind::Sequential, 4, 2, 1), @r"
         time    k=0   k=1   k=2   k=3
            0   F0.0     .     .     .
            1      .  F0.0     .     .
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn the_summary_shows_delays_and_speed_up() {
-        let schedule = Schedule::new(Kind::Decoupled, 11, 8, 1, SyncPoints::ends(1));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 11, 8, 1, SyncPoints::ends(1));
         let text = summary(&schedule, 1, Costs { backward: 2.0, ..TIMES }).unwrap();
         assert!(text.contains("delays            2 2 1 1 1 1 1 1 1 1 0"), "{text}");
         assert!(text.contains("ideal speed-up    11.00 of 11"), "{text}");

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Action, End, Op, Pass, Schedule, Tie};
+use super::{Action, Op, Pass, Schedule, TableEnd, Tie};
 use crate::delay::version;
 use crate::grid::Placement;
 
@@ -218,7 +218,7 @@ impl<'a> Actions<'a> {
     fn table_before_forward(&mut self, i: usize) {
         let sync = self.segment.0;
         let step = sync + i / self.schedule.microbatches;
-        let end = if self.is_last() { End::Output } else { End::Input };
+        let end = if self.is_last() { TableEnd::Output } else { TableEnd::Input };
         self.table_updates(version(sync, step, self.schedule.table_delay(end)));
     }
 
@@ -317,7 +317,7 @@ impl Iterator for Actions<'_> {
 #[cfg(test)]
 mod tests {
     use crate::delay::SyncPoints;
-    use crate::schedule::{Evals, Kind, Op, Schedule};
+    use crate::schedule::{Evals, Op, Schedule, ScheduleKind};
 
     fn list(schedule: &Schedule, stage: usize) -> String {
         schedule.actions(stage).map(|a| a.to_string()).collect::<Vec<_>>().join(" ")
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn every_message_and_update_of_a_small_grid() {
-        let schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
         assert_eq!(
             list(&schedule, 0),
             "0L0.0 0F0.0 0SA0.0 0L1.0 0F1.0 0SA1.0 0RG0.0 0B0.0 0R0 0U0 0L2.0 0F2.0 0SA2.0 0RG1.0 0B1.0 0R1 \
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn the_update_waits_until_its_gradient_buffer_or_version_is_needed() {
-        let schedule = Schedule::new(Kind::Decoupled, 2, 2, 1, SyncPoints::ends(2));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 2, 2, 1, SyncPoints::ends(2));
         assert_eq!(
             list(&schedule, 0),
             "0L0.0 0F0.0 0SA0.0 0L0.1 0F0.1 0SA0.1 0RG0.0 0B0.0 0L1.0 0F1.0 0SA1.0 0RG0.1 0B0.1 0R0 0L1.1 0F1.1 \
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_run_goes_on_where_it_was_saved() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 3, 2, 1, SyncPoints::ends(9));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 3, 2, 1, SyncPoints::ends(9));
         (schedule.saves, schedule.tie) = (Some(4), super::super::Tie::Aligned);
         schedule.sync.periods.push(4);
         for stage in 0..3 {
@@ -373,12 +373,12 @@ mod tests {
     fn a_stopped_run_is_drained_and_saved_where_it_was_held() {
         use crate::grid::Placement;
         for (kind, m, tie, placement) in [
-            (Kind::Decoupled, 1, super::Tie::Aligned, Placement::Line),
-            (Kind::Decoupled, 2, super::Tie::Fresh, Placement::Line),
-            (Kind::Decoupled, 2, super::Tie::Aligned, Placement::Ring),
-            (Kind::Decoupled, 1, super::Tie::Head, Placement::Line),
-            (Kind::Decoupled, 2, super::Tie::Head, Placement::Ring),
-            (Kind::Gpipe, 3, super::Tie::Untied, Placement::Line),
+            (ScheduleKind::Decoupled, 1, super::Tie::Aligned, Placement::Line),
+            (ScheduleKind::Decoupled, 2, super::Tie::Fresh, Placement::Line),
+            (ScheduleKind::Decoupled, 2, super::Tie::Aligned, Placement::Ring),
+            (ScheduleKind::Decoupled, 1, super::Tie::Head, Placement::Line),
+            (ScheduleKind::Decoupled, 2, super::Tie::Head, Placement::Ring),
+            (ScheduleKind::Gpipe, 3, super::Tie::Untied, Placement::Line),
         ] {
             let mut schedule = Schedule::new(kind, 4, m, 1, SyncPoints::ends(20));
             (schedule.saves, schedule.tie, schedule.placement) = (Some(6), tie, placement);
@@ -425,7 +425,7 @@ mod tests {
     /// at the sync point it takes all that are under way.
     #[test]
     fn a_fresh_head_of_a_small_grid() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 2, 1, 1, SyncPoints::ends(3));
         schedule.tie = super::Tie::Head;
         assert_eq!(
             list(&schedule, 0),
@@ -443,7 +443,7 @@ mod tests {
     fn evaluations_stand_at_drained_boundaries() {
         let mut sync = SyncPoints::ends(3);
         sync.periods.push(2);
-        let mut schedule = Schedule::new(Kind::Decoupled, 2, 1, 1, sync);
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 2, 1, 1, sync);
         schedule.evals = Some(Evals { every: 2, microbatches: 1 });
         assert_eq!(
             list(&schedule, 0),

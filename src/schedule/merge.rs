@@ -7,8 +7,8 @@
 
 use std::collections::VecDeque;
 
-use super::simulate::World;
-use super::{Action, Actions, Costs, Fault, Op, Schedule};
+use super::simulate::SimState;
+use super::{Action, Actions, Costs, Op, Schedule, Violation};
 
 /// A backward is about twice a forward.
 const COSTS: Costs = Costs { forward: 1.0, backward: 2.0, message: 0.0 };
@@ -71,7 +71,7 @@ impl Iterator for DeviceActions<'_> {
 
 /// A running simulation of one pipeline on a ring, of which the first device's actions are kept.
 pub struct Merged<'a> {
-    world: World,
+    world: SimState,
     stages: Vec<Actions<'a>>,
     /// Of the devices.
     clock: Vec<f64>,
@@ -81,7 +81,7 @@ pub struct Merged<'a> {
 impl<'a> Merged<'a> {
     fn new(schedule: &'a Schedule) -> Merged<'a> {
         Merged {
-            world: World::new(schedule, 1, COSTS.stages(schedule), COSTS.message),
+            world: SimState::new(schedule, 1, COSTS.stages(schedule), COSTS.message),
             stages: (0..schedule.stages).map(|stage| schedule.actions(stage)).collect(),
             clock: vec![0.0; schedule.grid(1).devices()],
             queue: VecDeque::new(),
@@ -95,14 +95,14 @@ impl<'a> Merged<'a> {
     }
 
     /// When the next action of a stage could start, if it can.
-    fn start(&mut self, stage: usize) -> Result<Option<f64>, Fault> {
+    fn start(&mut self, stage: usize) -> Result<Option<f64>, Violation> {
         let device = stage % self.clock.len();
         let Some(action) = self.stages[stage].peek() else { return Ok(None) };
         let ready = self.world.ready(0, *action)?;
         Ok(ready.map(|ready| ready.max(self.clock[device])))
     }
 
-    fn run(&mut self, stage: usize, start: f64) -> Result<(), Fault> {
+    fn run(&mut self, stage: usize, start: f64) -> Result<(), Violation> {
         let device = stage % self.clock.len();
         if let Some(action) = self.stages[stage].next() {
             self.clock[device] = self.world.run(0, action, start)?;
@@ -114,7 +114,7 @@ impl<'a> Merged<'a> {
     }
 
     /// Lets the other devices go as far as they can, then the first device do one action.
-    fn advance(&mut self) -> Result<(), Fault> {
+    fn advance(&mut self) -> Result<(), Violation> {
         let last = self.stages.len() - 1;
         loop {
             let mut moved = false;
@@ -162,12 +162,12 @@ mod tests {
     use super::*;
     use crate::delay::SyncPoints;
     use crate::grid::Placement;
-    use crate::schedule::{Kind, Tie};
+    use crate::schedule::{ScheduleKind, Tie};
 
     /// The list of a long run is made in little room.
     #[test]
     fn nothing_that_is_over_is_kept() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 4, 2, 1, SyncPoints::ends(2000));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 4, 2, 1, SyncPoints::ends(2000));
         (schedule.placement, schedule.tie) = (Placement::Ring, Tie::Aligned);
         let mut merged = Merged::new(&schedule);
         let mut most = 0;

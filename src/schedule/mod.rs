@@ -42,8 +42,8 @@ pub use draw::{draw, summary, word};
 pub use generate::Actions;
 pub use lookahead::Lookahead;
 pub use merge::DeviceActions;
-pub use simulate::{Costs, Fault, Ideal, Span, StageCosts, ideal, simulate, step_time};
-pub use tie::{End, Tie};
+pub use simulate::{Costs, Ideal, Span, StageCosts, Violation, ideal, simulate, step_time};
+pub use tie::{TableEnd, Tie};
 
 use crate::delay::{SyncPoints, lag, least_delay};
 use crate::grid::{Grid, Placement};
@@ -182,9 +182,11 @@ impl FromStr for Action {
 }
 
 /// The four named schedules.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ScheduleKind {
     /// No stage waits for the whole pipeline; stage k applies gradients that are `D_k` updates old.
     Decoupled,
     /// One forward, one backward, drained after every step.
@@ -197,10 +199,10 @@ pub enum Kind {
     Sequential,
 }
 
-impl Kind {
+impl ScheduleKind {
     /// Whether every step is a sync point, so that all delays are 0.
     pub fn synchronous(self) -> bool {
-        self != Kind::Decoupled
+        self != ScheduleKind::Decoupled
     }
 }
 
@@ -215,7 +217,7 @@ pub struct Evals {
 /// Everything that decides the action lists of a pipeline of K stages.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    pub kind: Kind,
+    pub kind: ScheduleKind,
     pub stages: usize,
     /// Microbatches m, a replica and step.
     pub microbatches: usize,
@@ -236,14 +238,14 @@ pub struct Schedule {
 impl Schedule {
     /// The schedule `kind` for K stages, m microbatches, slack h, with the least delays. A synchronous kind makes every
     /// step of `sync` a sync point; periods of `sync`, evaluations, placement and tie are the caller's.
-    pub fn new(kind: Kind, stages: usize, microbatches: usize, slack: usize, mut sync: SyncPoints) -> Schedule {
+    pub fn new(kind: ScheduleKind, stages: usize, microbatches: usize, slack: usize, mut sync: SyncPoints) -> Schedule {
         sync.every_step |= kind.synchronous();
         let lags = (0..stages).map(|k| lag(slack, stages, k));
         let ahead: Vec<usize> = match kind {
-            Kind::Decoupled => lags.collect(),
-            Kind::OneForwardOneBackward => lags.map(|q| q.min(microbatches - 1)).collect(),
-            Kind::Gpipe => vec![microbatches - 1; stages],
-            Kind::Sequential => vec![0; stages],
+            ScheduleKind::Decoupled => lags.collect(),
+            ScheduleKind::OneForwardOneBackward => lags.map(|q| q.min(microbatches - 1)).collect(),
+            ScheduleKind::Gpipe => vec![microbatches - 1; stages],
+            ScheduleKind::Sequential => vec![0; stages],
         };
         let delays = if kind.synchronous() {
             vec![0; stages]
@@ -282,7 +284,7 @@ impl Schedule {
     }
 
     /// The work of a stage as a share of a device's: on a ring the two ends are meant to have half a share each.
-    pub fn share(&self, stage: usize) -> f64 {
+    pub fn device_fraction(&self, stage: usize) -> f64 {
         let grid = self.grid(1);
         if grid.held(grid.device(stage)).len() == 2 { 0.5 } else { 1.0 }
     }

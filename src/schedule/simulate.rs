@@ -29,15 +29,15 @@ impl Costs {
     pub fn stages(self, schedule: &Schedule) -> Vec<StageCosts> {
         let of =
             |share: f64| StageCosts { forward: self.forward * share, backward: self.backward * share, update: 0.0 };
-        (0..schedule.stages).map(|stage| of(schedule.share(stage))).collect()
+        (0..schedule.stages).map(|stage| of(schedule.device_fraction(stage))).collect()
     }
 }
 
 /// What is wrong with a set of action lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault(pub String);
+pub struct Violation(pub String);
 
-impl fmt::Display for Fault {
+impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -64,7 +64,7 @@ struct Reduced {
 }
 
 /// What is known of all places at some moment of a simulation.
-pub(super) struct World {
+pub(super) struct SimState {
     grid: Grid,
     /// The stage that puts the parts of the tied table's gradient together.
     joiner: usize,
@@ -78,14 +78,22 @@ pub(super) struct World {
     tables: HashMap<usize, (usize, f64)>,
 }
 
-impl World {
-    pub(super) fn new(schedule: &Schedule, replicas: usize, stages: Vec<StageCosts>, message: f64) -> World {
+impl SimState {
+    pub(super) fn new(schedule: &Schedule, replicas: usize, stages: Vec<StageCosts>, message: f64) -> SimState {
         let (grid, joiner) = (schedule.grid(replicas), schedule.joiner());
-        World { grid, joiner, stages, message, links: HashMap::new(), reduces: HashMap::new(), tables: HashMap::new() }
+        SimState {
+            grid,
+            joiner,
+            stages,
+            message,
+            links: HashMap::new(),
+            reduces: HashMap::new(),
+            tables: HashMap::new(),
+        }
     }
 
     /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not known.
-    pub(super) fn ready(&self, replica: usize, action: Action) -> Result<Option<f64>, Fault> {
+    pub(super) fn ready(&self, replica: usize, action: Action) -> Result<Option<f64>, Violation> {
         let place = Place { stage: action.stage, replica };
         Ok(match action.op {
             Op::RecvActivation => self.arrival(place, self.grid.upstream(place), Op::SendActivation, action)?,
@@ -104,7 +112,7 @@ impl World {
     }
 
     /// Runs an action that is ready; when it ends.
-    pub(super) fn run(&mut self, replica: usize, action: Action, start: f64) -> Result<f64, Fault> {
+    pub(super) fn run(&mut self, replica: usize, action: Action, start: f64) -> Result<f64, Violation> {
         let place = Place { stage: action.stage, replica };
         let costs = self.stages[action.stage];
         match action.op {
@@ -146,18 +154,18 @@ impl World {
         Some(Place { stage, ..place })
     }
 
-    fn send(&mut self, from: Place, to: Option<Place>, action: Action, now: f64) -> Result<(), Fault> {
-        let to = to.ok_or_else(|| Fault(format!("{action} has nobody to send to")))?;
+    fn send(&mut self, from: Place, to: Option<Place>, action: Action, now: f64) -> Result<(), Violation> {
+        let to = to.ok_or_else(|| Violation(format!("{action} has nobody to send to")))?;
         let message = if self.grid.rank(from) == self.grid.rank(to) { 0.0 } else { self.message };
         self.links.entry((from, to, action.op)).or_default().push_back(Message { action, arrives: now + message });
         Ok(())
     }
 
-    fn arrival(&self, to: Place, from: Option<Place>, sent: Op, action: Action) -> Result<Option<f64>, Fault> {
-        let from = from.ok_or_else(|| Fault(format!("{action} has nobody to receive from")))?;
+    fn arrival(&self, to: Place, from: Option<Place>, sent: Op, action: Action) -> Result<Option<f64>, Violation> {
+        let from = from.ok_or_else(|| Violation(format!("{action} has nobody to receive from")))?;
         let Some(message) = self.links.get(&(from, to, sent)).and_then(VecDeque::front) else { return Ok(None) };
         if message.action != (Action { stage: from.stage, op: sent, ..action }) {
-            return Err(Fault(format!("{action} meets the message of {}", message.action)));
+            return Err(Violation(format!("{action} meets the message of {}", message.action)));
         }
         Ok(Some(message.arrives))
     }
@@ -197,7 +205,7 @@ impl World {
 /// # Errors
 /// A receive that meets another message than its own, messages left over at the end, or a deadlock (with what every
 /// stuck place waits for).
-pub fn simulate(schedule: &Schedule, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Fault> {
+pub fn simulate(schedule: &Schedule, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Violation> {
     simulate_stages(schedule, lists, costs.stages(schedule), costs.message)
 }
 
@@ -207,9 +215,9 @@ fn simulate_stages(
     lists: &[Vec<Action>],
     stages: Vec<StageCosts>,
     message: f64,
-) -> Result<Vec<Vec<Span>>, Fault> {
+) -> Result<Vec<Vec<Span>>, Violation> {
     let devices = schedule.grid(1).devices();
-    let mut world = World::new(schedule, lists.len() / devices, stages, message);
+    let mut world = SimState::new(schedule, lists.len() / devices, stages, message);
     let mut clock = vec![0.0f64; lists.len()];
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); lists.len()];
     loop {
@@ -235,10 +243,10 @@ fn simulate_stages(
     };
     let stuck: Vec<String> = (0..lists.len()).filter_map(stuck).collect();
     if !stuck.is_empty() {
-        return Err(Fault(format!("deadlock: {}", stuck.join("; "))));
+        return Err(Violation(format!("deadlock: {}", stuck.join("; "))));
     }
     if let Some(message) = world.links.values().find_map(|link| link.front()) {
-        return Err(Fault(format!("nobody receives {}", message.action)));
+        return Err(Violation(format!("nobody receives {}", message.action)));
     }
     Ok(spans)
 }
@@ -267,7 +275,7 @@ struct Long {
 }
 
 impl Long {
-    fn new(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<Long, Fault> {
+    fn new(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<Long, Violation> {
         let (k, m) = (schedule.stages, schedule.microbatches);
         let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
         let window = 2 * fill..2 * fill + 8 * k;
@@ -303,7 +311,7 @@ impl Long {
 ///
 /// # Errors
 /// As [`simulate`].
-pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Fault> {
+pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Violation> {
     let long = Long::new(schedule, costs.stages(schedule), costs.message)?;
     let devices = schedule.grid(1).devices();
     let work = |steps: usize| (costs.forward + costs.backward) * (schedule.microbatches * steps) as f64;
@@ -318,7 +326,7 @@ pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Fault> {
 ///
 /// # Errors
 /// As [`simulate`].
-pub fn step_time(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<f64, Fault> {
+pub fn step_time(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<f64, Violation> {
     let long = Long::new(schedule, stages, message)?;
     Ok(long.time(0) / long.window.len() as f64)
 }
@@ -328,7 +336,7 @@ mod tests {
     use super::*;
     use crate::delay::SyncPoints;
     use crate::grid::Placement;
-    use crate::schedule::{Kind, Tie};
+    use crate::schedule::{ScheduleKind, Tie};
 
     fn action(text: &str) -> Action {
         text.parse().unwrap()
@@ -336,30 +344,30 @@ mod tests {
 
     const FREE: Costs = Costs { forward: 1.0, backward: 2.0, message: 0.0 };
 
-    fn speed_up(kind: Kind, stages: usize, m: usize, slack: usize, costs: Costs) -> f64 {
+    fn speed_up(kind: ScheduleKind, stages: usize, m: usize, slack: usize, costs: Costs) -> f64 {
         ideal(&Schedule::new(kind, stages, m, slack, SyncPoints::ends(1)), costs).unwrap().speed_up
     }
 
     #[test]
     fn speed_ups_of_the_design() {
         let close = |a: f64, b: f64| assert!((a - b).abs() < 0.005, "{a} is not {b}");
-        close(speed_up(Kind::Decoupled, 4, 1, 1, FREE), 4.0);
-        close(speed_up(Kind::OneForwardOneBackward, 4, 1, 1, FREE), 1.0);
-        close(speed_up(Kind::Decoupled, 4, 4, 1, FREE), 4.0);
-        close(speed_up(Kind::OneForwardOneBackward, 4, 4, 1, FREE), 2.29);
-        close(speed_up(Kind::Gpipe, 4, 4, 1, FREE), 2.29);
-        close(speed_up(Kind::Sequential, 4, 4, 1, FREE), 1.0);
-        close(speed_up(Kind::Decoupled, 11, 8, 1, FREE), 11.0);
-        close(speed_up(Kind::OneForwardOneBackward, 11, 8, 1, FREE), 4.89);
+        close(speed_up(ScheduleKind::Decoupled, 4, 1, 1, FREE), 4.0);
+        close(speed_up(ScheduleKind::OneForwardOneBackward, 4, 1, 1, FREE), 1.0);
+        close(speed_up(ScheduleKind::Decoupled, 4, 4, 1, FREE), 4.0);
+        close(speed_up(ScheduleKind::OneForwardOneBackward, 4, 4, 1, FREE), 2.29);
+        close(speed_up(ScheduleKind::Gpipe, 4, 4, 1, FREE), 2.29);
+        close(speed_up(ScheduleKind::Sequential, 4, 4, 1, FREE), 1.0);
+        close(speed_up(ScheduleKind::Decoupled, 11, 8, 1, FREE), 11.0);
+        close(speed_up(ScheduleKind::OneForwardOneBackward, 11, 8, 1, FREE), 4.89);
         let slow = Costs { message: 0.3, ..FREE };
-        close(speed_up(Kind::Decoupled, 4, 1, 2, slow) / 4.0, 1.0);
-        close(speed_up(Kind::Decoupled, 4, 1, 1, slow) / 4.0, 0.87);
+        close(speed_up(ScheduleKind::Decoupled, 4, 1, 2, slow) / 4.0, 1.0);
+        close(speed_up(ScheduleKind::Decoupled, 4, 1, 1, slow) / 4.0, 0.87);
     }
 
     #[test]
     fn a_fresh_table_stalls_the_pipeline_and_an_aligned_one_does_not() {
         for (stages, steady, before_drain) in [(3, 1.8, 1.85), (4, 2.0, 2.11), (5, 15.0 / 7.0, 2.32)] {
-            let mut schedule = Schedule::new(Kind::Decoupled, stages, 1, 1, SyncPoints::ends(1));
+            let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, 1, 1, SyncPoints::ends(1));
             schedule.tie = Tie::Fresh;
             let fresh = ideal(&schedule, FREE).unwrap();
             assert!((fresh.speed_up - steady).abs() < 1e-9, "{stages}: {fresh:?}");
@@ -376,7 +384,7 @@ mod tests {
     fn a_fresh_head_waits_for_nobody() {
         for (stages, m, slack) in (1..=6).flat_map(|k| (1..=5).flat_map(move |m| (1..=3).map(move |h| (k, m, h)))) {
             for message in [0.0, 0.3, 1.0] {
-                let mut schedule = Schedule::new(Kind::Decoupled, stages, m, slack, SyncPoints::ends(1));
+                let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, m, slack, SyncPoints::ends(1));
                 let untied = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
                 schedule.tie = Tie::Head;
                 let head = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
@@ -388,7 +396,7 @@ mod tests {
     #[test]
     fn the_slowest_stage_sets_the_pace() {
         let stage = |forward, update| StageCosts { forward, backward: 2.0, update };
-        let schedule = Schedule::new(Kind::Decoupled, 3, 2, 1, SyncPoints::ends(1));
+        let schedule = Schedule::new(ScheduleKind::Decoupled, 3, 2, 1, SyncPoints::ends(1));
         let time = step_time(&schedule, vec![stage(1.0, 0.5), stage(1.5, 0.5), stage(1.0, 0.0)], 0.0).unwrap();
         assert!((time - 7.5).abs() < 1e-9, "2 (1.5 + 2) + 0.5, not {time}");
     }
@@ -398,7 +406,7 @@ mod tests {
         for (stages, m, tie) in
             [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied), (5, 2, Tie::Head)]
         {
-            let mut schedule = Schedule::new(Kind::Decoupled, stages, m, 1, SyncPoints::ends(1));
+            let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(1));
             (schedule.placement, schedule.tie) = (Placement::Ring, tie);
             let ring = ideal(&schedule, FREE).unwrap();
             assert!((ring.speed_up - (stages - 1) as f64).abs() < 1e-9, "{stages}: {ring:?}");
@@ -406,7 +414,7 @@ mod tests {
     }
 
     fn line(stages: usize) -> Schedule {
-        Schedule::new(Kind::Decoupled, stages, 1, 1, SyncPoints::ends(1))
+        Schedule::new(ScheduleKind::Decoupled, stages, 1, 1, SyncPoints::ends(1))
     }
 
     #[test]

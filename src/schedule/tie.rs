@@ -46,7 +46,9 @@ use super::Schedule;
 use crate::grid::Placement;
 
 /// Whether the two ends use one table, and which parts of its gradient an update puts together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Tie {
     /// Both parts of one step.
@@ -64,7 +66,7 @@ pub enum Tie {
 
 /// The two uses of a tied table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub enum TableEnd {
     /// Rows of it are the model's input: stage 0.
     Input,
     /// It is the matrix of the head: stage K-1.
@@ -78,18 +80,18 @@ impl Schedule {
     }
 
     /// The ends of the tied table that a stage has.
-    pub fn ends(&self, stage: usize) -> impl Iterator<Item = End> + use<> {
-        let input = (stage == 0).then_some(End::Input);
-        let output = (stage == self.stages - 1).then_some(End::Output);
+    pub fn ends(&self, stage: usize) -> impl Iterator<Item = TableEnd> + use<> {
+        let input = (stage == 0).then_some(TableEnd::Input);
+        let output = (stage == self.stages - 1).then_some(TableEnd::Output);
         let tied = self.tie != Tie::Untied;
         input.into_iter().chain(output).filter(move |_| tied)
     }
 
     /// How many updates old the version of the tied table is that an end uses for a step.
-    pub fn table_delay(&self, end: End) -> usize {
+    pub fn table_delay(&self, end: TableEnd) -> usize {
         match (self.tie, end) {
-            (Tie::Aligned, _) | (Tie::Head, End::Input) => self.delays[0],
-            (Tie::Head, End::Output) | (Tie::Fresh | Tie::Untied, _) => 0,
+            (Tie::Aligned, _) | (Tie::Head, TableEnd::Input) => self.delays[0],
+            (Tie::Head, TableEnd::Output) | (Tie::Fresh | Tie::Untied, _) => 0,
         }
     }
 
@@ -128,11 +130,11 @@ impl Schedule {
 mod tests {
     use super::*;
     use crate::delay::SyncPoints;
-    use crate::schedule::Kind;
+    use crate::schedule::ScheduleKind;
 
     #[test]
     fn every_input_part_joins_one_update() {
-        let mut schedule = Schedule::new(Kind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 4, 1, 1, SyncPoints::ends(8));
         schedule.tie = Tie::Aligned;
         assert_eq!(
             (2..8).map(|t| schedule.table_inputs(t, 2, t == 7)).collect::<Vec<_>>(),

@@ -34,7 +34,7 @@ pub struct Setup {
     /// Rows of a microbatch, b.
     pub rows: usize,
     /// Held-out windows, or streams, of one evaluation, a replica.
-    pub eval_share: usize,
+    pub eval_rows_per_replica: usize,
     /// The saved state that the run goes on from; none: it begins with initial weights.
     pub resumed: Option<Arc<Checkpoint>>,
     /// What this process computes on.
@@ -64,7 +64,7 @@ impl Setup {
         let partition = plan::layers(&config, &dimensions)?;
         plan::check_streams(&config, &corpus)?;
 
-        let eval_share = match &config.eval {
+        let eval_rows_per_replica = match &config.eval {
             Some(eval) => {
                 let (share, microbatches) = plan::evaluation(&config, &corpus.held_out, rows)?;
                 schedule.evals = Some(Evals { every: eval.every, microbatches });
@@ -81,7 +81,7 @@ impl Setup {
             schedule,
             corpus,
             rows,
-            eval_share,
+            eval_rows_per_replica,
             resumed: None,
             device: Device::Cpu,
             readback: Readback::Now,
@@ -89,7 +89,7 @@ impl Setup {
     }
 
     /// The same run on another device.
-    pub fn on(self, device: Device) -> Setup {
+    pub fn with_device(self, device: Device) -> Setup {
         let readback = if device.is_cuda() { Readback::Deferred } else { Readback::Now };
         Setup { device, readback, ..self }
     }
@@ -192,7 +192,7 @@ impl Setup {
     /// Values of the largest message between two places: hidden states of a microbatch, or a part of the tied table's gradient.
     pub fn largest_message(&self) -> usize {
         let trained = self.rows * self.config.data.sequence;
-        let evaluated = self.eval_share * self.config.eval_sequence();
+        let evaluated = self.eval_rows_per_replica * self.config.eval_sequence();
         let hidden = trained.max(evaluated) * self.dimensions.d_model as usize;
         hidden.max(Layout::new(&model::table(&self.dimensions)).len)
     }
@@ -229,7 +229,7 @@ impl Setup {
     /// Held-out windows that make up a microbatch of an evaluation, the replica's share evenly cut; or the replica's
     /// streams, of which every microbatch is a segment.
     pub fn eval_rows(&self, replica: usize, microbatch: usize) -> Range<usize> {
-        let (share, start) = (self.eval_share, replica * self.eval_share);
+        let (share, start) = (self.eval_rows_per_replica, replica * self.eval_rows_per_replica);
         match self.config.order() {
             Order::Shuffled => {
                 let microbatches = self.schedule.evals.map_or(1, |evals| evals.microbatches);
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(rows(&|r, j| setup.train_rows(r, j), 3), (0..24).collect::<Vec<_>>());
         let microbatches = setup.schedule.evals.unwrap().microbatches;
         // 23 windows, and one of nothing.
-        assert_eq!((setup.eval_share, microbatches), (12, 3));
+        assert_eq!((setup.eval_rows_per_replica, microbatches), (12, 3));
         assert_eq!(rows(&|r, j| setup.eval_rows(r, j), microbatches), (0..24).collect::<Vec<_>>());
     }
 

@@ -2,7 +2,7 @@
 
 use super::Setup;
 use crate::grid::Place;
-use crate::schedule::{End, Tie};
+use crate::schedule::{TableEnd, Tie};
 
 impl Setup {
     /// A picture of the grid: ranks, layers and delays of every stage.
@@ -22,7 +22,7 @@ impl Setup {
                 layers.start
             ));
         }
-        let (input, head) = (self.schedule.table_delay(End::Input), self.schedule.table_delay(End::Output));
+        let (input, head) = (self.schedule.table_delay(TableEnd::Input), self.schedule.table_delay(TableEnd::Output));
         if self.schedule.tie == Tie::Head && input > 0 {
             let applied = input + self.schedule.delays[0];
             out.push_str(&format!(

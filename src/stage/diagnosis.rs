@@ -13,7 +13,7 @@ impl Stage {
         let deferred = self.settings.readback == Readback::Deferred;
         let (result, finite) = match saved.targets {
             Some(_) => {
-                let loss = Number::of(output, self.settings.readback)?;
+                let loss = Number::from_tensor(output, self.settings.readback)?;
                 // One that is not known yet is looked at when it is.
                 let finite = deferred || loss.now()?.is_finite();
                 (Output::Loss(loss), finite)

@@ -14,15 +14,15 @@ pub use settings::Settings;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{Dropout, Memory, Owner, Run, Stack};
+use crate::model::{Dropout, LayerRange, Memory, Owner, Stack};
 use crate::number::Number;
 use crate::params::Versions;
-use crate::schedule::End;
+use crate::schedule::TableEnd;
 use crate::table::Table;
 
 /// Which microbatch of which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slot {
+pub struct MicrobatchId {
     pub step: usize,
     pub microbatch: usize,
 }
@@ -38,17 +38,17 @@ pub enum Output {
 
 /// The versions that a step uses: of the stage's own weights, of the tied table as each end that the stage has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct At {
+pub struct UsedVersions {
     pub own: usize,
     pub input: Option<usize>,
     pub output: Option<usize>,
 }
 
-impl At {
+impl UsedVersions {
     /// The newest of each.
-    fn newest(held: Held) -> At {
+    fn newest(held: Held) -> UsedVersions {
         let table = held.table.map(Table::newest);
-        At { own: held.own.newest(), input: table, output: table }
+        UsedVersions { own: held.own.newest(), input: table, output: table }
     }
 }
 
@@ -78,8 +78,8 @@ pub struct Bucket {
 
 /// A forward that waits for its backward.
 struct Saved {
-    slot: Slot,
-    at: At,
+    slot: MicrobatchId,
+    at: UsedVersions,
     /// The stage input, a leaf unless it is tokens.
     input: Tensor,
     targets: Option<Tensor>,
@@ -160,9 +160,9 @@ pub struct Stage {
     stack: Stack,
     settings: Settings,
     /// The layers at one go; those of the last microbatch of a step; one by one.
-    whole: Vec<Run>,
-    buckets: Vec<Run>,
-    blocks: Vec<Run>,
+    whole: Vec<LayerRange>,
+    buckets: Vec<LayerRange>,
+    blocks: Vec<LayerRange>,
     saved: VecDeque<Saved>,
     /// What the layers remember, a microbatch of rows each; of the evaluation.
     memories: BTreeMap<usize, Memory>,
@@ -182,7 +182,7 @@ impl Stage {
     ///
     /// # Errors
     /// [`Error::NotFinite`] if the output is not, and what libtorch reports.
-    pub fn forward(&mut self, slot: Slot, at: At, held: Held, input: Input) -> Result<Output> {
+    pub fn forward(&mut self, slot: MicrobatchId, at: UsedVersions, held: Held, input: Input) -> Result<Output> {
         let Input { x, targets, restart } = input;
         let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
@@ -214,7 +214,7 @@ impl Stage {
     /// What libtorch reports, and those of `ready`.
     pub fn backward(
         &mut self,
-        slot: Slot,
+        slot: MicrobatchId,
         held: Held,
         mut dy: Option<Tensor>,
         ready: &mut dyn FnMut(Bucket) -> Result<()>,
@@ -251,7 +251,7 @@ impl Stage {
     /// # Errors
     /// What libtorch reports.
     pub fn evaluate(&mut self, held: Held, input: &Input) -> Result<Output> {
-        let at = At::newest(held);
+        let at = UsedVersions::newest(held);
         if input.restart {
             self.eval_memory = Memory::new(self.settings.eval_mem_len);
         }
@@ -262,7 +262,7 @@ impl Stage {
                 None => Ok(Output::Hidden(y)),
                 Some(targets) => {
                     let sum = self.stack.losses(&weights, &y, targets)?;
-                    Ok(Output::Loss(Number::of(&sum, self.settings.readback)?))
+                    Ok(Output::Loss(Number::from_tensor(&sum, self.settings.readback)?))
                 }
             }
         })
@@ -287,22 +287,22 @@ impl Stage {
         self.eval_memory = Memory::new(self.settings.eval_mem_len);
     }
 
-    fn dropout(&self, slot: Slot) -> Option<Dropout> {
+    fn dropout(&self, slot: MicrobatchId) -> Option<Dropout> {
         self.settings.dropout(slot, self.place.replica)
     }
 
     /// The values of all parameters of the layers, as leaves.
-    fn weights(&self, at: At, held: Held) -> Vec<Tensor> {
+    fn weights(&self, at: UsedVersions, held: Held) -> Vec<Tensor> {
         let of_end = |end, version: Option<usize>| match (held.table, version) {
             (Some(table), Some(version)) => table.parameters(version, end),
             _ => &[],
         };
-        let (input, output) = (of_end(End::Input, at.input), of_end(End::Output, at.output));
+        let (input, output) = (of_end(TableEnd::Input, at.input), of_end(TableEnd::Output, at.output));
         self.stack.weights(held.own.parameters(at.own, 0), input, output)
     }
 
     /// How the layers are cut in the backward of a microbatch.
-    fn runs(&self, slot: Slot) -> &[Run] {
+    fn runs(&self, slot: MicrobatchId) -> &[LayerRange] {
         if slot.microbatch + 1 == self.settings.microbatches { &self.buckets } else { &self.whole }
     }
 
@@ -319,12 +319,12 @@ impl Stage {
         Ok(Graph { input, output, offset, used })
     }
 
-    fn used(&self, run: &Run, weights: &[Tensor], held: Held) -> Vec<(Owner, Tensor)> {
+    fn used(&self, run: &LayerRange, weights: &[Tensor], held: Held) -> Vec<(Owner, Tensor)> {
         if held.own.adds_itself() { Vec::new() } else { self.stack.used(run.layers.clone(), weights) }
     }
 
     /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
-    fn run(&self, saved: &Saved, runs: &[Run], memory: &mut Memory, held: Held) -> Result<Vec<Graph>> {
+    fn run(&self, saved: &Saved, runs: &[LayerRange], memory: &mut Memory, held: Held) -> Result<Vec<Graph>> {
         let (weights, dropout) = (self.weights(saved.at, held), self.dropout(saved.slot));
         let mut graphs: Vec<Graph> = Vec::with_capacity(runs.len());
         for run in runs {
@@ -385,13 +385,13 @@ mod tests {
         Input { x, targets: Some(targets), restart: true }
     }
 
-    const AT: At = At { own: 0, input: None, output: None };
+    const AT: UsedVersions = UsedVersions { own: 0, input: None, output: None };
 
     /// Loss, gradient of the input and of all weights of the last microbatch; and the buckets that were ready.
     fn run(config: &Config) -> (f64, Tensor, Vec<f32>, Vec<(usize, i64)>) {
         let (mut stage, versions) = last_stage(config);
         let held = Held { own: &versions, table: None };
-        let slot = Slot { step: 0, microbatch: 1 };
+        let slot = MicrobatchId { step: 0, microbatch: 1 };
         let Output::Loss(loss) = stage.forward(slot, AT, held, input()).unwrap() else { panic!("no loss") };
         let mut buckets = Vec::new();
         let mut ready = |bucket: Bucket| {
@@ -448,7 +448,7 @@ mod tests {
     fn only_the_last_microbatch_of_a_step_has_buckets() {
         let (mut stage, versions) = last_stage(&config(&["bucket_kib=1"]));
         let held = Held { own: &versions, table: None };
-        let slot = Slot { step: 0, microbatch: 0 };
+        let slot = MicrobatchId { step: 0, microbatch: 0 };
         stage.forward(slot, AT, held, input()).unwrap();
         stage.backward(slot, held, None, &mut |bucket| panic!("a bucket at {}", bucket.offset)).unwrap();
     }
@@ -457,8 +457,8 @@ mod tests {
     fn a_backward_out_of_turn_is_a_fault_of_the_schedule() {
         let (mut stage, versions) = last_stage(&config(&[]));
         let held = Held { own: &versions, table: None };
-        stage.forward(Slot { step: 0, microbatch: 0 }, AT, held, input()).unwrap();
-        let error = stage.backward(Slot { step: 0, microbatch: 1 }, held, None, &mut |_| Ok(())).unwrap_err();
+        stage.forward(MicrobatchId { step: 0, microbatch: 0 }, AT, held, input()).unwrap();
+        let error = stage.backward(MicrobatchId { step: 0, microbatch: 1 }, held, None, &mut |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("has no forward"), "{error}");
     }
 
@@ -473,7 +473,7 @@ mod tests {
             };
             versions.alter(change).unwrap();
             let held = Held { own: &versions, table: None };
-            stage.forward(Slot { step: 3, microbatch: 0 }, AT, held, input())
+            stage.forward(MicrobatchId { step: 3, microbatch: 0 }, AT, held, input())
         };
         let nan = |weight: &mut Tensor| drop(weight.fill_(f64::NAN));
         let Err(Error::NotFinite { tensor, step, place, .. }) = forward(&config(&[]), &nan) else {
@@ -493,7 +493,7 @@ mod tests {
         let (mut stage, versions) = last_stage(&config);
         let held = Held { own: &versions, table: None };
         let mut loss = |step, restart| {
-            let slot = Slot { step, microbatch: 0 };
+            let slot = MicrobatchId { step, microbatch: 0 };
             let output = stage.forward(slot, AT, held, Input { restart, ..input() }).unwrap();
             stage.backward(slot, held, None, &mut |_| Ok(())).unwrap();
             let Output::Loss(loss) = output else { panic!("no loss") };

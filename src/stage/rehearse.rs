@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{At, Held, Input, Output, Slot, Stage};
+use super::{Held, Input, MicrobatchId, Output, Stage, UsedVersions};
 use crate::error::Result;
 use crate::number::Number;
 use crate::optim::norm;
@@ -17,8 +17,8 @@ impl Stage {
     pub fn rehearse(&mut self, held: Held, input: &Input, wire: Wire) -> Result<()> {
         let memories = std::mem::take(&mut self.memories);
         // The last microbatch of a step is cut into buckets.
-        let slot = Slot { step: 0, microbatch: self.settings.microbatches - 1 };
-        let at = At::newest(held);
+        let slot = MicrobatchId { step: 0, microbatch: self.settings.microbatches - 1 };
+        let at = UsedVersions::newest(held);
         // The second time with a memory.
         for restart in [true, false] {
             let (x, targets) = (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));

@@ -1,6 +1,6 @@
 //! How a stage works.
 
-use super::Slot;
+use super::MicrobatchId;
 use crate::config::{Config, OnNonfinite, Recompute};
 use crate::model::Dropout;
 use crate::number::Readback;
@@ -43,8 +43,8 @@ impl Settings {
     }
 
     /// Dropout of one microbatch; none if both rates are 0.
-    pub fn dropout(&self, slot: Slot, replica: usize) -> Option<Dropout> {
-        let Slot { step, microbatch } = slot;
+    pub fn dropout(&self, slot: MicrobatchId, replica: usize) -> Option<Dropout> {
+        let MicrobatchId { step, microbatch } = slot;
         let Settings { dropout: rate, attention_dropout: attention_rate, seed, .. } = *self;
         let any = rate > 0.0 || attention_rate > 0.0;
         any.then_some(Dropout { rate, attention_rate, seed, step, replica, microbatch })

@@ -1,4 +1,4 @@
-//! What comes of a study: the figures of every variant. As JSON they are `NAME.json`, whose schema is in docs/studies.md.
+//! What comes of a study: the figures of every variant. As JSON they are `NAME.json`, whose schema is in docs/delay.md.
 
 use serde::Serialize;
 

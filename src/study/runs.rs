@@ -199,7 +199,7 @@ impl Runs {
 
         let program = std::env::current_exe().map_err(|error| Error::Internal(error.to_string()))?;
         let mut command = Command::new(program);
-        command.arg("train").arg(&self.base).args(["--emulate", "--dies-with-parent", "--out"]).arg(&folder);
+        command.arg("train").arg(&self.base).args(["--oracle", "--dies-with-parent", "--out"]).arg(&folder);
         run.sets.iter().for_each(|set| {
             command.args(["--set", set]);
         });

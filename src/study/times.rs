@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::emulation::{Profile, StageTime};
+use crate::emulated_compute::{Profile, StageTime};
 use crate::error::{Error, Result};
-use crate::schedule::{Fault, Kind, Schedule, StageCosts, step_time};
+use crate::schedule::{Schedule, ScheduleKind, StageCosts, Violation, step_time};
 use crate::setup::plan::schedule;
 
 /// The section `[time]` of a study: times of one row on a device that holds one stage, in any unit, or those of a profile.
@@ -113,7 +113,7 @@ impl TimeConfig {
         let message = self.message;
         let Some(profile) = &self.profile else {
             let of = |stage: usize| {
-                let share = schedule.share(stage);
+                let share = schedule.device_fraction(stage);
                 StageCosts { forward: self.forward * share, backward: self.backward * share, update: self.update }
             };
             return Ok(RowTimes { stages: (0..schedule.stages).map(of).collect(), message });
@@ -144,12 +144,12 @@ impl RowTimes {
         let b = rows as f64 / schedule.microbatches as f64;
         let of_microbatch =
             |stage: &StageCosts| StageCosts { forward: stage.forward * b, backward: stage.backward * b, ..*stage };
-        let fault = |fault: Fault| Error::Internal(format!("schedule: {fault}"));
+        let fault = |fault: Violation| Error::Internal(format!("schedule: {fault}"));
         step_time(schedule, self.stages.iter().map(of_microbatch).collect(), self.message).map_err(fault)
     }
 
     /// The shortest step of a synchronous schedule, and its number of microbatches.
-    fn best(&self, config: &Config, kind: Kind, rows: usize) -> Result<(f64, usize)> {
+    fn best(&self, config: &Config, kind: ScheduleKind, rows: usize) -> Result<(f64, usize)> {
         let mut best = (f64::INFINITY, 1);
         for microbatches in (1..=rows.min(MICROBATCHES)).filter(|m| rows.is_multiple_of(*m)) {
             let mut other = Config { schedule: kind, microbatches, ..config.clone() };
@@ -190,8 +190,8 @@ impl StepTimes {
             rows,
             step: times.step(&own, rows)?,
             one_device: times.stages.iter().map(of_device).sum(),
-            one_f_one_b: times.best(config, Kind::OneForwardOneBackward, rows)?,
-            gpipe: times.best(config, Kind::Gpipe, rows)?,
+            one_f_one_b: times.best(config, ScheduleKind::OneForwardOneBackward, rows)?,
+            gpipe: times.best(config, ScheduleKind::Gpipe, rows)?,
         })
     }
 }

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::emulation::Sleep;
+use crate::emulated_compute::Sleep;
 use crate::error::{Error, Result};
 use crate::model::{Memory, Stack};
 use crate::number::Number;
 use crate::params::Layout;
-use crate::stage::{At, Bucket, Held, Input, Output, Settings, Slot, Stage};
+use crate::stage::{Bucket, Held, Input, MicrobatchId, Output, Settings, Stage, UsedVersions};
 
 /// A stage.
 pub(super) enum Compute {
@@ -19,7 +19,7 @@ pub(super) enum Compute {
 
 impl Compute {
     /// As [`Stage::forward`].
-    pub(super) fn forward(&mut self, slot: Slot, at: At, held: Held, input: Input) -> Result<Output> {
+    pub(super) fn forward(&mut self, slot: MicrobatchId, at: UsedVersions, held: Held, input: Input) -> Result<Output> {
         match self {
             Compute::Real(stage) => stage.forward(slot, at, held, input),
             Compute::Asleep(stage) => stage.forward(slot, input),
@@ -29,7 +29,7 @@ impl Compute {
     /// As [`Stage::backward`].
     pub(super) fn backward(
         &mut self,
-        slot: Slot,
+        slot: MicrobatchId,
         held: Held,
         dy: Option<Tensor>,
         ready: &mut dyn FnMut(Bucket) -> Result<()>,
@@ -77,7 +77,7 @@ pub(super) struct SleepingStage {
     buckets: Vec<usize>,
     whole: Vec<usize>,
     /// Inputs of the microbatches under way.
-    saved: VecDeque<(Slot, Tensor)>,
+    saved: VecDeque<(MicrobatchId, Tensor)>,
     /// Hidden states, once they were made.
     blank: Option<Tensor>,
 }
@@ -100,7 +100,7 @@ impl SleepingStage {
         }
     }
 
-    fn forward(&mut self, slot: Slot, input: Input) -> Result<Output> {
+    fn forward(&mut self, slot: MicrobatchId, input: Input) -> Result<Output> {
         std::thread::sleep(self.sleep.forward);
 
         let Input { x, targets, .. } = input;
@@ -120,7 +120,7 @@ impl SleepingStage {
 
     fn backward(
         &mut self,
-        slot: Slot,
+        slot: MicrobatchId,
         held: Held,
         ready: &mut dyn FnMut(Bucket) -> Result<()>,
     ) -> Result<Option<Tensor>> {

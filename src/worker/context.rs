@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::faults::Faults;
-use crate::comm::Beside;
+use crate::comm::AsyncTransfers;
 use crate::config::OnNonfinite;
 use crate::control::{Gate, Mode, Reporter};
 use crate::schedule::Action;
@@ -19,7 +19,7 @@ pub(super) struct Context {
     pub(super) faults: Faults,
     pub(super) reports: Reporter,
     pub(super) gate: Arc<Gate>,
-    pub(super) beside: Option<Arc<dyn Beside>>,
+    pub(super) transfers: Option<Arc<dyn AsyncTransfers>>,
 }
 
 impl Context {

@@ -16,7 +16,7 @@ use std::time::Duration;
 use cudarc::driver::CudaEvent;
 use tch::{Device, Kind, Tensor};
 
-use crate::comm::Beside;
+use crate::comm::AsyncTransfers;
 use crate::control::{Report, Reporter};
 use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
@@ -41,7 +41,7 @@ pub(super) struct Deferred {
     waiting: VecDeque<Waiting>,
     queues: Option<CudaQueues>,
     reports: Reporter,
-    beside: Option<Arc<dyn Beside>>,
+    transfers: Option<Arc<dyn AsyncTransfers>>,
 }
 
 impl Deferred {
@@ -49,12 +49,16 @@ impl Deferred {
     ///
     /// # Errors
     /// What the driver reports.
-    pub(super) fn new(device: Device, reports: Reporter, beside: Option<Arc<dyn Beside>>) -> Result<Deferred> {
+    pub(super) fn new(
+        device: Device,
+        reports: Reporter,
+        transfers: Option<Arc<dyn AsyncTransfers>>,
+    ) -> Result<Deferred> {
         let queues = match device {
             Device::Cuda(index) => Some(CudaQueues::new(index)?),
             _ => None,
         };
-        Ok(Deferred { waiting: VecDeque::new(), queues, reports, beside })
+        Ok(Deferred { waiting: VecDeque::new(), queues, reports, transfers })
     }
 
     /// Reports a number of a step, now if it is known. `then` makes the report of it if there is to be one, or the error that
@@ -93,7 +97,7 @@ impl Deferred {
                             return Ok(());
                         }
                         // A transfer that has failed never ends.
-                        self.beside.as_ref().map_or(Ok(()), |beside| beside.check())?;
+                        self.transfers.as_ref().map_or(Ok(()), |transfers| transfers.check())?;
                         std::thread::sleep(LOOK);
                     }
                 }

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::Worker;
 use super::place::{PlaceState, Registers};
-use crate::comm::{Content, Ends, Header, Link};
+use crate::comm::{Content, Endpoints, Header, Link};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::schedule::{Action, Pass};
@@ -28,7 +28,7 @@ impl Worker {
             microbatch: action.microbatch,
             shape,
             wire,
-            beside: false,
+            payload_elsewhere: false,
         }
     }
 
@@ -37,7 +37,7 @@ impl Worker {
         let header = self.header(content, action);
         let PlaceState { ends, registers, .. } = self.place(action);
         let (end, _) = incoming(ends, registers, content);
-        link(end, action)?.expect(header)
+        link(end, action)?.prepare(header)
     }
 
     /// Hidden states come down the pipeline, gradients up.
@@ -66,7 +66,7 @@ impl Worker {
 
 /// Where a message comes from and goes to.
 fn incoming<'a>(
-    ends: &'a mut Ends,
+    ends: &'a mut Endpoints,
     registers: &'a mut Registers,
     content: Content,
 ) -> (&'a mut Option<Box<dyn Link>>, &'a mut Option<Tensor>) {

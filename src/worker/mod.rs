@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::clock::Share;
+use crate::clock::TimeKind;
 use crate::comm::{Content, Ports, Reduction};
 use crate::config::OnNonfinite;
 use crate::control::{Activity, Mode, Report};
@@ -39,10 +39,10 @@ use crate::inject::Fault;
 use crate::memory::{Gauge, Prediction};
 use crate::number::Number;
 use crate::optim::{UpdateScalars, learning_rate, norm};
-use crate::params::{bytes, here};
+use crate::params::{bytes, to_host};
 use crate::schedule::{Action, Op, Pass};
 use crate::setup::Setup;
-use crate::stage::{Bucket, Input, Output, Slot};
+use crate::stage::{Bucket, Input, MicrobatchId, Output};
 use compute::Compute;
 use context::Context;
 use deferred::Deferred;
@@ -223,7 +223,7 @@ impl Worker {
             }
             Ok(())
         };
-        let slot = Slot { step: action.step, microbatch: action.microbatch };
+        let slot = MicrobatchId { step: action.step, microbatch: action.microbatch };
         let held = place::held(versions, table.as_ref().map(TiedTable::table));
         registers.gradient = compute.backward(slot, held, registers.gradient.take(), &mut ready)?;
         Ok(())
@@ -243,7 +243,7 @@ impl Worker {
     /// `W[t+1] = W[t] + optimizer(mean over microbatches and replicas)`.
     fn update(&mut self, action: &Action) -> Result<()> {
         self.place(action).reductions.drain(..).try_for_each(Reduction::wait)?;
-        self.probes.waited(Share::Reduce);
+        self.probes.waited(TimeKind::Reduce);
 
         let Worker { context, places, .. } = self;
         let place = &mut places[context.slot(action)];
@@ -286,7 +286,7 @@ impl Worker {
         }
 
         let place = self.place(action);
-        let (place, digest) = (place.place, xxh3_64(bytes(&here(place.versions.flat())?)));
+        let (place, digest) = (place.place, xxh3_64(bytes(&to_host(place.versions.flat())?)));
         self.context.reports.send(Report::Digest { place, step, digest })
     }
 
@@ -304,7 +304,7 @@ impl Worker {
         let context = &self.context;
         context.gate.heartbeat.doing(Activity::Finishing);
         self.deferred.flush()?;
-        context.beside.as_ref().map_or(Ok(()), |beside| beside.settle())?;
+        context.transfers.as_ref().map_or(Ok(()), |transfers| transfers.settle())?;
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }

@@ -4,24 +4,24 @@ use tch::Tensor;
 
 use super::compute::{Compute, SleepingStage};
 use super::context::Context;
-use crate::comm::{Ends, Reduction};
+use crate::comm::{Endpoints, Reduction};
 use crate::data::Batch;
 use crate::delay::version;
-use crate::emulation::Emulation;
+use crate::emulated_compute::EmulatedCompute;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::number::Number;
 use crate::optim::Optimizer;
 use crate::params::{Versions, zeros};
-use crate::schedule::{Action, End};
+use crate::schedule::{Action, TableEnd};
 use crate::setup::Setup;
-use crate::stage::{At, Held, Input, Output, Settings, Slot, Stage, is_finite};
+use crate::stage::{Held, Input, MicrobatchId, Output, Settings, Stage, UsedVersions, is_finite};
 use crate::table::Table;
 
 /// A place with what is its own; the registers hold what one action leaves for the next.
 pub(super) struct PlaceState {
     pub(super) place: Place,
-    pub(super) ends: Ends,
+    pub(super) ends: Endpoints,
     pub(super) compute: Compute,
     pub(super) versions: Versions,
     pub(super) optimizer: Optimizer,
@@ -53,11 +53,16 @@ pub(super) fn held<'a>(own: &'a Versions, table: Option<&'a Table>) -> Held<'a> 
 }
 
 impl PlaceState {
-    /// A place at the beginning of the run, or where it is resumed; with `emulation` its stage sleeps instead of computing.
+    /// A place at the beginning of the run, or where it is resumed; with `emulated` its stage sleeps instead of computing.
     ///
     /// # Errors
     /// What libtorch reports, or a saved state that cannot be read.
-    pub(super) fn new(setup: &Setup, place: Place, ends: Ends, emulation: Option<&Emulation>) -> Result<PlaceState> {
+    pub(super) fn new(
+        setup: &Setup,
+        place: Place,
+        ends: Endpoints,
+        emulated: Option<&EmulatedCompute>,
+    ) -> Result<PlaceState> {
         let config = &setup.config;
         let stack = setup.stack(place.stage);
         let layout = setup.layout(place.stage);
@@ -71,16 +76,16 @@ impl PlaceState {
         };
         let (held, kind) = (setup.schedule.versions_held(place.stage), config.precision.kind());
         let versions = Versions::with(layout.clone(), initial, held, vec![gradient], kind, setup.master(delay))?;
-        let mut versions = versions.at(setup.start());
+        let mut versions = versions.starting_at(setup.start());
         for (number, values) in setup.older_weights(&layout, delay)? {
             versions.recall(number, &values)?;
         }
 
         let settings = Settings::new(config, setup.readback);
-        let mut compute = match emulation {
+        let mut compute = match emulated {
             None => Compute::Real(Box::new(Stage::new(place, stack, settings))),
-            Some(emulation) => {
-                let sleep = emulation.sleep(&setup.schedule, place.stage);
+            Some(emulated) => {
+                let sleep = emulated.sleep(&setup.schedule, place.stage);
                 Compute::Asleep(SleepingStage::new(sleep, &stack, place.stage == 0, &settings, setup.device))
             }
         };
@@ -120,8 +125,8 @@ impl PlaceState {
         let of_table =
             |of| schedule.ends(self.place.stage).find(|end| *end == of).map(|end| at(schedule.table_delay(end)));
         let own = at(schedule.delays[self.place.stage]);
-        let at = At { own, input: of_table(End::Input), output: of_table(End::Output) };
-        self.compute.forward(Slot { step, microbatch }, at, held(&self.versions, table), input)
+        let at = UsedVersions { own, input: of_table(TableEnd::Input), output: of_table(TableEnd::Output) };
+        self.compute.forward(MicrobatchId { step, microbatch }, at, held(&self.versions, table), input)
     }
 
     /// Forward of a microbatch of an evaluation, at the newest versions.

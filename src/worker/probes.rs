@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::faults::Faults;
 use super::place::PlaceState;
-use crate::clock::{Clock, Share, Times};
+use crate::clock::{Clock, TimeKind, Times};
 use crate::control::Gate;
 use crate::error::Result;
 use crate::schedule::Action;
@@ -17,7 +17,7 @@ pub(super) trait Probe {
     }
 
     /// Within an action: its time so far was a wait of this kind.
-    fn waited(&mut self, _share: Share) {}
+    fn waited(&mut self, _share: TimeKind) {}
 
     /// After it.
     fn end(&mut self, _action: &Action) {}
@@ -40,7 +40,7 @@ impl Probes {
         self.clock.begin(action, place)
     }
 
-    pub(super) fn waited(&mut self, share: Share) {
+    pub(super) fn waited(&mut self, share: TimeKind) {
         self.clock.waited(share);
         self.list.iter_mut().for_each(|probe| probe.waited(share));
     }
@@ -78,11 +78,11 @@ impl Probe for Beating {
 
 impl Probe for Clock {
     fn begin(&mut self, _: &Action, _: &mut PlaceState) -> Result<()> {
-        self.lap(Share::Idle);
+        self.lap(TimeKind::Idle);
         Ok(())
     }
 
-    fn waited(&mut self, share: Share) {
+    fn waited(&mut self, share: TimeKind) {
         self.lap(share);
     }
 

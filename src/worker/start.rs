@@ -33,15 +33,15 @@ pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf,
     // Per thread: the thread pool of libtorch's kernels belongs to the thread that calls them.
     tch::set_num_threads(setup.config.threads as i32);
     warm_up(setup.config.precision.kind(), setup.device)?;
-    let mut gauge = Gauge::on(setup.device)?;
+    let mut gauge = Gauge::for_device(setup.device)?;
 
     let held = setup.grid.held(rank);
     let mut places = Vec::new();
     for (place, ends) in held.iter().zip(ports.places) {
-        places.push(PlaceState::new(&setup, *place, ends, mode.emulation.as_ref())?);
+        places.push(PlaceState::new(&setup, *place, ends, mode.emulated.as_ref())?);
     }
     let shared = places.iter().map(|place| place.shared as u64).sum();
-    gauge.iter_mut().for_each(|gauge| gauge.shares(shared));
+    gauge.iter_mut().for_each(|gauge| gauge.exclude_shared(shared));
     let mut table = TiedTable::of_rank(&setup, rank)?;
     if setup.readback == Readback::Deferred {
         rehearse(&setup, &mut places, &mut table)?;
@@ -58,7 +58,7 @@ pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf,
         places,
         table,
         batches: Batches::new(Arc::clone(&setup.corpus), setup.config.reading()),
-        deferred: Deferred::new(setup.device, ports.reports.clone(), ports.beside.clone())?,
+        deferred: Deferred::new(setup.device, ports.reports.clone(), ports.transfers.clone())?,
         probes,
         gauge,
         writer: Some(Writer::start(out, ports.reports.clone())?),
@@ -70,7 +70,7 @@ pub(super) fn worker(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf,
             faults,
             reports: ports.reports,
             gate: ports.gate,
-            beside: ports.beside,
+            transfers: ports.transfers,
             setup,
         },
     })

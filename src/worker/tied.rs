@@ -3,7 +3,7 @@
 use super::Worker;
 use super::faults::flip;
 use super::messages::link;
-use crate::clock::Share;
+use crate::clock::TimeKind;
 use crate::comm::{Content, Header, Reduction};
 use crate::control::Report;
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::model;
 use crate::number::Number;
 use crate::optim::learning_rate;
 use crate::params::{Layout, Master};
-use crate::schedule::{Action, End, Pass, Tie};
+use crate::schedule::{Action, Pass, TableEnd, Tie};
 use crate::setup::Setup;
 use crate::table::Table;
 use crate::wire::Wire;
@@ -29,7 +29,8 @@ pub(super) struct TiedTable {
 impl TiedTable {
     /// That of a rank, if its stages use one.
     pub(super) fn of_rank(setup: &Setup, rank: usize) -> Result<Option<TiedTable>> {
-        let ends: Vec<End> = setup.grid.held(rank).iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
+        let ends: Vec<TableEnd> =
+            setup.grid.held(rank).iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
         if ends.is_empty() {
             return Ok(None);
         }
@@ -38,7 +39,7 @@ impl TiedTable {
         // On one device with both ends the embedding's is the older one.
         let delay = schedule.table_delay(ends[0]);
         // The optimizer is the same at both ends.
-        let optimizer = setup.optimizer(&layout, schedule.table_delay(End::Input))?;
+        let optimizer = setup.optimizer(&layout, schedule.table_delay(TableEnd::Input))?;
         let initial = setup.first_weights(&layout)?;
         let held = schedule.tables_held(setup.grid.device_of(rank));
         let older = setup.older_weights(&layout, delay)?;
@@ -48,11 +49,11 @@ impl TiedTable {
 
         let mut table = Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?;
         if schedule.tie == Tie::Head && setup.master(delay) == Master::Always {
-            table = table.unpredicted(End::Output)?;
+            table = table.unpredicted(TableEnd::Output)?;
         }
-        let mut table = table.at(setup.start());
+        let mut table = table.starting_at(setup.start());
         older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
-        waiting.into_iter().for_each(|(step, part)| table.keep(End::Input, step, part));
+        waiting.into_iter().for_each(|(step, part)| table.keep(TableEnd::Input, step, part));
         Ok(Some(TiedTable { table, reduction: None, delay }))
     }
 
@@ -94,13 +95,13 @@ impl Worker {
             microbatch: 0,
             shape,
             wire: Wire::F32,
-            beside: false,
+            payload_elsewhere: false,
         })
     }
 
     pub(super) fn receive_part(&mut self, action: &Action) -> Result<()> {
         let header = self.table_header(Content::Part, action)?;
-        let other = if action.stage == 0 { End::Output } else { End::Input };
+        let other = if action.stage == 0 { TableEnd::Output } else { TableEnd::Input };
         if let Some(twin) = &mut self.place(action).ends.twin {
             let part = twin.receive(header)?.f_view([-1])?;
             self.table(action)?.keep(other, action.step, part);
@@ -128,7 +129,7 @@ impl Worker {
     fn wait_for_table(&mut self) -> Result<()> {
         let reduction = self.table.as_mut().and_then(|table| table.reduction.take());
         let result = reduction.map_or(Ok(()), Reduction::wait);
-        self.probes.waited(Share::Table); // The wait is the table's, but no work of the action.
+        self.probes.waited(TimeKind::Table); // The wait is the table's, but no work of the action.
         result
     }
 

@@ -10,7 +10,7 @@ use crate::checkpoint::Snapshot;
 use crate::control::{Report, Reporter};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::schedule::{Action, End};
+use crate::schedule::{Action, TableEnd};
 
 /// States that wait while one is written: two stages may share a device.
 const WAITING: usize = 1;
@@ -84,7 +84,7 @@ impl Worker {
         if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == 0) {
             let table = table.table();
             snapshot.add(table.layout(), table.flat(), table.optimizer())?;
-            snapshot.add_older(table.layout(), table.versions().used(saved(schedule.table_delay(End::Input))))?;
+            snapshot.add_older(table.layout(), table.versions().used(saved(schedule.table_delay(TableEnd::Input))))?;
         }
         if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == schedule.joiner()) {
             snapshot.add_parts(table.table().layout(), table.table().waiting())?;

@@ -7,7 +7,7 @@ use clap::Parser;
 use ouroboros::cli::{Cli, Command, DataCommand, ScheduleArgs, hint};
 use ouroboros::config::Config;
 use ouroboros::data::HeldOut;
-use ouroboros::emulation::Emulation;
+use ouroboros::emulated_compute::EmulatedCompute;
 use ouroboros::error::Error;
 use ouroboros::setup::Setup;
 use ouroboros::study::Plan;
@@ -156,7 +156,7 @@ impl Target for CommandLines {
     fn seeds(&self) -> Vec<Parts> {
         let lines = [
             "train\na.toml\n--grid\n2x2\n--transport\nmpi\n--inject\npanic@1,0:7\n--max-minutes\n3\n--stop-margin\n60\n--out\nruns/a",
-            "train\na.toml\n--emulate\n--set\nsteps=3\n--set\nmodel.d_model=64\n--resume\nruns/a",
+            "train\na.toml\n--oracle\n--set\nsteps=3\n--set\nmodel.d_model=64\n--resume\nruns/a",
             "train\na.toml\n--inject\ncorrupt-message@?,?:?:SA\n--topology\ntopology/a.toml\n--self-test",
             "bench\na.toml\n--grid\n4x1\n--emulated-compute\n10,20\n--steps\n10",
             "init\na.toml\n--out\na",
@@ -272,7 +272,7 @@ const PROFILE: &str = r#"{"rows": 8, "tokens_per_s": 41000.5, "stages": [
   {"stage": 1, "forward_ms": 11.5, "backward_ms": 21.25, "update_ms": 3.5}]}"#;
 
 pub fn profile(folder: &Path) -> Box<dyn Target> {
-    let read = |path: &Path| Emulation::read(&path.display().to_string())?.check(2);
+    let read = |path: &Path| EmulatedCompute::read(&path.display().to_string())?.check(2);
     let words = vec!["null", "1e400", "-1", "[", "{", "}", "]", "\"stages\":", "\"rows\":", "\"forward_ms\":"];
     Box::new(OneFile { path: folder.join("bench.json"), seeds: vec![vec![PROFILE.into()]], words, read, room: 4 << 20 })
 }

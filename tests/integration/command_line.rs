@@ -246,9 +246,9 @@ fn a_world_of_another_size_is_refused_once() {
     let finished = run(mpirun(3, &slices(&args)), LIMIT).expect_code(2);
     assert!(finished.stderr.contains("`grid`: found 2x2 = 4 devices and 3 ranks; run mpirun -n 4"), "{finished}");
     assert_eq!(finished.errors().len(), 1, "{finished}");
-    let args = folder.train("out", &[], &["--emulate"]);
+    let args = folder.train("out", &[], &["--oracle"]);
     let finished = run(mpirun(2, &slices(&args)), LIMIT).expect_code(2);
-    assert!(finished.stderr.contains("--emulate is one process"), "{finished}");
+    assert!(finished.stderr.contains("--oracle is one process"), "{finished}");
 }
 
 #[test]
@@ -312,7 +312,7 @@ fn a_drill_that_cannot_happen_is_refused() {
         &["--inject", "panic@0,0:6"],
         &["--inject", "alter-table@0,0:2"],
         &["--grid", "3x1", "--inject", "alter-table@1,0:2"],
-        &["--emulate", "--inject", "panic@0,0:2"],
+        &["--oracle", "--inject", "panic@0,0:2"],
     ] {
         let finished = program(&slices(&folder.train("out", &[], more))).expect_code(2);
         assert!(finished.stderr.contains("--inject"), "{finished}");
@@ -329,12 +329,17 @@ fn usage_errors_have_code_2() {
     program(&["--version"]).expect_code(0);
 }
 
-/// The configs of the repository and the one in the README say what the program understands.
 #[test]
-fn documented_configs_are_valid() {
-    let readme = include_str!("../../README.md");
-    let block = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    Config::parse(block, &[]).unwrap_or_else(|error| panic!("README: {error}"));
+fn the_oracles_old_name_is_understood() {
+    let folder = Folder::new();
+    let args = folder.train("out", &["steps=2"], &["--emulate"]);
+    let found = program(&slices(&args)).expect_code(0);
+    assert!(found.stdout.contains("note: --emulate is called --oracle"), "{found}");
+}
+
+/// The configs of the repository say what the program understands.
+#[test]
+fn configs_are_valid() {
     for entry in std::fs::read_dir("configs").unwrap().flatten() {
         let path = entry.path();
         let config = Config::load(&path, &[], None).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

@@ -84,9 +84,9 @@ fn copies_of_the_table_that_differ_are_found() {
 #[test]
 fn what_everybody_waits_for_is_named() {
     for (fault, place, what) in [
-        ("hang@1,0:5", "stage 1, replica 0 ", "stands still in 1F5.0, and everybody waits for it"),
-        ("hang@0,1:5:B", "stage 0, replica 1 ", "stands still in 0B5.0, and everybody waits for it"),
-        ("hang@1,1:6:U", "stage 1, replica 1 ", "stands still in 1U6, and everybody waits for it"),
+        ("hang@1,0:5", "stage 1, replica 0 ", "is stuck in 1F5.0, and all other ranks are waiting for it"),
+        ("hang@0,1:5:B", "stage 0, replica 1 ", "is stuck in 0B5.0, and all other ranks are waiting for it"),
+        ("hang@1,1:6:U", "stage 1, replica 1 ", "is stuck in 1U6, and all other ranks are waiting for it"),
     ] {
         for ranks in [Some(4), None] {
             let folder = Folder::new();
@@ -114,7 +114,7 @@ fn faults_are_told_with_their_place() {
         ("nan@1,1:5", &[], 5, "on stage 1, replica 1, rows 12 to 23 of the batch, from the tokens ["),
         ("drop-message@0,1:5", &[], 4, "wrong message from stage 0, replica 1 to stage 1, replica 1"),
         ("drop-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),
-        ("disk-full@1,0:0", &save, 7, "go on with --resume"),
+        ("disk-full@1,0:0", &save, 7, "earlier checkpoints are intact"),
         ("alter-weights@1,1:4", &verify, 70, "the copies of the weights of stage 1 differ after step 6"),
         ("alter-table@0,1:4", &["verify_every=3"], 70, "the copies of the tied embedding differ after step 6"),
         ("corrupt-message@1,0:5:SG", &[], 4, "wrong message from stage 1, replica 0 to stage 0, replica 0"),
@@ -199,7 +199,7 @@ fn a_rank_that_leaves_ends_the_others() {
     let finished = long_run(&Folder::new(), "exit@1,1:5", Some(4));
     assert_ne!(finished.code, Some(0), "{finished}");
     let [line] = finished.errors()[..] else { panic!("{finished}") };
-    assert!(line.contains("stage 1, replica 1 (rank 3 on ") && line.contains("has died in 1L5.0;"), "{finished}");
+    assert!(line.contains("stage 1, replica 1 (rank 3 on ") && line.contains("process died in 1L5.0;"), "{finished}");
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn a_killed_rank_ends_the_others() {
         assert_ne!(finished.code, Some(0), "{finished}");
         // The neighbours speak for the one that cannot, before mpirun tells the signal.
         let [line] = finished.errors()[..] else { panic!("{finished}") };
-        assert!(line.contains(place) && line.contains(&format!("has died in {action};")), "{finished}");
+        assert!(line.contains(place) && line.contains(&format!("process died in {action};")), "{finished}");
         assert!(finished.stderr.contains("signal 9"), "{finished}");
     }
 }

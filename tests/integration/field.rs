@@ -166,7 +166,7 @@ fn field_f03() {
         let done = shell(&folder, &script.replace("--out a", "--out b")).expect_code(0);
         let found = done.stdout.lines().find(|line| line.starts_with("note: ") && line.contains("another"));
         assert!(
-            note.is_none() == found.is_none() && done.stdout.contains(note.unwrap_or("goes on at step 6")),
+            note.is_none() == found.is_none() && done.stdout.contains(note.unwrap_or("resuming at step 6")),
             "{done}"
         );
     }
@@ -425,12 +425,12 @@ fn field_f16() {
         let refused = shell(&folder, &format!("timeout 20 $B schedule {options}")).expect_code(2);
         assert!(refused.stderr.contains("error: "), "{refused}");
     }
-    for (out, more) in [("a", "--grid 2x1"), ("b", "--emulate"), ("c", "--grid 2x1 --set schedule=1f1b")] {
+    for (out, more) in [("a", "--grid 2x1"), ("b", "--oracle"), ("c", "--grid 2x1 --set schedule=1f1b")] {
         let script = format!(
             "timeout -s KILL 20 $B train tiny.toml --set steps=1000000000000 --max-minutes 0.01 --out {out} {more}"
         );
         let stopped = shell(&folder, &script).expect_code(75);
-        assert!(stopped.stdout.contains("of 1000000000000; it is saved"), "{stopped}");
+        assert!(stopped.stdout.contains("of 1000000000000, checkpoint saved"), "{stopped}");
     }
 }
 
@@ -541,7 +541,7 @@ fn field_messages() {
     let refused = shell(&folder, &format!("{variables} $B train tiny.toml --out c")).expect_code(2);
     assert!(refused.stderr.contains("unset PMI_SIZE and PMI_RANK, or give --transport local"), "{refused}");
     shell(&folder, &format!("{variables} $B train tiny.toml --out c --transport local")).expect_code(0);
-    shell(&folder, &format!("{variables} $B train tiny.toml --out c --emulate")).expect_code(0);
+    shell(&folder, &format!("{variables} $B train tiny.toml --out c --oracle")).expect_code(0);
     shell(&folder, "PMI_SIZE=1 PMI_RANK=0 $B train tiny.toml --out c").expect_code(0);
 
     // Names that are not UTF-8.

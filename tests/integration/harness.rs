@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ouroboros::config::Config;
 use ouroboros::control::Mode;
 use ouroboros::coordinator::Coordinator;
-use ouroboros::launch::{run_emulated, run_local};
+use ouroboros::launch::{run_local, run_oracle};
 use ouroboros::metrics::Summary;
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
@@ -120,7 +120,7 @@ pub fn as_threads(setup: &Arc<Setup>) -> Outcome {
 pub fn by_oracle(setup: &Arc<Setup>) -> Outcome {
     let out = TempDir::new().unwrap();
     let coordinator = Coordinator::new(Arc::clone(setup), out.path()).unwrap();
-    run_emulated(setup, out.path(), coordinator, &Mode::default()).unwrap();
+    run_oracle(setup, out.path(), coordinator, &Mode::default()).unwrap();
     Outcome::read(out.path())
 }
 
@@ -130,7 +130,7 @@ pub fn trained(setup: Setup, out: &Path, oracle: bool) -> Summary {
     let coordinator = Coordinator::new(Arc::clone(&setup), out).unwrap();
     let mode = Mode::default();
     let result = match oracle {
-        true => run_emulated(&setup, out, coordinator, &mode),
+        true => run_oracle(&setup, out, coordinator, &mode),
         false => run_local(&setup, out, coordinator, mode),
     };
     result.unwrap_or_else(|error| panic!("{error:?}"))

@@ -3,6 +3,7 @@
 mod bench;
 mod command_line;
 mod cures;
+mod documents;
 mod faults;
 mod field;
 mod gpu;

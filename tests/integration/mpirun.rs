@@ -55,7 +55,7 @@ fn gradients_are_shared_on_one_host_or_travel_and_equal_the_oracle() {
     let keys =
         ["grid.replicas=3", "microbatches=2", "steps=5", "model.d_model=128", "model.d_ff=512", "model.tie=none"];
     let setup = tiny(&keys);
-    assert!(setup.layout(0).len > 2 * ouroboros::comm::mpi::PART, "a gradient of several parts");
+    assert!(setup.layout(0).len > 2 * ouroboros::comm::mpi::CHUNK, "a gradient of several parts");
     let expected = by_oracle(&setup);
     for (limit, more, told) in [
         ("unlimited", &["--self-test"][..], "are added up in shared memory"),
@@ -162,8 +162,8 @@ fn the_wide_and_the_deep_grid_equal_the_oracle() {
             ["train", config, "--set", steps, "--set", "data.synthetic=40000", "--out", out].map(str::to_owned).to_vec()
         };
         run(mpirun(ranks, &slices(&train(&grid))), 120).expect_code(0);
-        let emulate = [train(&oracle), vec!["--emulate".to_owned()]].concat();
-        run(ouroboros(&slices(&emulate)), 120).expect_code(0);
+        let of_oracle = [train(&oracle), vec!["--oracle".to_owned()]].concat();
+        run(ouroboros(&slices(&of_oracle)), 120).expect_code(0);
         let (grid, oracle) = (Outcome::read(&folder.path("grid")), Outcome::read(&folder.path("oracle")));
         assert_eq!(grid, oracle, "{config}");
         assert_eq!(grid.stages(), ranks, "{config}");

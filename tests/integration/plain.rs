@@ -5,7 +5,7 @@ use ouroboros::grid::Place;
 use ouroboros::model::{Memory, Parameter, Stack, initial};
 use ouroboros::number::Readback;
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
-use ouroboros::stage::{At, Held, Input, Output, Settings, Slot, Stage};
+use ouroboros::stage::{Held, Input, MicrobatchId, Output, Settings, Stage, UsedVersions};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -239,10 +239,10 @@ fn a_gradient_computed_by_hand() {
     let versions = Versions::new(layout.clone(), flat.copy(), 1, 1, Kind::Float).unwrap();
     let mut stage = Stage::new(place, stack, Settings::new(&setup.config, Readback::Now));
     let held = Held { own: &versions, table: None };
-    let slot = Slot { step: 0, microbatch: 0 };
+    let slot = MicrobatchId { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
     let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
-    let output = stage.forward(slot, At { own: 0, input: None, output: None }, held, input).unwrap();
+    let output = stage.forward(slot, UsedVersions { own: 0, input: None, output: None }, held, input).unwrap();
     let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
     let found = found.now().unwrap();
     assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");

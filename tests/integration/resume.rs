@@ -120,10 +120,10 @@ fn a_killed_run_is_resumed() {
     let killed = folder.train("out", &sets, &["--resume", "--inject", "crash@1,1:33"]);
     let finished = run(mpirun(4, &slices(&killed)), LIMIT);
     assert!(!finished.timed_out && finished.code != Some(0), "{finished}");
-    assert!(finished.stdout.contains("nothing is saved in"), "{finished}");
+    assert!(finished.stdout.contains("no checkpoint in"), "{finished}");
     let finished = run(mpirun(4, &slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
     assert!(
-        finished.stdout.contains("goes on at step 30 from ") || finished.stdout.contains("goes on at step 20 from ")
+        finished.stdout.contains("resuming at step 30 from ") || finished.stdout.contains("resuming at step 20 from ")
     );
     let (whole, out) = (folder.path("whole"), folder.path("out"));
     assert_eq!(Outcome::read(&out).lines, Outcome::read(&whole).lines, "{finished}");
@@ -178,7 +178,7 @@ fn broken_states_are_told_and_passed_over() {
         );
         std::fs::create_dir_all(folder.path("out/checkpoints/step-8.tmp")).unwrap();
         let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
-        assert!(finished.stdout.contains("goes on at step 4 from"), "{name}: {finished}");
+        assert!(finished.stdout.contains("resuming at step 4 from"), "{name}: {finished}");
         assert!(finished.stderr.contains("looking for an older one"), "{name}: {finished}");
     }
 }

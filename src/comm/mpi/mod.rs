@@ -2,11 +2,11 @@
 
 mod raw;
 mod permits;
-mod pauses;
-mod shared;
-mod traffic;
+mod backoff;
+mod shared_memory;
+mod in_flight;
 mod reduce;
-mod driver;
+mod progress;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,18 +17,18 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use super::{Content, Ends, Header, Link, Ports, Reduction, ReplicaGroup, checked};
+use super::{Content, Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, checked};
 use crate::control::{Card, Controls, FlightRecorder, Gate, Neighbours, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::wire::Wire;
-pub use driver::Identity;
-use driver::{Command, Group, Waiters};
+use in_flight::{Arrival, Inbox};
 use permits::Permits;
-pub use reduce::{PART, PARTS_UNDER_WAY};
+pub use progress::Identity;
+use progress::{Group, Request, Waiters};
+pub use reduce::{CHUNK, CHUNKS_UNDER_WAY};
 use reduce::{Work, owned};
-pub use shared::SHARED_NAME;
-use traffic::{Arrival, Inbox};
+pub use shared_memory::SHARED_NAME;
 
 /// How long MPI_Abort may take before the process ends by itself.
 const ABORT_TIME: Duration = Duration::from_secs(3);
@@ -63,7 +63,7 @@ pub fn library_version() -> String {
 /// MPI, started on this rank.
 pub struct World {
     pub identity: Identity,
-    commands: Sender<Command>,
+    commands: Sender<Request>,
     waiters: Waiters,
     thread: JoinHandle<()>,
     /// For the ranks of this host.
@@ -97,7 +97,7 @@ impl World {
         let waiters = Waiters::new(Arc::clone(&waiting), commands.clone());
         let thread = std::thread::Builder::new()
             .name("mpi".into())
-            .spawn(move || driver::run(&started, &receiver, waiting))
+            .spawn(move || progress::run(&started, &receiver, waiting))
             .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
         let identity = identity.recv().ok().flatten();
         let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
@@ -127,7 +127,7 @@ impl World {
         self.recorder.iter().for_each(FlightRecorder::close);
     }
 
-    fn command(&self, command: Command) -> Result<()> {
+    fn command(&self, command: Request) -> Result<()> {
         self.commands.send(command).map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
@@ -137,7 +137,7 @@ impl World {
     /// If the driver is gone.
     pub fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
         let (reply, answer) = channel();
-        self.command(Command::AllGather { bytes, reply })?;
+        self.command(Request::AllGather { bytes, reply })?;
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
@@ -165,9 +165,9 @@ impl World {
             let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
             Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
         };
-        let mut places: Vec<Ends> = Vec::new();
+        let mut places: Vec<Endpoints> = Vec::new();
         for place in &held {
-            places.push(Ends {
+            places.push(Endpoints {
                 upstream: link(*place, grid.upstream(*place), Content::Activation),
                 downstream: link(*place, grid.downstream(*place), Content::Gradient),
                 twin: link(*place, grid.twin(*place), if place.stage == joiner { Content::Part } else { Content::Sum }),
@@ -189,7 +189,7 @@ impl World {
         let key = held[0].replica as i32;
         let (gate, waiters) = (Gate::new(limit, &self.identity.host, self.recorder.clone()), self.waiters.clone());
         let gate = Arc::new(gate.on_wait(move |waits| waiters.tell(waits)));
-        self.command(Command::Connect { groups, key, wire, inboxes, reports, gate: Arc::clone(&gate), stall, reply })?;
+        self.command(Request::Connect { groups, key, wire, inboxes, reports, gate: Arc::clone(&gate), stall, reply })?;
         let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         let memories = connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
         if grid.replicas > 1 {
@@ -205,14 +205,14 @@ impl World {
                 }));
             }
         }
-        Ok((Ports { places, reports: self.reporter(), gate, beside: None }, received))
+        Ok((Ports { places, reports: self.reporter(), gate, transfers: None }, received))
     }
 
     /// Reaches all ranks' gates; on rank 0, once the grid is connected.
     pub fn controls(&self) -> Controls {
         let commands = self.commands.clone();
         Controls::new(move |control| {
-            let _ = commands.send(Command::Control(control)); // A driver that is gone has said why.
+            let _ = commands.send(Request::Control(control)); // A driver that is gone has said why.
         })
     }
 
@@ -222,14 +222,14 @@ impl World {
         Reporter::new(move |report| {
             let bytes = serde_json::to_vec(&report).map_err(|error| Error::Internal(error.to_string()))?;
             let gone = |_| Error::Internal("the MPI thread is gone".into());
-            commands.send(Command::Report(bytes)).map_err(gone)
+            commands.send(Request::Report(bytes)).map_err(gone)
         })
     }
 
     /// Ends all ranks with this exit code. The message must have been printed.
     pub fn abort(&self, code: u8) -> ! {
         self.retire();
-        let _ = self.command(Command::Abort(i32::from(code)));
+        let _ = self.command(Request::Abort(i32::from(code)));
         // The driver ends the process. If it is held up in a collective call, end without it: the launcher sees the
         // exit code and ends the others.
         std::thread::park_timeout(ABORT_TIME);
@@ -240,7 +240,7 @@ impl World {
     pub fn finish(self) {
         self.retire();
         let (reply, answer) = channel();
-        if self.command(Command::Finish(reply)).is_ok() {
+        if self.command(Request::Finish(reply)).is_ok() {
             let _ = answer.recv();
         }
         let _ = self.thread.join();
@@ -251,7 +251,7 @@ struct MpiLink {
     grid: Grid,
     me: Place,
     peer: Place,
-    commands: Sender<Command>,
+    commands: Sender<Request>,
     waiters: Waiters,
     inbox: Receiver<Arrival>,
     permits: Permits,
@@ -269,7 +269,7 @@ impl Link for MpiLink {
             Some(permit) => permit,
             None => self.waiters.during(|| self.permits.acquire()),
         };
-        let command = Command::Send { to: self.grid.rank(self.peer), header, tensor, permit };
+        let command = Request::Send { to: self.grid.rank(self.peer), header, tensor, permit };
         self.commands.send(command).map_err(|_| self.lost(format!("{} sends {header}", self.me)))
     }
 
@@ -290,7 +290,7 @@ struct MpiGroup {
     replicas: usize,
     /// Which of this rank's groups.
     slot: usize,
-    commands: Sender<Command>,
+    commands: Sender<Request>,
     waiters: Waiters,
     memory: Option<Tensor>,
 }
@@ -305,7 +305,7 @@ impl MpiGroup {
         };
         let (reply, done) = channel();
         self.commands
-            .send(Command::Reduce { slot: self.slot, flat, work, reply })
+            .send(Request::Reduce { slot: self.slot, flat, work, reply })
             .map_err(|error| lost(error.to_string()))?;
 
         let waiters = self.waiters.clone();

@@ -1,9 +1,9 @@
 //! The all-reduce of a replica group, and its halves. Every member owns one range of a gradient and adds it up, in the order
 //! of the replicas, so the sum is the same for every run, every R and every transport; and it moves as few bytes as any
-//! all-reduce can. Several parts are under way at once, each a slice of every range:
+//! all-reduce can. Several chunks are under way at once, each a slice of every range:
 //!
 //! ```text
-//! gradient   [ range of replica 0 | range of 1 | range of 2 ]        part n: slice n of each
+//! gradient   [ range of replica 0 | range of 1 | range of 2 ]        chunk n: slice n of each
 //!
 //!                    R = 3, seen from replica 1
 //! reduce   scatter   slice 0 --> replica 0     slice 2 --> replica 2     their slices 1 --> here
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! On one host the gradients lie in memory that all members see (`shared`): the messages are empty then, and say the same. The
-//! first is "this part is complete here, and may be written", the second "your values are read, and mine are in your buffer".
+//! first is "this chunk is complete here, and may be written", the second "your values are read, and mine are in your buffer".
 //!
 //! With `wire = "bf16"` slices travel in half the bytes: the sum is `round(round(g_0) + round(g_1) + ...)`, added in f32,
 //! and every member holds the rounded one.
@@ -26,34 +26,34 @@ use mpi::topology::SimpleCommunicator;
 use mpi::traits::Communicator;
 use tch::{Kind, Tensor};
 
+use super::in_flight::address;
 use super::raw::{self, MpiResult, Pending};
-use super::shared::Shared;
-use super::traffic::address;
+use super::shared_memory::Shared;
 use crate::wire::Wire;
 
-/// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such parts are under way: what comes
-/// from the other replicas is kept beside the gradient, and must not be a second one. Several, because a part crosses the
+/// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such chunks are under way: what comes
+/// from the other replicas is kept beside the gradient, and must not be a second one. Several, because a chunk crosses the
 /// link twice, and on a busy link each crossing begins with a wait.
-pub const PART: usize = 1 << 19;
-pub const PARTS_UNDER_WAY: usize = 4;
+pub const CHUNK: usize = 1 << 19;
+pub const CHUNKS_UNDER_WAY: usize = 4;
 
 /// Values that are added up at once where all members see them, so that the sum is written out of the cache.
 const BLOCK: usize = 1 << 15;
 
-/// The all-reduces of one replica group, one after the other, part by part; all members cut them alike.
+/// The all-reduces of one replica group, one after the other, chunk by chunk; all members cut them alike.
 pub struct Reducer {
     group: SimpleCommunicator,
     replicas: usize,
     me: usize,
     wire: Wire,
     shared: Option<Shared>,
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<SumJob>,
     /// Jobs that are over and no longer in `jobs`.
     over: usize,
-    parts: VecDeque<Part>,
-    /// Parts that have been started; its number modulo those under way gives a part its tags.
+    chunks: VecDeque<Chunk>,
+    /// Chunks that have been started; its number modulo those under way gives a chunk its tags.
     started: usize,
-    /// Buffers of finished parts, each for the largest slice, to be used again.
+    /// Buffers of finished chunks, each for the largest slice, to be used again.
     spare: Vec<Tensor>,
 }
 
@@ -67,20 +67,20 @@ pub enum Work {
 }
 
 /// One gradient, or a bucket of one.
-struct Job {
+struct SumJob {
     flat: Tensor,
     work: Work,
     /// Where it lies in the memory that all members see.
     shared: Option<usize>,
-    /// Its parts: all, those that have been started, those that are over.
-    parts: usize,
+    /// Its chunks: all, those that have been started, those that are over.
+    chunks: usize,
     started: usize,
     over: usize,
     reply: Sender<MpiResult<()>>,
 }
 
-/// A part under way.
-struct Part {
+/// A chunk under way.
+struct Chunk {
     number: usize,
     job: usize,
     /// The slice of each replica's range.
@@ -103,7 +103,7 @@ impl Reducer {
     /// What libtorch reports.
     pub fn new(group: SimpleCommunicator, wire: Wire, values: usize) -> MpiResult<Reducer> {
         let (replicas, me) = (group.size() as usize, group.rank() as usize);
-        let (jobs, parts, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
+        let (jobs, chunks, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
         let shared = match wire {
             Wire::F32 if replicas > 1 => Shared::new(&group, values)?,
             Wire::F32 => None,
@@ -112,7 +112,7 @@ impl Reducer {
                 None
             }
         };
-        Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, parts, started: 0, spare })
+        Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, chunks, started: 0, spare })
     }
 
     /// This member's part of the memory that all see.
@@ -123,8 +123,8 @@ impl Reducer {
     /// Takes another sum on.
     pub fn push(&mut self, flat: Tensor, work: Work, reply: Sender<MpiResult<()>>) {
         let shared = self.shared.as_ref().and_then(|shared| shared.offset(&flat));
-        let parts = parts_of(flat.numel(), self.replicas);
-        self.jobs.push_back(Job { flat, work, shared, parts, started: 0, over: 0, reply });
+        let chunks = chunks_of(flat.numel(), self.replicas);
+        self.jobs.push_back(SumJob { flat, work, shared, chunks, started: 0, over: 0, reply });
     }
 
     /// Whether a sum is being made.
@@ -134,7 +134,7 @@ impl Reducer {
 
     /// Tells everybody who waits that no sum will come any more.
     pub fn fail(&mut self, error: &str) {
-        self.parts.clear();
+        self.chunks.clear();
         for job in self.jobs.drain(..) {
             let _ = job.reply.send(Err(error.to_owned()));
         }
@@ -147,19 +147,19 @@ impl Reducer {
     pub fn advance(&mut self) -> MpiResult<bool> {
         let mut moved = false;
         let mut i = 0;
-        while i < self.parts.len() {
+        while i < self.chunks.len() {
             moved |= self.advance_part(i)?;
-            let part = &self.parts[i];
-            if part.gathering && part.sends.is_empty() && part.receives.is_empty() {
+            let chunk = &self.chunks[i];
+            if chunk.gathering && chunk.sends.is_empty() && chunk.receives.is_empty() {
                 self.finish_part(i)?;
             } else {
                 i += 1;
             }
         }
-        while may_start(self.parts.front().map(|part| part.number), self.started) && self.start_part()? {
+        while may_start(self.chunks.front().map(|chunk| chunk.number), self.started) && self.start_part()? {
             moved = true;
         }
-        while self.jobs.front().is_some_and(|job| job.over == job.parts) {
+        while self.jobs.front().is_some_and(|job| job.over == job.chunks) {
             if let Some(job) = self.jobs.pop_front() {
                 let _ = job.reply.send(Ok(()));
                 self.over += 1;
@@ -169,21 +169,21 @@ impl Reducer {
         Ok(moved)
     }
 
-    /// Begins the next part, if there is one.
+    /// Begins the next chunk, if there is one.
     fn start_part(&mut self) -> MpiResult<bool> {
-        let Some(number) = self.jobs.iter().position(|job| job.started < job.parts) else { return Ok(false) };
+        let Some(number) = self.jobs.iter().position(|job| job.started < job.chunks) else { return Ok(false) };
         let job = &mut self.jobs[number];
         let slices = slices_of(job.flat.numel(), job.started, self.replicas);
         job.started += 1;
         let (flat, shared) = (job.flat.shallow_clone(), job.shared.is_some());
         // Where all see it, it must be complete everywhere before it is read or written.
         let scatters = job.work != Work::Gather || shared;
-        let number_of_part = self.started;
-        let turn = (number_of_part % PARTS_UNDER_WAY) as i32;
+        let number_of_chunk = self.started;
+        let turn = (number_of_chunk % CHUNKS_UNDER_WAY) as i32;
         self.started += 1;
         let (sends, receives) = (VecDeque::new(), VecDeque::new());
-        let mut part = Part {
-            number: number_of_part,
+        let mut chunk = Chunk {
+            number: number_of_chunk,
             job: self.over + number,
             slices,
             tags: [2 * turn, 2 * turn + 1],
@@ -193,22 +193,22 @@ impl Reducer {
             buffers: Vec::new(),
             gathering: false,
         };
-        let mine = part.slices[self.me].clone();
+        let mine = chunk.slices[self.me].clone();
         for other in self.others().filter(|_| scatters) {
             if !mine.is_empty() {
-                let room = if shared { nothing()? } else { self.room(mine.len(), &mut part.buffers)? };
-                part.receives.push_back((other, raw::receive(address(&self.group, other, part.tags[0]), room)?));
+                let room = if shared { nothing()? } else { self.room(mine.len(), &mut chunk.buffers)? };
+                chunk.receives.push_back((other, raw::receive(address(&self.group, other, chunk.tags[0]), room)?));
             }
         }
         fence(Ordering::Release);
         for other in self.others().filter(|_| scatters) {
-            let slice = part.slices[other].clone();
+            let slice = chunk.slices[other].clone();
             if !slice.is_empty() {
                 let out = if shared { nothing()? } else { self.packed(&view(&flat, &slice)?)? };
-                part.sends.push_back(raw::send(address(&self.group, other, part.tags[0]), out)?);
+                chunk.sends.push_back(raw::send(address(&self.group, other, chunk.tags[0]), out)?);
             }
         }
-        self.parts.push_back(part);
+        self.chunks.push_back(chunk);
         Ok(true)
     }
 
@@ -239,24 +239,24 @@ impl Reducer {
     }
 
     fn advance_part(&mut self, i: usize) -> MpiResult<bool> {
-        let part = &mut self.parts[i];
+        let chunk = &mut self.chunks[i];
         let mut moved = false;
         // Only the oldest of each: every question lets MPI look everywhere, and the answers come about in order.
-        while let Some(send) = part.sends.front_mut() {
+        while let Some(send) = chunk.sends.front_mut() {
             if send.test()?.is_none() {
                 break;
             }
-            part.sends.pop_front();
+            chunk.sends.pop_front();
             moved = true;
         }
-        while let Some((other, receive)) = part.receives.front_mut() {
+        while let Some((other, receive)) = chunk.receives.front_mut() {
             let Some(values) = receive.test()? else { break };
-            part.arrived[*other] = Some(values);
-            part.receives.pop_front();
+            chunk.arrived[*other] = Some(values);
+            chunk.receives.pop_front();
             moved = true;
         }
         // A slice must have left before its sum is written over it.
-        if !part.gathering && part.sends.is_empty() && part.receives.is_empty() {
+        if !chunk.gathering && chunk.sends.is_empty() && chunk.receives.is_empty() {
             self.gather(i)?;
             moved = true;
         }
@@ -265,13 +265,13 @@ impl Reducer {
 
     /// Adds up this replica's slice and exchanges the sums, as far as that is asked for.
     fn gather(&mut self, i: usize) -> MpiResult<()> {
-        let job = &self.jobs[self.parts[i].job - self.over];
+        let job = &self.jobs[self.chunks[i].job - self.over];
         let (flat, shared, work) = (job.flat.shallow_clone(), job.shared, job.work);
-        let part = &mut self.parts[i];
-        part.gathering = true;
-        let mine = part.slices[self.me].clone();
-        let arrived = std::mem::take(&mut part.arrived);
-        part.arrived = (0..self.replicas).map(|_| None).collect();
+        let chunk = &mut self.chunks[i];
+        chunk.gathering = true;
+        let mine = chunk.slices[self.me].clone();
+        let arrived = std::mem::take(&mut chunk.arrived);
+        chunk.arrived = (0..self.replicas).map(|_| None).collect();
         let out = match shared {
             Some(offset) => {
                 let slice = offset + mine.start..offset + mine.end;
@@ -290,14 +290,14 @@ impl Reducer {
         };
         drop(arrived);
         let mut buffers = Vec::new();
-        self.spare.append(&mut self.parts[i].buffers);
+        self.spare.append(&mut self.chunks[i].buffers);
         // Where all see it, nobody may go on before everybody has read it.
         if work == Work::Reduce && shared.is_none() {
             return Ok(());
         }
 
         for other in self.others() {
-            let slice = self.parts[i].slices[other].clone();
+            let slice = self.chunks[i].slices[other].clone();
             if slice.is_empty() {
                 continue;
             }
@@ -306,38 +306,38 @@ impl Reducer {
                 Wire::F32 => view(&flat, &slice)?,
                 Wire::Bf16 => self.room(slice.len(), &mut buffers)?,
             };
-            let from = address(&self.group, other, self.parts[i].tags[1]);
+            let from = address(&self.group, other, self.chunks[i].tags[1]);
             let receive = raw::receive(from, into)?;
-            self.parts[i].receives.push_back((other, receive));
+            self.chunks[i].receives.push_back((other, receive));
         }
-        self.parts[i].buffers = buffers;
+        self.chunks[i].buffers = buffers;
         for other in self.others().filter(|_| !mine.is_empty()) {
-            let send = raw::send(address(&self.group, other, self.parts[i].tags[1]), out.shallow_clone())?;
-            self.parts[i].sends.push_back(send);
+            let send = raw::send(address(&self.group, other, self.chunks[i].tags[1]), out.shallow_clone())?;
+            self.chunks[i].sends.push_back(send);
         }
         Ok(())
     }
 
     fn finish_part(&mut self, i: usize) -> MpiResult<()> {
-        let Some(mut part) = self.parts.remove(i) else { return Ok(()) };
+        let Some(mut chunk) = self.chunks.remove(i) else { return Ok(()) };
         fence(Ordering::Acquire);
-        let job = &mut self.jobs[part.job - self.over];
+        let job = &mut self.jobs[chunk.job - self.over];
         job.over += 1;
         if self.wire == Wire::Bf16 {
-            for (other, values) in part.arrived.drain(..).enumerate() {
+            for (other, values) in chunk.arrived.drain(..).enumerate() {
                 let Some(values) = values else { continue };
-                view(&job.flat, &part.slices[other])?.f_copy_(&values).map_err(text)?;
+                view(&job.flat, &chunk.slices[other])?.f_copy_(&values).map_err(text)?;
             }
-            self.spare.append(&mut part.buffers);
+            self.spare.append(&mut chunk.buffers);
         }
         Ok(())
     }
 }
 
-/// Whether part `next` may start beside those under way, of which `oldest` is the first. Parts may end out of order, so their
+/// Whether chunk `next` may start beside those under way, of which `oldest` is the first. Chunks may end out of order, so their
 /// count says nothing: two with the same tags must never meet, or a rank could take the sums of one for the other's.
 fn may_start(oldest: Option<usize>, next: usize) -> bool {
-    oldest.is_none_or(|oldest| next - oldest < PARTS_UNDER_WAY)
+    oldest.is_none_or(|oldest| next - oldest < CHUNKS_UNDER_WAY)
 }
 
 /// The values of a buffer that a replica owns.
@@ -346,21 +346,21 @@ pub fn owned(len: usize, replica: usize, replicas: usize) -> Range<usize> {
     cut(replica)..cut(replica + 1)
 }
 
-/// Values of a part in the range of one replica.
+/// Values of a chunk in the range of one replica.
 fn slice_len(replicas: usize) -> usize {
-    PART.div_ceil(replicas)
+    CHUNK.div_ceil(replicas)
 }
 
-/// How many parts a buffer has: as many as its longest range has slices.
-fn parts_of(len: usize, replicas: usize) -> usize {
+/// How many chunks a buffer has: as many as its longest range has slices.
+fn chunks_of(len: usize, replicas: usize) -> usize {
     len.div_ceil(replicas).div_ceil(slice_len(replicas))
 }
 
-/// A part of a buffer: a slice of every replica's range, of which the last ones may be shorter, or empty.
-fn slices_of(len: usize, part: usize, replicas: usize) -> Vec<Range<usize>> {
+/// A chunk of a buffer: a slice of every replica's range, of which the last ones may be shorter, or empty.
+fn slices_of(len: usize, chunk: usize, replicas: usize) -> Vec<Range<usize>> {
     let slice = |replica| {
         let range = owned(len, replica, replicas);
-        let start = range.end.min(range.start + part * slice_len(replicas));
+        let start = range.end.min(range.start + chunk * slice_len(replicas));
         start..range.end.min(start + slice_len(replicas))
     };
     (0..replicas).map(slice).collect()
@@ -423,23 +423,23 @@ mod tests {
 
     #[test]
     fn parts_with_the_same_tags_never_meet() {
-        let next = 7 + PARTS_UNDER_WAY;
+        let next = 7 + CHUNKS_UNDER_WAY;
         assert!(may_start(None, 7) && may_start(Some(7), next - 1));
-        // Those between have ended before part 7: the next one has the tags of 7 and must wait.
+        // Those between have ended before chunk 7: the next one has the tags of 7 and must wait.
         assert!(!may_start(Some(7), next));
     }
 
-    /// The parts' slices of a replica are the range that it owns, and the ranges are the buffer.
+    /// The chunks' slices of a replica are the range that it owns, and the ranges are the buffer.
     #[test]
     fn slices_cover_what_a_replica_owns() {
-        for (len, replicas) in [(10, 3), (1, 4), (0, 2), (1000, 44), (5 * PART + 7, 3), (2 * PART, 2)] {
+        for (len, replicas) in [(10, 3), (1, 4), (0, 2), (1000, 44), (5 * CHUNK + 7, 3), (2 * CHUNK, 2)] {
             let mut end = 0;
             for replica in 0..replicas {
                 let range = owned(len, replica, replicas);
                 assert_eq!(range.start, end);
-                for part in 0..parts_of(len, replicas) {
-                    let slice = slices_of(len, part, replicas)[replica].clone();
-                    assert!(slice.start == end && slice.len() <= slice_len(replicas), "{len} {part} {slice:?}");
+                for chunk in 0..chunks_of(len, replicas) {
+                    let slice = slices_of(len, chunk, replicas)[replica].clone();
+                    assert!(slice.start == end && slice.len() <= slice_len(replicas), "{len} {chunk} {slice:?}");
                     end = slice.end;
                 }
                 assert_eq!(range.end, end, "{len} values, replica {replica} of {replicas}");

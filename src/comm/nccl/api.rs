@@ -71,7 +71,7 @@ unsafe impl Send for Communicator {}
 
 /// Memory on the device: where, how many values of which type.
 #[derive(Debug, Clone, Copy)]
-pub struct Span {
+pub struct DeviceMemory {
     pub address: *mut c_void,
     pub count: usize,
     pub kind: ncclDataType_t,
@@ -208,13 +208,19 @@ impl Api {
     /// Puts a transfer on a stream.
     ///
     /// # Safety
-    /// The span must be memory of the communicator's device that stays until the stream has come past this; and unless it is
+    /// It must be memory of the communicator's device that stays until the stream has come past this; and unless it is
     /// only sent nobody else may touch it before.
     ///
     /// # Errors
     /// What NCCL reports.
-    pub unsafe fn put(&self, transfer: Transfer, span: Span, on: &Communicator, stream: CUstream) -> Result<()> {
-        let Span { address, count, kind } = span;
+    pub unsafe fn put(
+        &self,
+        transfer: Transfer,
+        memory: DeviceMemory,
+        on: &Communicator,
+        stream: CUstream,
+    ) -> Result<()> {
+        let DeviceMemory { address, count, kind } = memory;
         // SAFETY: the caller's.
         let (code, call) = unsafe {
             match transfer {

@@ -22,12 +22,12 @@ use tch::{Device, Kind as Type, Tensor};
 use super::channels::{Channel, Purpose, channels};
 use super::ends::{FabricLink, Shared, Travel, over};
 use super::fabric::{Carrier, Fabric, Posted};
-use crate::comm::{Content, Ends, Header, Link, Reduction, ReplicaGroup};
+use crate::comm::{Content, Endpoints, Header, Link, Reduction, ReplicaGroup};
 use crate::delay::SyncPoints;
 use crate::device::queues::{Queue, Queues};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Placement};
-use crate::schedule::{Action, End, Kind, Lookahead, Op, Pass, Schedule, Tie};
+use crate::schedule::{Action, Lookahead, Op, Pass, Schedule, ScheduleKind, TableEnd, Tie};
 use crate::wire::Wire;
 
 /// A piece of work on a device.
@@ -284,7 +284,7 @@ impl Link for Hasty {
         self.link.send(header, tensor)
     }
 
-    fn expect(&mut self, _: Header) -> Result<()> {
+    fn prepare(&mut self, _: Header) -> Result<()> {
         let mut fabric = self.link.fabric.lock();
         let room = fabric.room(Tensor::new())?;
         self.posted.push_back(fabric.post(self.link.back, room)?);
@@ -293,9 +293,9 @@ impl Link for Hasty {
 
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
         if self.posted.is_empty() {
-            self.expect(expected)?;
+            self.prepare(expected)?;
         }
-        let _ = self.link.headers.receive(Header { beside: true, ..expected })?;
+        let _ = self.link.headers.receive(Header { payload_elsewhere: true, ..expected })?;
         let posted = self.posted.pop_front().unwrap();
         self.link.fabric.lock().take(posted)
     }
@@ -307,7 +307,7 @@ struct Host<'a> {
     schedule: &'a Schedule,
     rank: usize,
     grid: Grid,
-    places: Vec<Ends>,
+    places: Vec<Endpoints>,
     reductions: Vec<Vec<Reduction>>,
     table: Option<Reduction>,
 }
@@ -324,13 +324,13 @@ impl<'a> Host<'a> {
         let headers = |out, back: Option<Purpose>| -> Option<Box<dyn Link>> {
             Some(Box::new(Headers { world: Arc::clone(world), out, back: back? }))
         };
-        let ends = |place| Ends {
+        let ends = |place| Endpoints {
             upstream: headers(Purpose::Up(place), grid.upstream(place).map(Purpose::Down)),
             downstream: headers(Purpose::Down(place), grid.downstream(place).map(Purpose::Up)),
             twin: headers(Purpose::Twin(place), grid.twin(place).filter(|_| tied).map(Purpose::Twin)),
             group: (replicas > 1).then(|| Box::new(Nobody) as Box<dyn ReplicaGroup>),
         };
-        let beside: Vec<Ends> = grid.held(rank).into_iter().map(ends).collect();
+        let beside: Vec<Endpoints> = grid.held(rank).into_iter().map(ends).collect();
         let reductions = beside.iter().map(|_| Vec::new()).collect();
         let travel = Travel { grid, rank, device: Device::Cpu, wire: Wire::F32, tied };
         let made = |link| -> Box<dyn Link> {
@@ -352,10 +352,10 @@ impl<'a> Host<'a> {
 
     fn header(content: Content, action: &Action) -> Header {
         let Action { pass, step, microbatch, .. } = *action;
-        Header { content, pass, step, microbatch, shape: [1, 1, 1], wire: Wire::F32, beside: false }
+        Header { content, pass, step, microbatch, shape: [1, 1, 1], wire: Wire::F32, payload_elsewhere: false }
     }
 
-    fn ends(&mut self, action: &Action) -> &mut Ends {
+    fn ends(&mut self, action: &Action) -> &mut Endpoints {
         let slot = action.stage / self.grid.devices();
         &mut self.places[slot]
     }
@@ -363,10 +363,10 @@ impl<'a> Host<'a> {
     fn expect(&mut self, action: &Action) -> Result<()> {
         match action.op {
             Op::RecvActivation => {
-                self.ends(action).upstream.as_mut().unwrap().expect(Host::header(Content::Activation, action))
+                self.ends(action).upstream.as_mut().unwrap().prepare(Host::header(Content::Activation, action))
             }
             Op::RecvGradient => {
-                self.ends(action).downstream.as_mut().unwrap().expect(Host::header(Content::Gradient, action))
+                self.ends(action).downstream.as_mut().unwrap().prepare(Host::header(Content::Gradient, action))
             }
             _ => Ok(()),
         }
@@ -419,7 +419,7 @@ impl<'a> Host<'a> {
             }
             Op::Part => {
                 let away = action.stage != self.schedule.joiner() && self.ends(action).twin.is_some();
-                let ends: Vec<End> = self.schedule.ends(action.stage).collect();
+                let ends: Vec<TableEnd> = self.schedule.ends(action.stage).collect();
                 let mut parts = ends.iter().filter(|_| away);
                 parts.try_for_each(|_| send(&mut self.ends(action).twin, Content::Part))
             }
@@ -458,18 +458,20 @@ fn ends_well(schedule: &Schedule, replicas: usize, hasty: bool) -> bool {
     })
 }
 
-fn schedule(kind: Kind, stages: usize, microbatches: usize, steps: usize) -> Schedule {
+fn schedule(kind: ScheduleKind, stages: usize, microbatches: usize, steps: usize) -> Schedule {
     Schedule::new(kind, stages, microbatches, 1, SyncPoints::ends(steps))
 }
 
 /// The model sees what it is there to see: a receive that is asked for before the computation that its sender needs.
 #[test]
 fn what_is_asked_for_too_early_is_seen() {
-    for (kind, microbatches) in [(Kind::Sequential, 1), (Kind::OneForwardOneBackward, 1), (Kind::Gpipe, 2)] {
+    for (kind, microbatches) in
+        [(ScheduleKind::Sequential, 1), (ScheduleKind::OneForwardOneBackward, 1), (ScheduleKind::Gpipe, 2)]
+    {
         assert!(!ends_well(&schedule(kind, 2, microbatches, 2), 1, true), "{kind:?}");
     }
     // At a sync point.
-    let mut decoupled = schedule(Kind::Decoupled, 3, 2, 8);
+    let mut decoupled = schedule(ScheduleKind::Decoupled, 3, 2, 8);
     decoupled.sync.at = [4].into();
     assert!(!ends_well(&decoupled, 1, true));
 }
@@ -479,7 +481,7 @@ proptest! {
 
     #[test]
     fn nobody_waits_for_ever(
-        kind in prop::sample::select(vec![Kind::Decoupled, Kind::OneForwardOneBackward, Kind::Gpipe, Kind::Sequential]),
+        kind in prop::sample::select(vec![ScheduleKind::Decoupled, ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe, ScheduleKind::Sequential]),
         stages in 1usize..5,
         replicas in 1usize..3,
         microbatches in 1usize..4,

@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 
 use super::channels::{Channel, Purpose};
 use super::fabric::{Carrier, Fabric, Room};
-use crate::comm::{Beside, Ends, Header, Link, Reduction, ReplicaGroup};
+use crate::comm::{AsyncTransfers, Endpoints, Header, Link, Reduction, ReplicaGroup};
 use crate::device::queues::Queues;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
@@ -35,12 +35,12 @@ pub(super) struct Travel {
 /// # Errors
 /// If a link has no channel.
 pub(super) fn over<Q, C>(
-    headers: Vec<Ends>,
+    headers: Vec<Endpoints>,
     travel: Travel,
     own: &[Channel],
     fabric: &Shared<Q, C>,
     made: impl Fn(FabricLink<Q, C>) -> Box<dyn Link>,
-) -> Result<Vec<Ends>>
+) -> Result<Vec<Endpoints>>
 where
     Q: Queues + Send + 'static,
     Q::Mark: Send,
@@ -61,7 +61,7 @@ where
     for (place, ends) in grid.held(rank).into_iter().zip(headers) {
         let group = find(Purpose::Group(place.stage)).filter(|_| ends.group.is_some());
         let group = group.map(|channel| FabricGroup { fabric: fabric.clone(), channel, wire });
-        places.push(Ends {
+        places.push(Endpoints {
             upstream: link(ends.upstream, Purpose::Up(place), grid.upstream(place).map(Purpose::Down))?,
             downstream: link(ends.downstream, Purpose::Down(place), grid.downstream(place).map(Purpose::Up))?,
             twin: match tied {
@@ -94,7 +94,7 @@ impl<Q: Queues, C: Carrier<Q>> Shared<Q, C> {
     }
 }
 
-impl<Q, C> Beside for Shared<Q, C>
+impl<Q, C> AsyncTransfers for Shared<Q, C>
 where
     Q: Queues + Send,
     Q::Mark: Send,
@@ -134,10 +134,10 @@ where
 {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
         self.fabric.lock().send(self.out, tensor.f_contiguous()?)?;
-        self.headers.send(Header { beside: true, ..header }, Tensor::new())
+        self.headers.send(Header { payload_elsewhere: true, ..header }, Tensor::new())
     }
 
-    fn expect(&mut self, expected: Header) -> Result<()> {
+    fn prepare(&mut self, expected: Header) -> Result<()> {
         let memory = Tensor::f_empty(expected.shape, (expected.wire.kind(), self.device))?;
         let room = self.fabric.lock().room(memory)?;
         self.rooms.push_back((expected, room));
@@ -146,7 +146,7 @@ where
 
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
         if self.rooms.is_empty() {
-            self.expect(expected)?;
+            self.prepare(expected)?;
         }
         let room = match self.rooms.pop_front() {
             Some((header, room)) if header == expected => room,
@@ -158,7 +158,7 @@ where
 
         let posted = self.fabric.lock().post(self.back, room)?;
         // First: a message that is not the right one must be told, not waited for.
-        let _ = self.headers.receive(Header { beside: true, ..expected })?;
+        let _ = self.headers.receive(Header { payload_elsewhere: true, ..expected })?;
         self.fabric.lock().take(posted)
     }
 }

@@ -37,7 +37,7 @@ use cudarc::nccl::sys::ncclDataType_t;
 use tch::{Device, Kind, Tensor};
 
 pub use api::Api;
-use api::{Communicator, Span, Transfer};
+use api::{Communicator, DeviceMemory, Transfer};
 use channels::{Channel, Purpose, channels};
 use ends::{LOOK, Shared, Travel};
 use fabric::{Carrier, Fabric};
@@ -48,7 +48,7 @@ use crate::device::context;
 use crate::device::queues::{CudaQueues, Queue};
 use crate::error::{Error, Result};
 use crate::grid::Grid;
-use crate::params::here;
+use crate::params::to_host;
 use crate::wire::Wire;
 
 /// Parts of a device that a channel's kernels take at most (blocks of threads). A link moves one message, for which one is enough,
@@ -77,24 +77,24 @@ struct Joined {
 }
 
 /// Some values of a contiguous tensor as NCCL sees it.
-fn part(tensor: &Tensor, values: Range<usize>) -> Result<Span> {
-    let whole = span(tensor)?;
+fn part(tensor: &Tensor, values: Range<usize>) -> Result<DeviceMemory> {
+    let whole = device_memory(tensor)?;
     if values.end > whole.count {
         return Err(Error::Internal(format!("values up to {} of {} are to travel", values.end, whole.count)));
     }
     let address = whole.address.wrapping_byte_add(values.start * tensor.kind().elt_size_in_bytes());
-    Ok(Span { address, count: values.len(), ..whole })
+    Ok(DeviceMemory { address, count: values.len(), ..whole })
 }
 
 /// A contiguous tensor as NCCL sees it.
-fn span(tensor: &Tensor) -> Result<Span> {
+fn device_memory(tensor: &Tensor) -> Result<DeviceMemory> {
     let kind = match tensor.kind() {
         Kind::Float => ncclDataType_t::ncclFloat32,
         Kind::BFloat16 => ncclDataType_t::ncclBfloat16,
         other => return Err(Error::Internal(format!("{other:?} does not travel"))),
     };
     match tensor.is_contiguous() && tensor.device().is_cuda() {
-        true => Ok(Span { address: tensor.data_ptr().cast::<c_void>(), count: tensor.numel(), kind }),
+        true => Ok(DeviceMemory { address: tensor.data_ptr().cast::<c_void>(), count: tensor.numel(), kind }),
         false => Err(Error::Internal(format!("a tensor on {:?} cannot travel as it is", tensor.device()))),
     }
 }
@@ -114,7 +114,7 @@ impl Nccl {
         // touched by nobody before its sum has been waited for.
         unsafe {
             let stream = queues.stream(queue).cu_stream();
-            self.api.put(transfer, span(buffer)?, &self.joined[channel].communicator, stream)
+            self.api.put(transfer, device_memory(buffer)?, &self.joined[channel].communicator, stream)
         }
     }
 
@@ -133,7 +133,7 @@ impl Nccl {
         let slice = |member| ordered::slice(buffer.numel(), member, members);
         let own = slice(me);
         let others = || (0..members).filter(|member| *member != me);
-        let put = |transfer, span: Span| match span.count {
+        let put = |transfer, span: DeviceMemory| match span.count {
             0 => Ok(()),
             // SAFETY: as in `put`, for parts of buffer and scratch, both of which `Fabric` holds; parts do not overlap.
             _ => unsafe { self.api.put(transfer, span, communicator, stream) },
@@ -246,7 +246,7 @@ pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
     }
     let (shared, travel) = (Shared::new(fabric), Travel { grid, rank, device: Device::Cuda(index), wire, tied });
     let places = ends::over(ports.places, travel, &own, &shared, |link| Box::new(link))?;
-    Ok(Ports { places, beside: Some(Arc::new(shared)), ..ports })
+    Ok(Ports { places, transfers: Some(Arc::new(shared)), ..ports })
 }
 
 /// The channels of a rank, each with the name of its communicator.
@@ -350,7 +350,7 @@ fn meet(
             _ => {
                 let room = fabric.room(value)?;
                 let posted = fabric.post(channel, room)?;
-                let _ = here(&fabric.take(posted)?)?;
+                let _ = to_host(&fabric.take(posted)?)?;
             }
         }
         while !fabric.settled()? {

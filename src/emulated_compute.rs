@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::Choice;
+use crate::device::DeviceSetting;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::schedule::{Schedule, StageCosts};
 
 /// How long the stages sleep for one microbatch.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Emulation {
+pub enum EmulatedCompute {
     /// The same on every device; a stage that has half a device takes half of it. Seconds.
     Uniform { forward: f64, backward: f64 },
     /// Of every stage, as `ouroboros bench` has measured them.
@@ -54,7 +54,7 @@ pub struct Profile {
     /// Of a microbatch; none of a profile that does not tell.
     pub rows: Option<usize>,
     /// What it was measured on; none of a profile that does not tell.
-    pub device: Option<Choice>,
+    pub device: Option<DeviceSetting>,
     pub stages: Vec<StageTime>,
 }
 
@@ -66,7 +66,7 @@ impl Profile {
     pub fn read(path: &Path) -> std::result::Result<Profile, String> {
         let text = files::read_text(path).map_err(|error| format!("cannot be read ({error})"))?;
         let profile: Profile = serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
-        if profile.device == Some(Choice::Cuda) {
+        if profile.device == Some(DeviceSetting::Cuda) {
             return Err("has the times of a GPU's host, which does not wait for the GPU".into());
         }
         let good = profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
@@ -85,26 +85,26 @@ const OPTION: &str = "--emulated-compute";
 /// The longest that a stage may be told to sleep: a day is a mistake.
 const LONGEST_MS: f64 = 60_000.0;
 
-impl Emulation {
+impl EmulatedCompute {
     /// Reads `F,B` in milliseconds a microbatch, or the name of a file.
     ///
     /// # Errors
     /// [`Error::Config`] if it is neither.
-    pub fn read(text: &str) -> Result<Emulation> {
+    pub fn read(text: &str) -> Result<EmulatedCompute> {
         let numbers: Option<Vec<f64>> = text.split(',').map(|n| n.trim().parse().ok()).collect();
         match numbers.as_deref() {
             Some([forward, backward]) if [*forward, *backward].iter().all(|ms| possible(*ms)) => {
-                Ok(Emulation::Uniform { forward: forward / 1e3, backward: backward / 1e3 })
+                Ok(EmulatedCompute::Uniform { forward: forward / 1e3, backward: backward / 1e3 })
             }
             Some(_) => {
                 let remedy = format!("write forward,backward in milliseconds from 0 to {LONGEST_MS}, as in 10,20");
                 Err(Error::config(OPTION, text, remedy))
             }
-            None => Emulation::of_file(Path::new(text)),
+            None => EmulatedCompute::of_file(Path::new(text)),
         }
     }
 
-    fn of_file(path: &Path) -> Result<Emulation> {
+    fn of_file(path: &Path) -> Result<EmulatedCompute> {
         let wrong = |problem: String| {
             Error::config(
                 OPTION,
@@ -112,7 +112,7 @@ impl Emulation {
                 format!("{problem}; write F,B or name a bench.json of `ouroboros bench`"),
             )
         };
-        Profile::read(path).map(|profile| Emulation::Profile(profile.stages)).map_err(wrong)
+        Profile::read(path).map(|profile| EmulatedCompute::Profile(profile.stages)).map_err(wrong)
     }
 
     /// Whether there is a time for every stage.
@@ -121,7 +121,7 @@ impl Emulation {
     /// [`Error::Config`] if the profile is of another number of stages.
     pub fn check(&self, stages: usize) -> Result<()> {
         match self {
-            Emulation::Profile(times) if times.len() != stages => {
+            EmulatedCompute::Profile(times) if times.len() != stages => {
                 let remedy = format!("the grid has {stages}; measure one that has as many");
                 Err(Error::config(OPTION, format!("a profile of {} stages", times.len()), remedy))
             }
@@ -132,10 +132,10 @@ impl Emulation {
     /// How long a stage sleeps.
     pub fn sleep(&self, schedule: &Schedule, stage: usize) -> Sleep {
         let (forward, backward) = match self {
-            Emulation::Uniform { forward, backward } => {
-                (forward * schedule.share(stage), backward * schedule.share(stage))
+            EmulatedCompute::Uniform { forward, backward } => {
+                (forward * schedule.device_fraction(stage), backward * schedule.device_fraction(stage))
             }
-            Emulation::Profile(times) => (times[stage].forward_ms / 1e3, times[stage].backward_ms / 1e3),
+            EmulatedCompute::Profile(times) => (times[stage].forward_ms / 1e3, times[stage].backward_ms / 1e3),
         };
         Sleep { forward: Duration::from_secs_f64(forward), backward: Duration::from_secs_f64(backward) }
     }
@@ -150,25 +150,25 @@ mod tests {
     use super::*;
     use crate::delay::SyncPoints;
     use crate::grid::Placement;
-    use crate::schedule::Kind;
+    use crate::schedule::ScheduleKind;
 
     #[test]
     fn times_or_a_profile_are_read() {
-        let uniform = Emulation::read("10, 20.5").unwrap();
-        assert_eq!(uniform, Emulation::Uniform { forward: 0.01, backward: 0.0205 });
-        let mut schedule = Schedule::new(Kind::Decoupled, 3, 1, 1, SyncPoints::ends(1));
+        let uniform = EmulatedCompute::read("10, 20.5").unwrap();
+        assert_eq!(uniform, EmulatedCompute::Uniform { forward: 0.01, backward: 0.0205 });
+        let mut schedule = Schedule::new(ScheduleKind::Decoupled, 3, 1, 1, SyncPoints::ends(1));
         schedule.placement = Placement::Ring;
         assert_eq!(uniform.sleep(&schedule, 1).forward, Duration::from_millis(10));
         assert_eq!(uniform.sleep(&schedule, 2).forward, Duration::from_millis(5));
         let file = tempfile::NamedTempFile::new().unwrap();
         let text = r#"{"stages": [{"forward_ms": 3, "backward_ms": 6.5, "update_ms": 1}], "more": 1}"#;
         std::fs::write(file.path(), text).unwrap();
-        let profile = Emulation::read(file.path().to_str().unwrap()).unwrap();
+        let profile = EmulatedCompute::read(file.path().to_str().unwrap()).unwrap();
         let stage = StageTime { forward_ms: 3.0, backward_ms: 6.5, update_ms: 1.0, ..StageTime::default() };
-        assert_eq!(profile, Emulation::Profile(vec![stage]));
+        assert_eq!(profile, EmulatedCompute::Profile(vec![stage]));
         let of_gpu = text.replace("\"more\": 1", "\"device\": \"cuda\"");
         std::fs::write(file.path(), of_gpu).unwrap();
-        let error = Emulation::read(file.path().to_str().unwrap()).unwrap_err().to_string();
+        let error = EmulatedCompute::read(file.path().to_str().unwrap()).unwrap_err().to_string();
         assert!(error.contains("has the times of a GPU's host"), "{error}");
         assert!(profile.check(1).is_ok());
         assert!(profile.check(2).unwrap_err().to_string().contains("a profile of 1 stages; the grid has 2"));
@@ -184,7 +184,7 @@ mod tests {
             ("no/such.json", "cannot be read"),
             ("Cargo.toml", "is no profile"),
         ] {
-            let error = Emulation::read(text).unwrap_err();
+            let error = EmulatedCompute::read(text).unwrap_err();
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains(expected), "{text}: {error}");
         }

@@ -49,7 +49,7 @@ struct Gradients {
 }
 
 /// The oracle of one run.
-pub struct Emulator {
+pub struct Oracle {
     setup: Arc<Setup>,
     model: Vec<Stack>,
     stages: Vec<Weights>,
@@ -67,12 +67,12 @@ pub struct Emulator {
     out: PathBuf,
 }
 
-impl Emulator {
+impl Oracle {
     /// All stages of the grid with their initial weights.
     ///
     /// # Errors
     /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, reports: Reporter, gate: Arc<Gate>, out: PathBuf) -> Result<Emulator> {
+    pub fn new(setup: Arc<Setup>, reports: Reporter, gate: Arc<Gate>, out: PathBuf) -> Result<Oracle> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
         let weights = |layout: Layout, optimizer: Optimizer, delay: usize| -> Result<Weights> {
@@ -109,7 +109,7 @@ impl Emulator {
                 memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
             }
         }
-        Ok(Emulator { model, stages, table, inputs, memories, batches, reports, gate, stop: None, out, setup })
+        Ok(Oracle { model, stages, table, inputs, memories, batches, reports, gate, stop: None, out, setup })
     }
 
     /// The whole run.

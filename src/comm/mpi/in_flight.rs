@@ -64,7 +64,7 @@ impl Outgoing {
         let tag = tag(header.content);
         let first = raw::send_header(address(links, to, tag), header)?;
 
-        if header.beside {
+        if header.payload_elsewhere {
             return Ok(Outgoing { header: first, tensor: None, permit: None });
         }
         let second = raw::send(address(links, to, tag + 1), tensor)?;
@@ -142,7 +142,7 @@ impl Incoming {
             return Err(format!("rank {from} tells of a larger message than any: {header}"));
         }
 
-        if header.beside {
+        if header.payload_elsewhere {
             self.header = raw::receive_header(address(links, from, tag))?;
             self.hand_over(Ok((header, Tensor::new())));
             return Ok(true);

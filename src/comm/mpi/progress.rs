@@ -23,11 +23,11 @@ use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 use tch::Tensor;
 
-use super::pauses::{SHORTEST_SLEEP, pause};
+use super::backoff::{SHORTEST_SLEEP, pause};
+use super::in_flight::{Inbox, Incoming, Outgoing, address};
 use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
 use super::reduce::{Reducer, Work};
-use super::traffic::{Inbox, Incoming, Outgoing, address};
 use crate::awake::Awake;
 use crate::comm::Header;
 use crate::control::{Control, Gate, Report};
@@ -46,11 +46,11 @@ const TAG_CONTROL: i32 = 10;
 #[derive(Clone)]
 pub struct Waiters {
     count: Arc<AtomicUsize>,
-    commands: Sender<Command>,
+    commands: Sender<Request>,
 }
 
 impl Waiters {
-    pub fn new(count: Arc<AtomicUsize>, commands: Sender<Command>) -> Waiters {
+    pub fn new(count: Arc<AtomicUsize>, commands: Sender<Request>) -> Waiters {
         Waiters { count, commands }
     }
 
@@ -66,7 +66,7 @@ impl Waiters {
     pub fn tell(&self, waits: bool) {
         if waits {
             self.count.fetch_add(1, Ordering::Relaxed);
-            let _ = self.commands.send(Command::Wake); // A driver that is gone has nothing to bring.
+            let _ = self.commands.send(Request::Wake); // A driver that is gone has nothing to bring.
         } else {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
@@ -74,7 +74,7 @@ impl Waiters {
 }
 
 /// What the other threads ask of the driver.
-pub enum Command {
+pub enum Request {
     /// Everybody's bytes, in the order of the ranks; all ranks must ask. Blocks the driver.
     AllGather {
         bytes: Vec<u8>,
@@ -136,7 +136,7 @@ pub struct Identity {
 }
 
 /// The body of the driver's thread.
-pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>, waiting: Arc<AtomicUsize>) {
+pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Request>, waiting: Arc<AtomicUsize>) {
     let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
         let _ = started.send(None);
         return;
@@ -156,7 +156,7 @@ pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Command>, wai
     if started.send(Some(identity)).is_err() {
         return;
     }
-    let mut driver = Driver::new(world, rank, waiting);
+    let mut driver = ProgressEngine::new(world, rank, waiting);
     let finished = driver.serve(commands);
     drop(driver);
     drop(universe); // MPI_Finalize
@@ -171,7 +171,7 @@ struct Grids {
     reducers: Vec<Reducer>,
 }
 
-struct Driver {
+struct ProgressEngine {
     world: SimpleCommunicator,
     rank: usize,
     waiting: Arc<AtomicUsize>,
@@ -189,9 +189,9 @@ struct Driver {
     failure: Option<String>,
 }
 
-impl Driver {
-    fn new(world: SimpleCommunicator, rank: usize, waiting: Arc<AtomicUsize>) -> Driver {
-        Driver {
+impl ProgressEngine {
+    fn new(world: SimpleCommunicator, rank: usize, waiting: Arc<AtomicUsize>) -> ProgressEngine {
+        ProgressEngine {
             world,
             rank,
             waiting,
@@ -208,7 +208,7 @@ impl Driver {
     }
 
     /// Serves commands and moves messages until told to finish.
-    fn serve(&mut self, commands: &Receiver<Command>) -> Option<Sender<()>> {
+    fn serve(&mut self, commands: &Receiver<Request>) -> Option<Sender<()>> {
         let mut idle = 0u32;
         loop {
             let sleep = pause(idle, self.waiting.load(Ordering::Relaxed) > 0, self.under_way());
@@ -220,7 +220,7 @@ impl Driver {
             };
             let mut moved = command.is_ok();
             match command {
-                Ok(Command::Finish(reply)) => {
+                Ok(Request::Finish(reply)) => {
                     self.finish();
                     return Some(reply);
                 }
@@ -265,16 +265,16 @@ impl Driver {
         }
     }
 
-    fn obey(&mut self, command: Command) {
-        if self.failure.is_some() && !matches!(command, Command::Abort(_)) {
+    fn obey(&mut self, command: Request) {
+        if self.failure.is_some() && !matches!(command, Request::Abort(_)) {
             return; // Dropping the command tells whoever waits for its answer.
         }
         let result = match command {
-            Command::AllGather { bytes, reply } => {
+            Request::AllGather { bytes, reply } => {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
-            Command::Connect { groups, key, wire, inboxes, reports, gate, stall, reply } => {
+            Request::Connect { groups, key, wire, inboxes, reports, gate, stall, reply } => {
                 (self.reports, self.gate) = (reports, Some(gate));
                 // One after the other, so that one of them speaks.
                 self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
@@ -282,12 +282,12 @@ impl Driver {
                 let _ = reply.send(self.connect(&groups, key, wire, inboxes));
                 Ok(())
             }
-            Command::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Command::Reduce { slot, flat, work, reply } => self.reduce(slot, flat, work, reply),
-            Command::Report(bytes) => self.report(bytes),
-            Command::Control(control) => self.control(control),
-            Command::Abort(code) => self.world.abort(code),
-            Command::Wake | Command::Finish(_) => Ok(()),
+            Request::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
+            Request::Reduce { slot, flat, work, reply } => self.reduce(slot, flat, work, reply),
+            Request::Report(bytes) => self.report(bytes),
+            Request::Control(control) => self.control(control),
+            Request::Abort(code) => self.world.abort(code),
+            Request::Wake | Request::Finish(_) => Ok(()),
         };
         if let Err(error) = result {
             self.fail(&error);
@@ -434,7 +434,7 @@ impl Driver {
         }
         self.outgoing.clear();
         if let Some(gate) = &self.gate {
-            gate.apply(Control::End);
+            gate.apply(Control::Shutdown);
         }
         if let Some(reports) = self.reports.take() {
             let error = Error::Transport(error.to_owned());
@@ -445,7 +445,7 @@ impl Driver {
     /// Everything that was sent is on its way, and all that rank 0 has to tell is heard, before the headers that nobody
     /// will send are taken back.
     fn finish(&mut self) {
-        let busy = |driver: &Driver| {
+        let busy = |driver: &ProgressEngine| {
             let told = driver.gate.as_ref().is_none_or(|gate| gate.ended());
             !(told && driver.outgoing.values().all(VecDeque::is_empty) && driver.notes.is_empty())
         };
@@ -504,7 +504,7 @@ mod tests {
             return test();
         }
 
-        let name = format!("comm::mpi::driver::tests::{name}");
+        let name = format!("comm::mpi::progress::tests::{name}");
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut process = Process::new(std::env::current_exe().unwrap());
         process.args(["--exact", &name, "--nocapture"]).env("OUROBOROS_ALONE", "1");
@@ -529,14 +529,14 @@ mod tests {
             microbatch: 0,
             shape: [1, 2, 3],
             wire: Wire::F32,
-            beside: false,
+            payload_elsewhere: false,
         }
     }
 
     /// A driver in a world of one rank, whose link ends at itself.
     struct Lonely {
-        commands: Sender<Command>,
-        inbox: Receiver<super::super::traffic::Arrival>,
+        commands: Sender<Request>,
+        inbox: Receiver<super::super::in_flight::Arrival>,
         reports: Receiver<Report>,
         gate: Arc<Gate>,
     }
@@ -552,7 +552,7 @@ mod tests {
             let gate = Arc::new(Gate::new(3, "here", None));
             let (reply, connected) = channel();
             let inboxes = vec![Inbox { from: 0, content: Content::Activation, largest: 1 << 20, sender }];
-            let connect = Command::Connect {
+            let connect = Request::Connect {
                 groups: vec![Some(Group { color: 0, values: 0 })],
                 key: 0,
                 wire: Wire::F32,
@@ -567,7 +567,7 @@ mod tests {
             (Lonely { commands, inbox, reports, gate }, driver)
         }
 
-        fn send(&self, command: Command) {
+        fn send(&self, command: Request) {
             self.commands.send(command).unwrap();
         }
 
@@ -577,7 +577,7 @@ mod tests {
                 if let Some(value) = there() {
                     return value;
                 }
-                self.send(Command::Wake);
+                self.send(Request::Wake);
                 std::thread::sleep(Duration::from_millis(1));
             }
             panic!("nothing came");
@@ -590,14 +590,14 @@ mod tests {
             let (lonely, driver) = Lonely::start();
 
             let (reply, gathered) = channel();
-            lonely.send(Command::AllGather { bytes: b"mine".to_vec(), reply });
+            lonely.send(Request::AllGather { bytes: b"mine".to_vec(), reply });
             assert_eq!(gathered.recv().unwrap(), [b"mine".to_vec()]);
 
             let tensor = Tensor::arange(6, (Kind::Float, tch::Device::Cpu));
             for step in [4, 5] {
                 let permit = Permits::new(2).try_acquire().unwrap();
                 let tensor = &tensor + step as f64;
-                lonely.send(Command::Send { to: 0, header: header(step), tensor, permit });
+                lonely.send(Request::Send { to: 0, header: header(step), tensor, permit });
             }
             for step in [4, 5] {
                 let (found, values) = lonely.until(|| lonely.inbox.try_recv().ok()).unwrap();
@@ -607,22 +607,22 @@ mod tests {
 
             for work in [Work::Both, Work::Reduce, Work::Gather] {
                 let (reply, summed) = channel();
-                lonely.send(Command::Reduce { slot: 0, flat: tensor.shallow_clone(), work, reply });
+                lonely.send(Request::Reduce { slot: 0, flat: tensor.shallow_clone(), work, reply });
                 assert!(lonely.until(|| summed.try_recv().ok()).is_ok(), "the sum of one is itself");
             }
 
             let report = Report::TableNorm { step: 7, norm: 0.5 };
-            lonely.send(Command::Report(serde_json::to_vec(&report).unwrap()));
+            lonely.send(Request::Report(serde_json::to_vec(&report).unwrap()));
             assert_eq!(lonely.until(|| lonely.reports.try_recv().ok()), report);
-            lonely.send(Command::Control(Control::Limit(9)));
+            lonely.send(Request::Control(Control::Limit(9)));
             lonely.until(|| (lonely.gate.limit() == 9).then_some(()));
-            lonely.send(Command::Control(Control::Ask));
+            lonely.send(Request::Control(Control::Ask));
             let answer = lonely.until(|| lonely.reports.try_recv().ok());
             assert!(matches!(answer, Report::Heartbeat { rank: 0, .. }), "{answer:?}");
 
-            lonely.send(Command::Control(Control::End));
+            lonely.send(Request::Control(Control::Shutdown));
             let (reply, finished) = channel();
-            lonely.send(Command::Finish(reply));
+            lonely.send(Request::Finish(reply));
             finished.recv().unwrap();
             driver.join().unwrap();
         });
@@ -636,13 +636,13 @@ mod tests {
             let permit = Permits::new(2).try_acquire().unwrap();
             let header = Header { shape: [1 << 30, 1 << 30, 1 << 30], ..header(4) };
             let tensor = Tensor::zeros([6], (Kind::Float, tch::Device::Cpu));
-            lonely.send(Command::Send { to: 0, header, tensor, permit });
+            lonely.send(Request::Send { to: 0, header, tensor, permit });
 
             let report = lonely.until(|| lonely.reports.try_recv().ok());
             let Report::Failed { error: Error::Transport(text), .. } = report else { panic!("{report:?}") };
             assert!(text.contains("rank 0 tells of a larger message than any: activation 4.0"), "{text}");
             let (reply, finished) = channel();
-            lonely.send(Command::Finish(reply));
+            lonely.send(Request::Finish(reply));
             finished.recv().unwrap();
             driver.join().unwrap();
         });
@@ -653,7 +653,7 @@ mod tests {
     fn whoever_waits_hears_of_a_failure() {
         alone("whoever_waits_hears_of_a_failure", || {
             let (lonely, driver) = Lonely::start();
-            lonely.send(Command::Report(b"no report".to_vec()));
+            lonely.send(Request::Report(b"no report".to_vec()));
             let report = lonely.until(|| lonely.reports.try_recv().ok());
             let Report::Failed { origin, error: Error::Transport(text) } = report else { panic!("{report:?}") };
             assert_eq!(origin, "rank 0");
@@ -663,11 +663,11 @@ mod tests {
             assert!(lonely.gate.ended() && lonely.gate.wait(3).is_err());
             let (reply, summed) = channel();
             let flat = Tensor::zeros([2], (Kind::Float, tch::Device::Cpu));
-            lonely.send(Command::Reduce { slot: 0, flat, work: Work::Both, reply });
+            lonely.send(Request::Reduce { slot: 0, flat, work: Work::Both, reply });
             assert!(summed.recv().is_err(), "nobody answers any more");
 
             let (reply, finished) = channel();
-            lonely.send(Command::Finish(reply));
+            lonely.send(Request::Finish(reply));
             finished.recv().unwrap();
             driver.join().unwrap();
         });
