@@ -15,9 +15,11 @@ fn main() {
     println!("cargo::rerun-if-changed={}", header.display());
     let found = match std::fs::read_to_string(&header) {
         Ok(text) => version_in(&text).unwrap_or_else(|| "unknown".to_owned()),
-        Err(error) => {
-            fail(&format!("no libtorch at {} ({}: {error}); run scripts/setup.sh", root.display(), header.display()))
-        }
+        Err(error) => fail(&format!(
+            "no libtorch at {} ({}: {error}); run scripts/setup.sh",
+            root.display(),
+            header.display()
+        )),
     };
     if found != WANTED {
         fail(&format!(

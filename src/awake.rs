@@ -1,8 +1,8 @@
-//! Time in which this process ran: one that is suspended (Ctrl-Z, a frozen virtual machine, a laptop that sleeps) and continued
-//! has not been silent, nor slow, meanwhile.
+//! Time in which this process ran: one that is suspended (Ctrl-Z, a frozen virtual machine, a
+//! laptop that sleeps) and continued has not been silent, nor slow, meanwhile.
 //!
-//! A thread looks at the monotonic clock a few times a second. Where its last look was long ago, the process did not run, and
-//! the time since then is lost; whoever asks first finds that out.
+//! A thread looks at the monotonic clock a few times a second. Where its last look was long ago,
+//! the process did not run, and the time since then is lost; whoever asks first finds that out.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Once};
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 /// Between two looks.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Since the last look the process did not run if that was so long ago: a busy machine may keep a thread waiting for less.
+/// Since the last look the process did not run if that was so long ago: a busy machine may keep a
+/// thread waiting for less.
 const GAP: Duration = Duration::from_secs(1);
 
 static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -72,6 +73,7 @@ fn start() {
                 CLOCK.ran(ORIGIN.elapsed());
             }
         };
+
         if let Err(error) = std::thread::Builder::new().name("awake".into()).spawn(look) {
             tracing::warn!(%error, "no thread that tells a suspended process from a silent one");
         }

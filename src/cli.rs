@@ -15,7 +15,8 @@ use crate::prepare::Request;
 use crate::schedule::{ScheduleKind, Tie};
 use crate::study;
 
-/// Trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel replicas.
+/// Trains Transformer language models on a grid of K decoupled pipeline stages times R
+/// data-parallel replicas.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -26,7 +27,8 @@ pub struct Cli {
 /// What to say of a command line that cannot be understood, besides what clap says.
 pub fn hint(args: impl Iterator<Item = std::ffi::OsString>) -> Option<String> {
     let args: Vec<PathBuf> = args.map(PathBuf::from).collect();
-    let after = args.windows(2).find(|pair| pair[0].as_os_str() == "--resume").map(|pair| &pair[1])?;
+    let after =
+        args.windows(2).find(|pair| pair[0].as_os_str() == "--resume").map(|pair| &pair[1])?;
     let config = after.extension().is_some_and(|extension| extension == "toml");
     config.then(|| {
         let config = after.display();
@@ -45,14 +47,15 @@ pub enum Command {
     Train(TrainArgs),
     /// Measures a training: tokens/s, and where the time of every place goes; saves no weights.
     Bench(BenchArgs),
-    /// Writes the weights that a training would begin with, for other programs to begin with the same.
+    /// Writes the weights that a training would begin with, for other programs to begin with the
+    /// same.
     Init(InitArgs),
     /// Loss of saved weights on held-out text.
     Eval(EvalArgs),
     /// Continues a text with saved weights.
     Generate(GenerateArgs),
-    /// Trains variants of a config beside each other, with the oracle: what delay costs, at the best rate of each, over
-    /// paired seeds.
+    /// Trains variants of a config beside each other, with the oracle: what delay costs, at the
+    /// best rate of each, over paired seeds.
     Study(StudyArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
@@ -82,11 +85,12 @@ pub struct TrainArgs {
     /// What carries tensors; under mpirun mpi, and between GPUs nccl; else local.
     #[arg(long)]
     pub transport: Option<Transport>,
-    /// A description of the machine, as in topology/: how places lie on its nodes, which is checked, and what its links should
-    /// do, which --self-test measures.
+    /// A description of the machine, as in topology/: how places lie on its nodes, which is
+    /// checked, and what its links should do, which --self-test measures.
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
-    /// Send over every link and reduce in every group before the model is built, and tell their times; with --topology always.
+    /// Send over every link and reduce in every group before the model is built, and tell their
+    /// times; with --topology always.
     #[arg(long)]
     pub self_test: bool,
     /// Compute the whole grid's arithmetic in one process, in order: the definition of correct.
@@ -101,19 +105,22 @@ pub struct TrainArgs {
     /// Overrides a key of the config, as in model.d_model=256; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Resume from the newest checkpoint of the run's folder that is good, with any grid; from the beginning if there is none.
-    /// With PATH: from that checkpoint or folder.
+    /// Resume from the newest checkpoint of the run's folder that is good, with any grid; from the
+    /// beginning if there is none. With PATH: from that checkpoint or folder.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<Option<PathBuf>>,
-    /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1, SIGUSR2, SIGXCPU, SIGTERM,
-    /// SIGINT, SIGHUP, a file STOP in the run's folder, and the end of a Slurm job.
+    /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1,
+    /// SIGUSR2, SIGXCPU, SIGTERM, SIGINT, SIGHUP, a file STOP in the run's folder, and the end of a
+    /// Slurm job.
     #[arg(long, value_name = "MINUTES", value_parser = limit)]
     pub max_minutes: Option<f64>,
     /// Seconds before the end of a Slurm job (SLURM_JOB_END_TIME) at which to stop.
     #[arg(long, value_name = "SECONDS", value_parser = limit, default_value_t = Limits::default().margin_s)]
     pub stop_margin: f64,
-    /// Fail on purpose, as a drill: panic|crash|exit|hang|slow|nan|corrupt-message|drop-message|disk-full|alter-weights|
-    /// alter-table@STAGE,REPLICA:STEP, and :ACTION if wanted; ? stands for a number to be drawn from the seed.
+    /// Fail on purpose, as a drill:
+    /// panic|crash|exit|hang|slow|nan|corrupt-message|drop-message|disk-full|alter-weights|
+    /// alter-table@STAGE,REPLICA:STEP, and :ACTION if wanted; ? stands for a number to be drawn
+    /// from the seed.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
 }
@@ -121,13 +128,37 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs { config, grid, transport, topology, self_test, oracle, out, set, resume, inject, .. } = self;
+        let TrainArgs {
+            config,
+            grid,
+            transport,
+            topology,
+            self_test,
+            oracle,
+            out,
+            set,
+            resume,
+            inject,
+            ..
+        } = self;
         let (max_minutes, stop_margin) = (self.max_minutes, self.stop_margin);
         let limits = Limits { max_minutes, margin_s: stop_margin };
         let mode = Mode { inject, signals: true, limits, ..Mode::default() };
         let resume = resume.map(Option::unwrap_or_default);
         let self_test = self_test || topology.is_some();
-        Job { config, sets: set, grid, out, transport, topology, self_test, oracle, resume, mode, steps: None }
+        Job {
+            config,
+            sets: set,
+            grid,
+            out,
+            transport,
+            topology,
+            self_test,
+            oracle,
+            resume,
+            mode,
+            steps: None,
+        }
     }
 }
 
@@ -150,8 +181,8 @@ pub struct BenchArgs {
     /// Steps to run [default: 16, and those that fill and drain the pipeline].
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Sleep instead of computing: milliseconds of forward and backward of a microbatch on a device, as in 10,20, or the
-    /// bench.json of another run.
+    /// Sleep instead of computing: milliseconds of forward and backward of a microbatch on a
+    /// device, as in 10,20, or the bench.json of another run.
     #[arg(long, value_name = "F,B|FILE")]
     pub emulated_compute: Option<String>,
 }
@@ -166,7 +197,19 @@ impl BenchArgs {
         let emulated = emulated_compute.as_deref().map(EmulatedCompute::read).transpose()?;
         let mode = Mode { bench: true, emulated, ..Mode::default() };
         let (topology, self_test, oracle, resume) = (None, false, false, None);
-        Ok(Job { config, sets: set, grid, out, transport, topology, self_test, oracle, resume, mode, steps })
+        Ok(Job {
+            config,
+            sets: set,
+            grid,
+            out,
+            transport,
+            topology,
+            self_test,
+            oracle,
+            resume,
+            mode,
+            steps,
+        })
     }
 }
 
@@ -192,7 +235,8 @@ pub struct StudyArgs {
     /// Runs at once [default: one a core].
     #[arg(long)]
     pub jobs: Option<usize>,
-    /// Exit with code 1 if a goal of the study is missed, or a figure that a document quotes of it was not found again.
+    /// Exit with code 1 if a goal of the study is missed, or a figure that a document quotes of it
+    /// was not found again.
     #[arg(long)]
     pub check: bool,
 }
@@ -243,7 +287,8 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Tokenises a text once, into a file that every run maps; fetches the corpora that everybody knows.
+    /// Tokenises a text once, into a file that every run maps; fetches the corpora that everybody
+    /// knows.
     Prepare(PrepareArgs),
 }
 
@@ -284,8 +329,30 @@ pub struct PrepareArgs {
 impl PrepareArgs {
     /// The request that is made.
     pub fn request(self) -> Request {
-        let PrepareArgs { what, dir, out, mirror, archive, sha256, tokenizer, min_count, vocabulary, held_out } = self;
-        Request { what, dir, out, mirror, archive, sha256, tokenizer, min_count, vocabulary, held_out }
+        let PrepareArgs {
+            what,
+            dir,
+            out,
+            mirror,
+            archive,
+            sha256,
+            tokenizer,
+            min_count,
+            vocabulary,
+            held_out,
+        } = self;
+        Request {
+            what,
+            dir,
+            out,
+            mirror,
+            archive,
+            sha256,
+            tokenizer,
+            min_count,
+            vocabulary,
+            held_out,
+        }
     }
 }
 

@@ -1,5 +1,6 @@
-//! Where a device's time goes, action by action, between the ends of two steps' last backwards: from the one to the other
-//! a pipeline in its steady state does the work of so many steps, whatever stage it is watched at.
+//! Where a device's time goes, action by action, between the ends of two steps' last backwards:
+//! from the one to the other a pipeline in its steady state does the work of so many steps,
+//! whatever stage it is watched at.
 
 use std::fs;
 use std::ops::Range;
@@ -52,14 +53,19 @@ impl TimeKind {
             Op::RecvActivation => TimeKind::Upstream,
             Op::RecvGradient => TimeKind::Downstream,
             Op::Update => TimeKind::Update,
-            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => TimeKind::Copies,
-            Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => TimeKind::Table,
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => {
+                TimeKind::Copies
+            }
+            Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => {
+                TimeKind::Table
+            }
             Op::UpdateTable | Op::AwaitTable | Op::Digest => TimeKind::Table,
         }
     }
 }
 
-/// The times of one stage while the clock ran, in seconds: the sums, and how many microbatches and updates they are of.
+/// The times of one stage while the clock ran, in seconds: the sums, and how many microbatches and
+/// updates they are of.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct StageTimes {
     pub stage: usize,
@@ -84,7 +90,8 @@ pub struct Times {
     pub shares: [f64; TimeKind::ALL.len()],
     /// One for each stage of the device.
     pub stages: Vec<StageTimes>,
-    /// Seconds of a processor, of the thread that computes and of the one that owns MPI (0 where there is none).
+    /// Seconds of a processor, of the thread that computes and of the one that owns MPI (0 where
+    /// there is none).
     pub processor: [f64; 2],
 }
 
@@ -95,8 +102,8 @@ impl Times {
     }
 }
 
-/// Steps from whose last backward to which one's the clock runs: filling and draining are left out. None in a run that
-/// is too short.
+/// Steps from whose last backward to which one's the clock runs: filling and draining are left out.
+/// None in a run that is too short.
 pub fn window(schedule: &Schedule) -> Option<Range<usize>> {
     let steps = schedule.sync.steps;
     let fill = fill(schedule);
@@ -112,13 +119,19 @@ pub fn check(schedule: &Schedule) -> Result<()> {
     if window(schedule).is_some() {
         return Ok(());
     }
+
     let enough = |steps: &usize| {
         let mut longer = schedule.clone();
         longer.sync.steps = *steps;
         window(&longer).is_some()
     };
+
     let least = (schedule.sync.steps + 1..).find(enough).unwrap_or(usize::MAX);
-    Err(Error::config("steps", schedule.sync.steps, format!("too few to measure; take {least} or more")))
+    Err(Error::config(
+        "steps",
+        schedule.sync.steps,
+        format!("too few to measure; take {least} or more"),
+    ))
 }
 
 /// Steps after which a schedule has filled its pipeline.
@@ -127,15 +140,18 @@ fn fill(schedule: &Schedule) -> usize {
     most(&schedule.ahead).div_ceil(schedule.microbatches).max(most(&schedule.delays)) + 1
 }
 
-/// Seconds that this thread and the one that owns MPI have had a processor so far, by the kernel's count (proc(5),
-/// `schedstat`); 0 where there is none.
+/// Seconds that this thread and the one that owns MPI have had a processor so far, by the kernel's
+/// count (proc(5), `schedstat`); 0 where there is none.
 fn processor() -> [f64; 2] {
     let of = |task: &Path| -> Option<f64> {
         let text = fs::read_to_string(task.join("schedstat")).ok()?;
         Some(text.split(' ').next()?.parse::<u64>().ok()? as f64 / 1e9)
     };
-    let named = |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "mpi");
-    let mut tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
+    let named = |task: &PathBuf| {
+        fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "mpi")
+    };
+    let mut tasks =
+        fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
     let mpi = tasks.find(named).and_then(|task| of(&task));
     [of(Path::new("/proc/thread-self")).unwrap_or(0.0), mpi.unwrap_or(0.0)]
 }
@@ -156,7 +172,10 @@ pub struct Clock {
 impl Clock {
     /// A clock for the stages of one device.
     pub fn new(schedule: &Schedule, stages: &[usize]) -> Clock {
-        let stages: Vec<_> = stages.iter().map(|stage| StageTimes { stage: *stage, ..StageTimes::default() }).collect();
+        let stages: Vec<_> = stages
+            .iter()
+            .map(|stage| StageTimes { stage: *stage, ..StageTimes::default() })
+            .collect();
         Clock {
             window: window(schedule),
             microbatches: schedule.microbatches,
@@ -185,8 +204,10 @@ impl Clock {
         if action.pass == Pass::Eval {
             return;
         }
+
         if self.started.is_some()
-            && let Some(stage) = self.times.stages.iter_mut().find(|times| times.stage == action.stage)
+            && let Some(stage) =
+                self.times.stages.iter_mut().find(|times| times.stage == action.stage)
         {
             match action.op {
                 Op::Forward => stage.forward += seconds,
@@ -198,13 +219,26 @@ impl Clock {
                     stage.update += seconds;
                     stage.updates += 1;
                 }
-                Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => stage.copies += seconds,
-                Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => stage.table += seconds,
-                Op::RecvActivation | Op::RecvGradient | Op::RecvPart | Op::RecvTable | Op::AwaitTable | Op::Save => {}
+
+                Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => {
+                    stage.copies += seconds
+                }
+                Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => {
+                    stage.table += seconds
+                }
+                Op::RecvActivation
+                | Op::RecvGradient
+                | Op::RecvPart
+                | Op::RecvTable
+                | Op::AwaitTable
+                | Op::Save => {}
             }
         }
+
         let ends_step = action.op == Op::Backward && action.microbatch + 1 == self.microbatches;
-        if let Some(window) = self.window.clone().filter(|_| ends_step && action.stage == self.marker) {
+        if let Some(window) =
+            self.window.clone().filter(|_| ends_step && action.stage == self.marker)
+        {
             if action.step == window.start {
                 self.started = Some(self.last);
                 self.before = processor();
@@ -233,8 +267,9 @@ mod tests {
 
     #[test]
     fn the_window_leaves_filling_and_draining_out() {
-        let window =
-            |stages, m, steps| window(&Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps)));
+        let window = |stages, m, steps| {
+            window(&Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps)))
+        };
         assert_eq!(window(1, 4, 16), Some(3..14));
         assert_eq!(window(4, 1, 24), Some(7..19));
         assert_eq!(window(4, 1, 9), None);
@@ -244,9 +279,12 @@ mod tests {
     #[test]
     fn a_run_that_is_too_short_is_told_how_long_it_must_be() {
         for (stages, m) in [(1, 4), (6, 1), (11, 1), (11, 8)] {
-            let of = |steps| Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps));
+            let of = |steps| {
+                Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(steps))
+            };
             let told = check(&of(2)).unwrap_err().to_string();
-            let least: usize = told.split("take ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+            let least: usize =
+                told.split("take ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
             assert!(check(&of(least)).is_ok() && check(&of(least - 1)).is_err(), "{told}");
         }
     }
@@ -267,7 +305,10 @@ mod tests {
         assert_eq!((times.steps, times.stages[0].microbatches), (window.len(), 2 * window.len()));
         assert_eq!(times.stages[0].updates, window.len());
         let counted = times.stages[0].copies;
-        assert!((counted - times.fraction(TimeKind::Copies) * times.seconds).abs() < 1e-9, "{times:?}");
+        assert!(
+            (counted - times.fraction(TimeKind::Copies) * times.seconds).abs() < 1e-9,
+            "{times:?}"
+        );
         assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
         assert!(times.fraction(TimeKind::Compute) > 0.5, "{times:?}");
         // It has slept most of the time.

@@ -1,5 +1,5 @@
-//! Standard output and standard error: everything that is printed goes through here, and here alone it is known what to
-//! do when nobody reads it any more, or a disk is full.
+//! Standard output and standard error: everything that is printed goes through here, and here alone
+//! it is known what to do when nobody reads it any more, or a disk is full.
 //!
 //! ```text
 //!                     a short command               a command that goes on (training, preparing, a study)

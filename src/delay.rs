@@ -1,14 +1,14 @@
 //! Lags, delays, versions and sync points: the formulas of the algorithm, nothing else.
 //!
-//! Let `W_k[n]` be the weights of stage k after its first n updates and `s` the last sync point at or before step t.
-//! Stage k runs the forward and the backward of step t at the version
+//! Let `W_k[n]` be the weights of stage k after its first n updates and `s` the last sync point at
+//! or before step t. Stage k runs the forward and the backward of step t at the version
 //!
 //! ```text
 //! w_k^t = W_k[ max(s, t - D_k) ],      D_k >= ceil(q_k / m),      q_k = h * (K - 1 - k)
 //! ```
 //!
-//! with slack h per hop, lag `q_k` in microbatches, delay `D_k` in updates, m microbatches a step. Every step makes
-//! exactly one update on every stage.
+//! with slack h per hop, lag `q_k` in microbatches, delay `D_k` in updates, m microbatches a step.
+//! Every step makes exactly one update on every stage.
 
 use std::collections::BTreeSet;
 
@@ -22,19 +22,20 @@ pub fn least_delay(lag: usize, microbatches: usize) -> usize {
     lag.div_ceil(microbatches)
 }
 
-/// The number n of the version `W_k[n]` that a stage with delay `delay` uses for step `t`; `sync` is the last sync
-/// point at or before t.
+/// The number n of the version `W_k[n]` that a stage with delay `delay` uses for step `t`; `sync`
+/// is the last sync point at or before t.
 pub fn version(sync: usize, t: usize, delay: usize) -> usize {
     sync.max(t.saturating_sub(delay))
 }
 
-/// The sync points of a run: step boundaries at which the pipeline is drained. The start and the end always are.
+/// The sync points of a run: step boundaries at which the pipeline is drained. The start and the
+/// end always are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyncPoints {
     /// The step that the run starts with: 0, or where a saved run goes on.
     pub start: usize,
-    /// The sync point that the first steps' delays count from: the start, or an earlier one if the run was stopped
-    /// between two and goes on as if it had not been.
+    /// The sync point that the first steps' delays count from: the start, or an earlier one if the
+    /// run was stopped between two and goes on as if it had not been.
     pub since: usize,
     /// Steps of the run; the end is a sync point.
     pub steps: usize,
@@ -62,7 +63,8 @@ impl SyncPoints {
         }
     }
 
-    /// Whether the pipeline is drained at the boundary before step `t`: at sync points, and where a run goes on.
+    /// Whether the pipeline is drained at the boundary before step `t`: at sync points, and where a
+    /// run goes on.
     pub fn contains(&self, t: usize) -> bool {
         t == self.start
             || t == self.steps
@@ -85,12 +87,17 @@ impl SyncPoints {
 
     /// The last sync point at or before `t`, that the delays of step `t` count from.
     pub fn before(&self, t: usize) -> usize {
-        let dense = if self.every_step { Some(t) } else { self.warm_up.checked_sub(1).map(|last| last.min(t)) };
+        let dense = if self.every_step {
+            Some(t)
+        } else {
+            self.warm_up.checked_sub(1).map(|last| last.min(t))
+        };
         let end = Some(self.steps).filter(|end| *end <= t);
         let listed = self.at.range(..=t).next_back().copied();
         let periodic = self.periods.iter().map(|p| t / p * p);
 
-        let last = dense.into_iter().chain(end).chain(listed).chain(periodic).fold(self.start, usize::max);
+        let last =
+            dense.into_iter().chain(end).chain(listed).chain(periodic).fold(self.start, usize::max);
         if last > self.start { last } else { self.since }
     }
 
@@ -120,7 +127,15 @@ mod tests {
 
     #[test]
     fn versions_restart_at_a_sync_point() {
-        let table = [(0, 0, 3, 0), (0, 2, 3, 0), (0, 3, 3, 0), (0, 4, 3, 1), (5, 5, 3, 5), (5, 7, 3, 5), (5, 9, 3, 6)];
+        let table = [
+            (0, 0, 3, 0),
+            (0, 2, 3, 0),
+            (0, 3, 3, 0),
+            (0, 4, 3, 1),
+            (5, 5, 3, 5),
+            (5, 7, 3, 5),
+            (5, 9, 3, 6),
+        ];
         for (sync, t, delay, expected) in table {
             assert_eq!(version(sync, t, delay), expected, "s={sync} t={t} D={delay}");
         }
@@ -146,8 +161,13 @@ mod tests {
     /// What is computed at once is what a search from step to step finds.
     #[test]
     fn neighbours_are_those_that_a_search_finds() {
-        let after = |sync: &SyncPoints, t: usize| (t + 1..sync.steps).find(|u| sync.contains(*u)).unwrap_or(sync.steps);
-        let before = |sync: &SyncPoints, t: usize| match (sync.start..=t).rev().find(|u| sync.contains(*u)) {
+        let after = |sync: &SyncPoints, t: usize| {
+            (t + 1..sync.steps).find(|u| sync.contains(*u)).unwrap_or(sync.steps)
+        };
+        let before = |sync: &SyncPoints, t: usize| match (sync.start..=t)
+            .rev()
+            .find(|u| sync.contains(*u))
+        {
             Some(u) if u > sync.start => u,
             _ => sync.since,
         };
@@ -156,10 +176,17 @@ mod tests {
             sync.every_step = number % 2 == 1 && number % 5 == 0;
             sync.warm_up = [0, 1, 7][number / 2 % 3];
             sync.periods = [vec![], vec![4], vec![5, 9], vec![40]][number / 6 % 4].clone();
-            sync.at = [vec![], vec![3], vec![11, 12, 29], vec![28]][number / 24 % 4].iter().copied().collect();
+            sync.at = [vec![], vec![3], vec![11, 12, 29], vec![28]][number / 24 % 4]
+                .iter()
+                .copied()
+                .collect();
             sync.from([0, 6, 13][number / 96 % 3], [0, 5, 13][number / 96 % 3]);
             for t in sync.start..30 {
-                assert_eq!((sync.after(t), sync.before(t)), (after(&sync, t), before(&sync, t)), "{t} of {sync:?}");
+                assert_eq!(
+                    (sync.after(t), sync.before(t)),
+                    (after(&sync, t), before(&sync, t)),
+                    "{t} of {sync:?}"
+                );
             }
             assert_eq!(sync.before(30), 30);
         }

@@ -1,6 +1,7 @@
-//! Emulated compute: stages sleep instead of computing, while the schedule, the messages (at their real sizes), the
-//! reductions and the bookkeeping stay what they are. Norms and optimizers, which are computing too, are left out. So the runtime's own efficiency can be measured on grids that are
-//! larger than the machine.
+//! Emulated compute: stages sleep instead of computing, while the schedule, the messages (at their
+//! real sizes), the reductions and the bookkeeping stay what they are. Norms and optimizers, which
+//! are computing too, are left out. So the runtime's own efficiency can be measured on grids that
+//! are larger than the machine.
 
 use std::path::Path;
 use std::time::Duration;
@@ -21,7 +22,8 @@ pub enum EmulatedCompute {
     Profile(Vec<StageTime>),
 }
 
-/// Times of one stage, means over its replicas, in milliseconds: a part of the file that `ouroboros bench` writes.
+/// Times of one stage, means over its replicas, in milliseconds: a part of the file that `ouroboros
+/// bench` writes.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StageTime {
@@ -38,7 +40,8 @@ pub struct StageTime {
 }
 
 impl StageTime {
-    /// What the simulation takes, in seconds: copies go with the forward, the table with the update.
+    /// What the simulation takes, in seconds: copies go with the forward, the table with the
+    /// update.
     pub fn costs(&self) -> StageCosts {
         StageCosts {
             forward: (self.forward_ms + self.copies_ms) / 1e3,
@@ -65,12 +68,20 @@ impl Profile {
     /// What is wrong with it.
     pub fn read(path: &Path) -> std::result::Result<Profile, String> {
         let text = files::read_text(path).map_err(|error| format!("cannot be read ({error})"))?;
-        let profile: Profile = serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
+        let profile: Profile =
+            serde_json::from_str(&text).map_err(|error| format!("is no profile ({error})"))?;
         if profile.device == Some(DeviceSetting::Cuda) {
             return Err("has the times of a GPU's host, which does not wait for the GPU".into());
         }
-        let good = profile.stages.iter().all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
-        if good { Ok(profile) } else { Err(format!("has times that are not between 0 and {LONGEST_MS} ms")) }
+        let good = profile
+            .stages
+            .iter()
+            .all(|stage| possible(stage.forward_ms) && possible(stage.backward_ms));
+        if good {
+            Ok(profile)
+        } else {
+            Err(format!("has times that are not between 0 and {LONGEST_MS} ms"))
+        }
     }
 }
 
@@ -97,7 +108,9 @@ impl EmulatedCompute {
                 Ok(EmulatedCompute::Uniform { forward: forward / 1e3, backward: backward / 1e3 })
             }
             Some(_) => {
-                let remedy = format!("write forward,backward in milliseconds from 0 to {LONGEST_MS}, as in 10,20");
+                let remedy = format!(
+                    "write forward,backward in milliseconds from 0 to {LONGEST_MS}, as in 10,20"
+                );
                 Err(Error::config(OPTION, text, remedy))
             }
             None => EmulatedCompute::of_file(Path::new(text)),
@@ -132,12 +145,18 @@ impl EmulatedCompute {
     /// How long a stage sleeps.
     pub fn sleep(&self, schedule: &Schedule, stage: usize) -> Sleep {
         let (forward, backward) = match self {
-            EmulatedCompute::Uniform { forward, backward } => {
-                (forward * schedule.device_fraction(stage), backward * schedule.device_fraction(stage))
+            EmulatedCompute::Uniform { forward, backward } => (
+                forward * schedule.device_fraction(stage),
+                backward * schedule.device_fraction(stage),
+            ),
+            EmulatedCompute::Profile(times) => {
+                (times[stage].forward_ms / 1e3, times[stage].backward_ms / 1e3)
             }
-            EmulatedCompute::Profile(times) => (times[stage].forward_ms / 1e3, times[stage].backward_ms / 1e3),
         };
-        Sleep { forward: Duration::from_secs_f64(forward), backward: Duration::from_secs_f64(backward) }
+        Sleep {
+            forward: Duration::from_secs_f64(forward),
+            backward: Duration::from_secs_f64(backward),
+        }
     }
 }
 
@@ -161,17 +180,25 @@ mod tests {
         assert_eq!(uniform.sleep(&schedule, 1).forward, Duration::from_millis(10));
         assert_eq!(uniform.sleep(&schedule, 2).forward, Duration::from_millis(5));
         let file = tempfile::NamedTempFile::new().unwrap();
-        let text = r#"{"stages": [{"forward_ms": 3, "backward_ms": 6.5, "update_ms": 1}], "more": 1}"#;
+        let text =
+            r#"{"stages": [{"forward_ms": 3, "backward_ms": 6.5, "update_ms": 1}], "more": 1}"#;
         std::fs::write(file.path(), text).unwrap();
         let profile = EmulatedCompute::read(file.path().to_str().unwrap()).unwrap();
-        let stage = StageTime { forward_ms: 3.0, backward_ms: 6.5, update_ms: 1.0, ..StageTime::default() };
+        let stage =
+            StageTime { forward_ms: 3.0, backward_ms: 6.5, update_ms: 1.0, ..StageTime::default() };
         assert_eq!(profile, EmulatedCompute::Profile(vec![stage]));
         let of_gpu = text.replace("\"more\": 1", "\"device\": \"cuda\"");
         std::fs::write(file.path(), of_gpu).unwrap();
         let error = EmulatedCompute::read(file.path().to_str().unwrap()).unwrap_err().to_string();
         assert!(error.contains("has the times of a GPU's host"), "{error}");
         assert!(profile.check(1).is_ok());
-        assert!(profile.check(2).unwrap_err().to_string().contains("a profile of 1 stages; the grid has 2"));
+        assert!(
+            profile
+                .check(2)
+                .unwrap_err()
+                .to_string()
+                .contains("a profile of 1 stages; the grid has 2")
+        );
     }
 
     #[test]

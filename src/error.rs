@@ -20,7 +20,9 @@ pub enum Error {
     #[error("data {path}: {problem}; {remedy}")]
     Data { path: String, problem: String, remedy: String },
     /// A neighbour or a member of the replica group is gone.
-    #[error("lost {peer} while {doing}; the first error of the run is the cause, see that place's log")]
+    #[error(
+        "lost {peer} while {doing}; the first error of the run is the cause, see that place's log"
+    )]
     Lost { peer: Place, doing: String },
     /// A process is gone, without a word: killed, or ended by something else than this program.
     #[error(
@@ -60,7 +62,8 @@ pub enum Error {
     /// A folder of weights is not usable.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint { path: String, problem: String },
-    /// A file of the run cannot be written: the disk or a quota is full, a limit is met, a folder has gone.
+    /// A file of the run cannot be written: the disk or a quota is full, a limit is met, a folder
+    /// has gone.
     #[error(
         "{path}: cannot be written ({problem}); make room, or raise the limit, then --resume: earlier checkpoints \
          are intact"
@@ -101,7 +104,11 @@ impl Error {
     }
 
     /// A setting, the value found in it, and what to do.
-    pub fn config(setting: impl Into<String>, found: impl ToString, remedy: impl Into<String>) -> Error {
+    pub fn config(
+        setting: impl Into<String>,
+        found: impl ToString,
+        remedy: impl Into<String>,
+    ) -> Error {
         Error::Config { setting: setting.into(), found: found.to_string(), remedy: remedy.into() }
     }
 
@@ -149,9 +156,11 @@ impl From<tch::TchError> for Error {
         if first.contains("can't allocate memory") || first.contains("out of memory") {
             return Error::Memory(format!("not enough ({first})"));
         }
+
         if first.contains("CUDA error") || first.contains("CUDNN") || first.contains("CUBLAS") {
             return Error::Device(format!("libtorch: {first}"));
         }
+
         Error::Internal(format!("libtorch: {first}"))
     }
 }

@@ -1,4 +1,5 @@
-//! Errors on their way to the user: panics become errors, and of several the first that is a cause wins.
+//! Errors on their way to the user: panics become errors, and of several the first that is a cause
+//! wins.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -20,7 +21,8 @@ thread_local! {
     static PANIC_PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Turns panics into errors: from here on they print nothing by themselves, and [`caught`] knows where they were.
+/// Turns panics into errors: from here on they print nothing by themselves, and [`caught`] knows
+/// where they were.
 pub fn hush_panics() {
     std::panic::set_hook(Box::new(|info| {
         tracing::error!("{info}");
@@ -33,12 +35,16 @@ pub fn hush_panics() {
 /// # Errors
 /// Those of `work`, and [`Error::Internal`] for a panic.
 pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
 }
 
 /// A panic as text, with its place.
 pub fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
     let place = PANIC_PLACE.take().unwrap_or_else(|| "an unknown place".to_owned());
     format!("panic at {place}: {}", text.unwrap_or("no message"))
 }
@@ -56,6 +62,7 @@ impl FirstError {
             None => true,
             Some((_, held)) => consequence(held) && !consequence(&error),
         };
+
         if replace {
             *first = Some((rank, error));
         }

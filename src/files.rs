@@ -1,5 +1,5 @@
-//! Files that are read and written: only whole files are read, and what is written stands under a name of its own until it is
-//! complete.
+//! Files that are read and written: only whole files are read, and what is written stands under a
+//! name of its own until it is complete.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -10,10 +10,12 @@ use std::time::Duration;
 use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-/// A network file system shows what another node has written after a while: so long it is waited for.
+/// A network file system shows what another node has written after a while: so long it is waited
+/// for.
 pub const SEEN: Duration = Duration::from_secs(10);
 
-/// Opens a file. A pipe, a device or a folder is refused at once, where opening or reading it might wait for ever.
+/// Opens a file. A pipe, a device or a folder is refused at once, where opening or reading it might
+/// wait for ever.
 ///
 /// # Errors
 /// What the system says, or what the path is instead of a file.
@@ -26,11 +28,12 @@ pub fn open(path: &Path) -> io::Result<File> {
         () if kind.is_socket() => "a socket",
         () => "a device",
     };
+
     Err(io::Error::new(ErrorKind::InvalidInput, format!("{found}, not a file")))
 }
 
-/// An empty file to write into, in a folder that may have come from elsewhere: a link there is not followed, since it may lead
-/// anywhere, and a pipe is not waited for.
+/// An empty file to write into, in a folder that may have come from elsewhere: a link there is not
+/// followed, since it may lead anywhere, and a pipe is not waited for.
 ///
 /// # Errors
 /// What the system says, or that the path is a link.
@@ -46,7 +49,9 @@ pub fn create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = options.clone().create(true).custom_flags(flags.bits() as i32).open(path);
     file.map_err(|error| match Errno::from_io_error(&error) {
-        Some(Errno::LOOP) => io::Error::new(ErrorKind::InvalidInput, format!("{} is a link", path.display())),
+        Some(Errno::LOOP) => {
+            io::Error::new(ErrorKind::InvalidInput, format!("{} is a link", path.display()))
+        }
         _ => error,
     })
 }
@@ -74,7 +79,9 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 /// # Errors
 /// What the system says, or what the path is instead of a file.
 pub fn read_text(path: &Path) -> io::Result<String> {
-    let invalid = |error: std::string::FromUtf8Error| io::Error::new(ErrorKind::InvalidData, error.utf8_error());
+    let invalid = |error: std::string::FromUtf8Error| {
+        io::Error::new(ErrorKind::InvalidData, error.utf8_error())
+    };
     String::from_utf8(read(path)?).map_err(invalid)
 }
 
@@ -98,7 +105,9 @@ pub fn temporary(path: &Path) -> PathBuf {
 pub fn place(temporary: &Path, path: &Path) -> io::Result<()> {
     match renameat_with(CWD, temporary, CWD, path, RenameFlags::NOREPLACE) {
         // A file system that cannot promise that nothing is replaced.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) if !path.exists() => fs::rename(temporary, path),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) if !path.exists() => {
+            fs::rename(temporary, path)
+        }
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => Err(ErrorKind::AlreadyExists.into()),
         renamed => Ok(renamed?),
     }
@@ -122,7 +131,10 @@ mod tests {
         let (other, link) = (folder.path().join("other"), folder.path().join("link"));
         fs::write(&other, "kept").unwrap();
         std::os::unix::fs::symlink(&other, &link).unwrap();
-        assert_eq!(write(&link, b"new").unwrap_err().to_string(), format!("{} is a link", link.display()));
+        assert_eq!(
+            write(&link, b"new").unwrap_err().to_string(),
+            format!("{} is a link", link.display())
+        );
         assert_eq!(fs::read_to_string(&other).unwrap(), "kept");
         write(&other, b"new").unwrap();
         assert_eq!(fs::read_to_string(&other).unwrap(), "new");
@@ -131,7 +143,11 @@ mod tests {
     #[test]
     fn a_plain_name_leads_nowhere_else() {
         assert!(["a", "a b.txt", "..a"].into_iter().all(is_plain_name));
-        assert!(!["", ".", "..", "a/b", "/a", "a/", "./a", "a\0", "a\nb"].into_iter().any(is_plain_name));
+        assert!(
+            !["", ".", "..", "a/b", "/a", "a/", "./a", "a\0", "a\nb"]
+                .into_iter()
+                .any(is_plain_name)
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The grid of K stages times R replicas: which rank holds which places, who is next to whom. Arithmetic only.
+//! The grid of K stages times R replicas: which rank holds which places, who is next to whom.
+//! Arithmetic only.
 
 use std::fmt;
 
@@ -6,7 +7,9 @@ use std::fmt;
 const LARGEST: usize = 1 << 16;
 
 /// One position of the grid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct Place {
     pub stage: usize,
     pub replica: usize,
@@ -56,7 +59,17 @@ impl Placement {
 }
 
 /// Which places lie next to each other, as ranks and so on nodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// The devices of a replica: its links stay on a node, all-reduces cross nodes.
@@ -66,10 +79,11 @@ pub enum Order {
     StageMajor,
 }
 
-/// The two axes: K pipeline stages, R data-parallel replicas; both at least 1, K at least 3 on a ring.
+/// The two axes: K pipeline stages, R data-parallel replicas; both at least 1, K at least 3 on a
+/// ring.
 ///
-/// A rank is a device. Ranks run along the stages first, so that those of one pipeline stand next to each other (or, in
-/// stage-major order, along the replicas):
+/// A rank is a device. Ranks run along the stages first, so that those of one pipeline stand next
+/// to each other (or, in stage-major order, along the replicas):
 ///
 /// ```text
 /// line          stage 0   stage 1   stage 2            ring          stage 0   stage 1   stage 2
@@ -139,20 +153,26 @@ impl Grid {
     /// The places that `rank` holds: one, or two on the first device of a ring.
     pub fn held(self, rank: usize) -> Vec<Place> {
         let (device, replica) = (self.device_of(rank), self.replica_of(rank));
-        (device..self.stages).step_by(self.devices()).map(|stage| Place { stage, replica }).collect()
+        (device..self.stages)
+            .step_by(self.devices())
+            .map(|stage| Place { stage, replica })
+            .collect()
     }
 
     /// What messages call the places of a rank.
     pub fn name(self, rank: usize) -> String {
         match self.held(rank)[..] {
-            [first, second] => format!("stages {} and {}, replica {}", first.stage, second.stage, first.replica),
+            [first, second] => {
+                format!("stages {} and {}, replica {}", first.stage, second.stage, first.replica)
+            }
             _ => self.held(rank)[0].to_string(),
         }
     }
 
     /// All places, replica by replica.
     pub fn places(self) -> impl Iterator<Item = Place> {
-        (0..self.replicas).flat_map(move |replica| (0..self.stages).map(move |stage| Place { stage, replica }))
+        (0..self.replicas)
+            .flat_map(move |replica| (0..self.stages).map(move |stage| Place { stage, replica }))
     }
 
     /// The neighbour that sends activations to `place`.
@@ -197,7 +217,11 @@ impl std::str::FromStr for Grid {
         let (k, r) = text.split_once(['x', 'X']).ok_or_else(wrong)?;
         let grid = Grid::line(k.parse().map_err(|_| wrong())?, r.parse().map_err(|_| wrong())?);
         let possible = 1..=LARGEST;
-        if possible.contains(&grid.stages) && possible.contains(&grid.replicas) { Ok(grid) } else { Err(wrong()) }
+        if possible.contains(&grid.stages) && possible.contains(&grid.replicas) {
+            Ok(grid)
+        } else {
+            Err(wrong())
+        }
     }
 }
 
@@ -220,14 +244,18 @@ mod tests {
     fn a_ring_puts_the_last_stage_on_the_first_device() {
         let grid = Grid { placement: Placement::Ring, ..Grid::line(4, 2) };
         assert_eq!((grid.devices(), grid.size()), (3, 6));
-        let held = |rank: usize| grid.held(rank).iter().map(|p| (p.stage, p.replica)).collect::<Vec<_>>();
+        let held =
+            |rank: usize| grid.held(rank).iter().map(|p| (p.stage, p.replica)).collect::<Vec<_>>();
         assert_eq!(held(0), [(0, 0), (3, 0)]);
         assert_eq!(held(2), [(2, 0)]);
         assert_eq!(held(3), [(0, 1), (3, 1)]);
         for rank in 0..6 {
             assert!(grid.held(rank).iter().all(|place| grid.rank(*place) == rank));
         }
-        assert_eq!((grid.name(3), grid.name(4)), ("stages 0 and 3, replica 1".into(), "stage 1, replica 1".into()));
+        assert_eq!(
+            (grid.name(3), grid.name(4)),
+            ("stages 0 and 3, replica 1".into(), "stage 1, replica 1".into())
+        );
     }
 
     #[test]

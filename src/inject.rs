@@ -1,4 +1,5 @@
-//! Faults on purpose, for tests and for drills: `--inject KIND@STAGE,REPLICA:STEP[:ACTION]`. Off unless asked for.
+//! Faults on purpose, for tests and for drills: `--inject KIND@STAGE,REPLICA:STEP[:ACTION]`. Off
+//! unless asked for.
 //!
 //! `?` stands for a stage, replica or step that is drawn from the run's seed.
 
@@ -59,8 +60,8 @@ impl Fault {
     }
 }
 
-/// One fault at one place: at the first action of a step, or at the first of a kind; some faults have a moment of their
-/// own, as a message that is to be sent. What is none is to be drawn.
+/// One fault at one place: at the first action of a step, or at the first of a kind; some faults
+/// have a moment of their own, as a message that is to be sent. What is none is to be drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Injection {
     pub fault: Fault,
@@ -91,20 +92,32 @@ impl Injection {
             Fault::DiskFull => true,
             _ => self.step == Some(action.step),
         };
+
         let op = match (self.op, fault) {
             (Some(op), _) => op == action.op,
             (None, Fault::Hang | Fault::Nan) => action.op == Op::Forward,
             (None, Fault::Slow) => matches!(action.op, Op::Forward | Op::Backward),
             (None, _) => true,
         };
-        self.fault == fault && (self.stage, self.replica) == (Some(place.stage), Some(place.replica)) && at && op
+
+        self.fault == fault
+            && (self.stage, self.replica) == (Some(place.stage), Some(place.replica))
+            && at
+            && op
     }
 }
 
 impl fmt::Display for Injection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let number = |n: Option<usize>| n.map_or("?".to_owned(), |n| n.to_string());
-        write!(f, "{}@{},{}:{}", self.fault.word(), number(self.stage), number(self.replica), number(self.step))?;
+        write!(
+            f,
+            "{}@{},{}:{}",
+            self.fault.word(),
+            number(self.stage),
+            number(self.replica),
+            number(self.step)
+        )?;
         self.op.map_or(Ok(()), |op| write!(f, ":{}", op.code()))
     }
 }
@@ -121,19 +134,32 @@ impl FromStr for Injection {
                 words.join("|")
             )
         };
+
         let number = |n: &str| match n {
             "?" => Ok(None),
             _ => n.parse::<usize>().map(Some).map_err(|_| wrong()),
         };
+
         let (kind, rest) = text.split_once('@').ok_or_else(wrong)?;
-        let fault = Fault::WORDS.iter().find(|(word, _)| *word == kind).map(|(_, fault)| *fault).ok_or_else(wrong)?;
+        let fault = Fault::WORDS
+            .iter()
+            .find(|(word, _)| *word == kind)
+            .map(|(_, fault)| *fault)
+            .ok_or_else(wrong)?;
         let (place, moment) = rest.split_once(':').ok_or_else(wrong)?;
         let (stage, replica) = place.split_once(',').ok_or_else(wrong)?;
         let (step, op) = match moment.split_once(':') {
             Some((step, code)) => (step, Some(Op::of_code(code).ok_or_else(wrong)?)),
             None => (moment, None),
         };
-        Ok(Injection { fault, stage: number(stage)?, replica: number(replica)?, step: number(step)?, op })
+
+        Ok(Injection {
+            fault,
+            stage: number(stage)?,
+            replica: number(replica)?,
+            step: number(step)?,
+            op,
+        })
     }
 }
 
@@ -153,17 +179,23 @@ mod tests {
         for text in ["panic@1,0:7", "hang@?,?:?", "slow@0,1:3:B", "drop-message@2,0:?:SA"] {
             assert_eq!(text.parse::<Injection>().unwrap().to_string(), text);
         }
-        for wrong in ["panic", "panic@1:7", "fire@1,0:7", "panic@1,0", "panic@1,0:x", "panic@1,0:7:Q"] {
+        for wrong in
+            ["panic", "panic@1:7", "fire@1,0:7", "panic@1,0", "panic@1,0:x", "panic@1,0:7:Q"]
+        {
             assert!(wrong.parse::<Injection>().is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn what_is_drawn_is_on_the_grid_and_the_same_for_a_seed() {
-        let drawn = |seed| "hang@?,1:?".parse::<Injection>().unwrap().drawn(Grid::line(3, 2), 9, seed);
+        let drawn =
+            |seed| "hang@?,1:?".parse::<Injection>().unwrap().drawn(Grid::line(3, 2), 9, seed);
         assert_eq!(drawn(1), drawn(1));
         let all: Vec<Injection> = (0..50).map(drawn).collect();
         assert!(all.iter().all(|i| i.stage < Some(3) && i.replica == Some(1) && i.step < Some(9)));
-        assert!(all.iter().any(|i| i.stage != all[0].stage) && all.iter().any(|i| i.step != all[0].step));
+        assert!(
+            all.iter().any(|i| i.stage != all[0].stage)
+                && all.iter().any(|i| i.step != all[0].step)
+        );
     }
 }

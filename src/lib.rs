@@ -1,6 +1,6 @@
-//! Ouroboros trains Transformer language models on a grid of K decoupled pipeline stages times R data-parallel
-//! replicas. Each stage applies gradients that are a known number of updates old, so no stage waits for the whole
-//! pipeline.
+//! Ouroboros trains Transformer language models on a grid of K decoupled pipeline stages times R
+//! data-parallel replicas. Each stage applies gradients that are a known number of updates old, so
+//! no stage waits for the whole pipeline.
 //!
 //! A step, as the worker of a device makes it:
 //!
@@ -46,8 +46,8 @@
 //!
 //! Whoever reads `delay`, `schedule` and `worker` has read the algorithm.
 //!
-//! Letters used everywhere: stage k of K, replica r of R, step t, microbatch j of m; rows B (b in a microbatch), tokens
-//! T, hidden size D, vocabulary V.
+//! Letters used everywhere: stage k of K, replica r of R, step t, microbatch j of m; rows B (b in a
+//! microbatch), tokens T, hidden size D, vocabulary V.
 
 // No panic reaches a user; tests may fail by one (clippy.toml).
 #![deny(clippy::unwrap_used)]

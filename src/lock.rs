@@ -1,4 +1,5 @@
-//! The lock on a run's folder: two runs that write into one folder would destroy each other's states.
+//! The lock on a run's folder: two runs that write into one folder would destroy each other's
+//! states.
 //!
 //! ```text
 //! the file system has locks    a lock of fcntl on DIR/lock, which the kernel takes away with the process; over NFS too
@@ -52,20 +53,28 @@ impl FolderLock {
             let begun = Instant::now();
             loop {
                 match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
-                    Err(Errno::AGAIN | Errno::ACCESS) if begun.elapsed() < ENDING => std::thread::sleep(ENDING / 20),
+                    Err(Errno::AGAIN | Errno::ACCESS) if begun.elapsed() < ENDING => {
+                        std::thread::sleep(ENDING / 20)
+                    }
                     locked => return locked,
                 }
             }
         })
     }
 
-    fn take_with(folder: &Path, lock: impl FnOnce(&File) -> rustix::io::Result<()>) -> Result<FolderLock> {
+    fn take_with(
+        folder: &Path,
+        lock: impl FnOnce(&File) -> rustix::io::Result<()>,
+    ) -> Result<FolderLock> {
         let path = folder.join(NAME);
         let wrong = |error: io::Error| {
-            let remedy = format!("its file `{NAME}` cannot be written ({error}); choose another folder");
+            let remedy =
+                format!("its file `{NAME}` cannot be written ({error}); choose another folder");
             Error::config("--out", folder.display(), remedy)
         };
-        let file = files::create_with(&path, OpenOptions::new().read(true).write(true)).map_err(wrong)?;
+
+        let file =
+            files::create_with(&path, OpenOptions::new().read(true).write(true)).map_err(wrong)?;
         let beats = match lock(&file) {
             Ok(()) => false,
             Err(Errno::AGAIN | Errno::ACCESS) => return Err(taken(folder, &read(&file))),
@@ -80,7 +89,8 @@ impl FolderLock {
 
         let me = owner();
         write(&file, &me).map_err(wrong)?;
-        let beating = if beats { Some(beat(file.try_clone().map_err(wrong)?, me.clone())) } else { None };
+        let beating =
+            if beats { Some(beat(file.try_clone().map_err(wrong)?, me.clone())) } else { None };
         Ok(FolderLock { path, file, owner: me, beating })
     }
 
@@ -103,23 +113,31 @@ impl Drop for FolderLock {
     }
 }
 
-/// Whether this process sees a folder's lock to be `owner`'s. Not for that process itself: a file that it closes takes its
-/// locks away.
+/// Whether this process sees a folder's lock to be `owner`'s. Not for that process itself: a file
+/// that it closes takes its locks away.
 pub fn is_of(folder: &Path, owner: &str) -> bool {
     File::open(folder.join(NAME)).is_ok_and(|file| read(&file).starts_with(owner))
 }
 
 fn taken(folder: &Path, owner: &str) -> Error {
-    let owner = owner.split(", beat").next().filter(|text| !text.is_empty()).unwrap_or("another run");
-    let remedy = format!("{owner} writes into it; wait for its end, stop it, or choose another folder");
+    let owner =
+        owner.split(", beat").next().filter(|text| !text.is_empty()).unwrap_or("another run");
+    let remedy =
+        format!("{owner} writes into it; wait for its end, stop it, or choose another folder");
     Error::config("--out", folder.display(), remedy)
 }
 
 /// Process, host, and when it was taken: no two runs are the same.
 fn owner() -> String {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    format!("process {} on {host} (since {}.{:09} s of 1970)", std::process::id(), now.as_secs(), now.subsec_nanos())
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!(
+        "process {} on {host} (since {}.{:09} s of 1970)",
+        std::process::id(),
+        now.as_secs(),
+        now.subsec_nanos()
+    )
 }
 
 fn read(file: &File) -> String {
@@ -159,6 +177,7 @@ fn beat(file: File, owner: String) -> (Sender<()>, JoinHandle<()>) {
             }
         }
     });
+
     (stop, thread)
 }
 
@@ -176,7 +195,10 @@ mod tests {
         let first = without_locks(folder.path()).unwrap();
         let error = without_locks(folder.path()).unwrap_err().to_string();
         let me = format!("process {}", std::process::id());
-        assert!(error.contains(&me) && error.contains("writes into it") && !error.contains("beat"), "{error}");
+        assert!(
+            error.contains(&me) && error.contains("writes into it") && !error.contains("beat"),
+            "{error}"
+        );
         drop(first);
         drop(without_locks(folder.path()).unwrap());
 

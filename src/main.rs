@@ -9,7 +9,9 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ouroboros::cli::{self, Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
-use ouroboros::{commands, complain, console, control, device, failure, launch, prepare, runtime, study};
+use ouroboros::{
+    commands, complain, console, control, device, failure, launch, prepare, runtime, study,
+};
 
 fn main() -> ExitCode {
     device::prepare_environment();
@@ -18,13 +20,17 @@ fn main() -> ExitCode {
 
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+        Err(error)
+            if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) =>
+        {
             let _ = error.print();
             return ExitCode::SUCCESS;
         }
         Err(error) => {
             let text = error.render().to_string();
-            let hint = cli::hint(std::env::args_os()).map(|hint| format!("\n\n{hint}")).unwrap_or_default();
+            let hint = cli::hint(std::env::args_os())
+                .map(|hint| format!("\n\n{hint}"))
+                .unwrap_or_default();
             let text = format!("{}{hint}", text.trim_start_matches("error: ").trim_end());
             return ExitCode::from(launch::refuse(&Error::Usage(text)));
         }
@@ -33,6 +39,7 @@ fn main() -> ExitCode {
     if !matches!(cli.command, Command::Train(_)) {
         control::not_expected();
     }
+
     if !matches!(
         cli.command,
         Command::Schedule(_)
@@ -46,25 +53,35 @@ fn main() -> ExitCode {
         console::go_on_without_reader();
     }
 
-    ExitCode::from(match cli.command {
+    ExitCode::from(run(cli.command))
+}
+
+/// The exit code of a command.
+fn run(command: Command) -> u8 {
+    match command {
         Command::Train(args) => {
             if args.dies_with_parent {
                 runtime::die_with_parent();
             }
+
             launch::train(&args.job())
         }
-        Command::Bench(args) => args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job)),
+        Command::Bench(args) => {
+            args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job))
+        }
         Command::Study(args) => answer_code(|| study::study(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),
         Command::Eval(args) => answer(|| commands::eval(&args)),
         Command::Generate(args) => answer(|| commands::generate(&args)),
         Command::Schedule(args) => answer(|| commands::schedule(&args)),
-        Command::Data(DataCommand::Prepare(args)) => answer(|| prepare::prepare(&args.request()).map(|_| ())),
+        Command::Data(DataCommand::Prepare(args)) => {
+            answer(|| prepare::prepare(&args.request()).map(|_| ()))
+        }
         Command::Doctor => answer(commands::doctor),
         Command::Config => answer(commands::config),
         Command::Completions { shell } => answer(|| commands::completions(shell)),
         Command::Man => answer(commands::man),
-    })
+    }
 }
 
 fn answer(command: impl FnOnce() -> Result<()>) -> u8 {

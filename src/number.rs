@@ -1,5 +1,6 @@
-//! Single numbers that a device computes: losses, norms. On the processor they are known at once. A GPU is many operations
-//! behind, and asking it for a number would make everybody wait: there they are read later.
+//! Single numbers that a device computes: losses, norms. On the processor they are known at once. A
+//! GPU is many operations behind, and asking it for a number would make everybody wait: there they
+//! are read later.
 
 use tch::{Kind, Tensor};
 
@@ -27,9 +28,6 @@ pub enum Number {
 
 impl Number {
     /// The value of a tensor of one number: waited for, or left for later.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn from_tensor(tensor: &Tensor, readback: Readback) -> Result<Number> {
         match readback {
             Readback::Deferred => Ok(Number::Pending(tensor.f_detach()?.f_to_kind(Kind::Double)?)),
@@ -38,13 +36,11 @@ impl Number {
     }
 
     /// The sum of two.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn plus(self, other: Number) -> Result<Number> {
         Ok(match (self, other) {
             (Number::Known(one), Number::Known(other)) => Number::Known(one + other),
-            (Number::Known(known), Number::Pending(pending)) | (Number::Pending(pending), Number::Known(known)) => {
+            (Number::Known(known), Number::Pending(pending))
+            | (Number::Pending(pending), Number::Known(known)) => {
                 Number::Pending(pending.f_add_scalar(known)?)
             }
             (Number::Pending(one), Number::Pending(other)) => Number::Pending(one.f_add(&other)?),
@@ -52,9 +48,6 @@ impl Number {
     }
 
     /// The number times a factor.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn times(self, factor: f64) -> Result<Number> {
         Ok(match self {
             Number::Known(known) => Number::Known(known * factor),
@@ -63,9 +56,6 @@ impl Number {
     }
 
     /// The value, which is waited for.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn now(&self) -> Result<f64> {
         match self {
             Number::Known(known) => Ok(*known),
@@ -82,9 +72,13 @@ mod tests {
     fn a_number_is_the_same_now_and_later() {
         let tensor = Tensor::from(0.1f32);
         for readback in [Readback::Now, Readback::Deferred] {
-            let sum = Number::Known(1.5).plus(Number::from_tensor(&tensor, readback).unwrap()).unwrap();
+            let sum =
+                Number::Known(1.5).plus(Number::from_tensor(&tensor, readback).unwrap()).unwrap();
             let sum = sum.plus(Number::from_tensor(&tensor, readback).unwrap()).unwrap();
-            assert_eq!(sum.times(0.25).unwrap().now().unwrap(), (1.5 + 2.0 * f64::from(0.1f32)) * 0.25);
+            assert_eq!(
+                sum.times(0.25).unwrap().now().unwrap(),
+                (1.5 + 2.0 * f64::from(0.1f32)) * 0.25
+            );
         }
     }
 }

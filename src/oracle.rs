@@ -1,6 +1,7 @@
-//! The oracle: the whole grid's arithmetic in one process, one autograd graph over the whole model per microbatch,
-//! replicas one after the other. It is the definition of correct: it shares the layers, the formulas of `delay` and
-//! the optimizers with the grid, but neither `stage`, `table` nor `worker` nor any message.
+//! The oracle: the whole grid's arithmetic in one process, one autograd graph over the whole model
+//! per microbatch, replicas one after the other. It is the definition of correct: it shares the
+//! layers, the formulas of `delay` and the optimizers with the grid, but neither `stage`, `table`
+//! nor `worker` nor any message.
 //!
 //! ```text
 //! for t:   w_k = W_k[max(s, t - D_k)]  for every stage k;  v = V[max(s, t - D_0)], or V[t]: `schedule` says which by `tie`
@@ -69,10 +70,12 @@ pub struct Oracle {
 
 impl Oracle {
     /// All stages of the grid with their initial weights.
-    ///
-    /// # Errors
-    /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, reports: Reporter, gate: Arc<Gate>, out: PathBuf) -> Result<Oracle> {
+    pub fn new(
+        setup: Arc<Setup>,
+        reports: Reporter,
+        gate: Arc<Gate>,
+        out: PathBuf,
+    ) -> Result<Oracle> {
         let config = &setup.config;
         tch::set_num_threads(config.threads as i32);
         let weights = |layout: Layout, optimizer: Optimizer, delay: usize| -> Result<Weights> {
@@ -84,15 +87,18 @@ impl Oracle {
                     versions.insert(number, values);
                 }
             }
+
             versions.insert(setup.start(), setup.first_weights(&layout)?);
             Ok(Weights { layout, optimizer, versions, predicted })
         };
+
         let delays = &setup.schedule.delays;
         let stage = |k: usize| {
             let layout = setup.layout(k);
             let optimizer = setup.optimizer(&layout, delays[k])?;
             weights(layout, optimizer, delays[k])
         };
+
         let stages = (0..setup.grid.stages).map(stage).collect::<Result<_>>()?;
         let layout = Layout::new(&model::table(&setup.dimensions));
         let optimizer = setup.optimizer(&layout, embedding_delay(&setup))?;
@@ -104,12 +110,28 @@ impl Oracle {
             let parts = setup.waiting_parts(&table.layout, replica)?;
             inputs.extend(parts.into_iter().map(|(step, part)| ((step, replica), part)));
         }
-        for (stage, replica) in (0..model.len()).flat_map(|k| (0..setup.grid.replicas).map(move |r| (k, r))) {
+
+        for (stage, replica) in
+            (0..model.len()).flat_map(|k| (0..setup.grid.replicas).map(move |r| (k, r)))
+        {
             for (microbatch, memory) in setup.memories(&model[stage], replica)? {
                 memories.entry((replica, microbatch)).or_insert_with(Vec::new).push(memory);
             }
         }
-        Ok(Oracle { model, stages, table, inputs, memories, batches, reports, gate, stop: None, out, setup })
+
+        Ok(Oracle {
+            model,
+            stages,
+            table,
+            inputs,
+            memories,
+            batches,
+            reports,
+            gate,
+            stop: None,
+            out,
+            setup,
+        })
     }
 
     /// The whole run.
@@ -123,28 +145,35 @@ impl Oracle {
             if self.stop == Some(t) {
                 return self.stopped(t);
             }
+
             // What a step does may depend on whether the run ends after it.
             let more = t + 1 < setup.config.steps;
             if more && t + 1 >= self.gate.limit() && self.gate.wait(t + 1)? == GateDecision::Stop {
                 self.stop = Some(t + 1);
             }
+
             if t > setup.start() && setup.schedule.sync.contains(t) {
                 sync = t;
             }
+
             if setup.schedule.evaluates_at(t) {
                 self.evaluate(t)?;
             }
+
             self.step(t, sync)?;
             if setup.schedule.saves_at(t + 1) {
                 self.save(t + 1)?;
             }
         }
+
         if setup.schedule.evaluates_at(setup.config.steps) {
             self.evaluate(setup.config.steps)?;
         }
+
         if setup.schedule.saves_again {
             self.save(setup.config.steps)?;
         }
+
         self.done()
     }
 
@@ -165,7 +194,8 @@ impl Oracle {
         for place in self.setup.grid.places() {
             let begun = Instant::now();
             let mut snapshot = Snapshot::new(place, step, self.setup.grid.replicas);
-            let table = Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
+            let table =
+                Some(&self.table).filter(|_| place.stage == 0 && self.setup.dimensions.tied);
             let (schedule, delay) = (&self.setup.schedule, self.setup.schedule.delays[place.stage]);
             let table = table.map(|table| (table, embedding_delay(&self.setup)));
             for (weights, delay) in table.into_iter().chain([(&self.stages[place.stage], delay)]) {
@@ -177,21 +207,32 @@ impl Oracle {
                     .versions_saved(schedule.since(step), step, delay)
                     .map(|number| Ok((number, weights.used(number)?.f_to_kind(kind)?)))
                     .collect::<Result<_>>()?;
-                snapshot.add_older(&weights.layout, older.iter().map(|(number, values)| (*number, values)))?;
+                snapshot.add_older(
+                    &weights.layout,
+                    older.iter().map(|(number, values)| (*number, values)),
+                )?;
             }
+
             // The head keeps the parts.
             let last = place.stage == self.setup.grid.stages - 1;
-            let waiting = self.inputs.iter().filter(|((_, replica), _)| last && *replica == place.replica);
-            snapshot.add_parts(&self.table.layout, waiting.map(|((step, _), part)| (*step, part)))?;
+            let waiting =
+                self.inputs.iter().filter(|((_, replica), _)| last && *replica == place.replica);
+            snapshot
+                .add_parts(&self.table.layout, waiting.map(|((step, _), part)| (*step, part)))?;
             for ((replica, microbatch), memories) in &self.memories {
                 if *replica == place.replica {
                     let rows = self.setup.train_rows(*replica, *microbatch);
-                    snapshot.remember(rows.start, self.model[place.stage].remembered(&memories[place.stage]))?;
+                    snapshot.remember(
+                        rows.start,
+                        self.model[place.stage].remembered(&memories[place.stage]),
+                    )?;
                 }
             }
+
             let written = snapshot.write(&self.out, begun.elapsed())?;
             self.reports.send(Report::Saved { place, step, written })?;
         }
+
         Ok(())
     }
 
@@ -203,6 +244,7 @@ impl Oracle {
             Tie::Aligned => setup.schedule.delays[0],
             _ => 0,
         };
+
         let table = [at(embedding_delay(&setup)), at(head_delay)];
         let (mut sums, mut table_sum): (Vec<Tensor>, Option<Tensor>) = (Vec::new(), None);
         // One replica has nothing to reduce.
@@ -211,8 +253,13 @@ impl Oracle {
             let mut gradients = self.gradients(t, replica, &numbers, table)?;
             let mut table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
             if let Some(wire) = reduced {
-                gradients.stages.iter_mut().chain([&mut table]).try_for_each(|flat| wire.round(flat))?;
+                gradients
+                    .stages
+                    .iter_mut()
+                    .chain([&mut table])
+                    .try_for_each(|flat| wire.round(flat))?;
             }
+
             match &mut table_sum {
                 None => (sums, table_sum) = (gradients.stages, Some(table)),
                 Some(table_sum) => {
@@ -223,22 +270,33 @@ impl Oracle {
                 }
             }
         }
+
         if let Some(wire) = reduced {
             sums.iter_mut().chain(&mut table_sum).try_for_each(|sum| wire.round(sum))?;
         }
+
         for (stage, sum) in sums.iter_mut().enumerate() {
             let norm = self.update(t, Some(stage), sum)?;
             self.reports.send(Report::Norm { stage, step: t, norm })?;
         }
+
         if let Some(mut sum) = table_sum.filter(|_| setup.dimensions.tied) {
             let norm = self.update(t, None, &mut sum)?;
             self.reports.send(Report::TableNorm { step: t, norm })?;
         }
+
         Ok(())
     }
 
     /// The gradient of the tied table that one replica brings to the update of step t.
-    fn joined(&mut self, t: usize, sync: usize, replica: usize, input: Tensor, output: Tensor) -> Result<Tensor> {
+    fn joined(
+        &mut self,
+        t: usize,
+        sync: usize,
+        replica: usize,
+        input: Tensor,
+        output: Tensor,
+    ) -> Result<Tensor> {
         let schedule = &self.setup.schedule;
         self.inputs.insert((t, replica), input);
         let mut sum = output;
@@ -251,16 +309,24 @@ impl Oracle {
             Tie::Fresh | Tie::Head => t.checked_sub(schedule.delays[0]).filter(|u| *u >= sync),
             _ => Some(t),
         };
+
         // Those of a run that was stopped and goes on with other delays join the first update.
         let left = sync == self.setup.start();
-        let due = |step: usize| newest.is_some_and(|newest| step <= newest) || (left && step < sync);
-        let steps: Vec<usize> =
-            self.inputs.keys().filter(|(step, of)| *of == replica && due(*step)).map(|(step, _)| *step).collect();
+        let due =
+            |step: usize| newest.is_some_and(|newest| step <= newest) || (left && step < sync);
+        let steps: Vec<usize> = self
+            .inputs
+            .keys()
+            .filter(|(step, of)| *of == replica && due(*step))
+            .map(|(step, _)| *step)
+            .collect();
         for step in steps {
             let part = self.inputs.remove(&(step, replica));
-            let part = part.ok_or_else(|| Error::Internal(format!("the oracle has no part of step {step}")))?;
+            let part = part
+                .ok_or_else(|| Error::Internal(format!("the oracle has no part of step {step}")))?;
             let _ = sum.f_add_(&part)?;
         }
+
         Ok(sum)
     }
 
@@ -274,13 +340,14 @@ impl Oracle {
         Ok([own, table()?, table()?])
     }
 
-    /// The parameters of the whole model at the given versions, as leaves: those of the stages, those of the table as
-    /// the embedding uses it and as the head does.
+    /// The parameters of the whole model at the given versions, as leaves: those of the stages,
+    /// those of the table as the embedding uses it and as the head does.
     fn leaves(&self, numbers: &[usize], [input, head]: [usize; 2]) -> Result<[Vec<Tensor>; 3]> {
         let (mut own, kind) = (Vec::new(), self.setup.config.precision.kind());
         for (stage, number) in self.stages.iter().zip(numbers) {
             own.extend(leaves(&stage.layout, stage.used(*number)?, kind)?);
         }
+
         // Without a tie the table is empty and never updated.
         let number = |of: usize| if self.setup.dimensions.tied { of } else { self.setup.start() };
         let input = self.table.used(number(input))?;
@@ -289,6 +356,7 @@ impl Oracle {
             Tie::Head => self.table.newest()?,
             _ => self.table.used(number(head))?,
         };
+
         Ok([own, leaves(&self.table.layout, input, kind)?, leaves(&self.table.layout, head, kind)?])
     }
 
@@ -309,7 +377,8 @@ impl Oracle {
         self.model.iter().map(|_| Memory::new(limit)).collect()
     }
 
-    /// The whole model: tokens [b, T], `targets` [b, T] -> the mean loss. Between two stages the wire rounds.
+    /// The whole model: tokens [b, T], `targets` [b, T] -> the mean loss. Between two stages the
+    /// wire rounds.
     fn loss(
         &self,
         weights: &[Vec<Tensor>],
@@ -323,7 +392,12 @@ impl Oracle {
     }
 
     /// The losses of an evaluation's batch, added up.
-    fn losses(&self, weights: &[Vec<Tensor>], batch: &Batch, memories: &mut [Memory]) -> Result<Tensor> {
+    fn losses(
+        &self,
+        weights: &[Vec<Tensor>],
+        batch: &Batch,
+        memories: &mut [Memory],
+    ) -> Result<Tensor> {
         let hidden = self.hidden(weights, batch, memories, None)?;
         let last = self.model.len() - 1;
         self.model[last].losses(&weights[last], &hidden, &batch.targets)
@@ -342,32 +416,47 @@ impl Oracle {
             if k > 0 {
                 x = self.setup.hidden_wire().cross(&x)?;
             }
+
             x = stack.forward(&weights[k], &x, memory, dropout)?;
         }
+
         Ok(x)
     }
 
     /// Gradients of one replica, added up over its microbatches.
-    fn gradients(&mut self, t: usize, replica: usize, numbers: &[usize], table: [usize; 2]) -> Result<Gradients> {
+    fn gradients(
+        &mut self,
+        t: usize,
+        replica: usize,
+        numbers: &[usize],
+        table: [usize; 2],
+    ) -> Result<Gradients> {
         let setup = Arc::clone(&self.setup);
         let config = &setup.config;
         let leaves = self.leaves(numbers, table)?;
         let weights = self.weights(&leaves);
-        let stages =
-            self.stages.iter().map(|stage| zeros(stage.layout.len, setup.device)).collect::<Result<Vec<_>>>()?;
-        let (input, output) =
-            (zeros(self.table.layout.len, setup.device)?, zeros(self.table.layout.len, setup.device)?);
+        let stages = self
+            .stages
+            .iter()
+            .map(|stage| zeros(stage.layout.len, setup.device))
+            .collect::<Result<Vec<_>>>()?;
+        let (input, output) = (
+            zeros(self.table.layout.len, setup.device)?,
+            zeros(self.table.layout.len, setup.device)?,
+        );
         let mut sums = Vec::new();
         for (stage, flat) in self.stages.iter().zip(&stages) {
             sums.extend(stage.layout.views(flat)?);
         }
+
         sums.extend(self.table.layout.views(&input)?);
         sums.extend(self.table.layout.views(&output)?);
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
             let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
             let (rate, attention_rate) = (config.model.dropout, config.model.attention_dropout);
-            let dropout = Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
+            let dropout =
+                Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
             let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
             let remembered = self.memories.remove(&(replica, microbatch));
             let remembered = remembered.filter(|_| !self.batches.restarts(t));
@@ -381,6 +470,7 @@ impl Oracle {
                 let _ = sum.f_add_(gradient)?;
             }
         }
+
         let loss = total / config.microbatches as f64;
         self.reports.send(Report::Loss { replica, step: t, loss })?;
         Ok(Gradients { stages, input, output })
@@ -401,13 +491,20 @@ impl Oracle {
             Some(stage) => (&mut self.stages[stage], self.setup.schedule.delays[stage], 1.0),
             None => (&mut self.table, self.setup.schedule.delays[0], self.setup.tie_factor()),
         };
+
         let mean = 1.0 / (config.microbatches * self.setup.grid.replicas) as f64 * factor;
         let number = weights.optimizer.usable(norm(sum, self.setup.readback)?, mean)?;
         let norm = number.now()? * mean;
         if !norm.is_finite() && config.on_nonfinite == OnNonfinite::Stop {
             let place = Place { stage: stage.unwrap_or(0), replica: 0 };
-            return Err(Error::NotFinite { tensor: "the gradient".into(), step: t, place, data: String::new() });
+            return Err(Error::NotFinite {
+                tensor: "the gradient".into(),
+                step: t,
+                place,
+                data: String::new(),
+            });
         }
+
         let lr = learning_rate(&config.optimizer, t, config.steps);
         let old = weights.newest()?.shallow_clone();
         let mut new = old.f_detach_copy()?;
@@ -420,6 +517,7 @@ impl Oracle {
             let moved = new.f_sub(&old)?.f_mul_scalar(horizon)?;
             weights.predicted.insert(t + 1, new.f_add(&moved)?);
         }
+
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
         weights.predicted.retain(|number, _| number + delay > t);
@@ -439,8 +537,10 @@ impl Oracle {
                 loss_sum += loss.f_double_value(&[])?;
                 tokens += batch.counted;
             }
+
             self.reports.send(Report::Eval { replica, step: t, loss_sum, tokens })?;
         }
+
         Ok(())
     }
 }

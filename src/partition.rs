@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-/// Cuts `costs` (one per layer, any unit) into `stages` contiguous, non-empty runs so that the dearest run is as cheap
-/// as it can be; among those cuts the one with the least sum of squares, then the one with the shorter first runs.
+/// Cuts `costs` (one per layer, any unit) into `stages` contiguous, non-empty runs so that the
+/// dearest run is as cheap as it can be; among those cuts the one with the least sum of squares,
+/// then the one with the shorter first runs.
 ///
-/// `first` and `last` are the costs that the first and the last run carry besides their layers (embedding, head).
+/// `first` and `last` are the costs that the first and the last run carry besides their layers
+/// (embedding, head).
 ///
 /// # Panics
 /// If there are more stages than layers: the config has been checked by then.
@@ -16,12 +18,13 @@ pub fn balanced(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec<Rang
     let before = prefixes(costs, first, stages - 1);
     let first = if stages == 1 { first } else { 0.0 };
     let whole = |a: usize, cut: &Cut| cut.with(layers, sum(a, layers) + first + last);
-    let cuts = before.iter().enumerate().take(layers).filter_map(|(a, cut)| Some(whole(a, cut.as_ref()?)));
+    let cuts =
+        before.iter().enumerate().take(layers).filter_map(|(a, cut)| Some(whole(a, cut.as_ref()?)));
     cheapest(cuts).expect("a cut exists when there are no more stages than layers").runs()
 }
 
-/// The same for a ring, whose first and last run share a device: the dearest device is as cheap as it can be, and the
-/// two runs that share one differ as little as they can.
+/// The same for a ring, whose first and last run share a device: the dearest device is as cheap as
+/// it can be, and the two runs that share one differ as little as they can.
 ///
 /// # Panics
 /// As [`balanced`], or with fewer than 3 stages.
@@ -45,24 +48,30 @@ pub fn balanced_ring(costs: &[f64], first: f64, last: f64, stages: usize) -> Vec
             }
         }
     }
+
     best.expect("a cut exists when there are no more stages than layers").0.runs()
 }
 
-/// The best cut of every prefix of the layers into exactly `stages` runs, by the prefix's length; the first run also
-/// carries `first`.
+/// The best cut of every prefix of the layers into exactly `stages` runs, by the prefix's length;
+/// the first run also carries `first`.
 fn prefixes(costs: &[f64], first: f64, stages: usize) -> Vec<Option<Cut>> {
     let mut sums = vec![0.0];
     for cost in costs {
         sums.push(sums[sums.len() - 1] + cost);
     }
+
     let mut best: Vec<Option<Cut>> = vec![None; costs.len() + 1];
     best[0] = Some(Cut { dearest: 0.0, squares: 0.0, ends: vec![0] });
     for stage in 0..stages {
         let more = if stage == 0 { first } else { 0.0 };
         let extended = |b: usize| {
             let shorter = best.iter().enumerate().take(b);
-            cheapest(shorter.filter_map(|(a, cut)| Some(cut.as_ref()?.with(b, sums[b] - sums[a] + more))))
+            cheapest(
+                shorter
+                    .filter_map(|(a, cut)| Some(cut.as_ref()?.with(b, sums[b] - sums[a] + more))),
+            )
         };
+
         best = (0..=costs.len()).map(extended).collect();
     }
     best
@@ -70,7 +79,9 @@ fn prefixes(costs: &[f64], first: f64, stages: usize) -> Vec<Option<Cut>> {
 
 /// The first of the cheapest cuts.
 fn cheapest(cuts: impl Iterator<Item = Cut>) -> Option<Cut> {
-    cuts.reduce(|least, cut| if (cut.dearest, cut.squares) < (least.dearest, least.squares) { cut } else { least })
+    cuts.reduce(|least, cut| {
+        if (cut.dearest, cut.squares) < (least.dearest, least.squares) { cut } else { least }
+    })
 }
 
 /// A way to cut a prefix of the layers.
@@ -94,11 +105,13 @@ impl Cut {
     }
 }
 
-/// The runs of a hand-written list of layer counts, `None` unless every count is at least 1 and they add up to `layers`.
+/// The runs of a hand-written list of layer counts, `None` unless every count is at least 1 and
+/// they add up to `layers`.
 pub fn by_hand(counts: &[usize], layers: usize) -> Option<Vec<Range<usize>>> {
     if counts.contains(&0) || counts.iter().sum::<usize>() != layers {
         return None;
     }
+
     let mut start = 0;
     Some(
         counts

@@ -1,8 +1,9 @@
 //! The type of the numbers that a model computes with.
 //!
-//! With `bf16` layers, activations and their gradients are bf16, and so are the versions of the weights that steps run
-//! on. What is added up over time stays f32: the master weights that updates change, the optimizer's moments, the gradient
-//! over microbatches and replicas, and the loss from the logits on.
+//! With `bf16` layers, activations and their gradients are bf16, and so are the versions of the
+//! weights that steps run on. What is added up over time stays f32: the master weights that updates
+//! change, the optimizer's moments, the gradient over microbatches and replicas, and the loss from
+//! the logits on.
 //!
 //! ```text
 //! master W[t]  f32  --round-->  version t  bf16  --forward, backward-->  gradient of a microbatch  bf16
@@ -13,7 +14,9 @@
 use tch::Kind;
 
 /// What a config calls it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     F32,

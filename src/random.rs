@@ -1,6 +1,8 @@
-//! All randomness, as a pure function of what it is for: nothing depends on K, on the transport or on timing.
+//! All randomness, as a pure function of what it is for: nothing depends on K, on the transport or
+//! on timing.
 //!
-//! Every use has a ChaCha8 stream of its own, whose 256-bit key holds the run's seed, the use and its coordinates.
+//! Every use has a ChaCha8 stream of its own, whose 256-bit key holds the run's seed, the use and
+//! its coordinates.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -41,7 +43,8 @@ pub fn normal(seed: u64, name: &str, count: usize) -> Vec<f32> {
 
 /// FNV-1a: a hash of names that is the same for ever.
 fn fnv1a(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Where dropout stands in the model and in the run.
@@ -66,16 +69,20 @@ impl DropoutKey {
     /// The key of its stream, for whoever makes the words of it elsewhere.
     pub fn words(self) -> [u32; 8] {
         let key = self.key();
-        std::array::from_fn(|i| u32::from_le_bytes([key[4 * i], key[4 * i + 1], key[4 * i + 2], key[4 * i + 3]]))
+        std::array::from_fn(|i| {
+            u32::from_le_bytes([key[4 * i], key[4 * i + 1], key[4 * i + 2], key[4 * i + 3]])
+        })
     }
 }
 
-/// What a mask is made by: the bound below which a word drops its value, and what others are multiplied by.
+/// What a mask is made by: the bound below which a word drops its value, and what others are
+/// multiplied by.
 pub fn dropout_bound(rate: f64) -> (u32, f32) {
     ((rate * f64::from(u32::MAX)) as u32, (1.0 / (1.0 - rate)) as f32)
 }
 
-/// Fills a mask: each number 0 with probability `rate`, else `1 / (1 - rate)`. A word of the stream decides about a number.
+/// Fills a mask: each number 0 with probability `rate`, else `1 / (1 - rate)`. A word of the stream
+/// decides about a number.
 pub fn dropout_mask(key: DropoutKey, rate: f64, mask: &mut [f32]) {
     let mut rng = ChaCha8Rng::from_seed(key.key());
     let (bound, kept) = dropout_bound(rate);
@@ -117,9 +124,10 @@ pub fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// A permutation of `0..n` as a function: the image of `i` under the permutation that `key` names. A Feistel network
-/// over the next power of four, walked until it lands below n (Black and Rogaway, "Ciphers with arbitrary finite
-/// domains", 2002); no table, so that corpora of any size cost nothing.
+/// A permutation of `0..n` as a function: the image of `i` under the permutation that `key` names.
+/// A Feistel network over the next power of four, walked until it lands below n (Black and Rogaway,
+/// "Ciphers with arbitrary finite domains", 2002); no table, so that corpora of any size cost
+/// nothing.
 pub fn permute(n: u64, key: u64, i: u64) -> u64 {
     debug_assert!(i < n);
     let half = (64 - n.saturating_sub(1).leading_zeros()).div_ceil(2).max(1);
@@ -128,8 +136,12 @@ pub fn permute(n: u64, key: u64, i: u64) -> u64 {
     loop {
         let (mut left, mut right) = (x >> half, x & mask);
         for round in 0..4u64 {
-            (left, right) = (right, left ^ (mix(right ^ key.rotate_left(16 * round as u32) ^ round << 60) & mask));
+            (left, right) = (
+                right,
+                left ^ (mix(right ^ key.rotate_left(16 * round as u32) ^ round << 60) & mask),
+            );
         }
+
         x = left << half | right;
         if x < n {
             return x;
@@ -195,7 +207,8 @@ mod tests {
         // Word by word of the stream, whatever the length.
         let mut rng = ChaCha8Rng::from_seed(key.key());
         let (bound, kept) = dropout_bound(0.25);
-        let words: Vec<f32> = (0..5001).map(|_| if rng.next_u32() < bound { 0.0 } else { kept }).collect();
+        let words: Vec<f32> =
+            (0..5001).map(|_| if rng.next_u32() < bound { 0.0 } else { kept }).collect();
         assert_eq!(masked(key, 5001), words);
     }
 

@@ -24,25 +24,32 @@ pub fn mapped(part: &str) -> Option<PathBuf> {
     line.find('/').map(|start| PathBuf::from(&line[start..]))
 }
 
-/// The release of the libtorch in a folder, by the files that come with it: a Python package's `version.py`, or the
-/// `build-version` of an archive.
+/// The release of the libtorch in a folder, by the files that come with it: a Python package's
+/// `version.py`, or the `build-version` of an archive.
 pub fn libtorch_version(library: &Path) -> Option<String> {
     let root = library.parent()?.parent()?;
     let text = match fs::read_to_string(root.join("build-version")) {
         Ok(text) => text,
         Err(_) => {
             let python = fs::read_to_string(root.join("version.py")).ok()?;
-            python.lines().find_map(|line| line.strip_prefix("__version__ = "))?.trim_matches(['\'', '"']).to_owned()
+            python
+                .lines()
+                .find_map(|line| line.strip_prefix("__version__ = "))?
+                .trim_matches(['\'', '"'])
+                .to_owned()
         }
     };
+
     text.trim().split('+').next().map(str::to_owned)
 }
 
-/// Whether this processor is one of those for which MKL, libtorch's library for products, has the slower kernels: of another maker than
-/// Intel.
+/// Whether this processor is one of those for which MKL, libtorch's library for products, has the
+/// slower kernels: of another maker than Intel.
 pub fn mkl_is_slow() -> bool {
     static SLOW: OnceLock<bool> = OnceLock::new();
-    *SLOW.get_or_init(|| fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD")))
+    *SLOW.get_or_init(|| {
+        fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD"))
+    })
 }
 
 /// Refuses a libtorch of another release than the one that this program was built for.
@@ -69,8 +76,8 @@ fn fits(path: &Path, found: Option<&str>) -> Result<()> {
     }
 }
 
-/// Sends the log of this rank to `DIR/log/rank-N.log`; `OUROBOROS_LOG` sets the level (`info` if unset, `trace` shows
-/// every action). A second call in one process changes nothing.
+/// Sends the log of this rank to `DIR/log/rank-N.log`; `OUROBOROS_LOG` sets the level (`info` if
+/// unset, `trace` shows every action). A second call in one process changes nothing.
 ///
 /// # Errors
 /// [`Error::Config`] about `--out` if the file cannot be made, and about a level that is none.
@@ -82,22 +89,30 @@ pub fn log_to(out: &Path, rank: usize) -> Result<()> {
     })?;
 
     let wrong = |error: std::io::Error| {
-        Error::config("--out", out.display(), format!("its log cannot be written ({error}); choose another folder"))
+        Error::config(
+            "--out",
+            out.display(),
+            format!("its log cannot be written ({error}); choose another folder"),
+        )
     };
+
     let folder = out.join("log");
     fs::create_dir_all(&folder).map_err(wrong)?;
     if folder.is_symlink() {
         return Err(wrong(std::io::Error::other("the folder `log` is a link")));
     }
+
     let file = files::create(&folder.join(format!("rank-{rank}.log"))).map_err(wrong)?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false);
+    let subscriber =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false);
     // A log that cannot be written is no reason to print.
     let subscriber = subscriber.log_internal_errors(false).finish();
     let _ = tracing::subscriber::set_global_default(subscriber);
     Ok(())
 }
 
-/// From here on the kernel kills this process when the one that has started it is gone, where it is Linux's.
+/// From here on the kernel kills this process when the one that has started it is gone, where it is
+/// Linux's.
 pub fn die_with_parent() {
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));

@@ -1,8 +1,9 @@
-//! The tied table at work: the versions of it that a device holds, the parts of its gradient that wait for each other,
-//! and its updates. `schedule` has the rule and the picture.
+//! The tied table at work: the versions of it that a device holds, the parts of its gradient that
+//! wait for each other, and its updates. `schedule` has the rule and the picture.
 //!
-//! Both ends of a line hold a copy and make every update themselves, from the same sum, so the copies stay equal bit for
-//! bit without ever being sent. On a ring, and with one stage, there is one.
+//! Both ends of a line hold a copy and make every update themselves, from the same sum, so the
+//! copies stay equal bit for bit without ever being sent. On a ring, and with one stage, there is
+//! one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -31,9 +32,6 @@ pub struct Table {
 
 impl Table {
     /// A table whose version 0 is `initial`, `held` versions of a kind at most.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn new(
         layout: Layout,
         initial: Tensor,
@@ -43,15 +41,21 @@ impl Table {
         kind: Kind,
         master: Master,
     ) -> Result<Table> {
-        let gradients = ends.iter().map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
+        let gradients =
+            ends.iter().map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
         let versions = Versions::with(layout, initial, held, gradients, kind, master)?;
-        Ok(Table { versions, optimizer, ends, inputs: VecDeque::new(), outputs: VecDeque::new(), whole: None })
+        Ok(Table {
+            versions,
+            optimizer,
+            ends,
+            inputs: VecDeque::new(),
+            outputs: VecDeque::new(),
+            whole: None,
+        })
     }
 
-    /// Lets an end, if it is on this device, use the newest version as the update has made it, where versions are predicted.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Lets an end, if it is on this device, use the newest version as the update has made it,
+    /// where versions are predicted.
     pub fn unpredicted(self, end: TableEnd) -> Result<Table> {
         match self.side(end) {
             Some(side) => Ok(Table { versions: self.versions.unpredicted(side)?, ..self }),
@@ -69,20 +73,18 @@ impl Table {
     }
 
     /// Adds a backward's gradient of a parameter, as an end uses it, to the step's sum.
-    ///
-    /// # Errors
-    /// What libtorch or the driver reports, or that the end is not here.
     pub fn add(&self, end: TableEnd, parameter: usize, part: &Tensor) -> Result<()> {
-        let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
+        let side = self
+            .side(end)
+            .ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
         self.versions.add(side, parameter, part)
     }
 
     /// Completes an end's part of a step: takes it out of the gradient, which begins anew.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn close(&mut self, end: TableEnd) -> Result<Tensor> {
-        let side = self.side(end).ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
+        let side = self
+            .side(end)
+            .ok_or_else(|| Error::Internal(format!("{end:?} of the table is not here")))?;
         let mut gradient = self.versions.gradient(side).shallow_clone();
         let part = gradient.f_detach_copy()?;
         let _ = gradient.f_zero_()?;
@@ -90,9 +92,6 @@ impl Table {
     }
 
     /// Begins the gradients of all ends anew.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn forget(&mut self) -> Result<()> {
         self.ends.clone().into_iter().try_for_each(|end| self.close(end).map(drop))
     }
@@ -114,24 +113,29 @@ impl Table {
         parts.iter().any(|(of, _)| *of == step)
     }
 
-    /// Puts the gradient of update `step` together: the head's part, then the input parts of `inputs` in order, and before
-    /// them those of earlier steps that an earlier run, whose delays were others, has left.
+    /// Puts the gradient of update `step` together: the head's part, then the input parts of
+    /// `inputs` in order, and before them those of earlier steps that an earlier run, whose delays
+    /// were others, has left.
     ///
     /// # Errors
     /// [`Error::Internal`] if a part is missing.
     pub fn join(&mut self, step: usize, inputs: Range<usize>) -> Result<Tensor> {
         let taken = |parts: &mut VecDeque<(usize, Tensor)>, step: usize| {
             let part = parts.pop_front().filter(|(of, _)| *of == step);
-            part.map(|(_, part)| part).ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
+            part.map(|(_, part)| part)
+                .ok_or_else(|| Error::Internal(format!("no part of step {step} of the table")))
         };
+
         let mut whole = taken(&mut self.outputs, step)?;
         let left = self.inputs.iter().take_while(|(of, _)| *of < inputs.start).count();
         for (_, part) in self.inputs.drain(..left) {
             let _ = whole.f_add_(&part)?;
         }
+
         for step in inputs {
             let _ = whole.f_add_(&taken(&mut self.inputs, step)?)?;
         }
+
         self.whole = Some(whole.shallow_clone());
         Ok(whole)
     }
@@ -146,7 +150,10 @@ impl Table {
     /// # Errors
     /// [`Error::Internal`] if there is none.
     pub fn sum(&self) -> Result<Tensor> {
-        let whole = self.whole.as_ref().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
+        let whole = self
+            .whole
+            .as_ref()
+            .ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         Ok(whole.f_detach_copy()?)
     }
 
@@ -155,13 +162,21 @@ impl Table {
         self.whole = Some(sum);
     }
 
-    /// Writes the next version from the reduced gradient of the update under way; the norm of the gradient, whose mean
-    /// is `mean` times the sum, before clipping. The version is `horizon` updates ahead. If the norm is not finite the update is left out.
+    /// Writes the next version from the reduced gradient of the update under way; the norm of the
+    /// gradient, whose mean is `mean` times the sum, before clipping. The version is `horizon`
+    /// updates ahead. If the norm is not finite the update is left out.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is none.
-    pub fn update(&mut self, lr: f64, horizon: f64, mean: f64, readback: Readback) -> Result<Number> {
-        let mut gradient = self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
+    pub fn update(
+        &mut self,
+        lr: f64,
+        horizon: f64,
+        mean: f64,
+        readback: Readback,
+    ) -> Result<Number> {
+        let mut gradient =
+            self.whole.take().ok_or_else(|| Error::Internal("no gradient of the table".into()))?;
         let norm = self.optimizer.usable(norm(&gradient, readback)?, mean)?;
         let (optimizer, scalars) = (&mut self.optimizer, UpdateScalars { lr, mean, norm: &norm });
         self.versions.advance(horizon, |own| {
@@ -204,9 +219,6 @@ impl Table {
     }
 
     /// A digest of the newest version: equal copies have equal digests.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn digest(&self) -> Result<u64> {
         Ok(xxh3_64(bytes(&to_host(self.versions.flat())?)))
     }

@@ -1,5 +1,6 @@
-//! The machine of a run, as `topology/*.toml` describes it: nodes, devices, the speed of its links, and how places lie on
-//! them. What it says is checked against the hosts that the ranks have found themselves on.
+//! The machine of a run, as `topology/*.toml` describes it: nodes, devices, the speed of its links,
+//! and how places lie on them. What it says is checked against the hosts that the ranks have found
+//! themselves on.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -42,17 +43,23 @@ impl Topology {
     /// [`Error::Config`] about `--topology`.
     pub fn load(path: &Path) -> Result<Topology> {
         let wrong = |problem: String| Error::config("--topology", path.display(), problem);
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
-        let topology: Topology = toml::from_str(&text).map_err(|error| wrong(error.to_string().trim().to_owned()))?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let topology: Topology =
+            toml::from_str(&text).map_err(|error| wrong(error.to_string().trim().to_owned()))?;
         let speeds = [topology.inside, topology.between];
         let good = |value: f64| value.is_finite() && value > 0.0;
         let room = topology.nodes.checked_mul(topology.devices);
         if !room.is_some_and(|room| (1..=DEVICES).contains(&room)) {
-            return Err(wrong(format!("nodes and devices must be at least 1, together at most {DEVICES} devices")));
+            return Err(wrong(format!(
+                "nodes and devices must be at least 1, together at most {DEVICES} devices"
+            )));
         }
+
         if !speeds.iter().all(|speed| good(speed.gbit_s) && good(speed.latency_us)) {
             return Err(wrong("gbit_s and latency_us must be above 0".into()));
         }
+
         Ok(topology)
     }
 
@@ -76,7 +83,11 @@ impl Topology {
             return Ok(());
         }
         let found = format!("{grid} = {} devices", grid.size());
-        Err(Error::config("grid", found, format!("the topology has {} nodes of {} = {room}", self.nodes, self.devices)))
+        Err(Error::config(
+            "grid",
+            found,
+            format!("the topology has {} nodes of {} = {room}", self.nodes, self.devices),
+        ))
     }
 
     /// Whether the ranks, in their order, are on the nodes where the topology has them.
@@ -86,15 +97,22 @@ impl Topology {
     pub fn check_hosts(&self, hosts: &[String]) -> Result<()> {
         let remedy = || {
             let devices = self.devices;
-            format!("each node takes {devices} ranks in turn: mpirun --map-by ppr:{devices}:node, or another topology")
+            format!(
+                "each node takes {devices} ranks in turn: mpirun --map-by ppr:{devices}:node, or another topology"
+            )
         };
+
         let wrong = |found: String| Err(Error::config("--topology", found, remedy()));
         let mut seen = BTreeSet::new();
         for (node, ranks) in hosts.chunks(self.devices).enumerate() {
             let first = node * self.devices;
             if !seen.insert(&ranks[0]) {
-                return wrong(format!("rank {first} of node {node} on {}, which other nodes' ranks are on", ranks[0]));
+                return wrong(format!(
+                    "rank {first} of node {node} on {}, which other nodes' ranks are on",
+                    ranks[0]
+                ));
             }
+
             if let Some(other) = ranks.iter().position(|host| *host != ranks[0]) {
                 let rank = first + other;
                 return wrong(format!(
@@ -103,6 +121,7 @@ impl Topology {
                 ));
             }
         }
+
         Ok(())
     }
 }
@@ -113,19 +132,29 @@ mod tests {
 
     fn topology(nodes: usize, devices: usize) -> Topology {
         let speed = Speed { gbit_s: 10.0, latency_us: 5.0 };
-        Topology { nodes, devices, order: Order::default(), inside: speed, between: Speed { gbit_s: 1.0, ..speed } }
+        Topology {
+            nodes,
+            devices,
+            order: Order::default(),
+            inside: speed,
+            between: Speed { gbit_s: 1.0, ..speed },
+        }
     }
 
     #[test]
     fn ranks_are_where_the_topology_has_them() {
         let hosts = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let two = topology(2, 2);
-        assert!(two.check_hosts(&hosts("a a b b")).is_ok() && two.check_hosts(&hosts("a a b")).is_ok());
+        assert!(
+            two.check_hosts(&hosts("a a b b")).is_ok() && two.check_hosts(&hosts("a a b")).is_ok()
+        );
         let told = |text: &str| two.check_hosts(&hosts(text)).unwrap_err().to_string();
         assert!(told("a b a b").contains("rank 1 on b and rank 0 of the same node on a"));
         assert!(told("a a a a").contains("rank 2 of node 1 on a, which other nodes' ranks are on"));
         assert!(two.check_grid(Grid::line(2, 2)).is_ok());
-        assert!(two.check_grid(Grid::line(5, 1)).unwrap_err().to_string().contains("2 nodes of 2 = 4"));
+        assert!(
+            two.check_grid(Grid::line(5, 1)).unwrap_err().to_string().contains("2 nodes of 2 = 4")
+        );
         assert_eq!((two.speed(0, 1).gbit_s, two.speed(1, 2).gbit_s), (10.0, 1.0));
     }
 

@@ -1,14 +1,17 @@
 //! How values travel between devices: as they are, or rounded to bf16 in half the bytes.
 //!
-//! What is rounded, with `wire = "bf16"`: activations and their gradients on every link between two stages, and the
-//! all-reduce of R > 1 replicas, `round(round(g_0) + round(g_1) + ...)`, added in f32 in the order of the replicas. The
-//! parts of a tied table's gradient that cross a line keep f32: they are few, and both copies must make one sum of them.
-//! With `precision = "bf16"` activations and their gradients are bf16 anyway.
+//! What is rounded, with `wire = "bf16"`: activations and their gradients on every link between two
+//! stages, and the all-reduce of R > 1 replicas, `round(round(g_0) + round(g_1) + ...)`, added in
+//! f32 in the order of the replicas. The parts of a tied table's gradient that cross a line keep
+//! f32: they are few, and both copies must make one sum of them. With `precision = "bf16"`
+//! activations and their gradients are bf16 anyway.
 
 use tch::{Kind, TchError, Tensor};
 
 /// The type of the values on the wire; everything else stays f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Wire {
     F32,
@@ -41,34 +44,22 @@ impl Wire {
     }
 
     /// Values as they travel.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn pack(self, values: &Tensor) -> Result<Tensor, TchError> {
         values.f_to_kind(self.kind())
     }
 
     /// What has travelled, as the values that it was.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn unpack(self, values: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
         values.f_to_kind(kind)
     }
 
-    /// Values as the other end sees them. Autograd takes the gradient through the same rounding, as it travels back the
-    /// same way.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Values as the other end sees them. Autograd takes the gradient through the same rounding, as
+    /// it travels back the same way.
     pub fn cross(self, values: &Tensor) -> Result<Tensor, TchError> {
         self.unpack(&self.pack(values)?, values.kind())
     }
 
     /// Rounds values in place.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn round(self, values: &mut Tensor) -> Result<(), TchError> {
         match self {
             Wire::F32 => Ok(()),
@@ -83,7 +74,8 @@ mod tests {
 
     #[test]
     fn rounding_keeps_eight_bits_both_ways() {
-        let x = Tensor::from_slice(&[1.0f32, 1.001, 1.0 + 1.0 / 128.0, -3e30]).set_requires_grad(true);
+        let x =
+            Tensor::from_slice(&[1.0f32, 1.001, 1.0 + 1.0 / 128.0, -3e30]).set_requires_grad(true);
         let y = Wire::Bf16.cross(&x).unwrap();
         assert_eq!(Vec::<f32>::try_from(&y).unwrap()[..3], [1.0, 1.0, 1.007_812_5]);
         (&y * Tensor::from_slice(&[1.001f32, 2.0, 1.0, 1.0])).sum(Kind::Float).backward();

@@ -1,5 +1,6 @@
-//! A file of a state on its way to the disk, past the cache where the file system lets it (O_DIRECT): the processor, which
-//! trains meanwhile, copies nothing again, and what is written is not read again for its digest.
+//! A file of a state on its way to the disk, past the cache where the file system lets it
+//! (O_DIRECT): the processor, which trains meanwhile, copies nothing again, and what is written is
+//! not read again for its digest.
 //!
 //! ```text
 //! file      | length, header, blanks | values of one buffer ............... | of the next ...
@@ -24,7 +25,8 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::error::{Error, Result};
 use crate::params::as_bytes;
 
-/// Of a direct write: what its place in the file, its memory and its length are multiples of, bytes. No disk asks for more.
+/// Of a direct write: what its place in the file, its memory and its length are multiples of,
+/// bytes. No disk asks for more.
 const ALIGN: usize = 4096;
 /// Of one write, bytes.
 const PIECE: usize = 64 << 20;
@@ -48,7 +50,10 @@ impl Content {
     ///
     /// # Errors
     /// [`Error::Memory`].
-    pub fn add<'a>(&mut self, tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone) -> Result<()> {
+    pub fn add<'a>(
+        &mut self,
+        tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone,
+    ) -> Result<()> {
         let count: usize = tensors.clone().map(|(.., values)| values.len()).sum();
         let mut memory: Vec<f32> = Vec::new();
         let reserved = memory.try_reserve_exact(count + ALIGN / 4);
@@ -58,6 +63,7 @@ impl Content {
                 4 * count
             ))
         })?;
+
         // The allocation does not move: it has room for everything.
         let lead = (self.bytes + memory.as_ptr().align_offset(ALIGN) * 4) % ALIGN / 4;
         memory.resize(lead, 0.0);
@@ -65,6 +71,7 @@ impl Content {
             memory.extend_from_slice(values);
             self.tensors.push((name, shape.iter().map(|n| *n as usize).collect()));
         }
+
         self.bytes += 4 * count;
         self.buffers.push(Buffer { memory, lead });
         Ok(())
@@ -80,27 +87,36 @@ impl Content {
         self.tensors.iter().map(|(name, _)| name.as_str())
     }
 
-    /// Writes a safetensors file and waits until it is on the disk. Gives its size and the digest of what was written.
+    /// Writes a safetensors file and waits until it is on the disk. Gives its size and the digest
+    /// of what was written.
     ///
     /// # Errors
     /// What the file system reports.
     pub fn write(&self, path: &Path) -> io::Result<(u64, String)> {
         let head = self.head()?;
         let slices = || {
-            let bodies = self.buffers.iter().map(|buffer| &as_bytes(&buffer.memory)[4 * buffer.lead..]);
+            let bodies =
+                self.buffers.iter().map(|buffer| &as_bytes(&buffer.memory)[4 * buffer.lead..]);
             std::iter::once(&head[..]).chain(bodies)
         };
+
         let digest = || {
             let mut hash = Xxh3::new();
             slices().for_each(|bytes| hash.update(bytes));
             super::hex(&hash)
         };
+
         thread::scope(|scope| {
             let digest = scope.spawn(digest);
             let mut file = Pieces::create(path)?;
             slices().try_for_each(|bytes| file.put(bytes))?;
             let size = file.finish()?;
-            Ok((size, digest.join().map_err(|_| io::Error::other("a panic while its digest was taken"))?))
+            Ok((
+                size,
+                digest
+                    .join()
+                    .map_err(|_| io::Error::other("a panic while its digest was taken"))?,
+            ))
         })
     }
 
@@ -111,8 +127,12 @@ impl Content {
         let info = |(name, shape): &(String, Vec<usize>)| {
             let begin = end;
             end += 4 * shape.iter().product::<usize>();
-            (name.clone(), TensorInfo { dtype: Dtype::F32, shape: shape.clone(), data_offsets: (begin, end) })
+            (
+                name.clone(),
+                TensorInfo { dtype: Dtype::F32, shape: shape.clone(), data_offsets: (begin, end) },
+            )
         };
+
         let infos: BTreeMap<String, TensorInfo> = self.tensors.iter().map(info).collect();
         let mut header = serde_json::to_vec(&infos)?;
         header.resize((8 + header.len()).next_multiple_of(ALIGN) - 8, b' ');
@@ -123,7 +143,8 @@ impl Content {
 /// A file that is written from its beginning to its end.
 struct Pieces {
     file: File,
-    /// Room for an aligned piece of [`ALIGN`] bytes, which begins at `start` and is `filled` so far.
+    /// Room for an aligned piece of [`ALIGN`] bytes, which begins at `start` and is `filled` so
+    /// far.
     edge: Vec<u8>,
     start: usize,
     filled: usize,
@@ -149,9 +170,11 @@ impl Pieces {
                     write_all(&self.file, piece, self.written)?;
                     self.written += piece.len() as u64;
                 }
+
                 bytes = rest;
                 continue;
             }
+
             let (now, later) = bytes.split_at(bytes.len().min(ALIGN - self.filled));
             let at = self.start + self.filled;
             self.edge[at..at + now.len()].copy_from_slice(now);
@@ -161,6 +184,7 @@ impl Pieces {
                 self.flush()?;
             }
         }
+
         Ok(())
     }
 
@@ -182,8 +206,8 @@ impl Pieces {
     }
 }
 
-/// Writes past the cache; through it if the file system, which has opened the file for direct writes, has none, or has written
-/// a part that ends where it cannot go on.
+/// Writes past the cache; through it if the file system, which has opened the file for direct
+/// writes, has none, or has written a part that ends where it cannot go on.
 fn write_all(file: &File, piece: &[u8], at: u64) -> io::Result<()> {
     match file.write_all_at(piece, at) {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
@@ -204,11 +228,18 @@ mod tests {
         // Small ones, one that begins anywhere, nothing, some pages: in one buffer and in several.
         let tensors: Vec<(String, [i64; 1], Vec<f32>)> = [1usize, 100_001, 0, 16 * 1024, 7, 50_000]
             .iter()
-            .map(|count| (format!("of {count}"), [*count as i64], (0..*count).map(|i| i as f32).collect()))
+            .map(|count| {
+                (format!("of {count}"), [*count as i64], (0..*count).map(|i| i as f32).collect())
+            })
             .collect();
         let mut content = Content::default();
         for part in [&tensors[..2], &tensors[2..3], &tensors[3..]] {
-            content.add(part.iter().map(|(name, shape, values)| (name.clone(), &shape[..], &values[..]))).unwrap();
+            content
+                .add(
+                    part.iter()
+                        .map(|(name, shape, values)| (name.clone(), &shape[..], &values[..])),
+                )
+                .unwrap();
         }
         let path = folder.join("values");
         let (size, digest) = content.write(&path).unwrap();
@@ -219,7 +250,11 @@ mod tests {
         assert_eq!(read.len(), tensors.len());
         for (name, shape, values) in &tensors {
             let tensor = read.tensor(name).unwrap();
-            assert_eq!((tensor.shape(), tensor.data()), (&[shape[0] as usize][..], as_bytes(values)), "{name}");
+            assert_eq!(
+                (tensor.shape(), tensor.data()),
+                (&[shape[0] as usize][..], as_bytes(values)),
+                "{name}"
+            );
         }
     }
 
@@ -241,7 +276,9 @@ mod tests {
         let mut content = Content::default();
         for count in [3usize, 5000, 12_345, 1024] {
             let (position, values) = (content.bytes(), vec![1.0; count]);
-            content.add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter()).unwrap();
+            content
+                .add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter())
+                .unwrap();
             let Buffer { memory, lead } = content.buffers.last().unwrap();
             assert_eq!(memory[*lead..].as_ptr().addr() % ALIGN, position % ALIGN);
         }

@@ -1,5 +1,5 @@
-//! Saved runs: `DIR/checkpoints/step-N/`, the whole state at sync point N. Everything is stored under global names, so
-//! a run can go on with another grid.
+//! Saved runs: `DIR/checkpoints/step-N/`, the whole state at sync point N. Everything is stored
+//! under global names, so a run can go on with another grid.
 //!
 //! ```text
 //! stage-K.safetensors             the parameters of a stage by name, f32; a tied table stands once, with stage 0
@@ -20,8 +20,9 @@
 //! rank 0         when all places have reported: the manifest last, then one rename to step-N/; then old ones are removed
 //! ```
 //!
-//! So a folder without `.tmp` is complete, whenever the run is killed; and it is believed only if every file has the
-//! size and the digest that the manifest says. Replicas hold the same state and share the files of a stage out.
+//! So a folder without `.tmp` is complete, whenever the run is killed; and it is believed only if
+//! every file has the size and the digest that the manifest says. Replicas hold the same state and
+//! share the files of a stage out.
 
 mod file;
 mod snapshot;
@@ -49,7 +50,8 @@ const MANIFEST: &str = "manifest.json";
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
 
-/// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of a buffer of state.
+/// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of
+/// a buffer of state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum ShardKind {
@@ -156,7 +158,8 @@ impl Manifest {
         pipeline: Pipeline,
         shards: Vec<Shard>,
     ) -> Manifest {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Manifest {
             format: FORMAT,
             program: env!("CARGO_PKG_VERSION").into(),
@@ -182,12 +185,17 @@ impl Manifest {
         if let Some(shard) = self.shards.iter().find(|shard| !files::is_plain_name(&shard.file)) {
             return Err(format!("the file `{}` is none of its folder", shard.file.escape_debug()));
         }
+
         self.config.check().map_err(|error| format!("its config: {error}"))?;
 
         let Manifest { step, pipeline, config, .. } = self;
         if *step > config.steps || pipeline.since > *step {
-            return Err(format!("step {step} of {}, whose delays count from step {}", config.steps, pipeline.since));
+            return Err(format!(
+                "step {step} of {}, whose delays count from step {}",
+                config.steps, pipeline.since
+            ));
         }
+
         Ok(())
     }
 }
@@ -214,7 +222,12 @@ fn entries(out: &Path) -> Vec<(usize, String, PathBuf)> {
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         Some((rest[..digits].parse().ok()?, rest[digits..].to_owned(), entry.path()))
     };
-    fs::read_dir(out.join("checkpoints")).into_iter().flatten().flatten().filter_map(parse).collect()
+    fs::read_dir(out.join("checkpoints"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(parse)
+        .collect()
 }
 
 /// Removes what an interrupted save has left.
@@ -225,12 +238,14 @@ pub fn clear(out: &Path) -> io::Result<()> {
     for (step, suffix, path) in entries(out) {
         let last = folder(out, step, "");
         match suffix.as_str() {
-            // The run ended between the two renames of `complete`: the earlier state is the last good one.
+            // The run ended between the two renames of `complete`: the earlier state is the last
+            // good one.
             ".old" if !last.exists() => fs::rename(&path, &last)?,
             ".old" | ".tmp" => remove(&path)?,
             _ => {}
         }
     }
+
     Ok(())
 }
 
@@ -241,21 +256,25 @@ fn remove(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes the manifest over the complete files of its step and gives the folder its final name, which it returns.
+/// Writes the manifest over the complete files of its step and gives the folder its final name,
+/// which it returns.
 ///
 /// # Errors
 /// [`Error::Unwritten`].
 pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Result<PathBuf> {
     let step = manifest.step;
-    let (tmp, last, old) = (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
+    let (tmp, last, old) =
+        (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
     manifest.shards.iter().try_for_each(|shard| seen(&tmp.join(&shard.file), shard.bytes))?;
 
-    let text = serde_json::to_string_pretty(manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
+    let text =
+        serde_json::to_string_pretty(manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
     let written = || -> io::Result<()> {
         if manifest.config.data.tokenizer != Tokenizer::Bytes {
             fs::write(tmp.join(VOCABULARY), serde_json::to_vec(vocabulary.listed())?)?;
             File::open(tmp.join(VOCABULARY))?.sync_all()?;
         }
+
         fs::write(tmp.join(MANIFEST), text)?;
         File::open(tmp.join(MANIFEST))?.sync_all()?;
         File::open(&tmp)?.sync_all()?;
@@ -263,13 +282,16 @@ pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Res
             remove(&old)?;
             fs::rename(&last, &old)?;
         }
+
         fs::rename(&tmp, &last)?;
         File::open(out.join("checkpoints"))?.sync_all()
     };
+
     written().map_err(|error| Error::unwritten(&last, error))?;
     if let Err(error) = remove(&old) {
         tracing::warn!(%error, "the state that was replaced cannot be removed");
     }
+
     Ok(last)
 }
 
@@ -284,22 +306,30 @@ fn seen(path: &Path, bytes: u64) -> Result<()> {
         match found {
             Ok(found) if found == bytes => return Ok(()),
             _ if begun.elapsed() < SEEN => std::thread::sleep(SEEN / 50),
-            Ok(found) => return Err(Error::unwritten(path, format!("rank 0 sees {found} bytes of {bytes}"))),
+            Ok(found) => {
+                return Err(Error::unwritten(
+                    path,
+                    format!("rank 0 sees {found} bytes of {bytes}"),
+                ));
+            }
             Err(error) => {
-                let problem =
-                    format!("rank 0 does not see what its rank has written: {error}; do all nodes share the folder?");
+                let problem = format!(
+                    "rank 0 does not see what its rank has written: {error}; do all nodes share the folder?"
+                );
                 return Err(Error::unwritten(path, problem));
             }
         }
     }
 }
 
-/// The order of the states of a folder: by their serial numbers, of earlier versions by their steps. One whose manifest is
-/// damaged counts as the newest: that it is passed over must be told.
+/// The order of the states of a folder: by their serial numbers, of earlier versions by their
+/// steps. One whose manifest is damaged counts as the newest: that it is passed over must be told.
 fn age(folder: &Path) -> (u64, u64) {
     let text = files::read_text(&folder.join(MANIFEST)).unwrap_or_default();
     match serde_json::from_str::<serde_json::Value>(&text) {
-        Ok(value) => (value["serial"].as_u64().unwrap_or(0), value["step"].as_u64().unwrap_or(u64::MAX)),
+        Ok(value) => {
+            (value["serial"].as_u64().unwrap_or(0), value["step"].as_u64().unwrap_or(u64::MAX))
+        }
         Err(_) => (u64::MAX, u64::MAX),
     }
 }
@@ -325,8 +355,10 @@ pub fn steps(out: &Path, step: usize) -> Vec<usize> {
 /// Removes of the states at `steps`, of one run and in order, those that are not to be kept.
 pub fn prune(out: &Path, steps: &mut Vec<usize>, keep: &CheckpointConfig) {
     let newest = steps.len().saturating_sub(keep.keep_last);
-    let for_ever = |step: usize| step == 0 || keep.keep_every.is_some_and(|every| step.is_multiple_of(every));
-    let gone: Vec<usize> = steps[..newest].iter().copied().filter(|step| !for_ever(*step)).collect();
+    let for_ever =
+        |step: usize| step == 0 || keep.keep_every.is_some_and(|every| step.is_multiple_of(every));
+    let gone: Vec<usize> =
+        steps[..newest].iter().copied().filter(|step| !for_ever(*step)).collect();
     for step in &gone {
         // Renamed first: half of a state must not look like one.
         let (last, tmp) = (folder(out, *step, ""), folder(out, *step, ".tmp"));
@@ -334,10 +366,12 @@ pub fn prune(out: &Path, steps: &mut Vec<usize>, keep: &CheckpointConfig) {
             tracing::warn!(%error, step, "an old state cannot be removed");
         }
     }
+
     steps.retain(|step| !gone.contains(step));
 }
 
-/// Bytes that the disk of a folder, which need not be there yet, has left; none if that cannot be known.
+/// Bytes that the disk of a folder, which need not be there yet, has left; none if that cannot be
+/// known.
 pub fn room(folder: &Path) -> Option<u64> {
     let there = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
     fs4::available_space(there).ok()
@@ -396,8 +430,14 @@ mod tests {
 
         for kind in OptimizerKind::ALL {
             let config = OptimizerConfig::of(Common { kind, ..Common::default() });
-            for (name, _) in rule(&config, 1, crate::precision::Precision::F32).state(&Layout::new(&[])) {
-                assert_eq!(ShardKind::from(name.to_owned()), ShardKind::State(name.into()), "{kind:?}");
+            for (name, _) in
+                rule(&config, 1, crate::precision::Precision::F32).state(&Layout::new(&[]))
+            {
+                assert_eq!(
+                    ShardKind::from(name.to_owned()),
+                    ShardKind::State(name.into()),
+                    "{kind:?}"
+                );
             }
         }
     }

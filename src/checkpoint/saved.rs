@@ -1,6 +1,8 @@
-//! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written them.
+//! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written
+//! them.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,7 +10,9 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
 use super::tensors::Tensors;
-use super::{MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part};
+use super::{
+    MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part,
+};
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
@@ -36,12 +40,15 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Checkpoint> {
         match Checkpoint::newest(path)? {
             Some(found) => Ok(found),
-            None => Err(Error::checkpoint(path, "no saved weights here (a folder with manifest.json)")),
+            None => {
+                Err(Error::checkpoint(path, "no saved weights here (a folder with manifest.json)"))
+            }
         }
     }
 
-    /// The state in `path` itself, or the newest of those under its `checkpoints/` (or right in it) that is good; none if
-    /// there is none at all. Those that are passed over are told on standard error.
+    /// The state in `path` itself, or the newest of those under its `checkpoints/` (or right in it)
+    /// that is good; none if there is none at all. Those that are passed over are told on standard
+    /// error.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if there are some, and none of them is good.
@@ -49,14 +56,19 @@ impl Checkpoint {
         if path.join(MANIFEST).exists() {
             return Checkpoint::read(path).map(Some);
         }
+
         // A path that names one state, whose manifest is gone, is no run's folder.
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if name.starts_with("step-") && path.is_dir() {
             return Err(Error::checkpoint(&path.join(MANIFEST), "is missing"));
         }
+
         let run = if path.ends_with("checkpoints") { path.parent().unwrap_or(path) } else { path };
-        let mut folders: Vec<PathBuf> =
-            entries(run).into_iter().filter(|(_, suffix, _)| suffix.is_empty()).map(|(.., path)| path).collect();
+        let mut folders: Vec<PathBuf> = entries(run)
+            .into_iter()
+            .filter(|(_, suffix, _)| suffix.is_empty())
+            .map(|(.., path)| path)
+            .collect();
         folders.sort_by_key(|folder| std::cmp::Reverse(age(folder)));
         let mut first = None;
         for folder in folders {
@@ -68,6 +80,7 @@ impl Checkpoint {
                 }
             }
         }
+
         first.map_or(Ok(None), Err)
     }
 
@@ -82,16 +95,22 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if it cannot be read.
     pub fn read_manifest(path: &Path) -> Result<Checkpoint> {
-        let wrong = |error: &dyn std::fmt::Display| Error::checkpoint(&path.join(MANIFEST), error);
+        let wrong = |error: &dyn Display| Error::checkpoint(&path.join(MANIFEST), error);
         let text = files::read_text(&path.join(MANIFEST)).map_err(|error| wrong(&error))?;
         // The number of the format first: the rest may be another in another format.
-        let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&text).map_err(|error| wrong(&error))?;
         if value["format"] != super::FORMAT {
-            let problem =
-                format!("format {} is not known to this version, which reads {}", value["format"], super::FORMAT);
+            let problem = format!(
+                "format {} is not known to this version, which reads {}",
+                value["format"],
+                super::FORMAT
+            );
             return Err(wrong(&problem));
         }
-        let mut manifest: Manifest = serde_json::from_value(value).map_err(|error| wrong(&error))?;
+
+        let mut manifest: Manifest =
+            serde_json::from_value(value).map_err(|error| wrong(&error))?;
         manifest.check().map_err(|problem| wrong(&problem))?;
         manifest.config.optimizer = manifest.config.optimizer.known();
         let vocabulary = vocabulary(path, manifest.config.data.tokenizer)?;
@@ -102,12 +121,20 @@ impl Checkpoint {
         let file = self.path.join(&shard.file);
         let found = fs::metadata(&file).map_err(|error| Error::checkpoint(&file, error))?.len();
         if found != shard.bytes {
-            return Err(Error::checkpoint(&file, format!("{found} bytes instead of {}", shard.bytes)));
+            return Err(Error::checkpoint(
+                &file,
+                format!("{found} bytes instead of {}", shard.bytes),
+            ));
         }
+
         let (_, found) = digest(&file).map_err(|error| Error::checkpoint(&file, error))?;
         if found != shard.digest {
-            return Err(Error::checkpoint(&file, format!("its digest is {found} instead of {}", shard.digest)));
+            return Err(Error::checkpoint(
+                &file,
+                format!("its digest is {found} instead of {}", shard.digest),
+            ));
         }
+
         Ok(())
     }
 
@@ -121,50 +148,74 @@ impl Checkpoint {
     /// [`Error::Config`] with the setting.
     pub fn fits(&self, config: &Config) -> Result<()> {
         let (old, new) = (&self.manifest.config, config);
-        let path = self.path.display();
-        let differs = |setting: &str, old: &dyn std::fmt::Display, new: &dyn std::fmt::Display| {
-            Err(Error::config(setting, new, format!("{path} was trained with {old}, and a resumed run keeps it")))
-        };
-        let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
-        let (before, now) = (json(old), json(new));
-        let keys = before.as_object().into_iter().chain(now.as_object()).flat_map(|object| object.keys());
-        for key in keys.filter(|key| !FREE.contains(&key.as_str())) {
-            if before.get(key) != now.get(key) {
-                let show = |value: &serde_json::Value| value.get(key).map_or("none".to_owned(), ToString::to_string);
-                return differs(&format!("model.{key}"), &show(&before), &show(&now));
-            }
-        }
-        if (old.model.tie == Tie::Untied) != (new.model.tie == Tie::Untied) {
-            return differs("model.tie", &format!("{:?}", old.model.tie), &format!("{:?}", new.model.tie));
-        }
+        self.fits_model(config)?;
+
         if old.data.tokenizer != new.data.tokenizer {
-            return differs("data.tokenizer", &old.data.tokenizer.word(), &new.data.tokenizer.word());
+            let (old, new) = (old.data.tokenizer.word(), new.data.tokenizer.word());
+            return self.differs("data.tokenizer", &old, &new);
         }
+
         let kinds = (old.optimizer.common.kind, new.optimizer.common.kind);
         if kinds.0 != kinds.1 {
-            return differs("optimizer.kind", &kinds.0, &kinds.1);
+            return self.differs("optimizer.kind", &kinds.0, &kinds.1);
         }
+
         // They shape the state.
         let (before, now) = (&old.optimizer.soap, &new.optimizer.soap);
         if before.soap_sides != now.soap_sides {
-            return differs("optimizer.soap_sides", &before.soap_sides, &now.soap_sides);
+            return self.differs("optimizer.soap_sides", &before.soap_sides, &now.soap_sides);
         }
+
         let longest = new.model.d_model.max(new.model.d_ff);
         if before.soap_limit.min(longest) != now.soap_limit.min(longest) {
-            return differs("optimizer.soap_limit", &before.soap_limit, &now.soap_limit);
+            return self.differs("optimizer.soap_limit", &before.soap_limit, &now.soap_limit);
         }
+
         let numbers = [
             ("batch", old.batch as u64, new.batch as u64),
             ("data.sequence", old.data.sequence as u64, new.data.sequence as u64),
             ("seed", old.seed, new.seed),
         ];
         if let Some((setting, old, new)) = numbers.into_iter().find(|(_, old, new)| old != new) {
-            return differs(setting, &old, &new);
+            return self.differs(setting, &old, &new);
         }
+
         if self.step() > new.steps {
-            return Err(Error::config("steps", new.steps, format!("{path} has made {} already", self.step())));
+            let remedy = format!("{} has made {} already", self.path.display(), self.step());
+            return Err(Error::config("steps", new.steps, remedy));
+        }
+
+        Ok(())
+    }
+
+    /// Whether a config's model has the parameters that are saved.
+    fn fits_model(&self, config: &Config) -> Result<()> {
+        let (old, new) = (&self.manifest.config, config);
+        let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
+        let (before, now) = (json(old), json(new));
+
+        let objects = before.as_object().into_iter().chain(now.as_object());
+        let keys = objects.flat_map(|object| object.keys());
+        for key in keys.filter(|key| !FREE.contains(&key.as_str())) {
+            let show = |value: &serde_json::Value| {
+                value.get(key).map_or("none".to_owned(), ToString::to_string)
+            };
+            if before.get(key) != now.get(key) {
+                return self.differs(&format!("model.{key}"), &show(&before), &show(&now));
+            }
+        }
+
+        let (old, new) = (old.model.tie, new.model.tie);
+        if (old == Tie::Untied) != (new == Tie::Untied) {
+            return self.differs("model.tie", &format!("{old:?}"), &format!("{new:?}"));
         }
         Ok(())
+    }
+
+    fn differs(&self, setting: &str, old: &dyn Display, new: &dyn Display) -> Result<()> {
+        let path = self.path.display();
+        let remedy = format!("{path} was trained with {old}, and a resumed run keeps it");
+        Err(Error::config(setting, new, remedy))
     }
 
     /// The values of the given parameters, in their order.
@@ -172,10 +223,19 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if one is missing, has another shape, or if there are others.
     pub fn values(&self, parameters: &[Parameter]) -> Result<Vec<Tensor>> {
-        let names =
-            self.manifest.shards.iter().filter(|shard| shard.kind == ShardKind::Weights).flat_map(|s| &s.tensors);
-        if let Some(name) = names.into_iter().find(|name| parameters.iter().all(|p| p.name != **name)) {
-            return Err(Error::checkpoint(&self.path, format!("the config's model has no parameter {name}")));
+        let names = self
+            .manifest
+            .shards
+            .iter()
+            .filter(|shard| shard.kind == ShardKind::Weights)
+            .flat_map(|s| &s.tensors);
+        if let Some(name) =
+            names.into_iter().find(|name| parameters.iter().all(|p| p.name != **name))
+        {
+            return Err(Error::checkpoint(
+                &self.path,
+                format!("the config's model has no parameter {name}"),
+            ));
         }
         let layout = Layout::new(parameters);
         layout.views(&self.flat(&ShardKind::Weights, &layout)?)
@@ -187,7 +247,10 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] if it is not there.
     pub fn older(&self, layout: &Layout, version: usize) -> Result<Tensor> {
         let mut named = layout.clone();
-        named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, version));
+        named
+            .entries
+            .iter_mut()
+            .for_each(|entry| entry.parameter.name = older(&entry.parameter.name, version));
         self.flat(&ShardKind::Older, &named)
     }
 
@@ -197,7 +260,10 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] if it is not there.
     pub fn part(&self, layout: &Layout, step: usize, replica: usize) -> Result<Tensor> {
         let mut named = layout.clone();
-        named.entries.iter_mut().for_each(|entry| entry.parameter.name = part(&entry.parameter.name, step, replica));
+        named
+            .entries
+            .iter_mut()
+            .for_each(|entry| entry.parameter.name = part(&entry.parameter.name, step, replica));
         self.flat(&ShardKind::Parts, &named)
     }
 
@@ -218,7 +284,10 @@ impl Checkpoint {
             let parameter = &entry.parameter;
             match file.shape(&parameter.name)? {
                 shape if shape == parameter.shape => Ok(()),
-                shape => Err(format!("{} is {shape:?}, the config asks for {:?}", parameter.name, parameter.shape)),
+                shape => Err(format!(
+                    "{} is {shape:?}, the config asks for {:?}",
+                    parameter.name, parameter.shape
+                )),
             }
         })?;
 
@@ -229,6 +298,7 @@ impl Checkpoint {
             values[entry.offset..entry.offset + found.len()].copy_from_slice(&found);
             Ok(())
         })?;
+
         Ok(flat)
     }
 
@@ -248,6 +318,7 @@ impl Checkpoint {
                     ShardKind::State(name) => format!("optimizer state `{name}` of"),
                     _ => "parameter".to_owned(),
                 };
+
                 Error::checkpoint(&self.path, format!("no {of} {name}"))
             })?;
 
@@ -256,19 +327,23 @@ impl Checkpoint {
                 Some((of, file)) if *of == shard.file => file,
                 other => &mut other.insert((&shard.file, Tensors::open(&path)?)).1,
             };
+
             look(file, entry).map_err(|problem| Error::checkpoint(&path, problem))?;
         }
+
         Ok(())
     }
 
-    /// What a layer remembers of some rows of the batch, [rows, tokens, D]; none if it remembers nothing.
+    /// What a layer remembers of some rows of the batch, [rows, tokens, D]; none if it remembers
+    /// nothing.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if rows are missing.
     pub fn memory(&self, layer: &str, rows: Range<usize>) -> Result<Option<Tensor>> {
         let mut pieces = Vec::new();
         for shard in self.manifest.shards.iter().filter(|shard| shard.kind == ShardKind::Memory) {
-            let starts = shard.tensors.iter().filter_map(|name| name.strip_prefix(layer)?.strip_prefix('/'));
+            let starts =
+                shard.tensors.iter().filter_map(|name| name.strip_prefix(layer)?.strip_prefix('/'));
             let path = self.path.join(&shard.file);
             for start in starts.filter_map(|start| start.parse::<usize>().ok()) {
                 let wrong = |error: String| Error::checkpoint(&path, error);
@@ -277,8 +352,11 @@ impl Checkpoint {
                 let [count, _, width] = shape[..] else {
                     return Err(wrong(format!("{name} is {shape:?}, not rows, tokens and values")));
                 };
+
                 if width != self.manifest.config.model.d_model as i64 {
-                    return Err(wrong(format!("{name} is {shape:?}, which is not as wide as the model")));
+                    return Err(wrong(format!(
+                        "{name} is {shape:?}, which is not as wide as the model"
+                    )));
                 }
 
                 let have = start..start.saturating_add(count as usize);
@@ -286,18 +364,24 @@ impl Checkpoint {
                 if !common.is_empty() {
                     let values = file.read(&name).map_err(wrong)?;
                     let piece = Tensor::f_from_slice(&values)?.f_view(&shape[..])?;
-                    let piece = piece.f_narrow(0, (common.start - start) as i64, common.len() as i64)?;
+                    let piece =
+                        piece.f_narrow(0, (common.start - start) as i64, common.len() as i64)?;
                     pieces.push((common.start, piece));
                 }
             }
         }
+
         pieces.sort_by_key(|(start, _)| *start);
         let pieces: Vec<Tensor> = pieces.into_iter().map(|(_, piece)| piece).collect();
         match pieces.iter().map(|piece| piece.size()[0] as usize).sum::<usize>() {
             0 => Ok(None),
             found if found == rows.len() => Ok(Some(Tensor::f_cat(&pieces, 0)?)),
             found => {
-                let problem = format!("{layer} remembers {found} of the rows {} to {}", rows.start, rows.end - 1);
+                let problem = format!(
+                    "{layer} remembers {found} of the rows {} to {}",
+                    rows.start,
+                    rows.end - 1
+                );
                 Err(Error::checkpoint(&self.path, problem))
             }
         }
@@ -309,13 +393,20 @@ fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
     if tokenizer == Tokenizer::Bytes {
         return Ok(Vocabulary::bytes());
     }
+
     let file = path.join(VOCABULARY);
     let text = files::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
-    let listed: Listed = serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
+    let listed: Listed =
+        serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
     if listed.tokenizer != tokenizer {
-        let problem = format!("of tokenizer `{}`, the manifest says `{}`", listed.tokenizer.word(), tokenizer.word());
+        let problem = format!(
+            "of tokenizer `{}`, the manifest says `{}`",
+            listed.tokenizer.word(),
+            tokenizer.word()
+        );
         return Err(Error::checkpoint(&file, problem));
     }
+
     Ok(Vocabulary::of(listed))
 }
 
@@ -350,20 +441,26 @@ mod tests {
     }
 
     fn layout(stage: usize) -> Layout {
-        Layout::new(&[parameter(&format!("layer.{stage}.a"), &[3, 2]), parameter(&format!("layer.{stage}.b"), &[5])])
+        Layout::new(&[
+            parameter(&format!("layer.{stage}.a"), &[3, 2]),
+            parameter(&format!("layer.{stage}.b"), &[5]),
+        ])
     }
 
     /// An optimizer that has made an update, so that its state is not zeros.
     fn optimizer(config: &Config, layout: &Layout) -> Optimizer {
-        let mut optimizer = Optimizer::new(&config.optimizer, layout, 0, config.precision, 1, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(&config.optimizer, layout, 0, config.precision, 1, Device::Cpu).unwrap();
         let (mut new, mut gradient) = (layout.initial(2).unwrap(), layout.initial(3).unwrap());
         let norm = crate::number::Number::Known(1.0);
-        let buffers = UpdateBuffers { old: None, new: &mut new, published: None, gradient: &mut gradient };
+        let buffers =
+            UpdateBuffers { old: None, new: &mut new, published: None, gradient: &mut gradient };
         optimizer.update(buffers, &UpdateScalars { lr: 0.1, mean: 1.0, norm: &norm }).unwrap();
         optimizer
     }
 
-    /// Saves what two stages of two replicas hold after `step` updates, the older versions of the first stage too.
+    /// Saves what two stages of two replicas hold after `step` updates, the older versions of the
+    /// first stage too.
     fn save(out: &Path, step: usize, config: &Config) -> PathBuf {
         let mut shards = Vec::new();
         for (stage, replica) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
@@ -375,7 +472,8 @@ mod tests {
                 let older = layout.initial(99).unwrap();
                 snapshot.add_older(&layout, [(step - 1, &older)].into_iter()).unwrap();
             }
-            let states = Tensor::full([2, 3, 4], (10 * stage + replica) as f64, (Kind::Float, Device::Cpu));
+            let states =
+                Tensor::full([2, 3, 4], (10 * stage + replica) as f64, (Kind::Float, Device::Cpu));
             snapshot.remember(2 * replica, vec![(format!("layers.{stage}"), &states)]).unwrap();
             shards.extend(snapshot.write(out, Duration::ZERO).unwrap().shards);
         }
@@ -409,7 +507,8 @@ mod tests {
         let older = saved.older(&layout(0), 6).unwrap();
         assert_eq!(slice(&older), slice(&layout(0).initial(99).unwrap()));
         assert!(saved.older(&layout(0), 5).unwrap_err().to_string().contains("layer.0.a@5"));
-        let missing = saved.flat(&ShardKind::State("third".into()), &layout(0)).unwrap_err().to_string();
+        let missing =
+            saved.flat(&ShardKind::State("third".into()), &layout(0)).unwrap_err().to_string();
         assert!(missing.contains("optimizer state `third` of layer.0.a"), "{missing}");
     }
 
@@ -420,13 +519,21 @@ mod tests {
         let saved = Checkpoint::open(&save(out.path(), 7, &config)).unwrap();
         let rows = saved.memory("layers.1", 1..4).unwrap().unwrap();
         assert_eq!(rows.size(), [3, 3, 4]);
-        let first: Vec<f64> = Vec::try_from(rows.select(2, 0).select(1, 0).to_kind(Kind::Double)).unwrap();
+        let first: Vec<f64> =
+            Vec::try_from(rows.select(2, 0).select(1, 0).to_kind(Kind::Double)).unwrap();
         assert_eq!(first, [10.0, 11.0, 11.0]);
         assert!(saved.memory("layers.7", 0..4).unwrap().is_none());
-        assert!(saved.memory("layers.1", 3..5).unwrap_err().to_string().contains("remembers 1 of the rows 3 to 4"));
+        assert!(
+            saved
+                .memory("layers.1", 3..5)
+                .unwrap_err()
+                .to_string()
+                .contains("remembers 1 of the rows 3 to 4")
+        );
     }
 
-    /// Every byte of a file counts; an older state is taken instead, and what was passed over is an error if it is asked for.
+    /// Every byte of a file counts; an older state is taken instead, and what was passed over is an
+    /// error if it is asked for.
     #[test]
     fn a_damaged_state_is_passed_over() {
         let (out, config) = (tempfile::tempdir().unwrap(), config());
@@ -445,7 +552,10 @@ mod tests {
 
         fs::write(&file, &good[1..]).unwrap();
         let error = Checkpoint::open(&newer).unwrap_err().to_string();
-        assert!(error.contains(&format!("{} bytes instead of {}", good.len() - 1, good.len())), "{error}");
+        assert!(
+            error.contains(&format!("{} bytes instead of {}", good.len() - 1, good.len())),
+            "{error}"
+        );
 
         fs::write(&file, &good).unwrap();
         let manifest = newer.join(MANIFEST);
@@ -476,7 +586,13 @@ mod tests {
             let error = saved.fits(&other).unwrap_err().to_string();
             assert!(error.contains(setting), "{set}: {error}");
         }
-        for set in ["grid.stages=2", "model.dropout=0.3", "model.tie=fresh", "microbatches=2", "optimizer.lr=0.5"] {
+        for set in [
+            "grid.stages=2",
+            "model.dropout=0.3",
+            "model.tie=fresh",
+            "microbatches=2",
+            "optimizer.lr=0.5",
+        ] {
             let other = Config::parse(&config.to_toml(), &[set.to_owned()]).unwrap();
             assert!(saved.fits(&other).is_ok(), "{set}");
         }

@@ -1,4 +1,5 @@
-//! The state of a place at a sync point, copied so that training can go on, and its way to the disk.
+//! The state of a place at a sync point, copied so that training can go on, and its way to the
+//! disk.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +15,8 @@ use crate::grid::Place;
 use crate::optim::Optimizer;
 use crate::params::{Entry, Layout, slice, to_host};
 
-/// A flat buffer that all replicas of a stage hold alike, so that one of them saves it: they share the buffers out.
+/// A flat buffer that all replicas of a stage hold alike, so that one of them saves it: they share
+/// the buffers out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SavedBuffer {
     Weights,
@@ -59,16 +61,15 @@ impl Snapshot {
     fn copy(&mut self, kind: ShardKind, layout: &Layout, flat: &Tensor) -> Result<()> {
         let flat = to_host(flat)?;
         let flat = slice(&flat);
-        self.contents.entry(kind).or_default().add(layout.entries.iter().map(|Entry { parameter, offset }| {
-            let values = &flat[*offset..offset + parameter.count()];
-            (parameter.name.clone(), &parameter.shape[..], values)
-        }))
+        self.contents.entry(kind).or_default().add(layout.entries.iter().map(
+            |Entry { parameter, offset }| {
+                let values = &flat[*offset..offset + parameter.count()];
+                (parameter.name.clone(), &parameter.shape[..], values)
+            },
+        ))
     }
 
     /// Copies weights and their optimizer's state, as far as this replica writes them.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn add(&mut self, layout: &Layout, weights: &Tensor, optimizer: &Optimizer) -> Result<()> {
         if self.writes(SavedBuffer::Weights) {
             self.add_weights(layout, weights)?;
@@ -79,21 +80,16 @@ impl Snapshot {
                 self.copy(ShardKind::State(buffer.name.into()), &buffer.layout, &buffer.values)?;
             }
         }
+
         Ok(())
     }
 
     /// Copies weights alone.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn add_weights(&mut self, layout: &Layout, weights: &Tensor) -> Result<()> {
         self.copy(ShardKind::Weights, layout, weights)
     }
 
     /// Copies weights of earlier versions, each with its number.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn add_older<'a>(
         &mut self,
         layout: &Layout,
@@ -102,22 +98,29 @@ impl Snapshot {
         if self.writes(SavedBuffer::Older) {
             for (number, weights) in versions {
                 let mut named = layout.clone();
-                named.entries.iter_mut().for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
+                named
+                    .entries
+                    .iter_mut()
+                    .for_each(|entry| entry.parameter.name = older(&entry.parameter.name, number));
                 self.copy(ShardKind::Older, &named, &weights.f_to_kind(tch::Kind::Float)?)?;
             }
         }
+
         Ok(())
     }
 
-    /// Copies parts of the tied table's gradient that this replica's joiner keeps, each with its step.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn add_parts<'a>(&mut self, layout: &Layout, parts: impl Iterator<Item = (usize, &'a Tensor)>) -> Result<()> {
+    /// Copies parts of the tied table's gradient that this replica's joiner keeps, each with its
+    /// step.
+    pub fn add_parts<'a>(
+        &mut self,
+        layout: &Layout,
+        parts: impl Iterator<Item = (usize, &'a Tensor)>,
+    ) -> Result<()> {
         for (step, values) in parts {
             let mut named = layout.clone();
-            let rename =
-                |entry: &mut Entry| entry.parameter.name = part(&entry.parameter.name, step, self.place.replica);
+            let rename = |entry: &mut Entry| {
+                entry.parameter.name = part(&entry.parameter.name, step, self.place.replica)
+            };
             named.entries.iter_mut().for_each(rename);
             self.copy(ShardKind::Parts, &named, values)?;
         }
@@ -125,13 +128,12 @@ impl Snapshot {
     }
 
     /// Copies what layers remember of the rows of the batch from `row` on.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
-            let (shape, flat) =
-                (states.size(), to_host(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?);
+            let (shape, flat) = (
+                states.size(),
+                to_host(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?,
+            );
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
             self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor))?;
         }
@@ -143,7 +145,8 @@ impl Snapshot {
         self.disk_is_full = true;
     }
 
-    /// Writes everything, which was `copied` in so much time, into `step-N.tmp/` and waits for the disk.
+    /// Writes everything, which was `copied` in so much time, into `step-N.tmp/` and waits for the
+    /// disk.
     ///
     /// # Errors
     /// [`Error::Unwritten`].
@@ -155,14 +158,20 @@ impl Snapshot {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
             return Err(Error::unwritten(&folder, full));
         }
+
         let needed: usize = self.contents.values().map(Content::bytes).sum();
         let left = room(&folder).unwrap_or(u64::MAX);
         if needed as u64 > left {
-            let problem = format!("{needed} bytes are to be written and {left} are left on the disk");
+            let problem =
+                format!("{needed} bytes are to be written and {left} are left on the disk");
             return Err(Error::unwritten(&folder, problem));
         }
-        let shards =
-            self.contents.iter().map(|(kind, content)| self.shard(&folder, kind, content)).collect::<Result<_>>()?;
+
+        let shards = self
+            .contents
+            .iter()
+            .map(|(kind, content)| self.shard(&folder, kind, content))
+            .collect::<Result<_>>()?;
         Ok(Written { shards, copy_s: copied.as_secs_f64(), write_s: begun.elapsed().as_secs_f64() })
     }
 
@@ -175,6 +184,7 @@ impl Snapshot {
             ShardKind::Parts => format!("stage-{stage}.replica-{replica}.parts.safetensors"),
             ShardKind::Memory => format!("stage-{stage}.replica-{replica}.memory.safetensors"),
         };
+
         let path = folder.join(&file);
         let written = content.write(&path);
         let (bytes, digest) = written.map_err(|error| Error::unwritten(&path, error))?;

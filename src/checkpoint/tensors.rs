@@ -1,5 +1,6 @@
-//! A file of tensors, of which only those that are asked for are read. What its header says is held against the file before
-//! anything is believed: a damaged length must not ask for memory that no machine has.
+//! A file of tensors, of which only those that are asked for are read. What its header says is held
+//! against the file before anything is believed: a damaged length must not ask for memory that no
+//! machine has.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -38,8 +39,8 @@ impl Tensors {
 
         let mut header = vec![0u8; length as usize];
         file.read_exact(&mut header).map_err(|error| wrong(&error))?;
-        let metadata: Metadata =
-            serde_json::from_slice(&header).map_err(|error| wrong(&format!("its header: {error}")))?;
+        let metadata: Metadata = serde_json::from_slice(&header)
+            .map_err(|error| wrong(&format!("its header: {error}")))?;
         let infos: HashMap<String, TensorInfo> =
             metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
         check(&infos, room).map_err(|problem| wrong(&problem))?;
@@ -67,12 +68,16 @@ impl Tensors {
         let (start, end) = self.infos[name].data_offsets;
         let mut bytes = vec![0u8; end - start];
         let at = SeekFrom::Start(self.values + start as u64);
-        self.file.seek(at).and_then(|_| self.file.read_exact(&mut bytes)).map_err(|error| error.to_string())?;
+        self.file
+            .seek(at)
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(|error| error.to_string())?;
         Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }
 
-/// Whether the tensors lie one behind the other, each as long as its shape says, and are all of the file's `room` bytes.
+/// Whether the tensors lie one behind the other, each as long as its shape says, and are all of the
+/// file's `room` bytes.
 fn check(infos: &HashMap<String, TensorInfo>, room: u64) -> std::result::Result<(), String> {
     let mut infos: Vec<_> = infos.iter().collect();
     infos.sort_by_key(|(_, info)| info.data_offsets);
@@ -88,8 +93,10 @@ fn check(infos: &HashMap<String, TensorInfo>, room: u64) -> std::result::Result<
                 info.shape, info.dtype
             ));
         }
+
         end = to;
     }
+
     match end as u64 == room {
         true => Ok(()),
         false => Err(format!("its header tells of {end} bytes of values, there are {room}")),
@@ -104,18 +111,24 @@ mod tests {
     fn opened(header: &str, room: usize) -> std::result::Result<Tensors, String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let length = (header.len() as u64).to_le_bytes();
-        std::fs::write(file.path(), [&length[..], header.as_bytes(), &vec![0; room]].concat()).unwrap();
+        std::fs::write(file.path(), [&length[..], header.as_bytes(), &vec![0; room]].concat())
+            .unwrap();
         Tensors::open(file.path()).map_err(|error| error.to_string())
     }
 
     #[test]
     fn a_header_that_does_not_fit_its_file_is_refused() {
         let tensor = |name: &str, shape: &str, from: usize, to: usize| {
-            format!("\"{name}\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{from},{to}]}}")
+            format!(
+                "\"{name}\":{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{from},{to}]}}"
+            )
         };
         let (a, b) = (tensor("a", "[2]", 0, 8), tensor("b", "[3,1]", 8, 20));
         let mut good = opened(&format!("{{{b},{a}}}"), 20).unwrap();
-        assert_eq!((good.shape("b").unwrap(), good.read("a").unwrap()), (vec![3, 1], vec![0.0, 0.0]));
+        assert_eq!(
+            (good.shape("b").unwrap(), good.read("a").unwrap()),
+            (vec![3, 1], vec![0.0, 0.0])
+        );
         assert!(good.read("c").unwrap_err().contains("no tensor c"));
 
         let overlapping = tensor("b", "[3,1]", 4, 16);
@@ -129,7 +142,10 @@ mod tests {
             (format!("{{{a},{b}"), 20, "its header: "),
         ] {
             let found = opened(&header, room).err().unwrap();
-            assert!(found.contains(problem), "{header}\n  gives     {found}\n  expected  {problem}");
+            assert!(
+                found.contains(problem),
+                "{header}\n  gives     {found}\n  expected  {problem}"
+            );
         }
     }
 

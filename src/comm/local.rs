@@ -1,6 +1,8 @@
-//! The grid as threads of one process: channels for links, a star of channels around replica 0 for a replica group.
+//! The grid as threads of one process: channels for links, a star of channels around replica 0 for
+//! a replica group.
 //!
-//! A thread that ends drops its ends of the channels, so whoever waits for it wakes with an error at once.
+//! A thread that ends drops its ends of the channels, so whoever waits for it wakes with an error
+//! at once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -17,8 +19,8 @@ use crate::wire::Wire;
 
 type Message = (Header, Tensor);
 
-/// The ports of all ranks, in their order, and what tells them all. `capacity` bounds the messages under way on a link;
-/// steps before `limit` may be begun at once.
+/// The ports of all ranks, in their order, and what tells them all. `capacity` bounds the messages
+/// under way on a link; steps before `limit` may be begun at once.
 pub fn connect(
     grid: Grid,
     capacity: usize,
@@ -26,13 +28,15 @@ pub fn connect(
     limit: usize,
     reports: &Sender<Report>,
 ) -> (Vec<Ports>, Controls) {
-    let mut ends: BTreeMap<Place, Endpoints> = grid.places().map(|place| (place, Endpoints::default())).collect();
+    let mut ends: BTreeMap<Place, Endpoints> =
+        grid.places().map(|place| (place, Endpoints::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
             let (above, below) = link(place, next, capacity);
             ends.entry(place).or_default().downstream = Some(above);
             ends.entry(next).or_default().upstream = Some(below);
         }
+
         if place.stage == 0
             && let Some(twin) = grid.twin(place)
         {
@@ -41,6 +45,7 @@ pub fn connect(
             ends.entry(twin).or_default().twin = Some(last);
         }
     }
+
     if grid.replicas > 1 {
         for stage in 0..grid.stages {
             for (place, group) in grid.group(stage).zip(groups(grid, stage, wire)) {
@@ -48,13 +53,24 @@ pub fn connect(
             }
         }
     }
+
     let ports = |rank: usize| {
         let reports = reports.clone();
-        let gone = move |_| Error::Lost { peer: grid.held(0)[0], doing: format!("{} reports", grid.name(rank)) };
+        let gone = move |_| Error::Lost {
+            peer: grid.held(0)[0],
+            doing: format!("{} reports", grid.name(rank)),
+        };
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
-        let places = grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports { places, reports: reporter, gate: Arc::new(Gate::new(limit, "this process", None)), transfers: None }
+        let places =
+            grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
+        Ports {
+            places,
+            reports: reporter,
+            gate: Arc::new(Gate::new(limit, "this process", None)),
+            transfers: None,
+        }
     };
+
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
     let gates: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
     let reports = reports.clone();
@@ -66,6 +82,7 @@ pub fn connect(
             }
         }
     };
+
     (ports, Controls::new(tell))
 }
 
@@ -73,8 +90,10 @@ pub fn connect(
 fn link(a: Place, b: Place, capacity: usize) -> (Box<dyn Link>, Box<dyn Link>) {
     let (down, from_a) = sync_channel(capacity);
     let (up, from_b) = sync_channel(capacity);
-    let first = LocalLink { me: a, peer: b, sender: down, receiver: from_b, expected: VecDeque::new() };
-    let second = LocalLink { me: b, peer: a, sender: up, receiver: from_a, expected: VecDeque::new() };
+    let first =
+        LocalLink { me: a, peer: b, sender: down, receiver: from_b, expected: VecDeque::new() };
+    let second =
+        LocalLink { me: b, peer: a, sender: up, receiver: from_a, expected: VecDeque::new() };
     (Box::new(first), Box::new(second))
 }
 
@@ -89,7 +108,8 @@ struct LocalLink {
 
 impl Link for LocalLink {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        let lost = |_| Error::Lost { peer: self.peer, doing: format!("{} sends {header}", self.me) };
+        let lost =
+            |_| Error::Lost { peer: self.peer, doing: format!("{} sends {header}", self.me) };
         self.sender.send((header, tensor)).map_err(lost)
     }
 
@@ -100,19 +120,25 @@ impl Link for LocalLink {
 
     fn receive(&mut self, expected: Header) -> Result<Tensor> {
         if let Some(first) = self.expected.pop_front().filter(|first| *first != expected) {
-            return Err(Error::Internal(format!("{} expects {first} and takes {expected}", self.me)));
+            return Err(Error::Internal(format!(
+                "{} expects {first} and takes {expected}",
+                self.me
+            )));
         }
-        let lost = |_| Error::Lost { peer: self.peer, doing: format!("{} waits for {expected}", self.me) };
+        let lost =
+            |_| Error::Lost { peer: self.peer, doing: format!("{} waits for {expected}", self.me) };
         let (found, tensor) = self.receiver.recv().map_err(lost)?;
         checked(self.peer, self.me, expected, found)?;
         Ok(tensor)
     }
 }
 
-/// What travels in a replica group: the number of the half of a sum among those of its group, and values.
+/// What travels in a replica group: the number of the half of a sum among those of its group, and
+/// values.
 type Numbered<T> = (u64, T);
 
-/// Values from one member, by the number of their half of a sum: two may be under way, and be waited for in any order.
+/// Values from one member, by the number of their half of a sum: two may be under way, and be
+/// waited for in any order.
 struct Mailbox<T> {
     receiver: Receiver<Numbered<T>>,
     early: BTreeMap<u64, T>,
@@ -132,7 +158,8 @@ impl<T> Mailbox<T> {
     }
 }
 
-/// Replica 0 owns everything: it adds up, in the order of the replicas, so the sum is the same for every run and every R.
+/// Replica 0 owns everything: it adds up, in the order of the replicas, so the sum is the same for
+/// every run and every R.
 struct Leader {
     stage: usize,
     wire: Wire,
@@ -181,11 +208,18 @@ fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
         let (sender, from_leader) = channel();
         members.push(Member { mailbox: Mailbox::new(receiver), sender });
         let mailbox = Arc::new(Mutex::new(Mailbox::new(from_leader)));
-        followers.push(Box::new(Follower { place, wire, sender: to_leader, mailbox, started: Started::default() }));
+        followers.push(Box::new(Follower {
+            place,
+            wire,
+            sender: to_leader,
+            mailbox,
+            started: Started::default(),
+        }));
     }
 
     let members = Arc::new(Mutex::new(members));
-    let leader: Box<dyn ReplicaGroup> = Box::new(Leader { stage, wire, members, started: Started::default() });
+    let leader: Box<dyn ReplicaGroup> =
+        Box::new(Leader { stage, wire, members, started: Started::default() });
     std::iter::once(leader).chain(followers).collect()
 }
 
@@ -209,6 +243,7 @@ impl Leader {
                 let gradient = member.mailbox.take(number).ok_or_else(|| lost(i + 1))?;
                 let _ = flat.f_add_(&gradient)?;
             }
+
             Ok(wire.round(&mut flat)?)
         })
     }
@@ -224,6 +259,7 @@ impl Leader {
             for (i, member) in members.iter().enumerate() {
                 member.sender.send((number, sum.shallow_clone())).map_err(|_| lost(i + 1))?;
             }
+
             Ok(())
         })
     }
@@ -265,7 +301,8 @@ impl Follower {
 
     /// Takes the sum from replica 0.
     fn takes(&mut self, step: usize, mut flat: Tensor) -> Half {
-        let (mailbox, number, lost) = (Arc::clone(&self.mailbox), self.started.gather(), self.lost(step));
+        let (mailbox, number, lost) =
+            (Arc::clone(&self.mailbox), self.started.gather(), self.lost(step));
         Box::new(move || {
             let sum = mailbox.lock().ok().and_then(|mut mailbox| mailbox.take(number));
             Ok(flat.f_copy_(&sum.ok_or(lost)?)?)
@@ -340,7 +377,8 @@ mod tests {
             .enumerate()
             .map(|(replica, (mut ports, value))| {
                 std::thread::spawn(move || {
-                    let (mut first, mut second) = (zeros(4, Device::Cpu).unwrap(), zeros(2, Device::Cpu).unwrap());
+                    let (mut first, mut second) =
+                        (zeros(4, Device::Cpu).unwrap(), zeros(2, Device::Cpu).unwrap());
                     slice_mut(&mut first).fill(value);
                     slice_mut(&mut second).fill(1.0);
                     let mut group = ports.places.remove(0).group.unwrap();
@@ -369,8 +407,10 @@ mod tests {
             .enumerate()
             .map(|(replica, mut ports)| {
                 std::thread::spawn(move || {
-                    let values: Vec<f32> = (0..7).map(|i| (i as f32 + 1.7).powi(3 + replica as i32)).collect();
-                    let (whole, halves) = (Tensor::from_slice(&values), Tensor::from_slice(&values));
+                    let values: Vec<f32> =
+                        (0..7).map(|i| (i as f32 + 1.7).powi(3 + replica as i32)).collect();
+                    let (whole, halves) =
+                        (Tensor::from_slice(&values), Tensor::from_slice(&values));
                     let mut group = ports.places.remove(0).group.unwrap();
                     group.all_reduce(0, whole.shallow_clone()).unwrap().wait().unwrap();
                     group.reduce(0, halves.shallow_clone()).unwrap().wait().unwrap();

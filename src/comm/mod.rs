@@ -1,7 +1,9 @@
-//! How places talk: a `Link` to each neighbour of the pipeline, a `ReplicaGroup` over the replicas of a stage.
+//! How places talk: a `Link` to each neighbour of the pipeline, a `ReplicaGroup` over the replicas
+//! of a stage.
 //!
-//! `local` carries tensors between threads of one process, `mpi` between processes, `nccl` between GPUs with `mpi` beside
-//! it; `staged` lets GPUs go over `mpi` alone. All check every message against the one that the schedule calls for.
+//! `local` carries tensors between threads of one process, `mpi` between processes, `nccl` between
+//! GPUs with `mpi` beside it; `staged` lets GPUs go over `mpi` alone. All check every message
+//! against the one that the schedule calls for.
 
 pub mod local;
 pub mod mpi;
@@ -60,7 +62,14 @@ impl fmt::Display for Header {
             Content::Sum => "gradient of the table",
         };
         let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
-        write!(f, "{content}{pass} {}.{} {} {:?}", self.step, self.microbatch, self.wire.word(), self.shape)
+        write!(
+            f,
+            "{content}{pass} {}.{} {} {:?}",
+            self.step,
+            self.microbatch,
+            self.wire.word(),
+            self.shape
+        )
     }
 }
 
@@ -76,12 +85,25 @@ impl Header {
         let content = self.content as i64;
         let pass = i64::from(self.pass == Pass::Eval);
         let (wire, beside) = (self.wire as i64, i64::from(self.payload_elsewhere));
-        [Header::MAGIC, content, pass, self.step as i64, self.microbatch as i64, b, t, d, wire, beside]
+        [
+            Header::MAGIC,
+            content,
+            pass,
+            self.step as i64,
+            self.microbatch as i64,
+            b,
+            t,
+            d,
+            wire,
+            beside,
+        ]
     }
 
     /// How many values it tells of; none if that is beyond any number.
     pub fn values(&self) -> Option<usize> {
-        self.shape.iter().try_fold(1usize, |values, n| values.checked_mul(usize::try_from(*n).ok()?))
+        self.shape
+            .iter()
+            .try_fold(1usize, |values, n| values.checked_mul(usize::try_from(*n).ok()?))
     }
 
     /// The header out of what travelled, `None` if that is none.
@@ -99,23 +121,23 @@ impl Header {
             wire,
             payload_elsewhere: [false, true].get(usize::try_from(beside).ok()?).copied()?,
         };
-        (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n))).then_some(header)
+
+        (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n)))
+            .then_some(header)
     }
 }
 
 /// The channel between two neighbours of a pipeline, both ways.
 pub trait Link: Send {
-    /// Hands a tensor to the transport. Waits only if the neighbour is further behind than any schedule of training
-    /// allows.
+    /// Hands a tensor to the transport. Waits only if the neighbour is further behind than any
+    /// schedule of training allows.
     ///
     /// # Errors
     /// [`Error::Lost`] if the neighbour is gone.
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()>;
 
-    /// A message that will be received when those that are expected already have been: the transport may begin with it.
-    ///
-    /// # Errors
-    /// What the transport reports.
+    /// A message that will be received when those that are expected already have been: the
+    /// transport may begin with it.
     fn prepare(&mut self, _expected: Header) -> Result<()> {
         Ok(()) // Most begin by themselves.
     }
@@ -129,18 +151,21 @@ pub trait Link: Send {
 
 /// The R places of one stage.
 ///
-/// A sum over the group has two halves: every value is added up by the replica that owns it (`reduce`), and handed to the
-/// others (`gather`). Both one after the other are an `all_reduce`: the same bits, since a sum is made in the order of the
-/// replicas by whoever owns it. All members must start the same sums, in the same order.
+/// A sum over the group has two halves: every value is added up by the replica that owns it
+/// (`reduce`), and handed to the others (`gather`). Both one after the other are an `all_reduce`:
+/// the same bits, since a sum is made in the order of the replicas by whoever owns it. All members
+/// must start the same sums, in the same order.
 ///
 /// A transport that cannot do the halves by themselves lets every replica own everything.
 pub trait ReplicaGroup: Send {
-    /// Memory for the gradient of the stage in which sums cost least, if there is such: zeros, the same every time.
+    /// Memory for the gradient of the stage in which sums cost least, if there is such: zeros, the
+    /// same every time.
     fn memory(&self) -> Option<Tensor> {
         None
     }
 
-    /// Starts the sum of `flat` over the group, in place. Nobody may touch its memory before the reduction is over.
+    /// Starts the sum of `flat` over the group, in place. Nobody may touch its memory before the
+    /// reduction is over.
     ///
     /// # Errors
     /// [`Error::Lost`] if a member is gone.
@@ -151,8 +176,8 @@ pub trait ReplicaGroup: Send {
         0..len
     }
 
-    /// Starts the first half, in place: once it is over this replica has the sum of what it owns; the other values mean
-    /// nothing.
+    /// Starts the first half, in place: once it is over this replica has the sum of what it owns;
+    /// the other values mean nothing.
     ///
     /// # Errors
     /// [`Error::Lost`] if a member is gone.
@@ -160,8 +185,9 @@ pub trait ReplicaGroup: Send {
         self.all_reduce(step, flat)
     }
 
-    /// Starts the second half, in place: once it is over this replica has the values of all owners, rounded as they travel,
-    /// like the owners themselves. A `reduce` of the same buffer must have been waited for.
+    /// Starts the second half, in place: once it is over this replica has the values of all owners,
+    /// rounded as they travel, like the owners themselves. A `reduce` of the same buffer must have
+    /// been waited for.
     ///
     /// # Errors
     /// [`Error::Lost`] if a member is gone.
@@ -191,15 +217,9 @@ impl Reduction {
 /// What works beside the host for a rank.
 pub trait AsyncTransfers: Send + Sync {
     /// What has gone wrong there meanwhile.
-    ///
-    /// # Errors
-    /// That.
     fn check(&self) -> Result<()>;
 
     /// Waits until everything that was asked for is done.
-    ///
-    /// # Errors
-    /// What goes wrong.
     fn settle(&self) -> Result<()>;
 }
 

@@ -1,5 +1,5 @@
-//! Tensors of a GPU over a transport that touches host memory only: through pinned memory, waited for. Slow, and simple: a
-//! check of the grid without NCCL.
+//! Tensors of a GPU over a transport that touches host memory only: through pinned memory, waited
+//! for. Slow, and simple: a check of the grid without NCCL.
 
 use std::ops::Range;
 
@@ -10,23 +10,25 @@ use crate::device::queues::{CudaQueues, Queue, Queues};
 use crate::error::Result;
 
 /// Ports that take and give tensors of a GPU.
-///
-/// # Errors
-/// What the driver reports.
 pub fn over(ports: Ports, index: usize) -> Result<Ports> {
     let link = |inner: Option<Box<dyn Link>>| -> Result<Option<Box<dyn Link>>> {
         let Some(inner) = inner else { return Ok(None) };
         Ok(Some(Box::new(Staged { inner, buffer: HostBuffer::new(index)? })))
     };
+
     let mut places = Vec::new();
     for ends in ports.places {
         let group = match ends.group {
-            Some(inner) => Some(Box::new(Staged { inner, buffer: HostBuffer::new(index)? }) as Box<dyn ReplicaGroup>),
+            Some(inner) => Some(Box::new(Staged { inner, buffer: HostBuffer::new(index)? })
+                as Box<dyn ReplicaGroup>),
             None => None,
         };
-        let (upstream, downstream, twin) = (link(ends.upstream)?, link(ends.downstream)?, link(ends.twin)?);
+
+        let (upstream, downstream, twin) =
+            (link(ends.upstream)?, link(ends.downstream)?, link(ends.twin)?);
         places.push(Endpoints { upstream, downstream, twin, group });
     }
+
     Ok(Ports { places, ..ports })
 }
 

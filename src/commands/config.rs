@@ -1,4 +1,5 @@
-//! `ouroboros config`: every key of a config with its type, its default and what it means, from the documentation of the source.
+//! `ouroboros config`: every key of a config with its type, its default and what it means, from the
+//! documentation of the source.
 
 use std::fmt::Write;
 
@@ -44,6 +45,7 @@ fn page() -> Result<String> {
         "`[optimizer]`, `kind = \"adamw\"`, `\"muon\"` or `\"soap\"`",
         &adamw,
     )?;
+
     section::<crate::optim::MuonKeys>(&mut page, "`[optimizer]`, `kind = \"muon\"`", &muon)?;
     section::<crate::optim::SoapKeys>(&mut page, "`[optimizer]`, `kind = \"soap\"`", &soap)?;
     section::<crate::optim::SgdKeys>(&mut page, "`[optimizer]`, `kind = \"sgd\"`", &sgd)?;
@@ -61,10 +63,17 @@ fn of(value: &impl Serialize) -> Result<Map<String, Value>> {
 }
 
 /// The table of a section's keys, those that are sections themselves left out.
-fn section<T: JsonSchema>(page: &mut String, title: &str, defaults: &Map<String, Value>) -> Result<()> {
+fn section<T: JsonSchema>(
+    page: &mut String,
+    title: &str,
+    defaults: &Map<String, Value>,
+) -> Result<()> {
     let schema = schema_for!(T).to_value();
     let about = text(&schema).unwrap_or_default();
-    let _ = write!(page, "\n## {title}\n\n{about}\n\n| key | type | default | meaning |\n|---|---|---|---|\n");
+    let _ = write!(
+        page,
+        "\n## {title}\n\n{about}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+    );
 
     let keys = schema["properties"].as_object().into_iter().flatten();
     for (key, property) in keys {
@@ -72,17 +81,26 @@ fn section<T: JsonSchema>(page: &mut String, title: &str, defaults: &Map<String,
         if target["properties"].is_object() {
             continue;
         }
-        let meaning = text(property).ok_or_else(|| Error::Internal(format!("the key {key} has no documentation")))?;
-        let default = match (defaults.get(key).filter(|value| !value.is_null()), property["type"].as_str()) {
-            (Some(value), _) => format!("`{value}`"),
-            // Left out of what is written where it is off.
-            (None, Some("boolean")) => "`false`".to_owned(),
-            (None, Some("integer")) => "`0`".to_owned(),
-            (None, _) => "-".to_owned(),
-        };
+
+        let meaning = text(property)
+            .ok_or_else(|| Error::Internal(format!("the key {key} has no documentation")))?;
+        let default =
+            match (defaults.get(key).filter(|value| !value.is_null()), property["type"].as_str()) {
+                (Some(value), _) => format!("`{value}`"),
+                // Left out of what is written where it is off.
+                (None, Some("boolean")) => "`false`".to_owned(),
+                (None, Some("integer")) => "`0`".to_owned(),
+                (None, _) => "-".to_owned(),
+            };
+
         let values = values(target, &schema);
-        let _ = writeln!(page, "| `{key}` | {} | {default} | {meaning}{values} |", kind(target, &schema));
+        let _ = writeln!(
+            page,
+            "| `{key}` | {} | {default} | {meaning}{values} |",
+            kind(target, &schema)
+        );
     }
+
     Ok(())
 }
 
@@ -95,12 +113,17 @@ fn text(schema: &Value) -> Option<String> {
 /// What a key's schema refers to: of an optional key that of its value.
 fn resolved<'a>(property: &'a Value, root: &'a Value) -> &'a Value {
     let null = |schema: &&Value| schema["type"] != "null";
-    if let Some(schema) =
-        property["anyOf"].as_array().filter(|all| all.len() == 2).and_then(|all| all.iter().find(null))
-        && property["anyOf"].as_array().is_some_and(|all| all.iter().any(|schema| schema["type"] == "null"))
+    if let Some(schema) = property["anyOf"]
+        .as_array()
+        .filter(|all| all.len() == 2)
+        .and_then(|all| all.iter().find(null))
+        && property["anyOf"]
+            .as_array()
+            .is_some_and(|all| all.iter().any(|schema| schema["type"] == "null"))
     {
         return resolved(schema, root);
     }
+
     match property["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
         Some(name) => resolved(&root["$defs"][name], root),
         None => property,
@@ -114,14 +137,20 @@ fn kind(schema: &Value, root: &Value) -> String {
         let kinds: Vec<String> = alternatives.iter().map(|one| kind(one, root)).collect();
         return kinds.join(" or ");
     }
+
     if schema["enum"].is_array() || schema["oneOf"].is_array() || schema["const"].is_string() {
-        let words: Vec<String> = variants(schema).into_iter().map(|(word, _)| format!("`\"{word}\"`")).collect();
+        let words: Vec<String> =
+            variants(schema).into_iter().map(|(word, _)| format!("`\"{word}\"`")).collect();
         return words.join(", ");
     }
+
     let plain = match &schema["type"] {
-        Value::Array(types) => types.iter().filter_map(Value::as_str).find(|name| *name != "null").unwrap_or(""),
+        Value::Array(types) => {
+            types.iter().filter_map(Value::as_str).find(|name| *name != "null").unwrap_or("")
+        }
         other => other.as_str().unwrap_or(""),
     };
+
     match plain {
         "array" => format!("list of {}", kind(&schema["items"], root)),
         "boolean" => "true or false".to_owned(),
@@ -131,7 +160,11 @@ fn kind(schema: &Value, root: &Value) -> String {
 
 /// The words that an enum has, each with its documentation.
 fn variants(schema: &Value) -> Vec<(&str, Option<String>)> {
-    let plain = schema["enum"].as_array().into_iter().flatten().filter_map(|word| Some((word.as_str()?, None)));
+    let plain = schema["enum"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|word| Some((word.as_str()?, None)));
     let constant = schema["const"].as_str().map(|word| (word, None));
     let mut words: Vec<(&str, Option<String>)> = plain.chain(constant).collect();
     for one in schema["oneOf"].as_array().into_iter().flatten() {
@@ -146,7 +179,9 @@ fn variants(schema: &Value) -> Vec<(&str, Option<String>)> {
 /// What the words mean, where that is documented.
 fn values(schema: &Value, root: &Value) -> String {
     let schema = resolved(schema, root);
-    let told = variants(schema).into_iter().filter_map(|(word, meaning)| Some(format!(" `{word}`: {}", meaning?)));
+    let told = variants(schema)
+        .into_iter()
+        .filter_map(|(word, meaning)| Some(format!(" `{word}`: {}", meaning?)));
     told.collect()
 }
 
@@ -158,7 +193,15 @@ mod tests {
     #[test]
     fn the_page_is_that_of_the_repository() {
         let page = page().unwrap();
-        for key in ["`steps`", "`layers_per_stage`", "`soap_every`", "`held_out`", "`keep_last`", "`drain`", "`clip`"] {
+        for key in [
+            "`steps`",
+            "`layers_per_stage`",
+            "`soap_every`",
+            "`held_out`",
+            "`keep_last`",
+            "`drain`",
+            "`clip`",
+        ] {
             assert!(page.contains(&format!("| {key} |")), "{key}");
         }
         let written = include_str!("../../docs/configuration.md");

@@ -27,9 +27,14 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let device = device::choose(config.device, Local::ALONE, false)?.device();
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
-    let weights: Vec<Tensor> = weights.iter().map(|w| w.f_to_device(device)).collect::<std::result::Result<_, _>>()?;
-    let (text, floor) =
-        Corpus::open_held_out(&config.data, config.seed, config.eval_sequence(), &checkpoint.vocabulary)?;
+    let weights: Vec<Tensor> =
+        weights.iter().map(|w| w.f_to_device(device)).collect::<std::result::Result<_, _>>()?;
+    let (text, floor) = Corpus::open_held_out(
+        &config.data,
+        config.seed,
+        config.eval_sequence(),
+        &checkpoint.vocabulary,
+    )?;
     let (sum, scored) = loss_sum(&model, &weights, &config, &text)?;
     let loss = sum / scored as f64;
     say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
@@ -39,49 +44,75 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     if config.data.tokenizer != Tokenizer::Words {
         say!("{:<15} {:.6}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
     }
+
     say!("perplexity      {:.3} per {unit}", loss.exp());
     if let Some(floor) = floor {
-        say!("entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it", (loss / floor - 1.0) * 100.0);
+        say!(
+            "entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it",
+            (loss / floor - 1.0) * 100.0
+        );
     }
+
     Ok(())
 }
 
-/// The saved config with `sets` over it. The whole held-out text is read unless they say otherwise; the model and its
-/// tokens are what they are.
+/// The saved config with `sets` over it. The whole held-out text is read unless they say otherwise;
+/// the model and its tokens are what they are.
 fn config(saved: &Config, sets: &[String]) -> Result<Config> {
     let mut config = Config::parse(&saved.to_toml(), sets)?;
     // Where it was trained says nothing of this machine.
-    if config.device == DeviceSetting::Cuda && !sets.iter().any(|set| set.trim_start().starts_with("device")) {
+    if config.device == DeviceSetting::Cuda
+        && !sets.iter().any(|set| set.trim_start().starts_with("device"))
+    {
         config.device = DeviceSetting::Auto;
     }
-    if let Some(eval) =
-        config.eval.as_mut().filter(|_| !sets.iter().any(|set| set.trim_start().starts_with("eval.tokens")))
+
+    if let Some(eval) = config
+        .eval
+        .as_mut()
+        .filter(|_| !sets.iter().any(|set| set.trim_start().starts_with("eval.tokens")))
     {
         eval.tokens = None;
     }
+
     let ModelConfig { mem_len, clamp_len, same_length, .. } = config.model;
     if config.model != (ModelConfig { mem_len, clamp_len, same_length, ..saved.model.clone() }) {
         let remedy = "of a saved model only mem_len, clamp_len and same_length can be changed";
         return Err(Error::config("--set model", "another model than the saved one", remedy));
     }
+
     if config.data.tokenizer != saved.data.tokenizer {
         let remedy = format!("the model was trained on {}", saved.data.tokenizer.word());
         return Err(Error::config("data.tokenizer", config.data.tokenizer.word(), remedy));
     }
+
     Ok(config)
 }
 
-/// The losses of all targets, added up, and how many there are: windows one by one, or streams with their memory.
-fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -> Result<(f64, usize)> {
+/// The losses of all targets, added up, and how many there are: windows one by one, or streams with
+/// their memory.
+fn loss_sum(
+    model: &Stack,
+    weights: &[Tensor],
+    config: &Config,
+    text: &Tokens,
+) -> Result<(f64, usize)> {
     let evaluation = config.reading().evaluation(text);
     let rows = evaluation.rows();
     let parts: Vec<(Range<usize>, usize)> = match evaluation.order {
-        Order::Shuffled => (0..rows).step_by(ROWS).map(|start| (start..(start + ROWS).min(rows), 0)).collect(),
+        Order::Shuffled => {
+            (0..rows).step_by(ROWS).map(|start| (start..(start + ROWS).min(rows), 0)).collect()
+        }
         Order::Streams => (0..evaluation.segments()).map(|segment| (0..rows, segment)).collect(),
     };
+
     if evaluation.scored() == 0 {
         let remedy = "two are needed at least; change data.held_out";
-        return Err(Error::config("data.held_out", format!("{} tokens of text", text.len()), remedy));
+        return Err(Error::config(
+            "data.held_out",
+            format!("{} tokens of text", text.len()),
+            remedy,
+        ));
     }
 
     let (mut sum, mut scored, mut memory) = (0.0, 0, Memory::new(config.eval_mem_len()));
@@ -89,6 +120,7 @@ fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -
         if evaluation.order == Order::Shuffled {
             memory = Memory::new(0);
         }
+
         let batch = evaluation.batch(text, rows, segment);
         sum += tch::no_grad(|| -> Result<f64> {
             let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
@@ -96,6 +128,7 @@ fn loss_sum(model: &Stack, weights: &[Tensor], config: &Config, text: &Tokens) -
         })?;
         scored += batch.counted;
     }
+
     Ok((sum, scored))
 }
 
@@ -110,12 +143,14 @@ pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, V
         let remedy = format!("the model has positions for {} tokens only", saved.data.sequence);
         return Err(Error::config("data.sequence", config.data.sequence, remedy));
     }
+
     let vocabulary = checkpoint.vocabulary.len();
     config.model.check_cutoffs(vocabulary)?;
     let dimensions = Dimensions::new(&config.model, vocabulary, saved.data.sequence);
     let model = Stack::new(&dimensions, 0..dimensions.layers);
     let kind = config.precision.kind();
     let values = checkpoint.values(model.parameters())?;
-    let weights = values.iter().map(|value| value.f_to_kind(kind)).collect::<std::result::Result<_, _>>()?;
+    let weights =
+        values.iter().map(|value| value.f_to_kind(kind)).collect::<std::result::Result<_, _>>()?;
     Ok((model, weights))
 }

@@ -1,4 +1,5 @@
-//! `ouroboros completions SHELL` and `ouroboros man`: the command line for shells and readers, made by clap's crates.
+//! `ouroboros completions SHELL` and `ouroboros man`: the command line for shells and readers, made
+//! by clap's crates.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
@@ -31,6 +32,7 @@ pub fn man() -> Result<()> {
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
         clap_mangen::Man::new(sub.clone()).render(&mut page).map_err(unmade)?;
     }
+
     print(page)
 }
 

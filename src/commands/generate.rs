@@ -18,19 +18,27 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", args.temperature, "must be 0 or more"));
     }
+
     if args.top_k == Some(0) {
         return Err(Error::config("--top-k", 0, "must be at least 1"));
     }
+
     if let Some(top_p) = args.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
         return Err(Error::config("--top-p", top_p, "must be above 0 and at most 1"));
     }
+
     tch::set_num_threads(args.threads.max(1) as i32);
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let config = checkpoint.manifest.config.clone();
     let (model, weights) = load(&checkpoint, &config)?;
     let mut text = prompt(&checkpoint.vocabulary, args.prompt.as_deref())?;
-    // A token is read by itself: with so much memory it sees what the last token of a segment has seen in training.
-    let more = if config.model.same_length || config.model.mem_len == 0 { 0 } else { config.data.sequence - 1 };
+    // A token is read by itself: with so much memory it sees what the last token of a segment has
+    // seen in training.
+    let more = if config.model.same_length || config.model.mem_len == 0 {
+        0
+    } else {
+        config.data.sequence - 1
+    };
     let memory = Memory::new(config.model.mem_len + more);
     let mut reader = Reader { model, weights, memory, read: 0, config: &config };
     let mut rng = random::sampling(args.seed);
@@ -41,6 +49,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
                 .pick(&last, random::unit(&mut rng)) as i64,
         );
     }
+
     say!("{}", checkpoint.vocabulary.decode(&text));
     Ok(())
 }
@@ -51,10 +60,16 @@ fn prompt(vocabulary: &Vocabulary, given: Option<&str>) -> Result<Vec<i64>> {
         Some(text) => vocabulary.encode_prompt(text)?,
         None => vocabulary.encode_prompt("\n").unwrap_or_else(|_| vec![0]),
     };
+
     if tokens.is_empty() {
         let found = format!("`{}`", given.unwrap_or_default());
-        return Err(Error::config("--prompt", found, "give at least one character, or one word to a model of words"));
+        return Err(Error::config(
+            "--prompt",
+            found,
+            "give at least one character, or one word to a model of words",
+        ));
     }
+
     Ok(tokens.into_iter().map(i64::from).collect())
 }
 
@@ -69,19 +84,21 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Logarithms of the probabilities of what follows `text`. A model with a memory reads what is new, a segment at a
-    /// time; one without reads as much as it was trained on, each time.
+    /// Logarithms of the probabilities of what follows `text`. A model with a memory reads what is
+    /// new, a segment at a time; one without reads as much as it was trained on, each time.
     fn next(&mut self, text: &[i64]) -> Result<Vec<f64>> {
         let sequence = self.config.data.sequence;
         if self.config.model.mem_len == 0 {
             self.read = text.len().saturating_sub(sequence);
         }
+
         let mut last = None;
         while self.read < text.len() {
             let segment = &text[self.read..text.len().min(self.read + sequence)];
             last = Some(self.forward(segment)?);
             self.read += segment.len();
         }
+
         last.ok_or_else(|| Error::Internal("nothing new to read".into()))
     }
 
@@ -101,19 +118,21 @@ struct DeviceSetting {
     temperature: f64,
     /// Only among this many likeliest tokens.
     top_k: Option<usize>,
-    /// Only among the fewest likeliest tokens that together have this probability (nucleus sampling, Holtzman et al.
-    /// 2020), at the temperature.
+    /// Only among the fewest likeliest tokens that together have this probability (nucleus
+    /// sampling, Holtzman et al. 2020), at the temperature.
     top_p: Option<f64>,
 }
 
 impl DeviceSetting {
-    /// The token at `u` in [0, 1) of the distribution softmax(logits / temperature), cut as asked for.
+    /// The token at `u` in [0, 1) of the distribution softmax(logits / temperature), cut as asked
+    /// for.
     fn pick(&self, logits: &[f64], u: f64) -> usize {
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
         if self.temperature == 0.0 {
             return order[0];
         }
+
         let weight = |i: &usize| ((logits[*i] - logits[order[0]]) / self.temperature).exp();
         let mut weights: Vec<f64> = order.iter().map(weight).collect();
         if let Some(top_p) = self.top_p {
@@ -123,8 +142,10 @@ impl DeviceSetting {
                 sum += w;
                 sum >= wanted
             });
+
             weights.truncate(enough.map_or(weights.len(), |last| last + 1));
         }
+
         weights.truncate(self.top_k.unwrap_or(weights.len()));
         let mut left = u * weights.iter().sum::<f64>();
         for (token, weight) in order.iter().zip(&weights) {
@@ -141,7 +162,13 @@ impl DeviceSetting {
 mod tests {
     use super::*;
 
-    fn pick(logits: &[f64], temperature: f64, top_k: Option<usize>, top_p: Option<f64>, u: f64) -> usize {
+    fn pick(
+        logits: &[f64],
+        temperature: f64,
+        top_k: Option<usize>,
+        top_p: Option<f64>,
+        u: f64,
+    ) -> usize {
         DeviceSetting { temperature, top_k, top_p }.pick(logits, u)
     }
 

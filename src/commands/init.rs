@@ -20,7 +20,8 @@ use crate::setup::Setup;
 pub fn init(args: &InitArgs) -> Result<()> {
     let setup = Setup::new(Config::load(&args.config, &args.set, None)?)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&setup.config.name));
-    let unwritten = |error| Error::config("--out", out.display(), format!("cannot be made ({error})"));
+    let unwritten =
+        |error| Error::config("--out", out.display(), format!("cannot be made ({error})"));
     std::fs::create_dir_all(&out).map_err(unwritten)?;
     let _lock = FolderLock::take(&out)?;
 
@@ -29,7 +30,14 @@ pub fn init(args: &InitArgs) -> Result<()> {
     let mut snapshot = Snapshot::new(Place { stage: 0, replica: 0 }, 0, 1);
     snapshot.add_weights(&layout, &weights)?;
     let shards = snapshot.write(&out, Duration::ZERO)?.shards;
-    let manifest = Manifest::new(&setup.config, &setup.corpus, setup.parameters(), 0, setup.pipeline(0), shards);
+    let manifest = Manifest::new(
+        &setup.config,
+        &setup.corpus,
+        setup.parameters(),
+        0,
+        setup.pipeline(0),
+        shards,
+    );
     say!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
     Ok(())
 }

@@ -19,12 +19,20 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         ("the stages of --grid", args.grid.stages, 1, 1 << 9),
     ] {
         if !(least..=most).contains(&value) {
-            return Err(Error::config(name, value, format!("what can be drawn is from {least} to {most}")));
+            return Err(Error::config(
+                name,
+                value,
+                format!("what can be drawn is from {least} to {most}"),
+            ));
         }
     }
+
     let ends = SyncPoints::ends(args.steps);
-    args.placement.check(args.grid.stages).map_err(|found| Error::config("--placement", "ring", found))?;
-    let mut schedule = Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
+    args.placement
+        .check(args.grid.stages)
+        .map_err(|found| Error::config("--placement", "ring", found))?;
+    let mut schedule =
+        Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
     (schedule.placement, schedule.tie) = (args.placement, args.tie);
     let fault = |fault: crate::schedule::Violation| Error::Internal(format!("schedule: {fault}"));
     put!("{}", summary(&schedule, args.grid.replicas, costs).map_err(fault)?);
@@ -32,18 +40,31 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         // A row is the shortest action; messages move between rows.
         let shares = (0..args.grid.stages).map(|stage| schedule.device_fraction(stage));
         let unit = costs.forward.min(costs.backward) * shares.fold(1.0, f64::min);
-        say!("\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n");
+        say!(
+            "\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n"
+        );
         put!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);
     }
+
     Ok(())
 }
 
 fn times(text: &str) -> Result<Costs> {
-    let wrong = || Error::config("--times", format!("`{text}`"), "write forward:backward:message, as in 1:2:0.1");
-    let numbers: Vec<f64> = text.split(':').map(|n| n.parse().map_err(|_| wrong())).collect::<Result<_>>()?;
+    let wrong = || {
+        Error::config(
+            "--times",
+            format!("`{text}`"),
+            "write forward:backward:message, as in 1:2:0.1",
+        )
+    };
+    let numbers: Vec<f64> =
+        text.split(':').map(|n| n.parse().map_err(|_| wrong())).collect::<Result<_>>()?;
     match numbers[..] {
         [forward, backward, message]
-            if forward > 0.0 && backward > 0.0 && message >= 0.0 && numbers.iter().all(|n| n.is_finite()) =>
+            if forward > 0.0
+                && backward > 0.0
+                && message >= 0.0
+                && numbers.iter().all(|n| n.is_finite()) =>
         {
             Ok(Costs { forward, backward, message })
         }

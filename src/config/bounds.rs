@@ -1,5 +1,5 @@
-//! Sizes beyond which a number is a mistake: sums and products of what is below stay far from the end of 64 bits, and nothing
-//! is asked of memory that no machine has.
+//! Sizes beyond which a number is a mistake: sums and products of what is below stay far from the
+//! end of 64 bits, and nothing is asked of memory that no machine has.
 
 use super::{Config, LayersPerStage};
 use crate::error::{Error, Result};
@@ -40,7 +40,11 @@ pub(super) fn check(config: &Config) -> Result<()> {
         ("model.layers", Some(model.layers), DEPTH),
         ("model.d_model", Some(model.d_model), WIDTH),
         ("model.heads", Some(model.heads), WIDTH),
-        ("model.heads times model.d_head", model.d_head.map(|width| width.saturating_mul(model.heads)), WIDTH),
+        (
+            "model.heads times model.d_head",
+            model.d_head.map(|width| width.saturating_mul(model.heads)),
+            WIDTH,
+        ),
         ("model.d_ff", Some(model.d_ff), WIDTH),
         ("model.embedding_width", model.embedding_width, WIDTH),
         ("model.head_width", model.head_width, WIDTH),
@@ -58,10 +62,13 @@ pub(super) fn check(config: &Config) -> Result<()> {
         ("checkpoint.keep_last", Some(config.checkpoint.keep_last), COUNT),
         ("checkpoint.keep_every", config.checkpoint.keep_every, COUNT),
     ];
+
     match table.into_iter().find(|(_, value, most)| value.is_some_and(|value| value > *most)) {
-        Some((setting, Some(value), most)) => {
-            Err(Error::config(setting, value, format!("more than {most} is a mistake, or beyond any machine")))
-        }
+        Some((setting, Some(value), most)) => Err(Error::config(
+            setting,
+            value,
+            format!("more than {most} is a mistake, or beyond any machine"),
+        )),
         _ => Ok(()),
     }
 }

@@ -1,4 +1,5 @@
-//! Whether the settings of a run can be used: each section by itself, then those that belong together.
+//! Whether the settings of a run can be used: each section by itself, then those that belong
+//! together.
 
 use super::{Config, OnNonfinite, bounds};
 use crate::data::Order;
@@ -19,8 +20,13 @@ pub(super) fn check(config: &Config) -> Result<()> {
     check_run(config)?;
     config.grid.check()?;
     if let Some(at) = config.sync_at.iter().find(|at| **at >= config.steps) {
-        return Err(Error::config("sync_at", at, format!("must be below steps = {}", config.steps)));
+        return Err(Error::config(
+            "sync_at",
+            at,
+            format!("must be below steps = {}", config.steps),
+        ));
     }
+
     config.checkpoint.check()?;
     config.eval.as_ref().map_or(Ok(()), |eval| eval.check())?;
 
@@ -28,13 +34,18 @@ pub(super) fn check(config: &Config) -> Result<()> {
     check_evaluation(config)?;
     check_memory(config)?;
     if config.grid.stages > config.model.layers {
-        let remedy = format!("at most model.layers = {} stages, one layer each", config.model.layers);
+        let remedy =
+            format!("at most model.layers = {} stages, one layer each", config.model.layers);
         return Err(Error::config("grid.stages", config.grid.stages, remedy));
     }
 
     if config.model.shared_biases && config.grid.stages > 1 {
         let remedy = "one stage's layers can share them; with several it would be one parameter with as many delays";
-        return Err(Error::config("model.shared_biases", format!("true with {} stages", config.grid.stages), remedy));
+        return Err(Error::config(
+            "model.shared_biases",
+            format!("true with {} stages", config.grid.stages),
+            remedy,
+        ));
     }
 
     optim::check(&config.optimizer)?;
@@ -55,11 +66,17 @@ fn check_run(config: &Config) -> Result<()> {
     }
 
     let stall = config.stall_seconds;
-    Error::unless((1.0..=1e6).contains(&stall), "stall_seconds", stall, "from 1 to a million seconds")?;
+    Error::unless(
+        (1.0..=1e6).contains(&stall),
+        "stall_seconds",
+        stall,
+        "from 1 to a million seconds",
+    )?;
     if config.on_nonfinite == OnNonfinite::Skip && config.model.mem_len > 0 {
         let remedy = "a memory would carry what is not finite into the next steps; take \"stop\" or model.mem_len = 0";
         return Err(Error::config("on_nonfinite", "skip", remedy));
     }
+
     Error::unless_at_least_one("verify_every", config.verify_every.unwrap_or(1))
 }
 
@@ -79,12 +96,20 @@ pub(super) fn check_name(name: &str) -> Result<()> {
 fn check_evaluation(config: &Config) -> Result<()> {
     let architecture = config.model.architecture();
     if config.eval_mem_len() > 0 && !architecture.has_memory {
-        return Err(Architecture::refuse("eval.mem_len", config.eval_mem_len(), |other| other.has_memory));
+        return Err(Architecture::refuse("eval.mem_len", config.eval_mem_len(), |other| {
+            other.has_memory
+        }));
     }
-    if architecture.positions == Positions::Learned && config.eval_sequence() > config.data.sequence {
-        let remedy = format!("the model has positions for data.sequence = {} tokens only", config.data.sequence);
+
+    if architecture.positions == Positions::Learned && config.eval_sequence() > config.data.sequence
+    {
+        let remedy = format!(
+            "the model has positions for data.sequence = {} tokens only",
+            config.data.sequence
+        );
         return Err(Error::config("eval.sequence", config.eval_sequence(), remedy));
     }
+
     Ok(())
 }
 
@@ -94,15 +119,29 @@ fn check_memory(config: &Config) -> Result<()> {
     let memory = model.mem_len.max(config.eval_mem_len());
     if memory > 0 && config.order() == Order::Shuffled {
         let remedy = "a memory of shuffled windows means nothing; take data.order = \"streams\" or mem_len = 0";
-        return Err(Error::config("model.mem_len", format!("{memory} with data.order = \"shuffled\""), remedy));
+        return Err(Error::config(
+            "model.mem_len",
+            format!("{memory} with data.order = \"shuffled\""),
+            remedy,
+        ));
     }
 
     let streams = config.eval.as_ref().and_then(|eval| eval.batch);
     if let Some(streams) = streams.filter(|_| config.order() == Order::Shuffled) {
-        return Err(Error::config("eval.batch", streams, "counts streams; windows need none, so leave it out"));
+        return Err(Error::config(
+            "eval.batch",
+            streams,
+            "counts streams; windows need none, so leave it out",
+        ));
     }
+
     if model.same_length && (model.mem_len == 0 || config.eval_mem_len() == 0) {
-        return Err(Error::config("model.same_length", "true with mem_len = 0", "every query looks at mem_len keys"));
+        return Err(Error::config(
+            "model.same_length",
+            "true with mem_len = 0",
+            "every query looks at mem_len keys",
+        ));
     }
+
     Ok(())
 }

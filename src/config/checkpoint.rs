@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// When the whole state of the run is saved, and what is kept; each save is a sync point. The end of a run is saved always.
+/// When the whole state of the run is saved, and what is kept; each save is a sync point. The end
+/// of a run is saved always.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {

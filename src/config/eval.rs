@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 pub struct EvalConfig {
     /// Steps between two evaluations; one more stands at the end of the run.
     pub every: usize,
-    /// Whether each evaluation is a sync point; else the weights are read as they stand, which only the oracle can.
+    /// Whether each evaluation is a sync point; else the weights are read as they stand, which only
+    /// the oracle can.
     pub drain: bool,
     /// Tokens of the held-out text to read; none: all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -21,14 +22,22 @@ pub struct EvalConfig {
     /// Tokens that a Transformer-XL remembers; none: those of training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mem_len: Option<usize>,
-    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch has rows.
+    /// Streams that the held-out text is read in, all replicas together; none: as many as a batch
+    /// has rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
 }
 
 impl Default for EvalConfig {
     fn default() -> EvalConfig {
-        EvalConfig { every: 100, drain: true, tokens: None, sequence: None, mem_len: None, batch: None }
+        EvalConfig {
+            every: 100,
+            drain: true,
+            tokens: None,
+            sequence: None,
+            mem_len: None,
+            batch: None,
+        }
     }
 }
 

@@ -15,15 +15,16 @@ pub struct GridConfig {
     pub replicas: usize,
     /// `line`, or `ring`: the last stage on the first one's device.
     pub placement: Placement,
-    /// `replica-major`: the stages of a replica are neighbouring ranks; or `stage-major`: the replicas of a stage.
+    /// `replica-major`: the stages of a replica are neighbouring ranks; or `stage-major`: the
+    /// replicas of a stage.
     pub order: grid::Order,
     /// `"balanced"`, by the costs of the layers, or their counts, one a stage.
     pub layers_per_stage: LayersPerStage,
     /// Delays `D_k`, one a stage, where the least ones are not wanted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delays: Option<Vec<usize>>,
-    /// Updates that every stage's delay is longer than the least one, the last stage's included, so that its all-reduce goes on
-    /// under the next forward.
+    /// Updates that every stage's delay is longer than the least one, the last stage's included, so
+    /// that its all-reduce goes on under the next forward.
     #[serde(skip_serializing_if = "is_zero")]
     pub reduce_delay: usize,
 }
@@ -57,7 +58,9 @@ impl GridConfig {
         if self.reduce_delay > 1 {
             return Err(Error::config("grid.reduce_delay", self.reduce_delay, "must be 0 or 1"));
         }
-        self.placement.check(self.stages).map_err(|remedy| Error::config("grid.placement", "`ring`", remedy))
+        self.placement
+            .check(self.stages)
+            .map_err(|remedy| Error::config("grid.placement", "`ring`", remedy))
     }
 }
 

@@ -1,5 +1,6 @@
-//! What is asked for: the keys of a config file, and whether they can be used. `setup` makes values of them that nobody
-//! checks again. The sections `[model]`, `[data]` and `[optimizer]` stand with those that use them, the others here.
+//! What is asked for: the keys of a config file, and whether they can be used. `setup` makes values
+//! of them that nobody checks again. The sections `[model]`, `[data]` and `[optimizer]` stand with
+//! those that use them, the others here.
 
 use std::path::Path;
 
@@ -46,8 +47,8 @@ pub struct Config {
     pub schedule: ScheduleKind,
     /// Slack h per hop: 1, or 2 where messages take time.
     pub slack: usize,
-    /// Keep only the stage input of a microbatch and run its forward again in the backward; `blocks`: keep the input of every
-    /// layer, and run them again one by one.
+    /// Keep only the stage input of a microbatch and run its forward again in the backward;
+    /// `blocks`: keep the input of every layer, and run them again one by one.
     pub recompute: Recompute,
     /// The first n steps are sync points: synchronous warm-up.
     pub sync_steps: usize,
@@ -63,14 +64,16 @@ pub struct Config {
     pub deterministic: bool,
     /// What the model computes with: `f32`, `tf32` on GPUs, or `bf16` over f32 master weights.
     pub precision: Precision,
-    /// How activations, gradients and the all-reduce travel between devices: `f32`, or `bf16` in half the bytes.
+    /// How activations, gradients and the all-reduce travel between devices: `f32`, or `bf16` in
+    /// half the bytes.
     pub wire: Wire,
     /// KiB of gradients that are reduced at once, as soon as the backward has made them.
     pub bucket_kib: usize,
-    /// Seconds without any action anywhere after which the run ends, and the place is named that everybody waits for.
+    /// Seconds without any action anywhere after which the run ends, and the place is named that
+    /// everybody waits for.
     pub stall_seconds: f64,
-    /// What a loss or a gradient that is not finite does: `stop` ends the run; `skip` leaves the step's update out on every
-    /// stage whose gradient is not finite, replicas alike.
+    /// What a loss or a gradient that is not finite does: `stop` ends the run; `skip` leaves the
+    /// step's update out on every stage whose gradient is not finite, replicas alike.
     pub on_nonfinite: OnNonfinite,
     /// Replicas compare digests of their weights after every so many steps; none: never.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -153,7 +156,8 @@ impl Config {
     fn sides_without_basis(&self) -> Option<String> {
         let limit = self.optimizer.soap.soap_limit;
         let sides = [self.model.d_model, self.model.d_ff];
-        let long: Vec<String> = sides.iter().filter(|side| **side > limit).map(ToString::to_string).collect();
+        let long: Vec<String> =
+            sides.iter().filter(|side| **side > limit).map(ToString::to_string).collect();
         // With the smaller sides alone the longer one keeps none anyway.
         let shorter = self.model.d_model.min(self.model.d_ff);
         let wanted = self.optimizer.soap.soap_sides == Sides::Both || shorter > limit;
@@ -196,20 +200,24 @@ impl Config {
     /// Reads a config file, then `--set key=value` pairs over it, then `--grid` over both.
     ///
     /// # Errors
-    /// What cannot be read, an unknown key, a value of the wrong type: [`Error::Config`] with the key's full name.
+    /// What cannot be read, an unknown key, a value of the wrong type: [`Error::Config`] with the
+    /// key's full name.
     pub fn load(path: &Path, sets: &[String], grid: Option<Grid>) -> Result<Config> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::config("CONFIG", path.display(), format!("cannot be read ({error})")))?;
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Error::config("CONFIG", path.display(), format!("cannot be read ({error})"))
+        })?;
         let mut config = Config::parse(&text, sets).map_err(|error| match error {
             Error::Config { setting, found, remedy } if setting == "CONFIG" => {
                 Error::Config { setting, found: format!("{} {found}", path.display()), remedy }
             }
             other => other,
         })?;
+
         if let Some(grid) = grid {
             config.grid.stages = grid.stages;
             config.grid.replicas = grid.replicas;
         }
+
         Ok(config)
     }
 
@@ -264,7 +272,9 @@ mod tests {
     fn a_harmful_prediction_is_told() {
         let notes = |sets: &[&str]| {
             let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-            Config::parse("[optimizer]\nkind = \"sgd\"\npredict = \"update\"", &sets).unwrap().notes()
+            Config::parse("[optimizer]\nkind = \"sgd\"\npredict = \"update\"", &sets)
+                .unwrap()
+                .notes()
         };
         assert!(notes(&[]).is_empty());
         assert!(notes(&["optimizer.momentum=0.0"])[0].contains("optimizer.predict"));
@@ -274,8 +284,9 @@ mod tests {
     #[test]
     fn sides_that_keep_no_basis_are_told() {
         let notes = |kind: &str, limit: usize| {
-            let text =
-                format!("[model]\nd_model = 32\nd_ff = 128\n[optimizer]\nkind = \"{kind}\"\nsoap_limit = {limit}");
+            let text = format!(
+                "[model]\nd_model = 32\nd_ff = 128\n[optimizer]\nkind = \"{kind}\"\nsoap_limit = {limit}"
+            );
             Config::parse(&text, &[]).unwrap().notes()
         };
         assert!(notes("soap", 64)[0].contains("sides of 128 keep no basis"));
@@ -283,11 +294,14 @@ mod tests {
         assert!(notes("soap", 128).is_empty());
 
         // With the smaller sides alone the longer one keeps none anyway.
-        assert!(notes("soap", 64).len() == 1 && notes("soap\"\nsoap_sides = \"smaller", 64).is_empty());
+        assert!(
+            notes("soap", 64).len() == 1 && notes("soap\"\nsoap_sides = \"smaller", 64).is_empty()
+        );
         assert!(notes("soap\"\nsoap_sides = \"smaller", 16)[0].contains("sides of 32 and 128"));
     }
 
-    /// A key of a rule that is not asked for does nothing: refused, unless the file is for another kind than `--set` says.
+    /// A key of a rule that is not asked for does nothing: refused, unless the file is for another
+    /// kind than `--set` says.
     #[test]
     fn a_key_of_another_rule_is_refused() {
         let refused = |text: &str, sets: &[&str]| {
@@ -301,19 +315,42 @@ mod tests {
         insta::assert_snapshot!(refused("kind = \"sgd\"\nbetas = [0.8, 0.9]", &[]).unwrap(), @r#"
         setting `optimizer.betas`: found [0.8, 0.9]; a key of kind = "adamw", "muon", "soap"; with kind = "sgd" leave it out
         "#);
-        assert!(refused("kind = \"muon\"\nsoap_every = 5", &[]).unwrap().contains("`optimizer.soap_every`: found 5"));
-        assert!(refused("", &["optimizer.muon_momentum=0.5"]).unwrap().contains("`optimizer.muon_momentum`"));
+        assert!(
+            refused("kind = \"muon\"\nsoap_every = 5", &[])
+                .unwrap()
+                .contains("`optimizer.soap_every`: found 5")
+        );
+        assert!(
+            refused("", &["optimizer.muon_momentum=0.5"])
+                .unwrap()
+                .contains("`optimizer.muon_momentum`")
+        );
         assert_eq!(refused("kind = \"soap\"\nbetas = [0.8, 0.9]\nsoap_every = 5", &[]), None);
 
         assert_eq!(refused("betas = [0.8, 0.9]", &["optimizer.kind=sgd"]), None);
-        assert_eq!(refused("kind = \"soap\"\nsoap_every = 5\neps = 1e-6", &["optimizer.kind=\"muon\""]), None);
-        assert!(refused("momentum = 0.5", &["optimizer.kind=soap"]).unwrap().contains("`optimizer.momentum`"));
-        assert!(refused("betas = [0.8, 0.9]", &["optimizer.kind=sgd", "optimizer.eps=1e-6"]).is_some());
+        assert_eq!(
+            refused("kind = \"soap\"\nsoap_every = 5\neps = 1e-6", &["optimizer.kind=\"muon\""]),
+            None
+        );
+        assert!(
+            refused("momentum = 0.5", &["optimizer.kind=soap"])
+                .unwrap()
+                .contains("`optimizer.momentum`")
+        );
+        assert!(
+            refused("betas = [0.8, 0.9]", &["optimizer.kind=sgd", "optimizer.eps=1e-6"]).is_some()
+        );
     }
 
     #[test]
     fn set_overrides_any_key() {
-        let sets = ["model.d_model=256", "schedule=1f1b", "data.path=a b.txt", "eval.every=10", "optimizer.lr=3e-4"];
+        let sets = [
+            "model.d_model=256",
+            "schedule=1f1b",
+            "data.path=a b.txt",
+            "eval.every=10",
+            "optimizer.lr=3e-4",
+        ];
         let config = Config::parse("[model]\nd_model = 64", &sets.map(str::to_owned)).unwrap();
         assert_eq!(config.model.d_model, 256);
         assert_eq!(config.schedule, ScheduleKind::OneForwardOneBackward);
@@ -346,9 +383,13 @@ mod tests {
         setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `lead`, `momentum`, `muon_momentum`, `soap_sides`, `soap_every`, `soap_limit`
         ");
         assert!(
-            error("[optimizer]\noptimizer = 1", &[]).starts_with("setting `optimizer.optimizer`: found an unknown key")
+            error("[optimizer]\noptimizer = 1", &[])
+                .starts_with("setting `optimizer.optimizer`: found an unknown key")
         );
-        assert!(error("[optimizer]\nr = 1", &[]).starts_with("setting `optimizer.r`: found an unknown key"));
+        assert!(
+            error("[optimizer]\nr = 1", &[])
+                .starts_with("setting `optimizer.r`: found an unknown key")
+        );
         insta::assert_snapshot!(error("[optimizer]\nkind = \"adam\"", &[]), @r"
         setting `optimizer.kind`: found unknown variant `adam`; expected one of `adamw`, `sgd`, `muon`, `soap`
         ");

@@ -16,10 +16,14 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
         let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
         Error::config("CONFIG", format!("not TOML in line {line}"), error.message())
     })?;
+
     let kind = sets.iter().rev().find_map(|set| set.trim_start().strip_prefix("optimizer.kind="));
-    if let (Some(kind), Some(section)) = (kind, table.get_mut("optimizer").and_then(toml::Value::as_table_mut)) {
+    if let (Some(kind), Some(section)) =
+        (kind, table.get_mut("optimizer").and_then(toml::Value::as_table_mut))
+    {
         optim::override_kind(section, kind.trim().trim_matches('"'));
     }
+
     for set in sets {
         apply(&mut table, set)?;
     }
@@ -29,6 +33,7 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
             Ok(config) => return left_out(config, sets),
             Err(error) => error,
         };
+
         let (path, message) = (error.path().to_string(), error.inner().message());
         if !sets.iter().any(|set| written_otherwise(&mut table, set, &path, message)) {
             return Err(describe(&path, message));
@@ -38,15 +43,20 @@ pub(super) fn parse(text: &str, sets: &[String]) -> Result<Config> {
 
 /// Refuses none for a key that has taken its default instead.
 fn left_out(config: Config, sets: &[String]) -> Result<Config> {
-    let written = toml::Value::try_from(&config).map_err(|error| Error::Internal(error.to_string()))?;
-    let value = |key: &str| key.split('.').try_fold(&written, |value, part| value.get(part)).cloned();
+    let written =
+        toml::Value::try_from(&config).map_err(|error| Error::Internal(error.to_string()))?;
+    let value =
+        |key: &str| key.split('.').try_fold(&written, |value, part| value.get(part)).cloned();
     let off = |value: &toml::Value| value.as_str() == Some(NONE);
 
-    for (key, _) in sets.iter().filter_map(|set| pair(set).ok()).filter(|(_, text)| text.trim() == NONE) {
+    for (key, _) in
+        sets.iter().filter_map(|set| pair(set).ok()).filter(|(_, text)| text.trim() == NONE)
+    {
         if value(key).is_some_and(|value| !off(&value)) {
             return Err(Error::config(key, NONE, "it cannot be turned off; write a value"));
         }
     }
+
     Ok(config)
 }
 
@@ -63,7 +73,9 @@ fn apply(table: &mut toml::Table, set: &str) -> Result<()> {
 
 /// Key and value of a `--set`.
 fn pair(set: &str) -> Result<(&str, &str)> {
-    let (key, value) = set.split_once('=').ok_or_else(|| wrong_set(set, "write key=value, as in model.d_model=256"))?;
+    let (key, value) = set
+        .split_once('=')
+        .ok_or_else(|| wrong_set(set, "write key=value, as in model.d_model=256"))?;
     Ok((key.trim(), value))
 }
 
@@ -74,33 +86,44 @@ fn wrong_set(set: &str, remedy: &str) -> Error {
 /// Where a key stands, or will stand.
 fn entry<'a>(table: &'a mut toml::Table, set: &str, key: &str) -> Result<&'a mut toml::Value> {
     let mut parts: Vec<&str> = key.split('.').collect();
-    let last = parts.pop().filter(|last| !last.is_empty()).ok_or_else(|| wrong_set(set, "the key is missing"))?;
+    let last = parts
+        .pop()
+        .filter(|last| !last.is_empty())
+        .ok_or_else(|| wrong_set(set, "the key is missing"))?;
     if parts.len() > DEPTH {
         return Err(wrong_set(set, "sections do not go so deep"));
     }
+
     let mut inner = table;
     for part in parts {
         let entry = inner.entry(part).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        inner = entry.as_table_mut().ok_or_else(|| wrong_set(set, &format!("`{part}` is not a section")))?;
+        inner = entry
+            .as_table_mut()
+            .ok_or_else(|| wrong_set(set, &format!("`{part}` is not a section")))?;
     }
+
     Ok(inner.entry(last).or_insert(toml::Value::Boolean(false)))
 }
 
-/// Takes the value of a `--set` as what its key wants, where that can be told: a word in digits, as in name=7; a number
-/// as TOML does not write it, as in optimizer.lr=.001; or none, where the key can be left out, as in eval=none. Whether it is
-/// another value now.
+/// Takes the value of a `--set` as what its key wants, where that can be told: a word in digits, as
+/// in name=7; a number as TOML does not write it, as in optimizer.lr=.001; or none, where the key
+/// can be left out, as in eval=none. Whether it is another value now.
 fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &str) -> bool {
     let Ok((key, text)) = pair(set) else { return false };
     let (path, message) = of_key(path, message);
-    let Some((_, expected)) = message.split_once(", expected ").filter(|_| key == path) else { return false };
+    let Some((_, expected)) = message.split_once(", expected ").filter(|_| key == path) else {
+        return false;
+    };
     if text.trim() == NONE {
         return remove(table, key);
     }
+
     let other = match expected {
         "a string" | "path string" => Some(toml::Value::String(text.to_owned())),
         "f64" => text.trim().parse().ok().map(toml::Value::Float),
         _ => None,
     };
+
     match (other, entry(table, set, key)) {
         (Some(other), Ok(value)) if *value != other => {
             *value = other;
@@ -112,7 +135,8 @@ fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &s
 
 /// Takes a key out; whether it stood there.
 fn remove(table: &mut toml::Table, key: &str) -> bool {
-    let (section, last) = key.rsplit_once('.').map_or((None, key), |(section, last)| (Some(section), last));
+    let (section, last) =
+        key.rsplit_once('.').map_or((None, key), |(section, last)| (Some(section), last));
     let mut parts = section.into_iter().flat_map(|section| section.split('.'));
     let inner = parts.try_fold(table, |inner, part| inner.get_mut(part)?.as_table_mut());
     inner.is_some_and(|inner| inner.remove(last).is_some())
@@ -137,16 +161,23 @@ fn describe(path: &str, message: &str) -> Error {
         let setting = if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") };
         return Error::config(setting, "an unknown key", format!("expected {expected}"));
     }
+
     match message.split_once(", expected ") {
         Some((found, "usize" | "u64")) => {
             // What TOML does not hold as a number has been taken for a word.
             let digits = found.split('"').nth(1).is_some_and(|text| text.parse::<u128>().is_ok());
-            let most = if digits { format!(", at most {}", i64::MAX) } else { ", 0 or more".to_owned() };
+            let most =
+                if digits { format!(", at most {}", i64::MAX) } else { ", 0 or more".to_owned() };
             Error::config(path, found, format!("expected a whole number{most}"))
         }
+
         Some((found, expected)) if expected.starts_with("struct ") => {
             let more = if path == "grid" { "give --grid, as in --grid 2x2, or " } else { "" };
-            Error::config(path, found, format!("a section: {more}set its keys, as in `{path}.KEY=VALUE`"))
+            Error::config(
+                path,
+                found,
+                format!("a section: {more}set its keys, as in `{path}.KEY=VALUE`"),
+            )
         }
         Some((found, "f64")) => Error::config(path, found, "expected a number"),
         Some((found, expected)) => Error::config(path, found, format!("expected {expected}")),

@@ -1,7 +1,9 @@
-//! A warning of a batch system that comes while the program is still being loaded, when nobody watches yet: by default it
-//! would end the process, and a job that is to be queued again would count as failed.
+//! A warning of a batch system that comes while the program is still being loaded, when nobody
+//! watches yet: by default it would end the process, and a job that is to be queued again would
+//! count as failed.
 //!
-//! Loading libtorch takes tenths of a second before `main`, so the handler is set before the initializers of any library.
+//! Loading libtorch takes tenths of a second before `main`, so the handler is set before the
+//! initializers of any library.
 
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -16,13 +18,16 @@ extern "C" fn note(signal: i32) {
 }
 
 extern "C" fn expect() {
-    WARNINGS.iter().for_each(|signal| handle(*signal, note as extern "C" fn(i32) as libc::sighandler_t));
+    WARNINGS
+        .iter()
+        .for_each(|signal| handle(*signal, note as extern "C" fn(i32) as libc::sighandler_t));
 }
 
 /// Runs before the initializers of the libraries that this program is linked to.
 #[cfg(target_os = "linux")]
 #[used]
-// SAFETY: the section holds pointers to functions that the loader calls once; this one calls `signal` only.
+// SAFETY: the section holds pointers to functions that the loader calls once; this one calls
+// `signal` only.
 #[unsafe(link_section = ".preinit_array")]
 static FIRST: extern "C" fn() = expect;
 

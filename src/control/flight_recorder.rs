@@ -38,7 +38,8 @@ impl FlightRecorder {
     }
 
     fn put(&self, text: &str) {
-        let _ = self.file.write_all_at(format!("{text:<0$.0$}", FlightRecorder::LENGTH).as_bytes(), 0);
+        let _ =
+            self.file.write_all_at(format!("{text:<0$.0$}", FlightRecorder::LENGTH).as_bytes(), 0);
     }
 
     /// What is written, if anything.

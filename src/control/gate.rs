@@ -1,9 +1,9 @@
 //! What a rank is told from outside while it works: how far it may go, and where to stop.
 //!
-//! Whoever asks for a stop (a signal at any rank, a file, a deadline) tells rank 0. All places must stop at the same step
-//! boundary, one that nobody has passed, without anybody waiting for a vote. So every place has a *limit*, a step that it
-//! may not begin; rank 0 raises it, well before it is reached, as steps are completed; and to stop, rank 0 declares the
-//! present limit the end.
+//! Whoever asks for a stop (a signal at any rank, a file, a deadline) tells rank 0. All places must
+//! stop at the same step boundary, one that nobody has passed, without anybody waiting for a vote.
+//! So every place has a *limit*, a step that it may not begin; rank 0 raises it, well before it is
+//! reached, as steps are completed; and to stop, rank 0 declares the present limit the end.
 //!
 //! ```text
 //! steps complete     ....|                     limit >= complete + longest delay + 2, or a place could wait for ever:
@@ -43,7 +43,8 @@ struct State {
 }
 
 impl Gate {
-    /// The gate of a rank on `host` that may go up to `limit` without being told, and keeps a flight recorder if it can.
+    /// The gate of a rank on `host` that may go up to `limit` without being told, and keeps a
+    /// flight recorder if it can.
     pub fn new(limit: usize, host: &str, recorder: Option<FlightRecorder>) -> Gate {
         let heartbeat = Heartbeat::new(host.to_owned(), recorder);
         Gate {
@@ -54,7 +55,8 @@ impl Gate {
         }
     }
 
-    /// With `waits` told when its place begins to wait (true) and when it has waited (false): whoever brings what it waits for.
+    /// With `waits` told when its place begins to wait (true) and when it has waited (false):
+    /// whoever brings what it waits for.
     pub fn on_wait(self, waits: impl Fn(bool) + Send + Sync + 'static) -> Gate {
         Gate { waits: Box::new(waits), ..self }
     }
@@ -72,6 +74,7 @@ impl Gate {
             Control::Ask => {}
             Control::Shutdown => state.ended = true,
         }
+
         drop(state);
         self.changed.notify_all();
     }
@@ -94,7 +97,10 @@ impl Gate {
         self.heartbeat.doing(Activity::Gate(step));
         let waits = |state: &mut State| state.limit <= step && state.stop.is_none() && !state.ended;
         (self.waits)(true);
-        let state = self.changed.wait_while(self.state(), waits).unwrap_or_else(|poisoned| poisoned.into_inner());
+        let state = self
+            .changed
+            .wait_while(self.state(), waits)
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         (self.waits)(false);
         match state.stop {
             Some(at) if at == step => Ok(GateDecision::Stop),

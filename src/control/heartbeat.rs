@@ -1,4 +1,5 @@
-//! What a rank is doing, for the one who asks when nothing moves: its last actions, and how long it has worked.
+//! What a rank is doing, for the one who asks when nothing moves: its last actions, and how long it
+//! has worked.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
@@ -82,7 +83,10 @@ impl HeartbeatReport {
 
     /// The actions of an op that are remembered.
     pub fn made(&self, op: Op) -> impl Iterator<Item = Action> {
-        self.actions.iter().filter_map(|text| text.parse::<Action>().ok()).filter(move |action| action.op == op)
+        self.actions
+            .iter()
+            .filter_map(|text| text.parse::<Action>().ok())
+            .filter(move |action| action.op == op)
     }
 }
 
@@ -90,7 +94,8 @@ impl Heartbeat {
     /// The heartbeat of a rank on `host`, which keeps a flight recorder if it is given one.
     pub fn new(host: String, recorder: Option<FlightRecorder>) -> Heartbeat {
         let (doing, since) = (Activity::Starting, Awake::now());
-        let state = State { count: 0, doing, since, actions: VecDeque::with_capacity(RING + 1), busy: 0.0 };
+        let state =
+            State { count: 0, doing, since, actions: VecDeque::with_capacity(RING + 1), busy: 0.0 };
         Heartbeat { host, recorder, state: Mutex::new(state) }
     }
 
@@ -119,7 +124,10 @@ impl Heartbeat {
     fn begin(&self, state: &mut State, doing: Activity) {
         let now = Awake::now();
         if state.doing == Activity::Action
-            && state.actions.back().is_some_and(|last| matches!(last.op, Op::Forward | Op::Backward))
+            && state
+                .actions
+                .back()
+                .is_some_and(|last| matches!(last.op, Op::Forward | Op::Backward))
         {
             state.busy += now.since(state.since).as_secs_f64();
         }

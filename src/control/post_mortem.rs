@@ -1,7 +1,8 @@
 //! Who of this host's ranks has died, and in what: the message that a killed process cannot give.
 //!
-//! When a rank has ended without leave, the launcher sends SIGTERM to all others, and a second later SIGKILL. In that
-//! second the first rank that is left on the dead one's host tells its place and what it was doing.
+//! When a rank has ended without leave, the launcher sends SIGTERM to all others, and a second
+//! later SIGKILL. In that second the first rank that is left on the dead one's host tells its place
+//! and what it was doing.
 //!
 //! ```text
 //! every rank       makes a file in memory, and writes into it what it begins          (flight_recorder)
@@ -10,7 +11,8 @@
 //!                  error, or of that neighbour
 //! ```
 //!
-//! The last rule keeps a rank that comes late, when the launcher is killing already, from taking the killed for the cause.
+//! The last rule keeps a rank that comes late, when the launcher is killing already, from taking
+//! the killed for the cause.
 
 use std::fs::{File, OpenOptions, remove_file};
 use std::os::unix::fs::OpenOptionsExt;
@@ -40,12 +42,14 @@ impl Card {
         let path = folder.unwrap_or_else(std::env::temp_dir).join(format!("ouroboros-{process}"));
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
-        // What a dead process with the same number has left, if it died before the name was removed.
+        // What a dead process with the same number has left, if it died before the name was
+        // removed.
         let _ = remove_file(&path);
         let file = options.open(&path);
         if let Err(error) = &file {
             tracing::warn!(%error, path = %path.display(), "no file for last words");
         }
+
         let recorder = file.ok().map(FlightRecorder::new);
         (Card { host: host.to_owned(), process, path: recorder.as_ref().map(|_| path) }, recorder)
     }
@@ -84,17 +88,24 @@ impl Neighbours {
             Neighbour { rank, process: card.process, recorder: file.map(FlightRecorder::new) }
         });
         // Processes of another container have numbers that mean nothing here.
-        Neighbours { rank, recorder, all: all.filter(|neighbour| alive(neighbour.process)).collect() }
+        Neighbours {
+            rank,
+            recorder,
+            all: all.filter(|neighbour| alive(neighbour.process)).collect(),
+        }
     }
 
-    /// The rank that has died without a word, and what it was doing, if this is the rank to tell it; to be told at once.
+    /// The rank that has died without a word, and what it was doing, if this is the rank to tell
+    /// it; to be told at once.
     pub fn dead(&self) -> Option<(usize, String)> {
         let first_alive = self.all.iter().find(|neighbour| alive(neighbour.process))?;
-        let last = |neighbour: &Neighbour| neighbour.recorder.as_ref().and_then(FlightRecorder::read);
+        let last =
+            |neighbour: &Neighbour| neighbour.recorder.as_ref().and_then(FlightRecorder::read);
         let spoken = |neighbour| last(neighbour).as_deref() == Some(FlightRecorder::CLOSED);
         if first_alive.rank != self.rank || self.all.iter().any(spoken) {
             return None;
         }
+
         let dead = self.all.iter().find(|neighbour| !alive(neighbour.process))?;
         self.recorder.iter().for_each(FlightRecorder::close);
         Some((dead.rank, last(dead).unwrap_or_else(|| "an unknown action".into())))
@@ -129,7 +140,8 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
         let theirs = FlightRecorder::new(file);
-        let dying = Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) };
+        let dying =
+            Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) };
         let cards = [other, mine, dying];
         let neighbours = Neighbours::new(1, recorder.clone(), &cards);
         let late = Neighbours::new(1, None, &cards);
@@ -152,7 +164,10 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
         let theirs = FlightRecorder::new(file);
-        let cards = [mine, Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) }];
+        let cards = [
+            mine,
+            Card { host: "here".into(), process: child.id(), path: Some(path.to_path_buf()) },
+        ];
         let mut neighbours = Neighbours::new(0, None, &cards);
         cards[0].unlink();
         // It may have ended before it was met.

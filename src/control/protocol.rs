@@ -18,7 +18,8 @@ fn or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Res
 /// What a place tells the coordinator. Losses are in nats per token.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
-    /// All forwards of a step are made: the mean over the microbatches of a replica. From the last stage.
+    /// All forwards of a step are made: the mean over the microbatches of a replica. From the last
+    /// stage.
     Loss {
         replica: usize,
         step: usize,
@@ -32,7 +33,8 @@ pub enum Report {
         #[serde(deserialize_with = "or_nan")]
         norm: f64,
     },
-    /// An update of the tied table is made: the norm of its gradient before clipping. From stage 0 of replica 0.
+    /// An update of the tied table is made: the norm of its gradient before clipping. From stage 0
+    /// of replica 0.
     TableNorm {
         step: usize,
         #[serde(deserialize_with = "or_nan")]
@@ -46,7 +48,8 @@ pub enum Report {
     Busy { rank: usize, seconds: f64 },
     /// What the rank is doing.
     Heartbeat { rank: usize, beat: HeartbeatReport },
-    /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From the last stage.
+    /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From
+    /// the last stage.
     Eval {
         replica: usize,
         step: usize,

@@ -1,5 +1,5 @@
-//! What may ask a run to stop before its end, besides signals: a file `STOP` in the run's folder, a limit of time, the end
-//! of a batch job. The run drains, saves and leaves with exit code 75.
+//! What may ask a run to stop before its end, besides signals: a file `STOP` in the run's folder, a
+//! limit of time, the end of a batch job. The run drains, saves and leaves with exit code 75.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -35,17 +35,22 @@ pub fn limit(text: &str) -> Result<f64, String> {
     }
 }
 
-/// How long the batch job still has; `end` is in seconds since 1970, as Slurm's `SLURM_JOB_END_TIME`.
+/// How long the batch job still has; `end` is in seconds since 1970, as Slurm's
+/// `SLURM_JOB_END_TIME`.
 ///
 /// # Errors
 /// An end that says nothing: what is wrong with it.
 pub fn left_of_job(end: &str, now: SystemTime) -> Result<Duration, String> {
-    let seconds: u64 = end.trim().parse().map_err(|_| "is no number of seconds since 1970".to_owned())?;
-    let end = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).filter(|_| seconds as f64 / 60.0 < LONGEST);
+    let seconds: u64 =
+        end.trim().parse().map_err(|_| "is no number of seconds since 1970".to_owned())?;
+    let end = UNIX_EPOCH
+        .checked_add(Duration::from_secs(seconds))
+        .filter(|_| seconds as f64 / 60.0 < LONGEST);
 
     let end = end.ok_or_else(|| "is too far away to be true".to_owned())?;
-    end.duration_since(now)
-        .map_err(|past| format!("was {:.0} s ago, by the clock of this machine", past.duration().as_secs_f64()))
+    end.duration_since(now).map_err(|past| {
+        format!("was {:.0} s ago, by the clock of this machine", past.duration().as_secs_f64())
+    })
 }
 
 /// What rank 0 looks at from time to time.
@@ -73,15 +78,18 @@ impl Watch {
         if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return None;
         }
+
         self.looked = Some(Instant::now());
         if self.file.is_file() {
             return Some(format!("the file {}", self.file.display()));
         }
+
         if let Some(minutes) = self.limits.max_minutes
             && self.started.elapsed() + needed >= Duration::from_secs_f64(minutes * 60.0)
         {
             return Some(format!("--max-minutes {minutes}"));
         }
+
         let margin = Duration::from_secs_f64(self.limits.margin_s).max(needed);
         match self.job {
             Some(left) if self.started.elapsed() + margin >= left => {
@@ -110,7 +118,8 @@ mod tests {
         if file {
             std::fs::write(folder.path().join("STOP"), "").unwrap();
         }
-        Watch::new(folder.path(), limits, job.map(Duration::from_secs)).reason(Duration::from_secs(needed))
+        Watch::new(folder.path(), limits, job.map(Duration::from_secs))
+            .reason(Duration::from_secs(needed))
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The saved states of a run: completed once all places have written their parts, and kept or removed.
+//! The saved states of a run: completed once all places have written their parts, and kept or
+//! removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -43,9 +44,14 @@ impl Commits {
     /// # Errors
     /// [`Error::Config`] about `--out` if that cannot be done.
     pub fn begin(setup: Arc<Setup>, out: &Path) -> Result<Commits> {
-        checkpoint::clear(out)
-            .map_err(|error| Error::config("--out", out.display(), format!("cannot be cleared ({error})")))?;
-        let kept = if setup.resumed.is_some() { checkpoint::steps(out, setup.start()) } else { Vec::new() };
+        checkpoint::clear(out).map_err(|error| {
+            Error::config("--out", out.display(), format!("cannot be cleared ({error})"))
+        })?;
+        let kept = if setup.resumed.is_some() {
+            checkpoint::steps(out, setup.start())
+        } else {
+            Vec::new()
+        };
         let (saving, longest) = (BTreeMap::new(), Duration::ZERO);
         let serial = checkpoint::next_serial(out);
         Ok(Commits { setup, out: out.to_owned(), saving, longest, serial, kept, newest: None })
@@ -74,16 +80,21 @@ impl Commits {
         if saving.places.len() < self.setup.grid.places().count() {
             return Ok(None);
         }
-        let Some(Saving { mut files, copy_s, write_s, .. }) = self.saving.remove(&step) else { return Ok(None) };
+
+        let Some(Saving { mut files, copy_s, write_s, .. }) = self.saving.remove(&step) else {
+            return Ok(None);
+        };
         self.longest = self.longest.max(Duration::from_secs_f64(copy_s + write_s));
         files.sort_by(|a, b| (&a.kind, a.stage, &a.file).cmp(&(&b.kind, b.stage, &b.file)));
         let mib = files.iter().map(|file| file.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
         let pipeline = self.setup.pipeline(self.setup.schedule.since(step));
         let Setup { config, corpus, .. } = &*self.setup;
-        let mut manifest = Manifest::new(config, corpus, self.setup.parameters(), step, pipeline, files);
+        let mut manifest =
+            Manifest::new(config, corpus, self.setup.parameters(), step, pipeline, files);
         manifest.serial = self.serial;
         self.serial = self.serial.saturating_add(1);
-        self.newest = Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
+        self.newest =
+            Some(checkpoint::complete(&self.out, &manifest, &self.setup.corpus.vocabulary)?);
         self.kept.push(step);
         checkpoint::prune(&self.out, &mut self.kept, &self.setup.config.checkpoint);
         Ok(Some(format!(
@@ -92,19 +103,25 @@ impl Commits {
     }
 }
 
-/// Refuses a disk that has no room for the states of a run: one that is kept, and one that is written.
+/// Refuses a disk that has no room for the states of a run: one that is kept, and one that is
+/// written.
 ///
 /// # Errors
 /// [`Error::Config`] about `--out`.
 pub fn check_room(setup: &Setup, out: &Path) -> Result<()> {
     let layout = Layout::new(&model::parameters(&setup.dimensions));
-    let state: usize = state_layouts(&setup.config.optimizer, &layout).iter().map(Layout::count).sum();
+    let state: usize =
+        state_layouts(&setup.config.optimizer, &layout).iter().map(Layout::count).sum();
     let needed = 2 * ((setup.parameters() + state) * size_of::<f32>()) as u64;
     match checkpoint::room(out) {
         Some(left) if left < needed => {
             let mib = |bytes: u64| bytes.div_ceil(1 << 20);
             let found = format!("{} with {} MiB left on its disk", out.display(), mib(left));
-            Err(Error::config("--out", found, format!("two states of the run need {} MiB", mib(needed))))
+            Err(Error::config(
+                "--out",
+                found,
+                format!("two states of the run need {} MiB", mib(needed)),
+            ))
         }
         _ => Ok(()),
     }

@@ -1,5 +1,6 @@
-//! Rank 0's part of the control plane: puts the reports of all places together, step by step, hands what is complete to
-//! the sinks, completes saved states, and decides when the run stops or has failed.
+//! Rank 0's part of the control plane: puts the reports of all places together, step by step, hands
+//! what is complete to the sinks, completes saved states, and decides when the run stops or has
+//! failed.
 
 mod commits;
 mod divergence;
@@ -70,15 +71,21 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Prepares the run's folder: `config.toml`, an empty `metrics.jsonl` (one of an earlier run is kept as
-    /// `metrics.previous.jsonl`).
+    /// Prepares the run's folder: `config.toml`, an empty `metrics.jsonl` (one of an earlier run is
+    /// kept as `metrics.previous.jsonl`).
     ///
     /// # Errors
-    /// [`Error::Config`] about `--out` if the folder cannot be written, or another run writes into it.
+    /// [`Error::Config`] about `--out` if the folder cannot be written, or another run writes into
+    /// it.
     pub fn new(setup: Arc<Setup>, out: &Path) -> Result<Coordinator> {
         let wrong = |error: std::io::Error| {
-            Error::config("--out", out.display(), format!("cannot be written ({error}); choose another folder"))
+            Error::config(
+                "--out",
+                out.display(),
+                format!("cannot be written ({error}); choose another folder"),
+            )
         };
+
         check_room(&setup, out)?;
         std::fs::create_dir_all(out).map_err(wrong)?;
         let lock = FolderLock::take(out)?;
@@ -124,8 +131,8 @@ impl Coordinator {
         Coordinator { watchdog: None, ..self }
     }
 
-    /// Takes reports until all ranks are done, completing each saved state on the way, and tells the places how far they may
-    /// go. `count` is the number of ranks.
+    /// Takes reports until all ranks are done, completing each saved state on the way, and tells
+    /// the places how far they may go. `count` is the number of ranks.
     ///
     /// # Errors
     /// What a place reports, reports that end early, or a file that cannot be written.
@@ -144,7 +151,9 @@ impl Coordinator {
                 Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
                 Ok(Report::Stop { reason }) => self.stop(&reason, controls),
                 Ok(Report::Heartbeat { rank, beat }) => {
-                    self.watchdog.iter_mut().for_each(|watchdog| watchdog.heard(rank, beat.clone()));
+                    self.watchdog
+                        .iter_mut()
+                        .for_each(|watchdog| watchdog.heard(rank, beat.clone()));
                 }
                 Ok(report) => {
                     self.watchdog.iter_mut().for_each(Watchdog::moved);
@@ -152,15 +161,20 @@ impl Coordinator {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err((None, Error::Internal("the places ended before they were done".into())));
+                    return Err((
+                        None,
+                        Error::Internal("the places ended before they were done".into()),
+                    ));
                 }
             }
 
             if let Some(reason) = watch.reason(self.time_to_stop()) {
                 self.stop(&reason, controls);
             }
+
             self.planner.raise(self.steps.done(), controls);
-            if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls)) {
+            if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls))
+            {
                 return Err((None, error));
             }
         }
@@ -168,10 +182,12 @@ impl Coordinator {
         if self.planner.stop().is_some() {
             watch.done();
         }
+
         self.finish(ranks).map_err(|error| (None, error))
     }
 
-    /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the longest yet.
+    /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the
+    /// longest yet.
     fn time_to_stop(&self) -> Duration {
         self.planner.time_to_stop(self.steps.done()) + self.commits.longest()
     }
@@ -181,15 +197,19 @@ impl Coordinator {
         if self.bench {
             return;
         }
+
         let text = match self.planner.end_at_limit(controls) {
             Stopping::Already => return,
-            Stopping::AtEnd => format!("{reason}: all steps up to the end are under way, so the run ends there"),
+            Stopping::AtEnd => {
+                format!("{reason}: all steps up to the end are under way, so the run ends there")
+            }
             Stopping::UsedVersions(step) => format!(
                 "{reason}: the run stops and saves at step {step}, in about {:.1} s ({} steps under way, then the save)",
                 self.time_to_stop().as_secs_f64(),
                 self.planner.under_way(self.steps.done())
             ),
         };
+
         self.note(&text);
     }
 
@@ -205,23 +225,28 @@ impl Coordinator {
             Report::Eval { replica, step, loss_sum, tokens } => {
                 self.steps.evaluation(step, replica, loss_sum, tokens);
             }
+
             Report::TableDigest { place, step, digest } => {
                 self.divergence.record_digest(place, None, step, digest)?;
             }
+
             Report::Digest { place, step, digest } => {
                 self.divergence.record_digest(place, Some(place.stage), step, digest)?;
             }
+
             Report::Busy { rank, seconds } => self.busy(rank, seconds),
             Report::Saved { place, step, written } => {
                 if let Some(text) = self.commits.saved(place, step, written)? {
                     self.note(&text);
                 }
             }
+
             Report::Done { rank, peak_bytes, times } => {
                 self.times.push((rank, times));
                 self.done.push((rank, peak_bytes));
                 self.done.sort();
             }
+
             Report::Failed { .. } | Report::Stop { .. } | Report::Heartbeat { .. } => {}
         }
 
@@ -231,6 +256,7 @@ impl Coordinator {
                 Complete::Evaluation(step, loss, tokens) => self.eval(step, loss, tokens)?,
             }
         }
+
         Ok(())
     }
 
@@ -261,12 +287,15 @@ impl Coordinator {
             grad_norm: &of.norms(),
             table_norm: of.table_norm(),
         };
+
         let skipped = of.skipped();
         if !skipped.is_empty() {
             let whose = skipped.join(", ");
-            let text = format!("step {:>6}  not finite: the update of {whose} is left out", step + 1);
+            let text =
+                format!("step {:>6}  not finite: the update of {whose} is left out", step + 1);
             self.sinks.iter_mut().for_each(|sink| sink.note(&text));
         }
+
         self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
         self.losses.push(of.loss());
         self.planner.step(seconds);
@@ -276,14 +305,22 @@ impl Coordinator {
     fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {
         let words = self.setup.config.data.tokenizer == Tokenizer::Words;
         let eval_bpc = (!words).then_some(eval_loss / std::f64::consts::LN_2);
-        let line = EvalLine { step, eval_loss, eval_tokens, eval_bpc, eval_ppl: words.then(|| eval_loss.exp()) };
+        let line = EvalLine {
+            step,
+            eval_loss,
+            eval_tokens,
+            eval_bpc,
+            eval_ppl: words.then(|| eval_loss.exp()),
+        };
         self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;
 
         self.eval_loss = Some(eval_loss);
-        // The time of an evaluation is not that of the next step; where it is read late it may come with that step.
+        // The time of an evaluation is not that of the next step; where it is read late it may come
+        // with that step.
         if self.setup.readback == Readback::Now {
             self.last = Awake::now();
         }
+
         Ok(())
     }
 
@@ -298,7 +335,10 @@ impl Coordinator {
             let saved = self.setup.resumed.as_ref().map(|saved| saved.path.clone());
             return Ok(match self.commits.newest() {
                 Some(again) => {
-                    say!("all {steps} steps are made; saved again, as a grid of {grid} does: {}", again.display());
+                    say!(
+                        "all {steps} steps are made; saved again, as a grid of {grid} does: {}",
+                        again.display()
+                    );
                     self.summary(Some(again))
                 }
                 None => {
@@ -307,6 +347,7 @@ impl Coordinator {
                 }
             });
         }
+
         if let Some(step) = self.planner.stop() {
             say!("stopped at step {step} of {steps}, checkpoint saved; --resume continues from it");
             return Ok(self.summary(self.commits.newest()));
@@ -360,7 +401,11 @@ mod tests {
 
     /// What the places report of step `t`, the replicas' losses apart by 2.
     fn step(t: usize) -> Vec<Report> {
-        let loss = |replica| Report::Loss { replica, step: t, loss: 3.0 + 2.0 * replica as f64 - t as f64 / 8.0 };
+        let loss = |replica| Report::Loss {
+            replica,
+            step: t,
+            loss: 3.0 + 2.0 * replica as f64 - t as f64 / 8.0,
+        };
         let norm = |stage| Report::Norm { stage, step: t, norm: 1.0 + stage as f64 };
         vec![norm(1), loss(1), norm(0), loss(0)]
     }
@@ -369,9 +414,14 @@ mod tests {
         (0..4).map(|rank| Report::Done { rank, peak_bytes: Some(1 << 20), times: None })
     }
 
-    /// A coordinator's run over these reports: how it ends, the lines of its file, what it has sent.
-    fn run(sets: &[&str], reports: Vec<Report>) -> (Placed<Summary>, Vec<serde_json::Value>, Vec<Control>) {
-        let (setup, out, sent) = (setup(sets), tempfile::tempdir().unwrap(), Arc::new(Mutex::new(Vec::new())));
+    /// A coordinator's run over these reports: how it ends, the lines of its file, what it has
+    /// sent.
+    fn run(
+        sets: &[&str],
+        reports: Vec<Report>,
+    ) -> (Placed<Summary>, Vec<serde_json::Value>, Vec<Control>) {
+        let (setup, out, sent) =
+            (setup(sets), tempfile::tempdir().unwrap(), Arc::new(Mutex::new(Vec::new())));
         let coordinator = Coordinator::new(Arc::clone(&setup), out.path()).unwrap();
         let (sender, receiver) = channel();
         reports.into_iter().for_each(|report| sender.send(report).unwrap());
@@ -393,7 +443,8 @@ mod tests {
         // Step 1 is complete before step 0.
         let mut reports: Vec<Report> = [step(1), step(0)].concat();
         reports.extend((2..12).flat_map(step));
-        let eval = |replica| Report::Eval { replica, step: 12, loss_sum: 8.0 + replica as f64, tokens: 4 };
+        let eval =
+            |replica| Report::Eval { replica, step: 12, loss_sum: 8.0 + replica as f64, tokens: 4 };
         reports.extend([eval(1), eval(0)].into_iter().chain(done()));
         let (result, lines, sent) = run(&["eval.every=12"], reports);
 
@@ -401,10 +452,16 @@ mod tests {
         assert_eq!((summary.eval_loss, summary.stopped), (Some(17.0 / 8.0), false));
         let steps: Vec<u64> = lines.iter().map(|line| line["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12]);
-        assert_eq!((&lines[3]["loss"], &lines[3]["tokens"]), (&(4.0 - 3.0 / 8.0).into(), &256.into()));
+        assert_eq!(
+            (&lines[3]["loss"], &lines[3]["tokens"]),
+            (&(4.0 - 3.0 / 8.0).into(), &256.into())
+        );
         assert_eq!(lines[3]["grad_norm"], serde_json::json!([1.0, 2.0]));
         assert!(lines[3].get("table_norm").is_none());
-        assert_eq!((&lines[12]["eval_loss"], &lines[12]["eval_tokens"]), (&(17.0 / 8.0).into(), &8.into()));
+        assert_eq!(
+            (&lines[12]["eval_loss"], &lines[12]["eval_tokens"]),
+            (&(17.0 / 8.0).into(), &8.into())
+        );
         assert_eq!(sent.last(), Some(&Control::Shutdown));
         assert!(sent.contains(&Control::Limit(12)), "{sent:?}");
     }
@@ -418,7 +475,8 @@ mod tests {
         reports.extend((1..5).flat_map(step).chain(done()));
         let (result, lines, sent) = run(&[], reports);
         assert!(result.unwrap().stopped);
-        let stops: Vec<&Control> = sent.iter().filter(|control| matches!(control, Control::Stop(_))).collect();
+        let stops: Vec<&Control> =
+            sent.iter().filter(|control| matches!(control, Control::Stop(_))).collect();
         let [Control::Stop(at)] = stops[..] else { panic!("{sent:?}") };
         assert!(*at >= 3 && *at < 12, "{sent:?}");
         assert_eq!(lines.len(), 5, "steps under way are written");
@@ -440,7 +498,11 @@ mod tests {
 
     #[test]
     fn replicas_that_are_no_copies_any_more_end_the_run() {
-        let digest = |replica| Report::Digest { place: Place { stage: 1, replica }, step: 4, digest: replica as u64 };
+        let digest = |replica| Report::Digest {
+            place: Place { stage: 1, replica },
+            step: 4,
+            digest: replica as u64,
+        };
         let (result, _, _) = run(&["verify_every=4"], vec![digest(0), digest(1)]);
         assert!(matches!(result.unwrap_err().1, Error::CopiesDiffer { step: 4, .. }));
     }

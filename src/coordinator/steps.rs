@@ -1,11 +1,13 @@
-//! What the places report of each step and evaluation, put together in the order of the run, whoever comes first.
+//! What the places report of each step and evaluation, put together in the order of the run,
+//! whoever comes first.
 
 use std::collections::BTreeMap;
 
 /// What has been reported of a step so far.
 #[derive(Debug, Default)]
 pub struct Step {
-    /// A loss a replica, a norm a stage: in their order, so that no digit depends on who reported first.
+    /// A loss a replica, a norm a stage: in their order, so that no digit depends on who reported
+    /// first.
     losses: BTreeMap<usize, f64>,
     norms: BTreeMap<usize, f64>,
     table: Option<f64>,
@@ -29,8 +31,11 @@ impl Step {
     /// Whose update was left out because its gradient was not finite.
     pub fn skipped(&self) -> Vec<String> {
         let not_finite = self.norms.iter().filter(|(_, norm)| !norm.is_finite());
-        let mut whose: Vec<String> = not_finite.map(|(stage, _)| format!("stage {stage}")).collect();
-        whose.extend(self.table.filter(|norm| !norm.is_finite()).map(|_| "the tied embedding".to_owned()));
+        let mut whose: Vec<String> =
+            not_finite.map(|(stage, _)| format!("stage {stage}")).collect();
+        whose.extend(
+            self.table.filter(|norm| !norm.is_finite()).map(|_| "the tied embedding".to_owned()),
+        );
         whose
     }
 }
@@ -61,7 +66,14 @@ pub struct Steps {
 impl Steps {
     /// None yet, of a run that starts at `start`.
     pub fn new(stages: usize, replicas: usize, tied: bool, start: usize) -> Steps {
-        Steps { stages, replicas, tied, steps: BTreeMap::new(), evaluations: BTreeMap::new(), done: start }
+        Steps {
+            stages,
+            replicas,
+            tied,
+            steps: BTreeMap::new(),
+            evaluations: BTreeMap::new(),
+            done: start,
+        }
     }
 
     /// Steps that are complete, counted from the beginning of the run.
@@ -90,7 +102,8 @@ impl Steps {
         let next = self.done;
         if self.evaluations.get(&next).is_some_and(|replicas| replicas.len() == self.replicas) {
             let replicas = self.evaluations.remove(&next)?;
-            let (sum, tokens) = replicas.values().fold((0.0, 0), |(s, n), (sum, tokens)| (s + sum, n + tokens));
+            let (sum, tokens) =
+                replicas.values().fold((0.0, 0), |(s, n), (sum, tokens)| (s + sum, n + tokens));
             return Some(Complete::Evaluation(next, sum / tokens as f64, tokens));
         }
 
@@ -98,9 +111,11 @@ impl Steps {
             let (losses, norms) = (step.losses.len(), step.norms.len());
             losses == self.replicas && norms == self.stages && step.table.is_some() == self.tied
         };
+
         if !self.steps.get(&next).is_some_and(complete) {
             return None;
         }
+
         self.done += 1;
         Some(Complete::Step(next, self.steps.remove(&next)?))
     }
@@ -113,7 +128,9 @@ mod tests {
     fn drain(steps: &mut Steps) -> Vec<String> {
         std::iter::from_fn(|| steps.next())
             .map(|complete| match complete {
-                Complete::Evaluation(step, loss, tokens) => format!("eval {step} {loss} of {tokens}"),
+                Complete::Evaluation(step, loss, tokens) => {
+                    format!("eval {step} {loss} of {tokens}")
+                }
                 Complete::Step(step, of) => format!("step {step} {} {:?}", of.loss(), of.norms()),
             })
             .collect()

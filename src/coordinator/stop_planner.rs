@@ -34,7 +34,8 @@ pub enum Stopping {
 }
 
 impl StopPlanner {
-    /// Of a run of `steps` steps from `start` on, whose schedule needs the limit `lead` steps ahead.
+    /// Of a run of `steps` steps from `start` on, whose schedule needs the limit `lead` steps
+    /// ahead.
     pub fn new(steps: usize, start: usize, lead: usize) -> StopPlanner {
         StopPlanner { steps, lead, limit: start + lead, stop: None, seconds: Vec::new() }
     }
@@ -54,17 +55,20 @@ impl StopPlanner {
         median(&self.seconds)
     }
 
-    /// The time of a step now: where steps are short that of all while news travel, else the median of the last ones.
+    /// The time of a step now: where steps are short that of all while news travel, else the median
+    /// of the last ones.
     fn recent(&self) -> Duration {
-        let (in_news, last) = (self.steps_in_news(), &self.seconds[self.seconds.len().saturating_sub(RECENT)..]);
+        let (in_news, last) =
+            (self.steps_in_news(), &self.seconds[self.seconds.len().saturating_sub(RECENT)..]);
         match in_news > RECENT as f64 {
             true => NEWS.div_f64(in_news),
             false => Duration::from_secs_f64(median(last).unwrap_or(0.0)),
         }
     }
 
-    /// How many steps are made while news travel. Steps may be told in bursts, each of no time but the first, so this is the
-    /// number of the last ones, back to where so much time has passed; of a younger run all.
+    /// How many steps are made while news travel. Steps may be told in bursts, each of no time but
+    /// the first, so this is the number of the last ones, back to where so much time has passed; of
+    /// a younger run all.
     fn steps_in_news(&self) -> f64 {
         let (mut steps, mut left) = (0.0, NEWS.as_secs_f64());
         for seconds in self.seconds.iter().rev() {
@@ -92,6 +96,7 @@ impl StopPlanner {
         if self.stop.is_some() || self.limit >= self.steps {
             return;
         }
+
         // Where steps are short, the way of the news takes several.
         let spare = self.steps_in_news().round() as usize;
         if self.limit <= written + self.lead - 1 + spare / 2 {
@@ -105,9 +110,11 @@ impl StopPlanner {
         if self.stop.is_some() {
             return Stopping::Already;
         }
+
         if self.limit >= self.steps {
             return Stopping::AtEnd;
         }
+
         self.stop = Some(self.limit);
         controls.send(Control::Stop(self.limit));
         Stopping::UsedVersions(self.limit)
@@ -157,7 +164,11 @@ mod tests {
                 planner.step(if written % 20 == 1 { 0.2 } else { 1e-6 });
                 planner.raise(written, &controls);
                 // 100 steps a second.
-                assert!(planner.under_way(written) <= 4 + 70, "{written}: {}", planner.under_way(written));
+                assert!(
+                    planner.under_way(written) <= 4 + 70,
+                    "{written}: {}",
+                    planner.under_way(written)
+                );
             }
         }
         assert!(planner.under_way(400) >= 25);

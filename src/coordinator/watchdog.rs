@@ -1,8 +1,9 @@
 //! When nothing moves any more: who is everybody waiting for?
 //!
-//! Rank 0 asks all ranks for their heartbeats when no report has come for a while. Nothing moves if no rank has begun anything
-//! new for `stall_seconds`. Then the culprit is, in this order: a rank that does not respond; one that waits for nobody; the
-//! sender of a message that somebody waits for although it was sent; a rank that all wait for in a circle.
+//! Rank 0 asks all ranks for their heartbeats when no report has come for a while. Nothing moves if
+//! no rank has begun anything new for `stall_seconds`. Then the culprit is, in this order: a rank
+//! that does not respond; one that waits for nobody; the sender of a message that somebody waits
+//! for although it was sent; a rank that all wait for in a circle.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -52,6 +53,7 @@ impl Watchdog {
             self.asked = Awake::now();
             controls.send(Control::Ask);
         }
+
         if self.moved.elapsed() < self.stall {
             return None;
         }
@@ -73,10 +75,14 @@ impl Watchdog {
         if matches!(beat.doing, Activity::Gate(_)) {
             return vec![0];
         }
+
         let Some(action) = beat.action() else { return Vec::new() };
-        let Some(place) = self.grid.held(rank).into_iter().find(|place| place.stage == action.stage) else {
+        let Some(place) =
+            self.grid.held(rank).into_iter().find(|place| place.stage == action.stage)
+        else {
             return Vec::new();
         };
+
         let peer = match action.op {
             Op::RecvActivation | Op::SendGradient => self.grid.upstream(place),
             Op::RecvGradient | Op::SendActivation => self.grid.downstream(place),
@@ -90,10 +96,12 @@ impl Watchdog {
             }
             _ => None,
         };
+
         peer.map(|peer| self.grid.rank(peer)).filter(|peer| *peer != rank).into_iter().collect()
     }
 
-    /// Whether a rank waits for the same sum too, or for that of a later step, and so has given its part.
+    /// Whether a rank waits for the same sum too, or for that of a later step, and so has given its
+    /// part.
     fn reduces(&self, rank: usize, of: Action) -> bool {
         let action = self.beats.get(&rank).and_then(|(beat, _)| beat.action());
         action.is_some_and(|action| action.op == of.op && action.step >= of.step)
@@ -103,17 +111,27 @@ impl Watchdog {
     fn verdict(&self) -> (usize, String) {
         let ranks = 0..self.grid.size();
         if let Some(silent) = ranks.clone().find(|rank| !self.answers(*rank)) {
-            return (silent, "does not respond: its process is suspended, or its node is lost".into());
+            return (
+                silent,
+                "does not respond: its process is suspended, or its node is lost".into(),
+            );
         }
+
         let working = |rank: &usize| {
-            let finishing = self.beats.get(rank).is_some_and(|(beat, _)| beat.doing == Activity::Finishing);
+            let finishing =
+                self.beats.get(rank).is_some_and(|(beat, _)| beat.doing == Activity::Finishing);
             self.waits_for(*rank).is_empty() && !finishing
         };
+
         let since = |rank: &usize| self.beats.get(rank).map_or(0.0, |(beat, _)| beat.since);
         let oldest = ranks.clone().filter(working).max_by(|a, b| since(a).total_cmp(&since(b)));
         if let Some(rank) = oldest {
-            return (rank, format!("is stuck in {}, and all other ranks are waiting for it", self.doing(rank)));
+            return (
+                rank,
+                format!("is stuck in {}, and all other ranks are waiting for it", self.doing(rank)),
+            );
         }
+
         for rank in ranks {
             let Some((beat, _)) = self.beats.get(&rank) else { continue };
             let waits = self.waits_for(rank);
@@ -123,17 +141,27 @@ impl Watchdog {
                 Op::RecvGradient => Op::SendGradient,
                 _ => continue,
             };
+
             let sent = |(beat, _): &(HeartbeatReport, Awake)| {
                 let at_least = |made: Action| {
-                    (made.step, made.microbatch) >= (action.step, action.microbatch) && Some(made) != beat.action()
+                    (made.step, made.microbatch) >= (action.step, action.microbatch)
+                        && Some(made) != beat.action()
                 };
+
                 beat.made(send).any(at_least)
             };
+
             if self.beats.get(from).is_some_and(sent) {
                 let to = self.grid.name(rank);
-                return (*from, format!("has sent a message that has not arrived: {to} waits in {action} for it"));
+                return (
+                    *from,
+                    format!(
+                        "has sent a message that has not arrived: {to} waits in {action} for it"
+                    ),
+                );
             }
         }
+
         (0, "waits, as everybody does: a circle".into())
     }
 
@@ -152,18 +180,29 @@ impl Watchdog {
             "since",
             "waits for"
         );
+
         for rank in 0..self.grid.size() {
             let name = format!("{} [{rank}]", self.grid.name(rank));
             let (host, since, last) = match self.beats.get(&rank) {
-                Some((beat, heard)) => {
-                    (beat.host.clone(), beat.since + heard.elapsed().as_secs_f64(), beat.actions.join(" "))
-                }
+                Some((beat, heard)) => (
+                    beat.host.clone(),
+                    beat.since + heard.elapsed().as_secs_f64(),
+                    beat.actions.join(" "),
+                ),
                 None => ("?".into(), f64::NAN, String::new()),
             };
-            let waits: Vec<String> = self.waits_for(rank).iter().map(|rank| format!("rank {rank}")).collect();
-            let doing = if self.answers(rank) { self.doing(rank) } else { format!("{}, silent", self.doing(rank)) };
+
+            let waits: Vec<String> =
+                self.waits_for(rank).iter().map(|rank| format!("rank {rank}")).collect();
+            let doing = if self.answers(rank) {
+                self.doing(rank)
+            } else {
+                format!("{}, silent", self.doing(rank))
+            };
             let waits = if waits.is_empty() { "-".to_owned() } else { waits.join(", ") };
-            out.push_str(&format!("\n{name:<26} {host:<16} {doing:<22} {since:>5.1} s  {waits:<12} {last}"));
+            out.push_str(&format!(
+                "\n{name:<26} {host:<16} {doing:<22} {since:>5.1} s  {waits:<12} {last}"
+            ));
         }
         out
     }
@@ -178,7 +217,13 @@ mod tests {
         for (rank, actions) in beats.iter().enumerate() {
             let actions: Vec<String> = actions.split_whitespace().map(str::to_owned).collect();
             let doing = if actions.is_empty() { Activity::Starting } else { Activity::Action };
-            let beat = HeartbeatReport { host: "node".into(), count: 1, doing, since: 3.0 + rank as f64, actions };
+            let beat = HeartbeatReport {
+                host: "node".into(),
+                count: 1,
+                doing,
+                since: 3.0 + rank as f64,
+                actions,
+            };
             watchdog.heard(rank, beat);
         }
         watchdog
@@ -187,7 +232,11 @@ mod tests {
     #[test]
     fn the_one_that_all_wait_for_is_named() {
         let table: [(&[&str], usize, &str); 7] = [
-            (&["0SA4.0 0RG3.0", "1RA4.0 1F4.0", "0SA4.0 0RG3.0", "1R3 1U3"], 1, "is stuck in 1F4.0"),
+            (
+                &["0SA4.0 0RG3.0", "1RA4.0 1F4.0", "0SA4.0 0RG3.0", "1R3 1U3"],
+                1,
+                "is stuck in 1F4.0",
+            ),
             (&["0RG3.0", "1U3", "0F4.0", "1RA4.0"], 2, "is stuck in 0F4.0"),
             // The other has its sum of that step, and waits for the next.
             (&["0ST7", "1U7", "0RG7.0", "1U6"], 3, "is stuck in 1U6"),

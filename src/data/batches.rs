@@ -21,11 +21,13 @@ pub struct Batch {
 
 /// The batches of a run.
 ///
-/// **Windows**: the training text is cut into windows of T + 1 tokens that overlap by one; an epoch shuffles them, and
-/// shifts their starts by a phase of its own, so that the cuts do not always fall at the same places.
+/// **Windows**: the training text is cut into windows of T + 1 tokens that overlap by one; an epoch
+/// shuffles them, and shifts their starts by a phase of its own, so that the cuts do not always
+/// fall at the same places.
 ///
-/// **Streams**: the text is cut into as many equal parts as a batch has rows; row b goes through part b, T tokens a
-/// step. All rows come to their ends at the same step, and begin anew; what is left of the parts is not read.
+/// **Streams**: the text is cut into as many equal parts as a batch has rows; row b goes through
+/// part b, T tokens a step. All rows come to their ends at the same step, and begin anew; what is
+/// left of the parts is not read.
 #[derive(Debug, Clone)]
 pub struct Batches {
     corpus: Arc<Corpus>,
@@ -97,7 +99,9 @@ impl Batches {
         let text = &self.corpus.train;
         let start = |row| match self.reading.order {
             Order::Shuffled => self.window(step * self.reading.train.rows + row),
-            Order::Streams => self.reading.train.start(text, row, step % self.reading.train.segments(text)),
+            Order::Streams => {
+                self.reading.train.start(text, row, step % self.reading.train.segments(text))
+            }
         };
         rows.map(start).collect()
     }
@@ -117,7 +121,8 @@ impl Batches {
 
     /// Where the `number`-th window of the run starts.
     fn window(&self, number: usize) -> usize {
-        let (sequence, fit) = (self.reading.train.sequence, self.reading.train.windows(&self.corpus.train));
+        let (sequence, fit) =
+            (self.reading.train.sequence, self.reading.train.windows(&self.corpus.train));
         let count = self.reading.train.epoch_windows(&self.corpus.train);
         let phases = if fit > 1 { sequence } else { 1 };
         let (epoch, position) = (number / count, number % count);
@@ -137,6 +142,7 @@ fn read(text: &Tokens, sequence: usize, starts: impl ExactSizeIterator<Item = us
         tokens.extend_from_slice(&window[..sequence]);
         targets.extend_from_slice(&window[1..]);
     }
+
     let shape = [rows, sequence as i64];
     let counted = targets.len();
     Batch {
@@ -157,7 +163,13 @@ mod tests {
         let vocabulary = super::super::Vocabulary::bytes();
         let corpus = Corpus::new(train.clone(), train, vocabulary, None);
         let shape = Shape { rows: batch, sequence };
-        let reading = Reading { seed: 7, order: Order::Shuffled, train: shape, eval: shape, eval_tokens: None };
+        let reading = Reading {
+            seed: 7,
+            order: Order::Shuffled,
+            train: shape,
+            eval: shape,
+            eval_tokens: None,
+        };
         Batches::new(Arc::new(corpus), reading)
     }
 
@@ -181,11 +193,16 @@ mod tests {
     #[test]
     fn an_epoch_reads_every_window_once_and_the_next_in_another_order() {
         let batches = batches(1 + 16 * 21, 16, 4);
-        let epoch = |n: usize| (20 * n..20 * (n + 1)).map(|i| batches.window(i)).collect::<Vec<_>>();
+        let epoch =
+            |n: usize| (20 * n..20 * (n + 1)).map(|i| batches.window(i)).collect::<Vec<_>>();
         for n in 0..3 {
             let starts: BTreeSet<usize> = epoch(n).into_iter().collect();
             assert_eq!(starts.len(), 20);
-            assert!(starts.iter().all(|s| s % 16 == starts.first().unwrap() % 16 && s + 17 <= 1 + 16 * 21));
+            assert!(
+                starts
+                    .iter()
+                    .all(|s| s % 16 == starts.first().unwrap() % 16 && s + 17 <= 1 + 16 * 21)
+            );
         }
         assert_ne!(epoch(0), epoch(1));
     }

@@ -31,7 +31,8 @@ pub struct DataConfig {
     /// By default streams where the model has a memory, else shuffled windows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
-    /// What evaluation reads: a fraction of the text, its last part; the path of a file; or a split of a prepared file.
+    /// What evaluation reads: a fraction of the text, its last part; the path of a file; or a split
+    /// of a prepared file.
     pub held_out: HeldOut,
 }
 
@@ -41,7 +42,8 @@ pub struct DataConfig {
 pub enum Order {
     /// Windows in an order that every epoch shuffles.
     Shuffled,
-    /// Every row of the batch goes through a part of the text of its own, from one step to the next.
+    /// Every row of the batch goes through a part of the text of its own, from one step to the
+    /// next.
     Streams,
 }
 
@@ -67,6 +69,7 @@ impl DataConfig {
             if self.min_count > 1 {
                 return Err(Error::config("data.min_count", self.min_count, remedy));
             }
+
             if let Some(path) = &self.vocabulary {
                 return Err(Error::config("data.vocabulary", path.display(), remedy));
             }
@@ -74,12 +77,20 @@ impl DataConfig {
 
         let named = [self.path.is_some(), self.paths.is_some(), self.synthetic.is_some()];
         if named.into_iter().filter(|given| *given).count() > 1 {
-            return Err(Error::config("data", "more than one of path, paths, synthetic", "keep one of them"));
+            return Err(Error::config(
+                "data",
+                "more than one of path, paths, synthetic",
+                "keep one of them",
+            ));
         }
+
         match self.held_out {
-            HeldOut::Fraction(f) => {
-                Error::unless(f > 0.0 && f < 1.0, "data.held_out", f, "a fraction lies between 0 and 1")
-            }
+            HeldOut::Fraction(f) => Error::unless(
+                f > 0.0 && f < 1.0,
+                "data.held_out",
+                f,
+                "a fraction lies between 0 and 1",
+            ),
             HeldOut::File(_) => Ok(()),
         }
     }
@@ -102,7 +113,9 @@ impl Default for DataConfig {
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokenizer {
     /// 256 tokens, one a byte.
@@ -133,7 +146,8 @@ impl Tokenizer {
     }
 }
 
-/// What evaluation reads: the last part of the corpus, a file of its own, or a split of a prepared file.
+/// What evaluation reads: the last part of the corpus, a file of its own, or a split of a prepared
+/// file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(untagged, expecting = "a fraction between 0 and 1, or the path of a file")]
 pub enum HeldOut {

@@ -1,4 +1,5 @@
-//! What an evaluation reads: every token of the held-out text but the first is a target exactly once, whatever the grid.
+//! What an evaluation reads: every token of the held-out text but the first is a target exactly
+//! once, whatever the grid.
 //!
 //! ```text
 //! windows    row i has the targets iT + 1 .. (i + 1) T; the last one as many as are left
@@ -30,14 +31,16 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// Of a text, or of its beginning with about `limit` targets: exactly so many of windows, whole segments of streams.
+    /// Of a text, or of its beginning with about `limit` targets: exactly so many of windows, whole
+    /// segments of streams.
     pub fn new(text: &Tokens, order: Order, shape: Shape, limit: Option<usize>) -> Evaluation {
         let targets = text.len().saturating_sub(1);
         let wanted = match order {
             Order::Shuffled => targets.min(limit.unwrap_or(usize::MAX)),
             Order::Streams => {
                 let longest = targets / shape.rows + targets % shape.rows;
-                let limited = limit.map_or(usize::MAX, |limit| limit.div_ceil(shape.rows * shape.sequence));
+                let limited =
+                    limit.map_or(usize::MAX, |limit| limit.div_ceil(shape.rows * shape.sequence));
                 longest.div_ceil(shape.sequence).min(limited)
             }
         };
@@ -76,6 +79,7 @@ impl Evaluation {
         if row >= self.rows() {
             return 0..0;
         }
+
         let (start, end) = match self.order {
             Order::Shuffled => (row * sequence, self.wanted),
             Order::Streams => {
@@ -84,6 +88,7 @@ impl Evaluation {
                 (row * length + segment * sequence, end)
             }
         };
+
         start.min(end)..(start + sequence).min(end)
     }
 
@@ -99,6 +104,7 @@ impl Evaluation {
             if place.is_empty() {
                 continue;
             }
+
             read.clear();
             text.read(place.start, place.len() + 1, &mut read);
             let start = i * sequence;
@@ -138,7 +144,8 @@ mod tests {
                 // More rows than there are, as the last replica may have.
                 let batch = evaluation.batch(&text, 0..evaluation.rows() + 2, segment);
                 let values = |tensor: &Tensor| Vec::<i64>::try_from(tensor.reshape([-1])).unwrap();
-                for (token, target) in values(&batch.tokens).into_iter().zip(values(&batch.targets)) {
+                for (token, target) in values(&batch.tokens).into_iter().zip(values(&batch.targets))
+                {
                     if target != UNCOUNTED {
                         assert_eq!(target, token + 1);
                         seen[target as usize] += 1;
@@ -146,7 +153,10 @@ mod tests {
                 }
                 counted += batch.counted;
             }
-            assert!(seen[0] == 0 && seen[1..].iter().all(|times| *times == 1), "{length} {rows} {order:?}: {seen:?}");
+            assert!(
+                seen[0] == 0 && seen[1..].iter().all(|times| *times == 1),
+                "{length} {rows} {order:?}: {seen:?}"
+            );
             assert_eq!((counted, evaluation.scored()), (length - 1, length - 1));
         }
     }
@@ -154,7 +164,9 @@ mod tests {
     #[test]
     fn a_limit_is_heeded() {
         let text = Tokens::of_ids(&[1; 1003], 300);
-        let of = |order, limit| Evaluation::new(&text, order, Shape { rows: 4, sequence: 16 }, Some(limit));
+        let of = |order, limit| {
+            Evaluation::new(&text, order, Shape { rows: 4, sequence: 16 }, Some(limit))
+        };
         let windows = of(Order::Shuffled, 100);
         assert_eq!((windows.rows(), windows.scored()), (7, 100));
         let streams = of(Order::Streams, 100);

@@ -50,24 +50,33 @@ pub struct Fingerprint {
 }
 
 impl Corpus {
-    /// Opens what `config` names. Bytes and prepared files are mapped; characters and words are tokenised, with a
-    /// vocabulary that is made of the training text (characters: of both) unless there is one already.
+    /// Opens what `config` names. Bytes and prepared files are mapped; characters and words are
+    /// tokenised, with a vocabulary that is made of the training text (characters: of both) unless
+    /// there is one already.
     ///
     /// # Errors
-    /// [`Error::Data`] for a file that is missing, empty, of another tokenizer, no text, has unknown words, or leaves a
-    /// part shorter than one window of T + 1 tokens (`held_sequence` + 1 of the held-out part).
-    pub fn open(config: &DataConfig, seed: u64, held_sequence: usize, known: Option<&Vocabulary>) -> Result<Corpus> {
+    /// [`Error::Data`] for a file that is missing, empty, of another tokenizer, no text, has
+    /// unknown words, or leaves a part shorter than one window of T + 1 tokens (`held_sequence` + 1
+    /// of the held-out part).
+    pub fn open(
+        config: &DataConfig,
+        seed: u64,
+        held_sequence: usize,
+        known: Option<&Vocabulary>,
+    ) -> Result<Corpus> {
         refuse_unread(config)?;
         let corpus = match prepared_path(config) {
             Some(path) => open_prepared(config, path, known)?,
             None if config.tokenizer == Tokenizer::Bytes => open_bytes(config, seed)?,
             None => open_text(config, seed, known)?,
         };
+
         long_enough(&corpus.train, &config.name(), config, config.sequence)?;
         let held_name = match &config.held_out {
             HeldOut::File(path) => path.display().to_string(),
             HeldOut::Fraction(_) => format!("held-out part of {}", config.name()),
         };
+
         long_enough(&corpus.held_out, &held_name, config, held_sequence)?;
         Ok(corpus)
     }
@@ -88,7 +97,8 @@ impl Corpus {
         })
     }
 
-    /// The held-out text of `config` in the tokens of `vocabulary`, and its entropy rate where it is known.
+    /// The held-out text of `config` in the tokens of `vocabulary`, and its entropy rate where it
+    /// is known.
     ///
     /// # Errors
     /// As [`Corpus::open`].
@@ -118,32 +128,52 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
     if let Some(path) = prepared_path(config) {
         let problem = "is prepared, so its words are fixed; leave it out";
         if config.min_count > 1 {
-            return Err(Error::config("data.min_count", config.min_count, format!("{} {problem}", path.display())));
+            return Err(Error::config(
+                "data.min_count",
+                config.min_count,
+                format!("{} {problem}", path.display()),
+            ));
         }
+
         if let Some(list) = &config.vocabulary {
-            return Err(Error::config("data.vocabulary", list.display(), format!("{} {problem}", path.display())));
+            return Err(Error::config(
+                "data.vocabulary",
+                list.display(),
+                format!("{} {problem}", path.display()),
+            ));
         }
+
         return Ok(());
     }
 
     if let Some(list) = config.vocabulary.as_ref().filter(|_| config.min_count > 1) {
         let found = format!("{} with data.vocabulary = {}", config.min_count, list.display());
-        return Err(Error::config("data.min_count", found, "a list is taken whole; leave one of them out"));
+        return Err(Error::config(
+            "data.min_count",
+            found,
+            "a list is taken whole; leave one of them out",
+        ));
     }
 
     let held_out = match &config.held_out {
         HeldOut::File(path) => Some(path),
         HeldOut::Fraction(_) => None,
     };
-    if let Some(path) = config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path)) {
+
+    if let Some(path) = config.paths.iter().flatten().chain(held_out).find(|path| is_prepared(path))
+    {
         let remedy = "name it as data.path, and one of its splits as data.held_out";
         return Err(Error::data(path.display(), "a prepared file where a text is read", remedy));
     }
 
     if let Some(path) = held_out.filter(|path| !path.exists()) {
-        let remedy = format!("name a text; a split needs a prepared file as data.path, and {} is none", config.name());
+        let remedy = format!(
+            "name a text; a split needs a prepared file as data.path, and {} is none",
+            config.name()
+        );
         return Err(Error::data(path.display(), "data.held_out names no file", remedy));
     }
+
     Ok(())
 }
 
@@ -171,19 +201,33 @@ fn open_prepared(config: &DataConfig, path: &Path, known: Option<&Vocabulary>) -
     let prepared = Prepared::open(path)?;
     let found = prepared.header.vocabulary.tokenizer;
     if found != config.tokenizer {
-        let problem =
-            format!("prepared with tokenizer `{}`, the config has `{}`", found.word(), config.tokenizer.word());
-        return Err(Error::data(path.display(), problem, "set data.tokenizer, or prepare the text again"));
+        let problem = format!(
+            "prepared with tokenizer `{}`, the config has `{}`",
+            found.word(),
+            config.tokenizer.word()
+        );
+        return Err(Error::data(
+            path.display(),
+            problem,
+            "set data.tokenizer, or prepare the text again",
+        ));
     }
+
     if known.is_some_and(|known| *known.listed() != prepared.header.vocabulary) {
         let problem = "its vocabulary is not that of the weights";
-        return Err(Error::data(path.display(), problem, "take the file that the model was trained on"));
+        return Err(Error::data(
+            path.display(),
+            problem,
+            "take the file that the model was trained on",
+        ));
     }
+
     let train = prepared.split("train")?;
     let (train, held_out) = match &config.held_out {
         HeldOut::Fraction(fraction) => cut(&train, *fraction),
         HeldOut::File(split) => (train, prepared.split(&split.to_string_lossy())?),
     };
+
     Ok(Corpus::new(train, held_out, prepared.vocabulary(), None))
 }
 
@@ -197,18 +241,25 @@ fn open_bytes(config: &DataConfig, seed: u64) -> Result<Corpus> {
         Some(paths) => (Tokens::of_files(paths)?, None),
         None => (Tokens::of_bytes(synthetic_bytes(config, seed)), Some(synthetic::entropy_rate())),
     };
+
     let (train, held_out) = match &config.held_out {
         HeldOut::Fraction(fraction) => cut(&whole, *fraction),
         HeldOut::File(path) => (whole, Tokens::of_files(std::slice::from_ref(path))?),
     };
+
     Ok(Corpus::new(train, held_out, Vocabulary::bytes(), floor))
 }
 
 fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Result<Corpus> {
     let text = match files(config)? {
-        Some(paths) => paths.iter().map(|path| file_text(path, config.tokenizer)).collect::<Result<Vec<_>>>()?.concat(),
+        Some(paths) => paths
+            .iter()
+            .map(|path| file_text(path, config.tokenizer))
+            .collect::<Result<Vec<_>>>()?
+            .concat(),
         None => String::from_utf8_lossy(&synthetic_bytes(config, seed)).into_owned(),
     };
+
     let mut held_name = config.name();
     let (train, held) = match &config.held_out {
         HeldOut::Fraction(fraction) => {
@@ -220,10 +271,12 @@ fn open_text(config: &DataConfig, seed: u64, known: Option<&Vocabulary>) -> Resu
             (&text[..], file_text(path, config.tokenizer)?)
         }
     };
+
     let vocabulary = match known {
         Some(known) => known.clone(),
         None => made(config, train, &[&held])?,
     };
+
     let unknown = |error| unknown_word(error, config, known);
     let train = vocabulary.encode(train, &config.name()).map_err(unknown)?;
     let held_out = vocabulary.encode(&held, &held_name).map_err(unknown)?;
@@ -249,7 +302,9 @@ fn unknown_word(error: Error, config: &DataConfig, known: Option<&Vocabulary>) -
 pub fn made(config: &DataConfig, train: &str, others: &[&str]) -> Result<Vocabulary> {
     match (config.tokenizer, &config.vocabulary) {
         (Tokenizer::Bytes, _) => Ok(Vocabulary::bytes()),
-        (Tokenizer::Characters, _) => Ok(Vocabulary::of_characters(&[&[train], others].concat().concat())),
+        (Tokenizer::Characters, _) => {
+            Ok(Vocabulary::of_characters(&[&[train], others].concat().concat()))
+        }
         (Tokenizer::Words, None) => Ok(Vocabulary::of_words(train, config.min_count)),
         (Tokenizer::Words, Some(path)) => {
             Vocabulary::of_list(&file_text(path, Tokenizer::Words)?, &path.display().to_string())
@@ -257,28 +312,37 @@ pub fn made(config: &DataConfig, train: &str, others: &[&str]) -> Result<Vocabul
     }
 }
 
-/// Cuts the given fractions off the end of a text: what is left first, then they. Words are cut between lines,
-/// characters between characters.
+/// Cuts the given fractions off the end of a text: what is left first, then they. Words are cut
+/// between lines, characters between characters.
 pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Range<usize>> {
     let mut ends = Vec::new();
     let mut left = fractions.iter().sum::<f64>();
     for fraction in fractions {
-        let mut cut = text.len() - (text.len() as f64 * left).round().min(text.len() as f64) as usize;
+        let mut cut =
+            text.len() - (text.len() as f64 * left).round().min(text.len() as f64) as usize;
         cut = match tokenizer {
-            // Between lines where that leaves about the share that is asked for, else between words.
+            // Between lines where that leaves about the share that is asked for, else between
+            // words.
             Tokenizer::Words => {
                 let before = &text.as_bytes()[..cut];
                 let most = text.len() as f64 * fraction;
-                let line = before.iter().rposition(|b| *b == b'\n').filter(|end| (cut - end) as f64 <= most);
+                let line = before
+                    .iter()
+                    .rposition(|b| *b == b'\n')
+                    .filter(|end| (cut - end) as f64 <= most);
                 let end = line.or_else(|| before.iter().rposition(|b| b.is_ascii_whitespace()));
                 end.map_or(0, |end| end + 1)
             }
-            Tokenizer::Characters => (0..=cut).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0),
+            Tokenizer::Characters => {
+                (0..=cut).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0)
+            }
             Tokenizer::Bytes => cut,
         };
+
         ends.push(cut);
         left -= fraction;
     }
+
     ends.push(text.len());
     let starts = std::iter::once(0).chain(ends.iter().copied());
     starts.zip(ends.iter().copied()).map(|(start, end)| start..end).collect()
@@ -286,8 +350,9 @@ pub fn cut_text(text: &str, fractions: &[f64], tokenizer: Tokenizer) -> Vec<Rang
 
 /// A file as text; of words the last line is a whole one.
 fn file_text(path: &Path, tokenizer: Tokenizer) -> Result<String> {
-    let mut text =
-        utf8(&tokens::map(path)?, &path.display().to_string())?.trim_start_matches(BYTE_ORDER_MARK).to_owned();
+    let mut text = utf8(&tokens::map(path)?, &path.display().to_string())?
+        .trim_start_matches(BYTE_ORDER_MARK)
+        .to_owned();
     if tokenizer == Tokenizer::Words && !text.ends_with('\n') {
         text.push('\n');
     }
@@ -320,7 +385,12 @@ mod tests {
     use super::*;
 
     fn config(path: PathBuf) -> DataConfig {
-        DataConfig { path: Some(path), sequence: 8, held_out: HeldOut::Fraction(0.25), ..DataConfig::default() }
+        DataConfig {
+            path: Some(path),
+            sequence: 8,
+            held_out: HeldOut::Fraction(0.25),
+            ..DataConfig::default()
+        }
     }
 
     fn read(tokens: &Tokens) -> Vec<i64> {
@@ -343,15 +413,27 @@ mod tests {
     fn words_are_cut_between_lines_and_counted_in_the_training_part() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
-        std::fs::write(&path, "a b c a b c a b\nc a b c a b\nc a a a a a a\nb b b b b b d d\n").unwrap();
-        let words = DataConfig { tokenizer: Tokenizer::Words, min_count: 2, sequence: 4, ..config(path.clone()) };
+        std::fs::write(&path, "a b c a b c a b\nc a b c a b\nc a a a a a a\nb b b b b b d d\n")
+            .unwrap();
+        let words = DataConfig {
+            tokenizer: Tokenizer::Words,
+            min_count: 2,
+            sequence: 4,
+            ..config(path.clone())
+        };
         let corpus = Corpus::open(&words, 1, 8, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (24, 9));
         assert_eq!(corpus.vocabulary.listed().tokens, ["a", "b", "c", "<eos>", "<unk>"]);
         assert_eq!(read(&corpus.held_out), [1, 1, 1, 1, 1, 1, 4, 4, 3]);
-        // Nothing is left out of the training part now: `d`, which only stands behind it, has no number.
-        let error = Corpus::open(&DataConfig { min_count: 1, ..words }, 1, 8, None).unwrap_err().to_string();
-        assert!(error.contains("a.txt: the word `d` is not in the vocabulary, which has no `<unk>`"), "{error}");
+        // Nothing is left out of the training part now: `d`, which only stands behind it, has no
+        // number.
+        let error = Corpus::open(&DataConfig { min_count: 1, ..words }, 1, 8, None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("a.txt: the word `d` is not in the vocabulary, which has no `<unk>`"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -361,14 +443,18 @@ mod tests {
         std::fs::write(&path, "abc abc ".repeat(10)).unwrap();
         let characters = DataConfig { tokenizer: Tokenizer::Characters, ..config(path.clone()) };
         let corpus = Corpus::open(&characters, 1, 8, None).unwrap();
-        assert_eq!((corpus.vocabulary.len(), corpus.train.len(), corpus.held_out.len()), (4, 60, 20));
+        assert_eq!(
+            (corpus.vocabulary.len(), corpus.train.len(), corpus.held_out.len()),
+            (4, 60, 20)
+        );
         // Words of a text without lines are cut between words.
         let words = DataConfig { tokenizer: Tokenizer::Words, sequence: 4, ..config(path) };
         let corpus = Corpus::open(&words, 1, 4, None).unwrap();
         assert_eq!((corpus.train.len(), corpus.held_out.len()), (16, 6));
     }
 
-    /// Twenty words, then one line of many: about the share that is asked for is held out all the same.
+    /// Twenty words, then one line of many: about the share that is asked for is held out all the
+    /// same.
     #[test]
     fn a_very_long_line_is_cut_between_words() {
         let text = ["a b c d\n".repeat(5), "x y ".repeat(10_000), "\n".into()].concat();
@@ -376,14 +462,21 @@ mod tests {
         let share = ranges[1].len() as f64 / text.len() as f64;
         assert!((share - 0.05).abs() < 1e-3, "{share}");
         let ranges = cut_text(&text, &[0.05, 0.05], Tokenizer::Words);
-        assert!(ranges.iter().skip(1).all(|range| (range.len() as f64 / text.len() as f64 - 0.05).abs() < 1e-3));
+        assert!(
+            ranges
+                .iter()
+                .skip(1)
+                .all(|range| (range.len() as f64 / text.len() as f64 - 0.05).abs() < 1e-3)
+        );
     }
 
     #[test]
     fn missing_empty_and_short_files_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
-        let message = |path: &PathBuf| Corpus::open(&config(path.clone()), 1, 8, None).unwrap_err().to_string();
+        let message = |path: &PathBuf| {
+            Corpus::open(&config(path.clone()), 1, 8, None).unwrap_err().to_string()
+        };
         assert!(message(&path).contains("a.txt: cannot be opened"), "{}", message(&path));
         std::fs::write(&path, b"").unwrap();
         assert!(message(&path).contains("a.txt: empty"), "{}", message(&path));
@@ -402,19 +495,42 @@ mod tests {
         let splits = vec![("train", ids.clone()), ("test", ids[..12].to_vec())];
         prepared::write(&path, source, &vocabulary, splits).unwrap();
         let error = Corpus::open(&config(path.clone()), 1, 8, None).unwrap_err().to_string();
-        assert!(error.contains("prepared with tokenizer `words`, the config has `bytes`"), "{error}");
+        assert!(
+            error.contains("prepared with tokenizer `words`, the config has `bytes`"),
+            "{error}"
+        );
         let held_out = HeldOut::File("test".into());
         let words = DataConfig { tokenizer: Tokenizer::Words, held_out, ..config(path) };
         let corpus = Corpus::open(&words, 1, 8, None).unwrap();
-        assert_eq!((corpus.train.len(), corpus.held_out.len(), corpus.vocabulary.len()), (30, 12, 3));
+        assert_eq!(
+            (corpus.train.len(), corpus.held_out.len(), corpus.vocabulary.len()),
+            (30, 12, 3)
+        );
         let error = Corpus::open(&words, 1, 8, Some(&Vocabulary::bytes())).unwrap_err().to_string();
         assert!(error.contains("its vocabulary is not that of the weights"), "{error}");
-        let refused = |config: &DataConfig| Corpus::open(config, 1, 8, None).unwrap_err().to_string();
+        let refused =
+            |config: &DataConfig| Corpus::open(config, 1, 8, None).unwrap_err().to_string();
         let rare = refused(&DataConfig { min_count: 3, ..words.clone() });
-        assert!(rare.contains("`data.min_count`: found 3;") && rare.contains("is prepared"), "{rare}");
-        let text = DataConfig { path: None, paths: words.path.clone().map(|path| vec![path]), ..words.clone() };
-        assert!(refused(&text).contains("a prepared file where a text is read"), "{}", refused(&text));
+        assert!(
+            rare.contains("`data.min_count`: found 3;") && rare.contains("is prepared"),
+            "{rare}"
+        );
+        let text = DataConfig {
+            path: None,
+            paths: words.path.clone().map(|path| vec![path]),
+            ..words.clone()
+        };
+        assert!(
+            refused(&text).contains("a prepared file where a text is read"),
+            "{}",
+            refused(&text)
+        );
         let missing = DataConfig { held_out: HeldOut::File("valid".into()), ..words };
-        assert!(Corpus::open(&missing, 1, 8, None).unwrap_err().to_string().contains("no split `valid`"));
+        assert!(
+            Corpus::open(&missing, 1, 8, None)
+                .unwrap_err()
+                .to_string()
+                .contains("no split `valid`")
+        );
     }
 }

@@ -73,21 +73,26 @@ impl Prepared {
     /// Maps a prepared file, which is read once.
     ///
     /// # Errors
-    /// [`Error::Data`] if it is of another format, damaged, or has tokens that its vocabulary does not have.
+    /// [`Error::Data`] if it is of another format, damaged, or has tokens that its vocabulary does
+    /// not have.
     pub fn open(path: &Path) -> Result<Prepared> {
-        let wrong = |problem: &str| Error::data(path.display(), problem, "prepare it again: ouroboros data prepare");
+        let wrong = |problem: &str| {
+            Error::data(path.display(), problem, "prepare it again: ouroboros data prepare")
+        };
         let map = map(path)?;
         let (header, start) = read_header(&map).map_err(|problem| wrong(&problem))?;
         let sum = header.splits.iter().try_fold(0usize, |sum, split| sum.checked_add(split.tokens));
         let bytes = sum.and_then(|tokens| tokens.checked_mul(header.width as usize));
-        let end =
-            bytes.and_then(|bytes| bytes.checked_add(start)).filter(|end| end.checked_add(DIGEST) == Some(map.len()));
+        let end = bytes
+            .and_then(|bytes| bytes.checked_add(start))
+            .filter(|end| end.checked_add(DIGEST) == Some(map.len()));
         let Some(end) = end else {
             return Err(wrong(&format!(
                 "{} bytes, which is not what its header says: it is cut short or damaged",
                 map.len()
             )));
         };
+
         if map[end..] != xxh3_64(&map[..end]).to_le_bytes() {
             return Err(wrong("its digest is not that of its bytes: it is damaged"));
         }
@@ -114,8 +119,13 @@ impl Prepared {
             }
             start += split.tokens;
         }
+
         let names: Vec<&str> = self.header.splits.iter().map(|split| split.name.as_str()).collect();
-        Err(Error::data(self.path.display(), format!("no split `{name}`"), format!("it has {}", names.join(", "))))
+        Err(Error::data(
+            self.path.display(),
+            format!("no split `{name}`"),
+            format!("it has {}", names.join(", ")),
+        ))
     }
 
     /// The vocabulary that it was tokenised with.
@@ -130,25 +140,39 @@ fn read_header(bytes: &[u8]) -> std::result::Result<(Header, usize), String> {
     if !bytes.starts_with(MAGIC) {
         return Err("not a prepared file".into());
     }
+
     let length = bytes.get(MAGIC.len()..fixed).ok_or("no header")?;
     let length = u64::from_le_bytes(length.try_into().map_err(|_| "no header")?);
-    let end = usize::try_from(length).ok().and_then(|length| fixed.checked_add(length)).ok_or("no header")?;
+    let end = usize::try_from(length)
+        .ok()
+        .and_then(|length| fixed.checked_add(length))
+        .ok_or("no header")?;
     let json = bytes.get(fixed..end).ok_or("the header is cut short")?;
     // The number of the format first: the rest may be another in another format.
-    let value: serde_json::Value = serde_json::from_slice(json).map_err(|error| format!("its header: {error}"))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(json).map_err(|error| format!("its header: {error}"))?;
     if value["format"] != FORMAT {
-        return Err(format!("format {} is not known to this version, which reads format {FORMAT}", value["format"]));
+        return Err(format!(
+            "format {} is not known to this version, which reads format {FORMAT}",
+            value["format"]
+        ));
     }
+
     let header = serde_json::from_value(value).map_err(|error| format!("its header: {error}"))?;
     Ok((header, end.next_multiple_of(ALIGN)))
 }
 
-/// Writes a prepared file under another name, then gives it its own. The splits are bytes of tokens, as wide as the
-/// vocabulary needs them.
+/// Writes a prepared file under another name, then gives it its own. The splits are bytes of
+/// tokens, as wide as the vocabulary needs them.
 ///
 /// # Errors
 /// [`Error::Data`] if it cannot be written; then nothing is left of it.
-pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(&str, Vec<u8>)>) -> Result<Header> {
+pub fn write(
+    path: &Path,
+    source: Source,
+    vocabulary: &Vocabulary,
+    splits: Vec<(&str, Vec<u8>)>,
+) -> Result<Header> {
     let width = Width::of(vocabulary.len());
     let header = Header {
         format: FORMAT,
@@ -156,7 +180,10 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
         width,
         splits: splits
             .iter()
-            .map(|(name, bytes)| Split { name: (*name).to_owned(), tokens: bytes.len() / width as usize })
+            .map(|(name, bytes)| Split {
+                name: (*name).to_owned(),
+                tokens: bytes.len() / width as usize,
+            })
             .collect(),
         vocabulary: vocabulary.listed().clone(),
     };
@@ -164,7 +191,8 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
     let temporary = files::temporary(path);
     let written = || -> std::io::Result<()> {
         let json = serde_json::to_vec(&header)?;
-        let mut file = Hashed { file: BufWriter::new(File::create(&temporary)?), hash: Xxh3::new() };
+        let mut file =
+            Hashed { file: BufWriter::new(File::create(&temporary)?), hash: Xxh3::new() };
         file.write_all(MAGIC)?;
         file.write_all(&(json.len() as u64).to_le_bytes())?;
         file.write_all(&json)?;
@@ -194,6 +222,7 @@ pub fn write(path: &Path, source: Source, vocabulary: &Vocabulary, splits: Vec<(
             ),
         }
     })?;
+
     Ok(header)
 }
 
@@ -218,7 +247,13 @@ mod tests {
         let path = folder.join("a.tokens");
         let vocabulary = Vocabulary::of_words("a b a c\n", 1);
         let source = Source { name: "a".into(), sha256: "00".into(), how: "words".into() };
-        write(&path, source, &vocabulary, vec![("train", vec![0, 1, 2, 3, 0]), ("valid", vec![3, 2])]).unwrap();
+        write(
+            &path,
+            source,
+            &vocabulary,
+            vec![("train", vec![0, 1, 2, 3, 0]), ("valid", vec![3, 2])],
+        )
+        .unwrap();
         path
     }
 
@@ -233,7 +268,13 @@ mod tests {
         prepared.split("train").unwrap().read(1, 3, &mut ids);
         assert_eq!(ids, [3, 2, 1, 2, 3]);
         assert_eq!(prepared.vocabulary().listed().tokens, ["a", "<eos>", "b", "c"]);
-        assert!(prepared.split("test").unwrap_err().to_string().contains("no split `test`; it has train, valid"));
+        assert!(
+            prepared
+                .split("test")
+                .unwrap_err()
+                .to_string()
+                .contains("no split `test`; it has train, valid")
+        );
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
@@ -259,6 +300,9 @@ mod tests {
         let place = good.windows(10).position(|w| w == b"\"format\":2").unwrap();
         other[place + 9] = b'7';
         let text = message(&other);
-        assert!(text.contains("format 7 is not known to this version, which reads format 2"), "{text}");
+        assert!(
+            text.contains("format 7 is not known to this version, which reads format 2"),
+            "{text}"
+        );
     }
 }

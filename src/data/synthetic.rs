@@ -1,17 +1,18 @@
 //! The embedded corpus: text-like bytes with long-range structure and a known entropy rate.
 //!
-//! A language of W words. A sentence is `topic: word word ... word, topic.` and a newline. Topic and words are uniform
-//! over the W words; after every word the sentence ends with probability q; the topic stands again at the end, so a
-//! model has to remember it over the whole sentence, however long that is. Sentences are independent and can be read
-//! in one way only, so, with `h(q) = -q ln q - (1-q) ln(1-q)` and 1/q words a sentence on average,
+//! A language of W words. A sentence is `topic: word word ... word, topic.` and a newline. Topic
+//! and words are uniform over the W words; after every word the sentence ends with probability q;
+//! the topic stands again at the end, so a model has to remember it over the whole sentence,
+//! however long that is. Sentences are independent and can be read in one way only, so, with `h(q)
+//! = -q ln q - (1-q) ln(1-q)` and 1/q words a sentence on average,
 //!
 //! ```text
 //! entropy rate = (ln W + (ln W + h(q)) / q) / (expected bytes of a sentence)      nats per byte
 //! expected bytes of a sentence = (2 + 1/q) * mean word length + (1/q - 1) + |": "| + |", "| + |".\n"|
 //! ```
 //!
-//! A window that starts in the middle of a sentence does not show its topic, so the loss over windows of T bytes stays
-//! a few nats a window above the rate.
+//! A window that starts in the middle of a sentence does not show its topic, so the loss over
+//! windows of T bytes stays a few nats a window above the rate.
 
 use rand_chacha::rand_core::RngCore;
 
@@ -38,10 +39,12 @@ pub fn generate(seed: u64, bytes: usize) -> Vec<u8> {
             out.push(' ');
             out.push_str(&word(&mut rng));
         }
+
         out.push_str(", ");
         out.push_str(&topic);
         out.push_str(".\n");
     }
+
     let mut out = out.into_bytes();
     out.truncate(bytes);
     out
@@ -49,7 +52,10 @@ pub fn generate(seed: u64, bytes: usize) -> Vec<u8> {
 
 /// Nats per byte that no model can pass.
 pub fn entropy_rate() -> f64 {
-    let (words, mean) = (1.0 / END, 1.0 + ENDINGS.iter().map(|e| e.len()).sum::<usize>() as f64 / ENDINGS.len() as f64);
+    let (words, mean) = (
+        1.0 / END,
+        1.0 + ENDINGS.iter().map(|e| e.len()).sum::<usize>() as f64 / ENDINGS.len() as f64,
+    );
     let bytes = (2.0 + words) * mean + (words - 1.0) + 6.0;
     let choice = (WORDS as f64).ln();
     (choice + (choice + end_entropy()) * words) / bytes
@@ -87,11 +93,13 @@ mod tests {
         assert!((found / entropy_rate() - 1.0).abs() < 5e-3, "{found} against {}", entropy_rate());
     }
 
-    /// The entropies of the choices, measured on the text itself by their frequencies, agree with the closed form.
+    /// The entropies of the choices, measured on the text itself by their frequencies, agree with
+    /// the closed form.
     #[test]
     fn measured_entropies_of_the_choices_agree() {
         let text = String::from_utf8(generate(2, 4_000_000)).unwrap();
-        let (mut topics, mut words, mut count, mut sentences) = (BTreeMap::new(), BTreeMap::new(), 0.0, 0.0);
+        let (mut topics, mut words, mut count, mut sentences) =
+            (BTreeMap::new(), BTreeMap::new(), 0.0, 0.0);
         for line in text.lines().filter(|line| line.ends_with('.')) {
             let (topic, rest) = line.split_once(": ").unwrap();
             let (body, again) = rest.strip_suffix('.').unwrap().split_once(", ").unwrap();

@@ -1,5 +1,5 @@
-//! A sequence of tokens: bytes of files mapped into memory, one after the other, or tokens of one, two or four bytes
-//! each, mapped or in memory.
+//! A sequence of tokens: bytes of files mapped into memory, one after the other, or tokens of one,
+//! two or four bytes each, mapped or in memory.
 
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,10 @@ impl Width {
 
     /// The bytes of tokens.
     pub fn encode(self, tokens: &[u32]) -> Vec<u8> {
-        tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(self as usize)).collect()
+        tokens
+            .iter()
+            .flat_map(|token| token.to_le_bytes().into_iter().take(self as usize))
+            .collect()
     }
 }
 
@@ -154,15 +157,17 @@ impl Tokens {
             hash.update(&part[start..start + take]);
             (skip, left) = (skip - start, left - take);
         }
+
         hash.digest()
     }
 
-    /// The share of the tokens below each of `cutoffs`, from the one before on, and of the rest; counted in blocks that
-    /// are spread over the whole.
+    /// The share of the tokens below each of `cutoffs`, from the one before on, and of the rest;
+    /// counted in blocks that are spread over the whole.
     pub fn shares(&self, cutoffs: &[usize]) -> Vec<f64> {
         if cutoffs.is_empty() {
             return vec![1.0];
         }
+
         let (blocks, length) = (64, 1 << 14);
         let mut counts = vec![0usize; cutoffs.len() + 1];
         let mut block = Vec::new();
@@ -170,8 +175,11 @@ impl Tokens {
             let start = self.len() / blocks * i;
             block.clear();
             self.read(start, length.min(self.len() - start), &mut block);
-            block.iter().for_each(|token| counts[cutoffs.partition_point(|cut| *cut as i64 <= *token)] += 1);
+            block.iter().for_each(|token| {
+                counts[cutoffs.partition_point(|cut| *cut as i64 <= *token)] += 1
+            });
         }
+
         let all = counts.iter().sum::<usize>().max(1) as f64;
         counts.into_iter().map(|count| count as f64 / all).collect()
     }
@@ -189,15 +197,21 @@ impl Tokens {
                 skip -= part.len();
                 continue;
             }
+
             let take = (part.len() - skip).min(left);
             let bytes = &part[skip..skip + take];
             match self.width {
                 Width::One => out.extend(bytes.iter().map(|b| i64::from(*b))),
-                Width::Two => out.extend(bytes.chunks_exact(2).map(|b| i64::from(u16::from_le_bytes([b[0], b[1]])))),
-                Width::Four => {
-                    out.extend(bytes.chunks_exact(4).map(|b| i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))))
-                }
+                Width::Two => out.extend(
+                    bytes.chunks_exact(2).map(|b| i64::from(u16::from_le_bytes([b[0], b[1]]))),
+                ),
+                Width::Four => out.extend(
+                    bytes
+                        .chunks_exact(4)
+                        .map(|b| i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
+                ),
             }
+
             (skip, left) = (0, left - take);
             if left == 0 {
                 break;
@@ -211,15 +225,18 @@ impl Tokens {
 /// # Errors
 /// [`Error::Data`] for a file that cannot be opened or is empty.
 pub fn map(path: &Path) -> Result<Mmap> {
-    let wrong =
-        |problem: String| Error::data(path.display(), problem, "check the path, which is relative to this folder");
+    let wrong = |problem: String| {
+        Error::data(path.display(), problem, "check the path, which is relative to this folder")
+    };
     let file = files::open(path).map_err(|error| wrong(format!("cannot be opened ({error})")))?;
     let bytes = file.metadata().map_err(|error| wrong(error.to_string()))?.len();
     if bytes == 0 {
         return Err(wrong("empty".into()));
     }
-    // SAFETY: the map is read-only. Another process that cuts the file short while it is mapped would end this one
-    // with SIGBUS; a corpus under training is not to be changed, as the README says.
+
+    // SAFETY: the map is read-only. Another process that cuts the file short while it is mapped
+    // would end this one with SIGBUS; a corpus under training is not to be changed, as the README
+    // says.
     unsafe { Mmap::map(&file) }.map_err(|error| wrong(format!("cannot be mapped ({error})")))
 }
 

@@ -1,8 +1,8 @@
 //! How text becomes tokens and tokens become text: bytes, characters, words.
 //!
-//! Words are what stands between white space; every line ends in `<eos>`. The most frequent token has the number 0, as
-//! the adaptive softmax wants it; equally frequent ones are in the order of their bytes. Words that a vocabulary leaves
-//! out are `<unk>`, if it has one.
+//! Words are what stands between white space; every line ends in `<eos>`. The most frequent token
+//! has the number 0, as the adaptive softmax wants it; equally frequent ones are in the order of
+//! their bytes. Words that a vocabulary leaves out are `<unk>`, if it has one.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -48,7 +48,8 @@ impl Vocabulary {
 
     /// A vocabulary read back.
     pub fn of(listed: Listed) -> Vocabulary {
-        let numbers = listed.tokens.iter().enumerate().map(|(i, token)| (token.clone(), i as u32)).collect();
+        let numbers =
+            listed.tokens.iter().enumerate().map(|(i, token)| (token.clone(), i as u32)).collect();
         Vocabulary { listed: Arc::new(listed), numbers: Arc::new(numbers) }
     }
 
@@ -70,8 +71,9 @@ impl Vocabulary {
         Vocabulary::of(Listed { tokenizer: Tokenizer::Characters, tokens })
     }
 
-    /// The words of a text that stand in it at least `min_count` times, the most frequent first. `<unk>` is among them
-    /// if it stands in the text or if rare words are to be left out (`min_count` > 1).
+    /// The words of a text that stand in it at least `min_count` times, the most frequent first.
+    /// `<unk>` is among them if it stands in the text or if rare words are to be left out
+    /// (`min_count` > 1).
     pub fn of_words(text: &str, min_count: usize) -> Vocabulary {
         let counted = tasks(text).into_par_iter().map(|part| {
             let mut counts: HashMap<&str, usize> = HashMap::new();
@@ -80,12 +82,15 @@ impl Vocabulary {
             }
             counts
         });
+
         let counts = counted.reduce(HashMap::new, |mut all, part| {
             part.into_iter().for_each(|(word, count)| *all.entry(word).or_default() += count);
             all
         });
-        let (mut kept, dropped): (Vec<_>, Vec<_>) =
-            counts.into_iter().partition(|(word, count)| *count >= min_count || *word == UNK || *word == EOS);
+
+        let (mut kept, dropped): (Vec<_>, Vec<_>) = counts
+            .into_iter()
+            .partition(|(word, count)| *count >= min_count || *word == UNK || *word == EOS);
         if min_count > 1 {
             let more: usize = dropped.iter().map(|(_, count)| count).sum();
             match kept.iter_mut().find(|(word, _)| *word == UNK) {
@@ -93,18 +98,21 @@ impl Vocabulary {
                 None => kept.push((UNK, more)),
             }
         }
+
         kept.sort_unstable_by(|(a, n), (b, m)| m.cmp(n).then(a.cmp(b)));
         let tokens = kept.into_iter().map(|(word, _)| word.to_owned()).collect();
         Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens })
     }
 
-    /// The words of a list, one a line, in its order, each alone or before its count; `<eos>` is added at the front if it is
-    /// not among them.
+    /// The words of a list, one a line, in its order, each alone or before its count; `<eos>` is
+    /// added at the front if it is not among them.
     ///
     /// # Errors
     /// [`Error::Data`] for a list that is empty, or has a word twice or a line that is no word.
     pub fn of_list(text: &str, path: &str) -> Result<Vocabulary> {
-        let wrong = |problem: String| Error::data(path, problem, "one word a line, each once, alone or with its count");
+        let wrong = |problem: String| {
+            Error::data(path, problem, "one word a line, each once, alone or with its count")
+        };
         let mut tokens = Vec::new();
         for (i, line) in text.lines().enumerate() {
             match line.split_whitespace().collect::<Vec<_>>()[..] {
@@ -117,9 +125,11 @@ impl Vocabulary {
                 }
             }
         }
+
         if tokens.is_empty() {
             return Err(wrong("no words".into()));
         }
+
         if !tokens.iter().any(|token| token == EOS) {
             tokens.insert(0, EOS.to_owned());
         }
@@ -127,9 +137,18 @@ impl Vocabulary {
         let count = tokens.len();
         let vocabulary = Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens });
         if vocabulary.numbers.len() < count {
-            let twice = vocabulary.listed.tokens.iter().enumerate().find(|(i, t)| vocabulary.numbers[*t] != *i as u32);
-            return Err(wrong(format!("`{}` stands in it twice", twice.map_or("", |(_, token)| token))));
+            let twice = vocabulary
+                .listed
+                .tokens
+                .iter()
+                .enumerate()
+                .find(|(i, t)| vocabulary.numbers[*t] != *i as u32);
+            return Err(wrong(format!(
+                "`{}` stands in it twice",
+                twice.map_or("", |(_, token)| token)
+            )));
         }
+
         Ok(vocabulary)
     }
 
@@ -150,7 +169,10 @@ impl Vocabulary {
     }
 
     /// The first number that means another token in another vocabulary: the token here and there.
-    pub fn first_difference<'a>(&'a self, other: &'a Vocabulary) -> Option<(usize, Option<&'a str>, Option<&'a str>)> {
+    pub fn first_difference<'a>(
+        &'a self,
+        other: &'a Vocabulary,
+    ) -> Option<(usize, Option<&'a str>, Option<&'a str>)> {
         let (mine, theirs) = (&self.listed.tokens, &other.listed.tokens);
         let at = |tokens: &'a [String], i: usize| tokens.get(i).map(String::as_str);
         let differs = |i: &usize| at(mine, *i) != at(theirs, *i);
@@ -178,7 +200,8 @@ impl Vocabulary {
     /// The tokens of a text.
     ///
     /// # Errors
-    /// [`Error::Data`] about `name` for a character that is not in the vocabulary, or a word where there is no `<unk>`.
+    /// [`Error::Data`] about `name` for a character that is not in the vocabulary, or a word where
+    /// there is no `<unk>`.
     pub fn encode(&self, text: &str, name: &str) -> Result<Vec<u32>> {
         Ok(self.parts(text, name)?.concat())
     }
@@ -189,7 +212,8 @@ impl Vocabulary {
     /// As [`Vocabulary::encode`].
     pub fn encode_bytes(&self, text: &str, name: &str) -> Result<Vec<u8>> {
         let width = Width::of(self.len());
-        let parts: Vec<Vec<u8>> = self.parts(text, name)?.into_par_iter().map(|part| width.encode(&part)).collect();
+        let parts: Vec<Vec<u8>> =
+            self.parts(text, name)?.into_par_iter().map(|part| width.encode(&part)).collect();
         Ok(parts.concat())
     }
 
@@ -199,6 +223,7 @@ impl Vocabulary {
             Tokenizer::Characters => pieces(text),
             Tokenizer::Words => tasks(text),
         };
+
         let bar = ProgressBar::new(text.len() as u64);
         let encoded = pieces.into_par_iter().map(|piece| {
             let mut buffer = [0u8; 4];
@@ -206,27 +231,34 @@ impl Vocabulary {
                 Tokenizer::Words => words(piece).map(|word| self.number(word, name)).collect(),
                 _ => piece.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect(),
             };
+
             bar.inc(piece.len() as u64);
             tokens
         });
+
         let encoded = encoded.collect();
         bar.finish_and_clear();
         encoded
     }
 
-    /// The tokens of the beginning of a text that is to go on: words without the end of the last line.
+    /// The tokens of the beginning of a text that is to go on: words without the end of the last
+    /// line.
     ///
     /// # Errors
     /// As [`Vocabulary::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let wrong = |error| match error {
-            Error::Data { problem, .. } => Error::config("--prompt", problem, "use what the training text has"),
+            Error::Data { problem, .. } => {
+                Error::config("--prompt", problem, "use what the training text has")
+            }
             other => other,
         };
+
         let mut tokens = self.encode(text, "--prompt").map_err(wrong)?;
         if self.listed.tokenizer == Tokenizer::Words && !text.ends_with('\n') {
             tokens.pop();
         }
+
         Ok(tokens)
     }
 
@@ -234,6 +266,7 @@ impl Vocabulary {
         if let Some(number) = self.numbers.get(token) {
             return Ok(*number);
         }
+
         let unknown = self.numbers.get(UNK).filter(|_| self.listed.tokenizer == Tokenizer::Words);
         unknown.copied().ok_or_else(|| {
             let shown: String = token.escape_debug().take(40).collect();
@@ -247,23 +280,28 @@ impl Vocabulary {
                     "take data.tokenizer = \"bytes\", or a text without it",
                 ),
             };
+
             Error::data(name, problem, remedy)
         })
     }
 
-    /// The text of tokens: characters and bytes as they are, words with a space between and lines at `<eos>`.
+    /// The text of tokens: characters and bytes as they are, words with a space between and lines
+    /// at `<eos>`.
     pub fn decode(&self, tokens: &[i64]) -> String {
-        let token = |number: &i64| self.listed.tokens.get(*number as usize).map_or("", String::as_str);
+        let token =
+            |number: &i64| self.listed.tokens.get(*number as usize).map_or("", String::as_str);
         match self.listed.tokenizer {
-            Tokenizer::Bytes => {
-                String::from_utf8_lossy(&tokens.iter().map(|token| *token as u8).collect::<Vec<_>>()).into_owned()
-            }
+            Tokenizer::Bytes => String::from_utf8_lossy(
+                &tokens.iter().map(|token| *token as u8).collect::<Vec<_>>(),
+            )
+            .into_owned(),
             Tokenizer::Characters => tokens.iter().map(token).collect(),
             Tokenizer::Words => {
                 let mut text = String::new();
                 let mut begun = false;
                 for word in tokens.iter().map(token) {
-                    let (before, word) = if word == EOS { ("", "\n") } else { (if begun { " " } else { "" }, word) };
+                    let (before, word) =
+                        if word == EOS { ("", "\n") } else { (if begun { " " } else { "" }, word) };
                     let _ = write!(text, "{before}{word}");
                     begun = word != "\n";
                 }
@@ -288,6 +326,7 @@ fn tasks(text: &str) -> Vec<&str> {
         parts.push(part);
         rest = more;
     }
+
     parts.push(rest);
     parts
 }
@@ -302,6 +341,7 @@ fn pieces(text: &str) -> Vec<&str> {
         parts.push(part);
         rest = more;
     }
+
     parts.push(rest);
     parts
 }
@@ -326,14 +366,19 @@ mod tests {
     #[test]
     fn words_are_numbered_by_frequency() {
         let vocabulary = Vocabulary::of_words(TEXT, 1);
-        assert_eq!(vocabulary.listed().tokens, ["<eos>", "the", "dog", "a", "cat", "end", "ran", "saw"]);
+        assert_eq!(
+            vocabulary.listed().tokens,
+            ["<eos>", "the", "dog", "a", "cat", "end", "ran", "saw"]
+        );
         let tokens = vocabulary.encode(TEXT, "x").unwrap();
         assert_eq!(tokens, [1, 4, 7, 1, 2, 0, 0, 3, 2, 6, 0, 1, 5, 0]);
         let tokens: Vec<i64> = tokens.into_iter().map(i64::from).collect();
         assert_eq!(vocabulary.decode(&tokens), "the cat saw the dog\n\na dog ran\nthe end\n");
         let error = vocabulary.encode("the fox", "x.txt").unwrap_err().to_string();
         assert!(
-            error.starts_with("data x.txt: the word `fox` is not in the vocabulary, which has no `<unk>`; "),
+            error.starts_with(
+                "data x.txt: the word `fox` is not in the vocabulary, which has no `<unk>`; "
+            ),
             "{error}"
         );
     }
@@ -352,7 +397,11 @@ mod tests {
         let vocabulary = Vocabulary::of_list("dog\nthe\n<unk>\n", "list").unwrap();
         assert_eq!(vocabulary.listed().tokens, ["<eos>", "dog", "the", "<unk>"]);
         let message = |text| Vocabulary::of_list(text, "list").unwrap_err().to_string();
-        assert!(message("a\nb\na\n").contains("`a` stands in it twice"), "{}", message("a\nb\na\n"));
+        assert!(
+            message("a\nb\na\n").contains("`a` stands in it twice"),
+            "{}",
+            message("a\nb\na\n")
+        );
         assert!(message(" \n").contains("no words"));
     }
 

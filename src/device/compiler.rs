@@ -1,4 +1,5 @@
-//! NVRTC, the compiler of kernels: its functions out of the library beside libtorch, whatever others there are.
+//! NVRTC, the compiler of kernels: its functions out of the library beside libtorch, whatever
+//! others there are.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -41,13 +42,15 @@ pub struct Source {
 pub enum Form {
     /// For one chip: any driver of the major version of CUDA loads it.
     Cubin,
-    /// For that chip and later ones: compiled once more by the driver, which must be as new as the compiler.
+    /// For that chip and later ones: compiled once more by the driver, which must be as new as the
+    /// compiler.
     Ptx,
 }
 
 fn function<T>(name: &str) -> Result<Symbol<T>, String> {
     // SAFETY: the callers give the types that nvrtc.h declares.
-    unsafe { nvrtc()?.get(name.as_bytes()) }.map_err(|error| format!("NVRTC has no {name} ({error})"))
+    unsafe { nvrtc()?.get(name.as_bytes()) }
+        .map_err(|error| format!("NVRTC has no {name} ({error})"))
 }
 
 /// A program of NVRTC's, destroyed when it is dropped.
@@ -55,27 +58,44 @@ struct Compilation(Program);
 
 impl Compilation {
     fn new(source: &Source) -> Result<Compilation, String> {
-        let c = |text: &str| CString::new(text).map_err(|error| format!("{}: {error}", source.name));
+        let c =
+            |text: &str| CString::new(text).map_err(|error| format!("{}: {error}", source.name));
         let (text, file) = (c(source.text)?, c(source.name)?);
         let mut program: Program = std::ptr::null_mut();
         let none = std::ptr::null();
         // SAFETY: room for one program; NVRTC copies the strings.
         let created = unsafe {
-            function::<Create>("nvrtcCreateProgram")?(&raw mut program, text.as_ptr(), file.as_ptr(), 0, none, none)
+            function::<Create>("nvrtcCreateProgram")?(
+                &raw mut program,
+                text.as_ptr(),
+                file.as_ptr(),
+                0,
+                none,
+                none,
+            )
         };
+
         match created {
             0 => Ok(Compilation(program)),
             _ => Err(format!("NVRTC answers nvrtcCreateProgram with {created}")),
         }
     }
 
-    /// Compiles for an architecture; products and sums are not contracted. The code of what went wrong.
+    /// Compiles for an architecture; products and sums are not contracted. The code of what went
+    /// wrong.
     fn compile(&self, architecture: &str) -> Result<c_int, String> {
         let option = |text: String| CString::new(text).map_err(|error| error.to_string());
-        let options = [option(format!("--gpu-architecture={architecture}"))?, option("--fmad=false".into())?];
+        let options =
+            [option(format!("--gpu-architecture={architecture}"))?, option("--fmad=false".into())?];
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         // SAFETY: the strings live to the end of the call.
-        Ok(unsafe { function::<Compile>("nvrtcCompileProgram")?(self.0, options.len() as c_int, options.as_ptr()) })
+        Ok(unsafe {
+            function::<Compile>("nvrtcCompileProgram")?(
+                self.0,
+                options.len() as c_int,
+                options.as_ptr(),
+            )
+        })
     }
 
     /// Bytes that NVRTC has of the program.
@@ -92,7 +112,9 @@ impl Compilation {
 
     fn log(&self) -> String {
         let bytes = self.bytes("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").unwrap_or_default();
-        CStr::from_bytes_until_nul(&bytes).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+        CStr::from_bytes_until_nul(&bytes)
+            .map(|text| text.to_string_lossy().into_owned())
+            .unwrap_or_default()
     }
 }
 
@@ -115,23 +137,32 @@ fn known(major: i32, minor: i32) -> Result<i32, String> {
         function::<Count>("nvrtcGetSupportedArchs")?(all.as_mut_ptr());
         all
     };
+
     let older = all.into_iter().filter(|found| *found <= 10 * major + minor);
-    older.max().ok_or_else(|| format!("NVRTC compiles for no GPU of compute capability {major}.{minor}"))
+    older
+        .max()
+        .ok_or_else(|| format!("NVRTC compiles for no GPU of compute capability {major}.{minor}"))
 }
 
 /// Compiles a source for a compute capability.
 ///
 /// # Errors
 /// What the compiler says, or why there is none.
-pub fn compiled(source: &Source, (major, minor): (i32, i32), form: Form) -> Result<Vec<u8>, String> {
+pub fn compiled(
+    source: &Source,
+    (major, minor): (i32, i32),
+    form: Form,
+) -> Result<Vec<u8>, String> {
     let compilation = Compilation::new(source)?;
     let (prefix, size, get) = match form {
         Form::Cubin => ("sm", "nvrtcGetCUBINSize", "nvrtcGetCUBIN"),
         Form::Ptx => ("compute", "nvrtcGetPTXSize", "nvrtcGetPTX"),
     };
+
     match compilation.compile(&format!("{prefix}_{major}{minor}"))? {
         0 => compilation.bytes(size, get),
-        // A chip that is newer than the compiler: its driver knows how to go on from an older one's.
+        // A chip that is newer than the compiler: its driver knows how to go on from an older
+        // one's.
         INVALID_OPTION if form == Form::Cubin => {
             let older = known(major, minor)?;
             compiled(source, (older / 10, older % 10), Form::Ptx)
@@ -161,17 +192,23 @@ pub fn image(source: &Source, capability: (i32, i32)) -> Result<Arc<Vec<u8>>, St
 mod tests {
     use super::*;
 
-    const SOURCE: Source =
-        Source { name: "right.cu", text: "extern \"C\" __global__ void f(float *x) { x[0] = 1.0f; }" };
+    const SOURCE: Source = Source {
+        name: "right.cu",
+        text: "extern \"C\" __global__ void f(float *x) { x[0] = 1.0f; }",
+    };
 
     #[test]
     fn what_is_wrong_with_a_source_is_told() {
         if nvrtc().is_err() {
             return; // A libtorch of one's own without it.
         }
-        let source = Source { name: "broken.cu", text: "extern \"C\" __global__ void f() { nothing; }" };
+        let source =
+            Source { name: "broken.cu", text: "extern \"C\" __global__ void f() { nothing; }" };
         let error = image(&source, (9, 0)).unwrap_err();
-        assert!(error.contains("broken.cu cannot be compiled") && error.contains("nothing"), "{error}");
+        assert!(
+            error.contains("broken.cu cannot be compiled") && error.contains("nothing"),
+            "{error}"
+        );
     }
 
     /// Machine code where the chip is known; else what an older one's driver is given.

@@ -1,5 +1,6 @@
-//! Switches of libtorch that `tch` does not have: methods of `at::Context` in the very release that this program is built
-//! for ([`crate::runtime::check_libtorch`]), called by the names that the compiler has given them.
+//! Switches of libtorch that `tch` does not have: methods of `at::Context` in the very release that
+//! this program is built for ([`crate::runtime::check_libtorch`]), called by the names that the
+//! compiler has given them.
 
 use std::ffi::{c_int, c_void};
 
@@ -21,7 +22,8 @@ fn context() -> Result<*mut c_void> {
     Ok(unsafe { method::<unsafe extern "C" fn() -> *mut c_void>("_ZN2at13globalContextEv")?() })
 }
 
-/// Matrix products of f32 on tensor cores, with 10 bits of mantissa (`Context::setAllowTF32CuBLAS`, `setAllowTF32CuDNN`).
+/// Matrix products of f32 on tensor cores, with 10 bits of mantissa (`Context::setAllowTF32CuBLAS`,
+/// `setAllowTF32CuDNN`).
 ///
 /// # Errors
 /// If this libtorch does not have the switches.
@@ -42,18 +44,22 @@ pub fn allow_tf32(allowed: bool) -> Result<()> {
 pub fn deterministic() -> Result<()> {
     type Set = unsafe extern "C" fn(*mut c_void, bool);
     type SetTwo = unsafe extern "C" fn(*mut c_void, bool, bool);
-    // SAFETY: `void (Context::*)(bool, bool)` and `void (Context::*)(bool)`, as above; the second of two says whether to warn only.
+    // SAFETY: `void (Context::*)(bool, bool)` and `void (Context::*)(bool)`, as above; the second
+    // of two says whether to warn only.
     unsafe {
         method::<SetTwo>("_ZN2at7Context26setDeterministicAlgorithmsEbb")?(context()?, true, false);
         method::<Set>("_ZN2at7Context21setDeterministicCuDNNEb")?(context()?, true);
     }
+
     Ok(())
 }
 
-/// Leaves so many multiprocessors of the device to others: products then take as many fewer, instead of waiting for the blocks of
-/// threads that find none free (`Context::_setSMCarveout_EXPERIMENTAL`, which libtorch heeds where cuBLASLt makes the product,
-/// `setBlasPreferredBackend`). On Hopper products fill the device with blocks that stay, so that one multiprocessor less can double
-/// their time. Source: pytorch issue 143988 and its answer 144974.
+/// Leaves so many multiprocessors of the device to others: products then take as many fewer,
+/// instead of waiting for the blocks of threads that find none free
+/// (`Context::_setSMCarveout_EXPERIMENTAL`, which libtorch heeds where cuBLASLt makes the product,
+/// `setBlasPreferredBackend`). On Hopper products fill the device with blocks that stay, so that
+/// one multiprocessor less can double their time. Source: pytorch issue 143988 and its answer
+/// 144974.
 ///
 /// # Errors
 /// If this libtorch does not have the switches.
@@ -64,8 +70,15 @@ pub fn leave_multiprocessors(count: i32) -> Result<()> {
     if count <= 0 {
         return Ok(());
     }
-    // SAFETY: `void (Context::*)(at::BlasBackend)`, an `enum class : int8_t`, of a libtorch whose CUDA half has been loaded.
-    unsafe { method::<Prefer>("_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE")?(context()?, CUBLASLT) };
+
+    // SAFETY: `void (Context::*)(at::BlasBackend)`, an `enum class : int8_t`, of a libtorch whose
+    // CUDA half has been loaded.
+    unsafe {
+        method::<Prefer>("_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE")?(
+            context()?,
+            CUBLASLT,
+        )
+    };
     carve_out(Some(count))
 }
 
@@ -76,24 +89,33 @@ fn carve_out(count: Option<i32>) -> Result<()> {
     let level = warnings();
     // SAFETY: as in `warnings`.
     let before = level.map(|level| unsafe { level.replace(ERRORS_ONLY) });
-    // SAFETY: `void (Context::*)(std::optional<int32_t>)`; that is trivial to copy and 8 bytes long, so it travels in one register:
-    // the value, then in the fifth byte whether there is one.
-    unsafe { method::<Set>("_ZN2at7Context27_setSMCarveout_EXPERIMENTALESt8optionalIiE")?(context()?, optional) };
+    // SAFETY: `void (Context::*)(std::optional<int32_t>)`; that is trivial to copy and 8 bytes
+    // long, so it travels in one register: the value, then in the fifth byte whether there is one.
+    unsafe {
+        method::<Set>("_ZN2at7Context27_setSMCarveout_EXPERIMENTALESt8optionalIiE")?(
+            context()?,
+            optional,
+        )
+    };
     if let (Some(level), Some(before)) = (level, before) {
         // SAFETY: as in `warnings`.
         unsafe { level.write(before) };
     }
+
     Ok(())
 }
 
-/// Lets libtorch warn wherever a call of this process waits for a device (`c10::cuda::warning_state()`), for `scripts/gpu-check.sh`: in
-/// the steady state there must be none. Only of a libtorch whose CUDA half is loaded.
+/// Lets libtorch warn wherever a call of this process waits for a device
+/// (`c10::cuda::warning_state()`), for `scripts/gpu-check.sh`: in the steady state there must be
+/// none. Only of a libtorch whose CUDA half is loaded.
 pub fn warn_of_waits() {
     /// `SyncDebugMode::L_WARN`, c10/cuda/CUDAFunctions.h.
     const WARN: c_int = 1;
     let this = Library::this();
-    // SAFETY: the address of the static in `c10::cuda::warning_state()`, a class whose only member is an `enum class` of int's size.
-    let state = unsafe { this.get::<*mut c_int>(b"_ZZN3c104cuda13warning_stateEvE14warning_state_") };
+    // SAFETY: the address of the static in `c10::cuda::warning_state()`, a class whose only member
+    // is an `enum class` of int's size.
+    let state =
+        unsafe { this.get::<*mut c_int>(b"_ZZN3c104cuda13warning_stateEvE14warning_state_") };
     match state.map(|symbol| symbol.into_raw().cast::<c_int>()) {
         // SAFETY: as above; it is read without a lock by libtorch too.
         Ok(state) => unsafe { state.write(WARN) },
@@ -107,8 +129,13 @@ const ERRORS_ONLY: c_int = 2;
 /// `FLAGS_caffe2_log_level`, an int of libc10's that lives as long as it.
 fn warnings() -> Option<*mut c_int> {
     let this = Library::this();
-    // SAFETY: the address of a variable, which is asked for before other threads of ours use libtorch.
-    unsafe { this.get::<*mut c_int>(b"FLAGS_caffe2_log_level").ok().map(|symbol| symbol.into_raw().cast()) }
+    // SAFETY: the address of a variable, which is asked for before other threads of ours use
+    // libtorch.
+    unsafe {
+        this.get::<*mut c_int>(b"FLAGS_caffe2_log_level")
+            .ok()
+            .map(|symbol| symbol.into_raw().cast())
+    }
 }
 
 #[cfg(test)]
@@ -119,7 +146,12 @@ mod tests {
     fn this_libtorch_has_the_switches() {
         allow_tf32(true).unwrap();
         allow_tf32(false).unwrap();
-        assert!(method::<unsafe extern "C" fn()>("_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE").is_ok());
+        assert!(
+            method::<unsafe extern "C" fn()>(
+                "_ZN2at7Context23setBlasPreferredBackendENS_11BlasBackendE"
+            )
+            .is_ok()
+        );
         assert!(method::<unsafe extern "C" fn()>("_ZN2at7Context9noSuchOneEv").is_err());
     }
 
@@ -129,9 +161,13 @@ mod tests {
         type Get = unsafe extern "C" fn(*mut c_void) -> u64;
         for count in [Some(3), None] {
             carve_out(count).unwrap();
-            // SAFETY: `std::optional<int32_t> (Context::*)() const`, which comes back in one register.
-            let found =
-                unsafe { method::<Get>("_ZNK2at7Context24_SMCarveout_EXPERIMENTALEv").unwrap()(context().unwrap()) };
+            // SAFETY: `std::optional<int32_t> (Context::*)() const`, which comes back in one
+            // register.
+            let found = unsafe {
+                method::<Get>("_ZNK2at7Context24_SMCarveout_EXPERIMENTALEv").unwrap()(
+                    context().unwrap(),
+                )
+            };
             assert_eq!((found >> 32 & 1 == 1).then_some(found as i32), count);
         }
     }

@@ -1,5 +1,5 @@
-//! The libraries for GPUs, found at run time: libtorch's own search path leads to them, ours need not, so the same places are looked
-//! at, and the libraries loaded by their path.
+//! The libraries for GPUs, found at run time: libtorch's own search path leads to them, ours need
+//! not, so the same places are looked at, and the libraries loaded by their path.
 //!
 //! ```text
 //! site-packages/torch/lib/libtorch_cuda.so            PyPI's package
@@ -23,7 +23,8 @@ const OLDEST_NCCL: c_int = 21800;
 
 /// Loads a library for ever, its symbols for all.
 fn load(file: &Path) -> Result<Library, String> {
-    // SAFETY: these are the libraries of CUDA and libtorch, whose constructors are made to run when they are loaded.
+    // SAFETY: these are the libraries of CUDA and libtorch, whose constructors are made to run when
+    // they are loaded.
     let library = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) };
     // What the loader says, as the cause of "dlopen failed".
     library.map_err(|error| error.source().map_or_else(|| error.to_string(), ToString::to_string))
@@ -53,13 +54,18 @@ pub fn load_torch_cuda() -> Result<i32, String> {
         if !file.exists() {
             return Err(format!("this libtorch has no CUDA ({} is missing)", file.display()));
         }
-        std::mem::forget(load(&file).map_err(|error| format!("libtorch's CUDA half cannot be loaded ({error})"))?);
+
+        std::mem::forget(
+            load(&file)
+                .map_err(|error| format!("libtorch's CUDA half cannot be loaded ({error})"))?,
+        );
         // tch panics where libtorch had looked for its CUDA half before it was there.
         match std::panic::catch_unwind(tch::utils::version_cudart) {
             Ok(version) if version > 0 => Ok((version / 1000) as i32),
             _ => Err("libtorch does not see its CUDA half".to_owned()),
         }
     };
+
     TORCH_CUDA.get_or_init(first).clone()
 }
 
@@ -87,10 +93,11 @@ fn find_nccl(file: &Path) -> Result<Nccl, String> {
         Ok(library) => (library, mapped("/libnccl.so").unwrap_or_else(|| file.to_owned())),
         // An archive's libtorch has it inside.
         Err(error) => match load_torch_cuda().ok().map(|_| Library::this()).filter(has_nccl) {
-            Some(library) => (library, mapped("/libtorch_cuda.so").unwrap_or_else(|| file.to_owned())),
+            Some(library) => {
+                (library, mapped("/libtorch_cuda.so").unwrap_or_else(|| file.to_owned()))
+            }
             None => {
-                let remedy =
-                    "install it (Python's package nvidia-nccl, or your system's), and let the loader find libnccl.so.2";
+                let remedy = "install it (Python's package nvidia-nccl, or your system's), and let the loader find libnccl.so.2";
                 return Err(format!("NCCL is missing ({error}); {remedy}"));
             }
         },
@@ -100,11 +107,15 @@ fn find_nccl(file: &Path) -> Result<Nccl, String> {
     // SAFETY: ncclResult_t ncclGetVersion(int*), as nccl.h declares it; it needs no device.
     let code = unsafe {
         let version = library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"ncclGetVersion\0");
-        version.map_err(|error| format!("{} is no NCCL ({error})", path.display()))?(&raw mut number)
+        version.map_err(|error| format!("{} is no NCCL ({error})", path.display()))?(
+            &raw mut number,
+        )
     };
+
     if code != 0 {
         return Err(format!("{} does not tell its version", path.display()));
     }
+
     new_enough(number, &path)?;
     Ok(Nccl { library, path, version: version(number) })
 }
@@ -116,7 +127,11 @@ fn has_nccl(library: &Library) -> bool {
 
 fn new_enough(number: c_int, path: &Path) -> Result<(), String> {
     match number < OLDEST_NCCL {
-        true => Err(format!("NCCL is too old: {} is {}, and 2.18 is needed", path.display(), dotted(version(number)))),
+        true => Err(format!(
+            "NCCL is too old: {} is {}, and 2.18 is needed",
+            path.display(),
+            dotted(version(number))
+        )),
         false => Ok(()),
     }
 }
@@ -141,7 +156,10 @@ pub fn nvrtc() -> Result<&'static Library, String> {
         Some(Ok(major)) => vec![*major],
         _ => vec![13, 12],
     };
-    LOADED.get_or_init(|| find_nvrtc(torch_lib().as_deref(), &majors)).as_ref().map_err(Clone::clone)
+    LOADED
+        .get_or_init(|| find_nvrtc(torch_lib().as_deref(), &majors))
+        .as_ref()
+        .map_err(Clone::clone)
 }
 
 fn find_nvrtc(torch_lib: Option<&Path>, majors: &[i32]) -> Result<Library, String> {
@@ -149,8 +167,11 @@ fn find_nvrtc(torch_lib: Option<&Path>, majors: &[i32]) -> Result<Library, Strin
     if let Some(file) = beside {
         // It looks for its second half by name alone, when it compiles.
         for half in files_like(file.parent(), "libnvrtc-builtins") {
-            std::mem::forget(load(&half).map_err(|error| format!("NVRTC cannot be loaded ({error})"))?);
+            std::mem::forget(
+                load(&half).map_err(|error| format!("NVRTC cannot be loaded ({error})"))?,
+            );
         }
+
         return load(&file).map_err(|error| format!("NVRTC cannot be loaded ({error})"));
     }
 
@@ -161,8 +182,11 @@ fn find_nvrtc(torch_lib: Option<&Path>, majors: &[i32]) -> Result<Library, Strin
             Err(error) => missing = error,
         }
     }
-    // libtorch's way to the one that it was built with; only where there is a driver, which it is linked with.
-    let through = torch_lib.map(|folder| folder.join("libcaffe2_nvrtc.so")).filter(|file| file.exists());
+
+    // libtorch's way to the one that it was built with; only where there is a driver, which it is
+    // linked with.
+    let through =
+        torch_lib.map(|folder| folder.join("libcaffe2_nvrtc.so")).filter(|file| file.exists());
     if let Some(file) = through
         && let Ok(library) = load(&file)
     {
@@ -173,29 +197,42 @@ fn find_nvrtc(torch_lib: Option<&Path>, majors: &[i32]) -> Result<Library, Strin
             return Ok(this);
         }
     }
-    Err(format!("NVRTC is missing ({missing}); install it (Python's package nvidia-cuda-nvrtc, or CUDA's toolkit)"))
+
+    Err(format!(
+        "NVRTC is missing ({missing}); install it (Python's package nvidia-cuda-nvrtc, or CUDA's toolkit)"
+    ))
 }
 
-/// Where NVRTC of a major version may lie, by the folder of libtorch's libraries: those files that are there, the best first.
+/// Where NVRTC of a major version may lie, by the folder of libtorch's libraries: those files that
+/// are there, the best first.
 fn nvrtc_beside(torch_lib: &Path, majors: &[i32]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for major in majors {
         let file = format!("libnvrtc.so.{major}");
         let packages = [format!("cu{major}"), "cuda_nvrtc".to_owned()];
-        let packaged = packages.map(|package| torch_lib.join("../../nvidia").join(package).join("lib").join(&file));
-        found.extend(packaged.into_iter().chain([torch_lib.join(&file)]).filter_map(|path| path.canonicalize().ok()));
+        let packaged = packages
+            .map(|package| torch_lib.join("../../nvidia").join(package).join("lib").join(&file));
+        found.extend(
+            packaged
+                .into_iter()
+                .chain([torch_lib.join(&file)])
+                .filter_map(|path| path.canonicalize().ok()),
+        );
         let hashed = |path: &PathBuf| path.to_string_lossy().ends_with(&format!(".so.{major}"));
         found.extend(files_like(Some(torch_lib), "libnvrtc-").into_iter().filter(hashed));
     }
+
     found.retain(|path| !path.to_string_lossy().contains("builtins"));
     found
 }
 
 /// The shared libraries of a folder whose names begin with `prefix`, but for NVRTC's alternatives.
 fn files_like(folder: Option<&Path>, prefix: &str) -> Vec<PathBuf> {
-    let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
+    let entries =
+        folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
     let wanted = |path: &PathBuf| {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name =
+            path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         name.starts_with(prefix) && name.contains(".so") && !name.contains(".alt.")
     };
     let mut found: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(wanted).collect();
@@ -225,7 +262,11 @@ mod tests {
                 13,
                 Some("nvidia/cu13/lib/libnvrtc.so.13"),
             ),
-            (&["nvidia/cuda_nvrtc/lib/libnvrtc.so.12"], 12, Some("nvidia/cuda_nvrtc/lib/libnvrtc.so.12")),
+            (
+                &["nvidia/cuda_nvrtc/lib/libnvrtc.so.12"],
+                12,
+                Some("nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+            ),
             (
                 &[
                     "torch/lib/libnvrtc-0ab1.so.12",
@@ -248,8 +289,13 @@ mod tests {
             }
             let found = nvrtc_beside(&torch_lib, &[major]);
             let root = folder.path().canonicalize().unwrap();
-            let found: Vec<PathBuf> = found.iter().map(|path| path.canonicalize().unwrap()).collect();
-            assert_eq!(found, expected.map(|path| root.join(path)).into_iter().collect::<Vec<_>>(), "{files:?}");
+            let found: Vec<PathBuf> =
+                found.iter().map(|path| path.canonicalize().unwrap()).collect();
+            assert_eq!(
+                found,
+                expected.map(|path| root.join(path)).into_iter().collect::<Vec<_>>(),
+                "{files:?}"
+            );
         }
     }
 
@@ -257,7 +303,11 @@ mod tests {
     fn what_is_missing_is_told_with_its_package() {
         let folder = tempfile::tempdir().unwrap();
         let error = find_nvrtc(Some(folder.path()), &[99]).err().unwrap();
-        assert!(error.contains("NVRTC is missing (libnvrtc.so.99") && error.contains("nvidia-cuda-nvrtc"), "{error}");
+        assert!(
+            error.contains("NVRTC is missing (libnvrtc.so.99")
+                && error.contains("nvidia-cuda-nvrtc"),
+            "{error}"
+        );
         std::fs::create_dir_all(folder.path().join("torch/lib")).unwrap();
         std::fs::write(folder.path().join("torch/lib/libnvrtc.so.99"), "no library").unwrap();
         let error = find_nvrtc(Some(&folder.path().join("torch/lib")), &[99]).err().unwrap();

@@ -1,5 +1,6 @@
-//! Which device a rank computes on: the processor, or one GPU. The program knows nothing of CUDA when it is built; what it
-//! needs is looked for when a config asks for it, so one binary serves machines with and without.
+//! Which device a rank computes on: the processor, or one GPU. The program knows nothing of CUDA
+//! when it is built; what it needs is looked for when a config asks for it, so one binary serves
+//! machines with and without.
 //!
 //! ```text
 //! config `device`  ──►  libraries   libtorch's CUDA half, NCCL, NVRTC: loaded from beside the libtorch that was found
@@ -27,17 +28,20 @@ pub use driver::{Driver, Gpu};
 
 use crate::error::{Error, Result};
 
-/// Settings that CUDA's libraries read from the environment, as this program needs them, where the user has none of his own.
-/// Must be called before there is a second thread.
+/// Settings that CUDA's libraries read from the environment, as this program needs them, where the
+/// user has none of his own. Must be called before there is a second thread.
 pub fn prepare_environment() {
     for (name, value) in [
-        // Every stream a queue of its own: two that wait for each other's neighbours must not stand in one line.
+        // Every stream a queue of its own: two that wait for each other's neighbours must not stand
+        // in one line.
         ("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         // Groups connect when they are made, not when they first sum.
         ("NCCL_RUNTIME_CONNECT", "0"),
-        // Sums that switches make have no order of their own, and take buffers; ours overlap with compute anyway.
+        // Sums that switches make have no order of their own, and take buffers; ours overlap with
+        // compute anyway.
         ("NCCL_NVLS_ENABLE", "0"),
-        // Fixed workspaces, without which cuBLAS is not deterministic. Source: cuBLAS, "Results reproducibility".
+        // Fixed workspaces, without which cuBLAS is not deterministic. Source: cuBLAS, "Results
+        // reproducibility".
         ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
     ] {
         if std::env::var_os(name).is_none() {
@@ -86,7 +90,8 @@ impl ComputeDevice {
     }
 }
 
-/// The device of a process. Must come before the first tensor where it may be a GPU: libtorch looks for its CUDA half once.
+/// The device of a process. Must come before the first tensor where it may be a GPU: libtorch looks
+/// for its CUDA half once.
 ///
 /// # Errors
 /// [`Error::Config`] about `device` if a GPU is wanted and cannot be had.
@@ -95,6 +100,7 @@ pub fn choose(choice: DeviceSetting, local: Local, shared: bool) -> Result<Compu
         DeviceSetting::Cpu => return Ok(ComputeDevice::Cpu),
         _ => driver::find().and_then(usable),
     };
+
     match (choice, found) {
         (DeviceSetting::Auto, Err(why)) => {
             tracing::info!(%why, "no GPU is used");
@@ -117,40 +123,51 @@ fn usable(driver: Driver) -> std::result::Result<Driver, String> {
             std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_else(|_| "not set".into())
         ));
     }
+
     let needed = libraries::load_torch_cuda()?;
-    // Within a major version drivers of any minor one will do: kernels of our own are compiled to machine code.
+    // Within a major version drivers of any minor one will do: kernels of our own are compiled to
+    // machine code.
     if driver.version.0 < needed {
         let (major, minor) = driver.version;
         return Err(format!(
             "the driver is too old: it serves CUDA {major}.{minor}, and this libtorch needs {needed}.0"
         ));
     }
+
     libraries::nvrtc()?;
     Ok(driver)
 }
 
-/// One rank a GPU, by the rank's number on its host. A rank that sees a single one may have been given its own.
+/// One rank a GPU, by the rank's number on its host. A rank that sees a single one may have been
+/// given its own.
 fn pick(gpus: &[Gpu], local: Local, shared: bool) -> Result<Gpu> {
     let index = match gpus.len() {
         1 => 0,
         n if shared => local.rank % n,
         _ => local.rank,
     };
+
     gpus.get(index).cloned().ok_or_else(|| {
         let found = format!("{} ranks on this host, which has {} GPUs", local.ranks, gpus.len());
-        Error::config("grid", found, "start as many ranks as there are GPUs, or set allow_shared_gpu = true")
+        Error::config(
+            "grid",
+            found,
+            "start as many ranks as there are GPUs, or set allow_shared_gpu = true",
+        )
     })
 }
 
-/// Values of the host on a device, copied while the host goes on: through pinned memory, which libtorch does not use again
-/// before the copy is made.
-///
-/// # Errors
-/// What libtorch reports.
+/// Values of the host on a device, copied while the host goes on: through pinned memory, which
+/// libtorch does not use again before the copy is made.
 pub fn to_device(values: &Tensor, device: Device) -> Result<Tensor> {
     match device {
         Device::Cpu => Ok(values.shallow_clone()),
-        _ => Ok(values.f_internal_pin_memory(device)?.f_to_device_(device, values.kind(), true, false)?),
+        _ => Ok(values.f_internal_pin_memory(device)?.f_to_device_(
+            device,
+            values.kind(),
+            true,
+            false,
+        )?),
     }
 }
 
@@ -169,6 +186,7 @@ pub fn check_apart(all: &[(String, Gpu)], shared: bool) -> Result<()> {
             return Err(Error::config("allow_shared_gpu", found, remedy));
         }
     }
+
     Ok(())
 }
 
@@ -178,7 +196,14 @@ mod tests {
 
     fn gpu(index: usize) -> Gpu {
         let bus = format!("0000:0{index}:00.0");
-        Gpu { index, name: "Test".into(), bus, uuid: format!("{index:032x}"), bytes: 1 << 30, capability: (9, 0) }
+        Gpu {
+            index,
+            name: "Test".into(),
+            bus,
+            uuid: format!("{index:032x}"),
+            bytes: 1 << 30,
+            capability: (9, 0),
+        }
     }
 
     #[test]
@@ -188,7 +213,10 @@ mod tests {
         assert_eq!((of(0, 2), of(1, 2)), (Ok(0), Ok(1)));
         let error = of(2, 3).unwrap_err();
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("`grid`: found 3 ranks on this host, which has 2 GPUs"), "{error}");
+        assert!(
+            error.to_string().contains("`grid`: found 3 ranks on this host, which has 2 GPUs"),
+            "{error}"
+        );
         assert_eq!(pick(&gpus, Local { rank: 3, ranks: 4 }, true).unwrap().index, 1);
         // It sees its own only.
         assert_eq!(pick(&gpus[..1], Local { rank: 5, ranks: 8 }, false).unwrap().index, 0);

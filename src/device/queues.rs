@@ -1,9 +1,10 @@
-//! The queues (streams) of a GPU: work that is put on one is done in order, work on different ones in any order but where
-//! a mark (event) in one is waited for by another.
+//! The queues (streams) of a GPU: work that is put on one is done in order, work on different ones
+//! in any order but where a mark (event) in one is waited for by another.
 //!
-//! Everything that libtorch does is on its current stream, here always the default one of the device: the queue
-//! [`Queue::Compute`]. libtorch gives memory that is dropped to whoever asks next, and lets that one's work simply follow on
-//! this queue; so memory that another queue still uses must be held until a mark behind that use has passed.
+//! Everything that libtorch does is on its current stream, here always the default one of the
+//! device: the queue [`Queue::Compute`]. libtorch gives memory that is dropped to whoever asks
+//! next, and lets that one's work simply follow on this queue; so memory that another queue still
+//! uses must be held until a mark behind that use has passed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -27,32 +28,21 @@ pub trait Queues {
     type Mark;
 
     /// Another queue.
-    ///
-    /// # Errors
-    /// What the device reports.
     fn add(&mut self) -> Result<Queue>;
 
     /// A mark behind all work that has been put on a queue so far.
-    ///
-    /// # Errors
-    /// What the device reports.
     fn mark(&self, queue: Queue) -> Result<Self::Mark>;
 
     /// What is put on a queue from now on waits for a mark. The host does not.
-    ///
-    /// # Errors
-    /// What the device reports.
     fn follow(&self, queue: Queue, mark: &Self::Mark) -> Result<()>;
 
     /// Whether all work before a mark is done.
-    ///
-    /// # Errors
-    /// What the device reports: also what has gone wrong in that work.
     fn passed(&self, mark: &Self::Mark) -> Result<bool>;
 }
 
-/// The primary context of a device, which libtorch uses too: made once a process, and never given back. Making it takes up to a
-/// second, and one that is given back is stale for whoever still means it.
+/// The primary context of a device, which libtorch uses too: made once a process, and never given
+/// back. Making it takes up to a second, and one that is given back is stale for whoever still
+/// means it.
 ///
 /// # Errors
 /// [`Error::Device`] with what the driver reports.
@@ -81,9 +71,6 @@ fn lost(call: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error {
 
 impl CudaQueues {
     /// Those of a device, of which libtorch's is there.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub fn new(index: usize) -> Result<CudaQueues> {
         let context = primary(index)?;
         Ok(CudaQueues { compute: context.default_stream(), context, own: Vec::new() })
@@ -98,26 +85,17 @@ impl CudaQueues {
     }
 
     /// Makes the device the one that calls of this thread mean.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(lost("cuCtxSetCurrent"))
     }
 
     /// Bytes of the device's memory that are taken, by whomever.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub fn taken(&self) -> Result<u64> {
         let (left, all) = self.memory()?;
         Ok(all - left)
     }
 
     /// Bytes of the device's memory that are free, and all.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (left, all) = self.context.mem_get_info().map_err(lost("cuMemGetInfo"))?;
         Ok((left as u64, all as u64))
@@ -130,9 +108,13 @@ impl Queues for CudaQueues {
     fn add(&mut self) -> Result<Queue> {
         self.bind()?;
         // Before the compute in the device's order: what is small and waited for goes first.
-        let (_, first) =
-            cudarc::driver::result::stream::get_priority_range().map_err(lost("cuCtxGetStreamPriorityRange"))?;
-        self.own.push(self.context.new_stream_with_priority(first).map_err(lost("cuStreamCreateWithPriority"))?);
+        let (_, first) = cudarc::driver::result::stream::get_priority_range()
+            .map_err(lost("cuCtxGetStreamPriorityRange"))?;
+        self.own.push(
+            self.context
+                .new_stream_with_priority(first)
+                .map_err(lost("cuStreamCreateWithPriority"))?,
+        );
         Ok(Queue::Own(self.own.len() - 1))
     }
 

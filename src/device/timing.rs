@@ -1,5 +1,5 @@
-//! How long work takes on a device, where the log is at `debug` (OUROBOROS_LOG): by marks that tell the time. `scripts/gpu-check.sh`
-//! reads the log.
+//! How long work takes on a device, where the log is at `debug` (OUROBOROS_LOG): by marks that tell
+//! the time. `scripts/gpu-check.sh` reads the log.
 
 use std::sync::{Arc, Mutex};
 
@@ -19,9 +19,6 @@ pub fn lost(error: DriverError) -> Error {
 }
 
 /// A mark that tells the time, behind all work that has been put on a stream.
-///
-/// # Errors
-/// The driver's.
 pub fn mark(stream: &CudaStream) -> Result<CudaEvent> {
     stream.record_event(Some(CU_EVENT_DEFAULT)).map_err(lost)
 }
@@ -39,18 +36,13 @@ pub struct Spans {
 
 impl Spans {
     /// Of a device; none unless they are wanted.
-    ///
-    /// # Errors
-    /// The driver's.
     pub fn new(index: usize) -> Result<Option<Spans>> {
-        let of = |index| Ok(Spans { stream: primary(index)?.default_stream(), kept: Mutex::default() });
+        let of =
+            |index| Ok(Spans { stream: primary(index)?.default_stream(), kept: Mutex::default() });
         wanted().then(|| of(index)).transpose()
     }
 
     /// Measures what `work` puts on the stream.
-    ///
-    /// # Errors
-    /// Its own, or the driver's.
     pub fn around(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let Ok(mut kept) = self.kept.lock() else { return work() };
         if kept.len() >= KEPT {
@@ -64,9 +56,6 @@ impl Spans {
     }
 
     /// How many, and how long all of them took, in milliseconds.
-    ///
-    /// # Errors
-    /// The driver's, also that they are not done.
     pub fn took(&self) -> Result<(usize, f64)> {
         let Ok(kept) = self.kept.lock() else { return Ok((0, 0.0)) };
         let times = kept.iter().map(|[begun, ended]| begun.elapsed_ms(ended).map(f64::from));

@@ -32,29 +32,43 @@ pub(super) fn setup_of_rank(job: &Job, world: &World) -> Result<(Setup, Option<T
              --transport local",
             mpi::library_version()
         );
+
         return Err(Error::config("launcher", found, remedy));
     }
+
     if grid.size() != size {
         let devices = match grid.placement {
             Placement::Line => "K * R",
             Placement::Ring => "(K - 1) * R",
         };
-        let remedy = format!("run mpirun -n {}, or give --grid KxR with {devices} = {size}", grid.size());
-        return Err(Error::config("grid", format!("{grid} = {} devices and {size} ranks", grid.size()), remedy));
+
+        let remedy =
+            format!("run mpirun -n {}, or give --grid KxR with {devices} = {size}", grid.size());
+        return Err(Error::config(
+            "grid",
+            format!("{grid} = {} devices and {size} ranks", grid.size()),
+            remedy,
+        ));
     }
+
     Ok((setup, topology))
 }
 
 /// The setup that goes on from what rank 0 has found and verified.
 pub(super) fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
     let found = if world.identity.rank == 0 { job.saved(&setup) } else { Ok(None) };
-    let path = found.as_ref().ok().and_then(Option::as_ref).map(|saved| saved.path.as_os_str().as_bytes().to_vec());
+    let path = found
+        .as_ref()
+        .ok()
+        .and_then(Option::as_ref)
+        .map(|saved| saved.path.as_os_str().as_bytes().to_vec());
     let all = world.all_gather(path.unwrap_or_default())?;
     let saved = match found? {
         Some(saved) => Some(saved),
         None if all[0].is_empty() => None,
         None => Some(Checkpoint::read_manifest(Path::new(OsStr::from_bytes(&all[0])))?),
     };
+
     match saved {
         Some(saved) => setup.resume(saved),
         None => Ok(setup),
@@ -74,7 +88,12 @@ pub(super) fn hosts(world: &World) -> Result<Vec<String>> {
 }
 
 /// Refuses a machine whose limits the ranks on it would break.
-pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup, chosen: &ComputeDevice) -> Result<()> {
+pub(super) fn enough_memory(
+    job: &Job,
+    world: &World,
+    setup: &Setup,
+    chosen: &ComputeDevice,
+) -> Result<()> {
     let Identity { rank, host, .. } = &world.identity;
     let group = memory::control_group().unwrap_or_default();
     let all = world.all_gather(format!("{host}\n{group}").into_bytes())?;
@@ -83,13 +102,15 @@ pub(super) fn enough_memory(job: &Job, world: &World, setup: &Setup, chosen: &Co
         let (on, group) = text.split_once('\n')?;
         (on == host && other != *rank).then(|| (other, group.to_owned()))
     };
+
     let neighbours: Vec<(usize, String)> = all.iter().enumerate().filter_map(of_rank).collect();
     job.check_memory(setup, chosen, *rank..*rank + 1, &neighbours)
 }
 
 /// Refuses a world whose ranks have read different configs, texts or vocabularies.
 pub(super) fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
-    let Fingerprint { train_tokens, train, held_out_tokens, held_out, vocabulary } = setup.corpus.fingerprint();
+    let Fingerprint { train_tokens, train, held_out_tokens, held_out, vocabulary } =
+        setup.corpus.fingerprint();
     let mine = [
         ("vocabulary", vocabulary.clone()),
         ("training text", format!("{train_tokens} {train}")),
@@ -97,6 +118,7 @@ pub(super) fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
         ("config", setup.config.to_toml()),
         ("step to resume from", setup.start().to_string()),
     ];
+
     for (what, mine) in mine {
         let all = world.all_gather(mine.into_bytes())?;
         if let Some(rank) = all.iter().position(|other| *other != all[0]) {
@@ -108,6 +130,7 @@ pub(super) fn same_everywhere(world: &World, setup: &Setup) -> Result<()> {
             ));
         }
     }
+
     Ok(())
 }
 
@@ -117,17 +140,25 @@ pub(super) fn same_folder(world: &World, out: &Path, owner: Option<&str>) -> Res
     if world.identity.rank == 0 {
         return Ok(());
     }
+
     let owner = String::from_utf8_lossy(&all[0]);
 
     let begun = Instant::now();
     while !lock::is_of(out, &owner) {
         if begun.elapsed() > SEEN {
             let here = std::env::current_dir().unwrap_or_default();
-            let found = format!("{} of working folder {} on {}", out.display(), here.display(), world.identity.host);
+            let found = format!(
+                "{} of working folder {} on {}",
+                out.display(),
+                here.display(),
+                world.identity.host
+            );
             let remedy = "rank 0 writes a folder of this name that is not seen here: choose one that all nodes share";
             return Err(Error::config("--out", found, remedy));
         }
+
         std::thread::sleep(SEEN / 100);
     }
+
     Ok(())
 }

@@ -11,17 +11,22 @@ use crate::precision::Precision;
 ///
 /// # Errors
 /// [`Error::Usage`] about `--transport`, [`Error::Config`] about `device` if NCCL is missing.
-pub(super) fn carried(transport: Option<Transport>, chosen: &ComputeDevice, size: usize) -> Result<Option<Transport>> {
+pub(super) fn carried(
+    transport: Option<Transport>,
+    chosen: &ComputeDevice,
+    size: usize,
+) -> Result<Option<Transport>> {
     match (transport, chosen) {
-        (Some(Transport::Nccl), ComputeDevice::Cpu) => {
-            Err(Error::Usage("--transport nccl is for GPUs; set device = \"cuda\", or take mpi".into()))
-        }
+        (Some(Transport::Nccl), ComputeDevice::Cpu) => Err(Error::Usage(
+            "--transport nccl is for GPUs; set device = \"cuda\", or take mpi".into(),
+        )),
         (Some(Transport::Mpi), ComputeDevice::Cuda(_)) => Ok(Some(Transport::Mpi)),
         // Nobody to talk to.
         (_, ComputeDevice::Cuda(_)) if size == 1 => Ok(None),
         (_, ComputeDevice::Cuda(_)) => {
             let remedy = "or take --transport mpi, which is slow";
-            libraries::nccl().map_err(|why| Error::config("device", format!("`cuda`, but {why}"), remedy))?;
+            libraries::nccl()
+                .map_err(|why| Error::config("device", format!("`cuda`, but {why}"), remedy))?;
             Ok(Some(Transport::Nccl))
         }
         (_, ComputeDevice::Cpu) => Ok(None),
@@ -39,15 +44,19 @@ pub(super) fn chosen(config: &Config, local: Local) -> Result<ComputeDevice> {
             let remedy = "only GPUs have it: set device = \"cuda\", or take \"f32\"";
             return Err(Error::config("precision", "`tf32` on a processor", remedy));
         }
+
         context::allow_tf32(true)?;
     }
+
     if config.deterministic {
         context::deterministic()?;
     }
+
     Ok(chosen)
 }
 
-/// Refuses ranks that would share a GPU, or of which only some have one. Rank 0 tells who has which.
+/// Refuses ranks that would share a GPU, or of which only some have one. Rank 0 tells who has
+/// which.
 ///
 /// # Errors
 /// [`Error::Config`] about `device` or `allow_shared_gpu`.
@@ -56,22 +65,34 @@ pub(super) fn apart(world: &World, config: &Config, chosen: &ComputeDevice) -> R
         ComputeDevice::Cpu => None,
         ComputeDevice::Cuda(gpu) => Some(gpu.clone()),
     };
-    let bytes =
-        serde_json::to_vec(&(&world.identity.host, &gpu)).map_err(|error| Error::Internal(error.to_string()))?;
+
+    let bytes = serde_json::to_vec(&(&world.identity.host, &gpu))
+        .map_err(|error| Error::Internal(error.to_string()))?;
     let read = |bytes: &Vec<u8>| serde_json::from_slice::<(String, Option<Gpu>)>(bytes);
     let all: std::result::Result<Vec<_>, _> = world.all_gather(bytes)?.iter().map(read).collect();
     let all = all.map_err(|error| Error::Internal(error.to_string()))?;
-    let with: Vec<(String, Gpu)> = all.iter().filter_map(|(host, gpu)| Some((host.clone(), gpu.clone()?))).collect();
-    if let Some(without) = all.iter().position(|(_, gpu)| gpu.is_none()).filter(|_| !with.is_empty()) {
-        let found =
-            format!("`auto`, and rank {without} on {} has no GPU that can be used, others have", all[without].0);
-        return Err(Error::config("device", found, "set device = \"cpu\", or start ranks where GPUs are"));
+    let with: Vec<(String, Gpu)> =
+        all.iter().filter_map(|(host, gpu)| Some((host.clone(), gpu.clone()?))).collect();
+    if let Some(without) =
+        all.iter().position(|(_, gpu)| gpu.is_none()).filter(|_| !with.is_empty())
+    {
+        let found = format!(
+            "`auto`, and rank {without} on {} has no GPU that can be used, others have",
+            all[without].0
+        );
+        return Err(Error::config(
+            "device",
+            found,
+            "set device = \"cpu\", or start ranks where GPUs are",
+        ));
     }
+
     device::check_apart(&with, config.allow_shared_gpu)?;
     if world.identity.rank == 0 {
         for (rank, (host, gpu)) in with.iter().enumerate() {
             say!("rank {rank}: {gpu} on {host}");
         }
     }
+
     Ok(())
 }

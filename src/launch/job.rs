@@ -44,7 +44,8 @@ pub struct Job {
     pub topology: Option<PathBuf>,
     pub self_test: bool,
     pub oracle: bool,
-    /// Go on from this saved state, or the newest in this folder; an empty path is the run's own folder.
+    /// Go on from this saved state, or the newest in this folder; an empty path is the run's own
+    /// folder.
     pub resume: Option<PathBuf>,
     pub mode: Mode,
     /// Steps of a run that only measures; none: as many as the schedule needs.
@@ -64,23 +65,29 @@ impl Job {
             config.grid.order = topology.order;
             topology.check_grid(config.grid())?;
         }
+
         if self.mode.bench {
             config = self.measured(config);
         }
+
         if !self.oracle && config.eval.as_ref().is_some_and(|eval| !eval.drain) {
             let remedy = "only the oracle reads the weights while steps are under way; leave it out, or add --oracle";
             return Err(Error::config("eval.drain", false, remedy));
         }
+
         let setup = Setup::new(config)?;
         if self.mode.bench {
             clock::check(&setup.schedule)?;
         }
+
         if let Some(emulated) = &self.mode.emulated {
             emulated.check(setup.grid.stages)?;
         }
+
         if let Some(injection) = self.mode.inject {
             self.check_injection(injection, &setup)?;
         }
+
         Ok((setup, topology))
     }
 
@@ -95,18 +102,29 @@ impl Job {
             let remedy = format!("the grid is {grid} and the run has {steps} steps");
             return Err(Error::config("--inject", injection, remedy));
         }
-        let place = Place { stage: injection.stage.unwrap_or(0), replica: injection.replica.unwrap_or(0) };
-        if injection.fault == Fault::AlterTable && (!setup.dimensions.tied || grid.twin(place).is_none()) {
-            let remedy = "take an end of a line of two stages or more, with a model.tie other than \"none\"";
-            return Err(Error::config("--inject", format!("{injection}, which holds no copy"), remedy));
+
+        let place =
+            Place { stage: injection.stage.unwrap_or(0), replica: injection.replica.unwrap_or(0) };
+        if injection.fault == Fault::AlterTable
+            && (!setup.dimensions.tied || grid.twin(place).is_none())
+        {
+            let remedy =
+                "take an end of a line of two stages or more, with a model.tie other than \"none\"";
+            return Err(Error::config(
+                "--inject",
+                format!("{injection}, which holds no copy"),
+                remedy,
+            ));
         }
+
         Ok(())
     }
 
     /// How the ranks run: with the fault that is injected drawn.
     pub(super) fn mode(&self, setup: &Setup) -> Mode {
         let (grid, config) = (setup.grid, &setup.config);
-        let inject = self.mode.inject.map(|injection| injection.drawn(grid, config.steps, config.seed));
+        let inject =
+            self.mode.inject.map(|injection| injection.drawn(grid, config.steps, config.seed));
         Mode { inject, ..self.mode.clone() }
     }
 
@@ -123,6 +141,7 @@ impl Job {
                 if found.is_none() {
                     say!("no checkpoint in {} yet: starting at step 0", out.display());
                 }
+
                 Ok(found)
             }
             Some(path) => Checkpoint::open(path).map(Some),
@@ -138,19 +157,21 @@ impl Job {
             checkpoint: CheckpointConfig::default(),
             ..config
         };
+
         let asked = self.sets.iter().any(|set| set.trim_start().starts_with("steps="));
         if let Some(steps) = self.steps {
             config.steps = steps;
         } else if !asked {
-            let lag = (config.slack * config.grid.stages.saturating_sub(1)).div_ceil(config.microbatches.max(1));
+            let lag = (config.slack * config.grid.stages.saturating_sub(1))
+                .div_ceil(config.microbatches.max(1));
             let longest = config.grid.delays.iter().flatten().copied().max().unwrap_or(0);
             config.steps = MEASURED_STEPS + 4 * (lag.max(longest) + config.grid.reduce_delay);
         }
         config
     }
 
-    /// Whether the ranks of this process and their neighbours fit into memory, as far as that can be told before anything is
-    /// computed. Stages that only sleep hardly touch theirs.
+    /// Whether the ranks of this process and their neighbours fit into memory, as far as that can
+    /// be told before anything is computed. Stages that only sleep hardly touch theirs.
     ///
     /// # Errors
     /// [`Error::Memory`].
@@ -168,7 +189,8 @@ impl Job {
         }
     }
 
-    /// Whether they fit into what their GPU has left, now that everything is connected. Places that are threads share one.
+    /// Whether they fit into what their GPU has left, now that everything is connected. Places that
+    /// are threads share one.
     ///
     /// # Errors
     /// [`Error::Memory`].

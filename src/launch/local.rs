@@ -46,6 +46,7 @@ fn prepare(
         Some(saved) => setup.resume(saved)?,
         None => setup,
     };
+
     check(&setup, &chosen)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));
     let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
@@ -57,25 +58,33 @@ fn prepare(
 ///
 /// # Errors
 /// The first error of any place, with the place.
-pub fn run_local(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: Mode) -> Placed<Summary> {
+pub fn run_local(
+    setup: &Arc<Setup>,
+    out: &Path,
+    coordinator: Coordinator,
+    mode: Mode,
+) -> Placed<Summary> {
     let (reports, received) = channel();
     let grid = setup.grid;
     let (schedule, watch) = (&setup.schedule, watch(out, &mode));
     let limit = setup.start() + setup.lead();
-    let (ports, controls) = local::connect(grid, schedule.link_capacity(), setup.config.wire, limit, &reports);
+    let (ports, controls) =
+        local::connect(grid, schedule.link_capacity(), setup.config.wire, limit, &reports);
     let _signals = watch_signals(&mode, reporter(&reports)).map_err(|error| (None, error))?;
     let first = FirstError::default();
     let summary = std::thread::scope(|scope| {
         for (rank, ports) in ports.into_iter().enumerate() {
             let (first, mode, failed) = (&first, mode.clone(), reporter(&reports));
             scope.spawn(move || {
-                let work = || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), mode)?.run();
+                let work =
+                    || Worker::new(Arc::clone(setup), rank, ports, out.to_owned(), mode)?.run();
                 if let Err(error) = caught(work) {
                     first.set(rank, error.clone());
                     let _ = failed.send(Report::Failed { origin: grid.name(rank), error });
                 }
             });
         }
+
         let ranks = if grid.size() > 1 { Ranks::Threads } else { Ranks::Processes };
         let summary = coordinator.run(&received, &controls, watch, grid.size(), ranks);
         if let Err((origin, error @ Error::Hang { .. })) = &summary {
@@ -83,10 +92,12 @@ pub fn run_local(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode:
             show(origin.as_deref(), error);
             std::process::exit(i32::from(error.exit_code()));
         }
+
         // Whoever still wants to report, or to be told something, finds the coordinator gone.
         drop((received, controls));
         summary
     });
+
     match (first.take(), summary) {
         (None, summary) => summary,
         // The coordinator's own error, which took the reports away from the places.
@@ -112,7 +123,12 @@ pub(super) fn oracle(job: &Job) -> Placed<Summary> {
 ///
 /// # Errors
 /// What the oracle finds.
-pub fn run_oracle(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode: &Mode) -> Placed<Summary> {
+pub fn run_oracle(
+    setup: &Arc<Setup>,
+    out: &Path,
+    coordinator: Coordinator,
+    mode: &Mode,
+) -> Placed<Summary> {
     let (reports, received) = channel();
     let oracles = reporter(&reports);
     let _signals = watch_signals(mode, reporter(&reports)).map_err(|error| (None, error))?;
@@ -125,20 +141,34 @@ pub fn run_oracle(setup: &Arc<Setup>, out: &Path, coordinator: Coordinator, mode
         let oracle = scope.spawn(|| {
             let outcome = caught(work);
             if let Err(error) = &outcome {
-                let _ = failed.send(Report::Failed { origin: "the oracle".into(), error: error.clone() });
+                let _ = failed
+                    .send(Report::Failed { origin: "the oracle".into(), error: error.clone() });
             }
             outcome
         });
-        let summary = coordinator.without_watchdog().run(&received, &controls, watch(out, mode), 1, Ranks::Processes);
+
+        let summary = coordinator.without_watchdog().run(
+            &received,
+            &controls,
+            watch(out, mode),
+            1,
+            Ranks::Processes,
+        );
         drop((received, controls));
-        (oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))), summary)
+        (
+            oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))),
+            summary,
+        )
     });
+
     outcome.map_err(|error| (None, error)).and(summary)
 }
 
 fn reporter(reports: &Sender<Report>) -> Reporter {
     let reports = reports.clone();
-    Reporter::new(move |report| reports.send(report).map_err(|_| Error::Internal("the coordinator is gone".into())))
+    Reporter::new(move |report| {
+        reports.send(report).map_err(|_| Error::Internal("the coordinator is gone".into()))
+    })
 }
 
 fn watch_signals(mode: &Mode, reports: Reporter) -> Result<Option<SignalWatch>> {

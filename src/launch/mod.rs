@@ -1,5 +1,6 @@
-//! Makes the world of a training run: the places, as threads of this process, as the ranks of MPI, or emulated one
-//! after the other. The first error wins: it is shown once, with its place, and ends everybody.
+//! Makes the world of a training run: the places, as threads of this process, as the ranks of MPI,
+//! or emulated one after the other. The first error wins: it is shown once, with its place, and
+//! ends everybody.
 
 mod agree;
 mod job;
@@ -38,7 +39,9 @@ fn run_job(job: &Job) -> u8 {
             return refuse(&Error::Usage("--oracle is one process; run it without mpirun".into()));
         }
         Some(Transport::Local) if launched => {
-            return refuse(&Error::Usage("--transport local is one process; run it without mpirun".into()));
+            return refuse(&Error::Usage(
+                "--transport local is one process; run it without mpirun".into(),
+            ));
         }
         Some(Transport::Local) if job.self_test => return refuse(&no_links()),
         Some(transport) => transport,
@@ -46,11 +49,13 @@ fn run_job(job: &Job) -> u8 {
         None if job.self_test => return refuse(&no_links()),
         None => Transport::Local,
     };
+
     let result = match transport {
         _ if job.oracle => local::oracle(job),
         Transport::Local => local::threads(job),
         Transport::Mpi | Transport::Nccl => return ranks::over_mpi(job),
     };
+
     match result {
         Ok(summary) if summary.stopped => STOPPED,
         Ok(_) => 0,
@@ -62,7 +67,9 @@ fn run_job(job: &Job) -> u8 {
 }
 
 fn no_links() -> Error {
-    Error::Usage("--self-test and --topology are about links between processes; run it with mpirun".into())
+    Error::Usage(
+        "--self-test and --topology are about links between processes; run it with mpirun".into(),
+    )
 }
 
 /// What may end the run before its last step, besides signals.
@@ -76,18 +83,25 @@ const JOB_END: &str = "SLURM_JOB_END_TIME";
 /// What the batch job has left, or why that cannot be told.
 fn job_end() -> Option<Result<Duration, String>> {
     let text = std::env::var_os(JOB_END)?.to_string_lossy().into_owned();
-    Some(left_of_job(&text, SystemTime::now()).map_err(|why| format!("note: {JOB_END} = {text} {why}; it is ignored")))
+    Some(
+        left_of_job(&text, SystemTime::now())
+            .map_err(|why| format!("note: {JOB_END} = {text} {why}; it is ignored")),
+    )
 }
 
-/// What to tell a user whose rank has more threads than cores that it may use: the launcher has bound it, or the machine
-/// has no more.
+/// What to tell a user whose rank has more threads than cores that it may use: the launcher has
+/// bound it, or the machine has no more.
 fn too_few_cores(threads: usize) -> Option<String> {
     let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
     let remedy = match mpi::launched() {
-        Some(_) => format!("; where there are more, start it with mpirun --map-by slot:PE={threads} --bind-to core"),
+        Some(_) => format!(
+            "; where there are more, start it with mpirun --map-by slot:PE={threads} --bind-to core"
+        ),
         None => String::new(),
     };
-    (threads > cores).then(|| format!("note: threads = {threads}, but this process may use {cores} cores{remedy}"))
+    (threads > cores).then(|| {
+        format!("note: threads = {threads}, but this process may use {cores} cores{remedy}")
+    })
 }
 
 fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
@@ -101,11 +115,13 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
             saved.manifest.grid
         );
     }
+
     if let Some(injection) = inject {
         say!("a fault on purpose: {injection}");
     }
 
-    let notes = too_few_cores(setup.config.threads).into_iter().chain(job_end().and_then(Result::err));
+    let notes =
+        too_few_cores(setup.config.threads).into_iter().chain(job_end().and_then(Result::err));
     for note in notes.chain(setup.other_texts()).chain(setup.config.notes()) {
         say!("{note}");
     }
@@ -114,7 +130,11 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
     let unit = setup.config.data.tokenizer.unit();
     say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));
     let (steps, read) = setup.epoch();
-    say!("an epoch: {} steps, which read {} of them", thousands(steps as u64), thousands(read as u64));
+    say!(
+        "an epoch: {} steps, which read {} of them",
+        thousands(steps as u64),
+        thousands(read as u64)
+    );
     if let Some(floor) = setup.corpus.floor {
         say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }

@@ -8,7 +8,9 @@ use std::time::Duration;
 use tch::Device;
 
 use super::agree::together;
-use super::checks::{enough_memory, hosts, on_their_nodes, resumed, same_everywhere, same_folder, setup_of_rank};
+use super::checks::{
+    enough_memory, hosts, on_their_nodes, resumed, same_everywhere, same_folder, setup_of_rank,
+};
 use super::devices::{apart, carried, chosen};
 use super::job::{Job, Transport};
 use super::{announce, watch};
@@ -26,11 +28,12 @@ use crate::setup::Setup;
 use crate::topology::Topology;
 use crate::worker::Worker;
 
-/// Between the message of a failing run and its end: the launcher forwards what ranks print by and by, and its own
-/// notice must not come first.
+/// Between the message of a failing run and its end: the launcher forwards what ranks print by and
+/// by, and its own notice must not come first.
 const MESSAGE_TIME: Duration = Duration::from_millis(200);
 
-/// How long a failed rank waits for rank 0 to tell the error and end the run, before it does so itself.
+/// How long a failed rank waits for rank 0 to tell the error and end the run, before it does so
+/// itself.
 const END_TIME: Duration = Duration::from_secs(3);
 
 /// A link that needs longer than this for a test is none.
@@ -45,15 +48,18 @@ pub(super) fn over_mpi(job: &Job) -> u8 {
             return error.exit_code();
         }
     };
+
     let code = train_rank(job, &world).unwrap_or_else(|code| code);
     world.finish();
     code
 }
 
-/// Checks, then trains, this rank's place; the exit code, or that of an error that all ranks know of.
+/// Checks, then trains, this rank's place; the exit code, or that of an error that all ranks know
+/// of.
 fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     let rank = world.identity.rank;
-    // One after the other, so that nothing is written before every rank has found its settings and data in order.
+    // One after the other, so that nothing is written before every rank has found its settings and
+    // data in order.
     let (setup, topology) = together(world, || setup_of_rank(job, world))?;
     let chosen = together(world, || chosen(&setup.config, world.identity.local))?;
     together(world, || apart(world, &setup.config, &chosen))?;
@@ -68,11 +74,13 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
         0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
         _ => Ok(None),
     })?;
+
     together(world, || same_folder(world, &out, coordinator.as_ref().map(Coordinator::owner)))?;
     together(world, || runtime::log_to(&out, rank))?;
     if rank == 0 {
         announce(&setup, "MPI ranks", job.mode(&setup).inject);
     }
+
     tracing::info!(
         place = setup.grid.name(rank),
         rank,
@@ -80,10 +88,12 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
         pid = std::process::id(),
         "started"
     );
+
     let run = || -> Placed<bool> {
         let (ports, reports) = connected(job, world, &setup, carried, topology.as_ref())?;
         run_rank(job, world, &setup, &out, ports, coordinator.zip(reports))
     };
+
     match run() {
         Ok(stopped) => Ok(if stopped { STOPPED } else { 0 }),
         Err((origin, error)) => {
@@ -96,17 +106,26 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
 }
 
 /// Tests links and groups; rank 0 tells what they do.
-fn self_tested(topology: Option<&Topology>, world: &World, setup: &Setup, ports: Ports) -> Result<Ports> {
+fn self_tested(
+    topology: Option<&Topology>,
+    world: &World,
+    setup: &Setup,
+    ports: Ports,
+) -> Result<Ports> {
     let limit = Duration::from_secs_f64(setup.config.stall_seconds).min(SELF_TEST_TIME);
-    let (ports, measured) = selftest::test(ports, setup.grid, world.identity.rank, setup.device, limit)?;
-    let bytes = serde_json::to_vec(&measured).map_err(|error| Error::Internal(error.to_string()))?;
+    let (ports, measured) =
+        selftest::test(ports, setup.grid, world.identity.rank, setup.device, limit)?;
+    let bytes =
+        serde_json::to_vec(&measured).map_err(|error| Error::Internal(error.to_string()))?;
     let all = world.all_gather(bytes)?;
     let hosts = hosts(world)?;
     if world.identity.rank == 0 {
-        let read = |bytes: &Vec<u8>| serde_json::from_slice::<Vec<Measured>>(bytes).unwrap_or_default();
+        let read =
+            |bytes: &Vec<u8>| serde_json::from_slice::<Vec<Measured>>(bytes).unwrap_or_default();
         let measured: Vec<Measured> = all.iter().flat_map(read).collect();
         put!("{}", selftest::report(&measured, &hosts, topology));
     }
+
     Ok(ports)
 }
 
@@ -127,7 +146,8 @@ fn connected(
     let limit = setup.start() + setup.lead();
     let stall = Duration::from_secs_f64(setup.config.stall_seconds);
     // A GPU's gradients are on the GPU.
-    let values = |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
+    let values =
+        |place: &Place| if setup.device.is_cuda() { 0 } else { setup.layout(place.stage).len };
     let gradients: Vec<usize> = setup.grid.held(world.identity.rank).iter().map(values).collect();
     let (capacity, joiner) = (setup.schedule.link_capacity(), setup.schedule.joiner());
     let largest = setup.largest_message().max(selftest::LARGE as usize);
@@ -139,14 +159,21 @@ fn connected(
         .and_then(|ports| job.check_gpu_memory(setup, rank..rank + 1).map(|()| ports))
         .map_err(|error| (Some(origin(world, setup)), error))?;
     let ports = match job.self_test {
-        true => self_tested(topology, world, setup, ports).map_err(|error| (Some(origin(world, setup)), error))?,
+        true => self_tested(topology, world, setup, ports)
+            .map_err(|error| (Some(origin(world, setup)), error))?,
         false => ports,
     };
+
     Ok((ports, reports))
 }
 
 /// The ports of a rank whose tensors are on a GPU.
-fn on_gpus(world: &World, setup: &Setup, carried: Option<Transport>, ports: Ports) -> Result<Ports> {
+fn on_gpus(
+    world: &World,
+    setup: &Setup,
+    carried: Option<Transport>,
+    ports: Ports,
+) -> Result<Ports> {
     let Device::Cuda(index) = setup.device else { return Ok(ports) };
     match carried {
         Some(Transport::Nccl) => {
@@ -160,6 +187,7 @@ fn on_gpus(world: &World, setup: &Setup, carried: Option<Transport>, ports: Port
                 patience: Duration::from_secs_f64(setup.config.stall_seconds),
                 exchange: &|bytes| world.all_gather(bytes),
             };
+
             nccl::over(ports, &connection)
         }
         Some(_) => staged::over(ports, index),
@@ -167,8 +195,9 @@ fn on_gpus(world: &World, setup: &Setup, carried: Option<Transport>, ports: Port
     }
 }
 
-/// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the run with the first;
-/// another rank that fails tells rank 0, and speaks for itself only if it is not ended. Whether the run was stopped.
+/// The worker on a thread of its own. Rank 0 records, and so hears of every failure and ends the
+/// run with the first; another rank that fails tells rank 0, and speaks for itself only if it is
+/// not ended. Whether the run was stopped.
 fn run_rank(
     job: &Job,
     world: &World,
@@ -185,38 +214,47 @@ fn run_rank(
     let work = move || -> Placed<bool> {
         let result = caught(|| Worker::new(worker_setup, rank, ports, out, mode)?.run());
         result.map_err(|error| {
-            let told = reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
+            let told =
+                reporter.send(Report::Failed { origin: origin.clone(), error: error.clone() });
             if told.is_ok() {
                 std::thread::sleep(END_TIME);
             }
+
             (Some(origin), error)
         })
     };
+
     let worker = std::thread::Builder::new().name("worker".into()).spawn(work);
-    let worker = worker.map_err(|error| (None, Error::Internal(format!("no thread for the worker ({error})"))))?;
+    let worker = worker
+        .map_err(|error| (None, Error::Internal(format!("no thread for the worker ({error})"))))?;
     if let Some((coordinator, reports)) = coordinator {
         let size = setup.grid.size();
-        // A panic while recording must reach the end of this function, or the other ranks would wait for ever.
+        // A panic while recording must reach the end of this function, or the other ranks would
+        // wait for ever.
         let controls = world.controls();
         caught(|| Ok(coordinator.run(&reports, &controls, watch, size, Ranks::Processes)))
             .unwrap_or_else(|e| Err((None, e)))?;
     }
+
     worker.join().unwrap_or_else(|panic| Err((None, Error::Internal(panic_text(panic.as_ref())))))
 }
 
-/// Signals that ask for a stop, and the one by which the launcher ends everybody because a rank has died: then one of
-/// its neighbours tells which, and what it was doing.
+/// Signals that ask for a stop, and the one by which the launcher ends everybody because a rank has
+/// died: then one of its neighbours tells which, and what it was doing.
 fn watch_signals(job: &Job, world: &World, setup: &Setup) -> Result<Option<SignalWatch>> {
     if !job.mode.signals {
         return Ok(None);
     }
+
     let (neighbours, grid, host) = (world.meet()?, setup.grid, world.identity.host.clone());
     let ended = move || {
         if let Some((rank, doing)) = neighbours.dead() {
             let place = format!("{} (rank {rank} on {host})", grid.name(rank));
             show(Some(&place), &Error::Died { doing });
         }
+
         neighbours.lost()
     };
+
     SignalWatch::start(world.reporter(), origin(world, setup), ended).map(Some)
 }

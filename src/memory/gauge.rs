@@ -8,9 +8,11 @@ use crate::comm::mpi::SHARED_NAME;
 use crate::device::queues::CudaQueues;
 use crate::error::Result;
 
-/// Measures how far the memory of this process rises above where it stood: its resident memory, or what is taken of its GPU.
+/// Measures how far the memory of this process rises above where it stood: its resident memory, or
+/// what is taken of its GPU.
 pub enum Gauge {
-    /// `shared` bytes are this process's where replicas see each other's gradients; what it has touched of the others' is not.
+    /// `shared` bytes are this process's where replicas see each other's gradients; what it has
+    /// touched of the others' is not.
     Host {
         start: u64,
         shared: u64,
@@ -23,17 +25,16 @@ pub enum Gauge {
 }
 
 impl Gauge {
-    /// Begins here, on the host: the kernel's mark of the highest resident memory is put back to the present.
+    /// Begins here, on the host: the kernel's mark of the highest resident memory is put back to
+    /// the present.
     pub fn start() -> Option<Gauge> {
-        // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the start.
+        // 5 resets VmHWM (proc(5)); where that is not allowed the mark may come from before the
+        // start.
         let _ = fs::write("/proc/self/clear_refs", "5");
         Some(Gauge::Host { start: status("VmRSS:")?, shared: 0 })
     }
 
     /// Begins here, on a device.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub fn for_device(device: Device) -> Result<Option<Gauge>> {
         let Device::Cuda(index) = device else { return Ok(Gauge::start()) };
         let queues = CudaQueues::new(index)?;
@@ -48,10 +49,8 @@ impl Gauge {
         }
     }
 
-    /// Looks: of a GPU only what is there when it is looked at is seen. libtorch keeps what it has taken once.
-    ///
-    /// # Errors
-    /// What the driver reports.
+    /// Looks: of a GPU only what is there when it is looked at is seen. libtorch keeps what it has
+    /// taken once.
     pub fn look(&mut self) -> Result<()> {
         if let Gauge::Gpu { queues, most, .. } = self {
             *most = queues.taken()?.max(*most);
@@ -63,7 +62,11 @@ impl Gauge {
     pub fn peak(&self) -> Option<u64> {
         match self {
             Gauge::Host { start, shared } => {
-                let smaps = if *shared > 0 { fs::read_to_string("/proc/self/smaps").ok()? } else { String::new() };
+                let smaps = if *shared > 0 {
+                    fs::read_to_string("/proc/self/smaps").ok()?
+                } else {
+                    String::new()
+                };
                 let of_others = touched(&smaps, SHARED_NAME).saturating_sub(*shared);
                 Some(status("VmHWM:")?.saturating_sub(start + of_others))
             }
@@ -77,9 +80,14 @@ impl Gauge {
 fn touched(smaps: &str, name: &str) -> u64 {
     let (mut counts, mut sum) = (false, 0);
     for line in smaps.lines() {
-        match line.strip_prefix("Rss:").map(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>()) {
+        match line
+            .strip_prefix("Rss:")
+            .map(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>())
+        {
             Some(Ok(kib)) if counts => sum += kib << 10,
-            None if line.split_once(' ').is_some_and(|(first, _)| first.contains('-')) => counts = line.contains(name),
+            None if line.split_once(' ').is_some_and(|(first, _)| first.contains('-')) => {
+                counts = line.contains(name)
+            }
             _ => {}
         }
     }

@@ -1,5 +1,5 @@
-//! What this process may have of its machine's memory: limits of its own, and those of its control groups (version 2),
-//! which all processes inside share.
+//! What this process may have of its machine's memory: limits of its own, and those of its control
+//! groups (version 2), which all processes inside share.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,10 @@ pub struct Limit {
 
 /// The limits that this process is under.
 pub fn limits() -> Vec<Limit> {
-    let mut found = of_process(&fs::read_to_string("/proc/self/limits").unwrap_or_default(), super::gauge::status);
+    let mut found = of_process(
+        &fs::read_to_string("/proc/self/limits").unwrap_or_default(),
+        super::gauge::status,
+    );
     if let Some(path) = control_group() {
         found.extend(of_groups(Path::new("/sys/fs/cgroup"), &path));
     }
@@ -31,30 +34,43 @@ pub fn control_group() -> Option<String> {
 
 /// `text` has lines such as "Max data size   655360000   unlimited   bytes"; `unlimited` is no number.
 fn of_process(text: &str, used: impl Fn(&str) -> Option<u64>) -> Vec<Limit> {
-    let soft =
-        |name: &str| text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok();
+    let soft = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name))?
+            .split_whitespace()
+            .next()?
+            .parse()
+            .ok()
+    };
     let limit = |key: &str, used_key: &str, name: &str| {
         let left = u64::saturating_sub(soft(key)?, used(used_key)?);
         Some(Limit { left, name: name.to_owned(), group: None })
     };
+
     let data = limit("Max data size", "VmData:", "the limit of data (ulimit -d)");
     let space = limit("Max address space", "VmSize:", "the limit of address space (ulimit -v)");
     data.into_iter().chain(space).collect()
 }
 
-/// The limits of a group and of those above it, as the control groups' file system tells them. What is used of one is
-/// its anonymous and its shared memory: the kernel gives up cached files before it kills.
+/// The limits of a group and of those above it, as the control groups' file system tells them. What
+/// is used of one is its anonymous and its shared memory: the kernel gives up cached files before
+/// it kills.
 fn of_groups(root: &Path, path: &str) -> Vec<Limit> {
     let mut found = Vec::new();
     for (end, _) in path.match_indices('/') {
         let group = &path[..=end];
         let folder = root.join(group.trim_start_matches('/'));
         let number = |text: &str| text.trim().parse::<u64>().ok(); // "max" is none
-        let Some(limit) = fs::read_to_string(folder.join("memory.max")).ok().as_deref().and_then(number) else {
+        let Some(limit) =
+            fs::read_to_string(folder.join("memory.max")).ok().as_deref().and_then(number)
+        else {
             continue;
         };
+
         let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-        let used = |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)).and_then(number).unwrap_or(0);
+        let used = |key: &str| {
+            stat.lines().find_map(|line| line.strip_prefix(key)).and_then(number).unwrap_or(0)
+        };
         let used = used("anon ") + used("shmem ");
         let name = format!("memory.max of the control group {group}");
         found.push(Limit { left: limit.saturating_sub(used), name, group: Some(group.to_owned()) });
@@ -89,7 +105,8 @@ mod tests {
         make("job/step", "max\n", "anon 300\n");
         make("job/step/task", "400\n", "anon 500\n");
         let found = of_groups(root.path(), "/job/step/task/");
-        let found: Vec<_> = found.iter().map(|limit| (limit.left, limit.group.as_deref().unwrap())).collect();
+        let found: Vec<_> =
+            found.iter().map(|limit| (limit.left, limit.group.as_deref().unwrap())).collect();
         assert_eq!(found, [(700, "/job/"), (0, "/job/step/task/")]);
     }
 }

@@ -1,4 +1,5 @@
-//! What `ouroboros bench` tells: where every device's time goes, the step's time beside the schedule's, memory.
+//! What `ouroboros bench` tells: where every device's time goes, the step's time beside the
+//! schedule's, memory.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -17,7 +18,8 @@ use crate::schedule::step_time;
 use crate::setup::Setup;
 use crate::stage::Settings;
 
-/// The measurements of one run; written as `bench.json`, whose `stages` are a profile for `--emulated-compute`.
+/// The measurements of one run; written as `bench.json`, whose `stages` are a profile for
+/// `--emulated-compute`.
 #[derive(Debug, Serialize)]
 pub struct Bench {
     name: String,
@@ -66,11 +68,39 @@ struct Device {
     peak_bytes: Option<u64>,
 }
 
+impl Device {
+    fn new(setup: &Setup, rank: usize, times: &Times, peak_bytes: Option<u64>) -> Device {
+        let share = |(kind, name): &(TimeKind, &'static str)| (*name, times.fraction(*kind));
+        Device {
+            rank,
+            place: setup.grid.name(rank),
+            shares: TimeKind::ALL.iter().map(share).collect(),
+            compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
+            mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
+            predicted_bytes: Prediction::new(setup, rank).of_device(setup),
+            peak_bytes,
+        }
+    }
+}
+
+/// The share of a device's time that is compute. What it was asked to sleep is its work, however late it was woken.
+fn busy(setup: &Setup, emulated: Option<&EmulatedCompute>, rank: usize, times: &Times) -> f64 {
+    let Some(emulated) = emulated else { return times.fraction(TimeKind::Compute) };
+    let asked = setup.grid.held(rank).into_iter().map(|place| {
+        let sleep = emulated.sleep(&setup.schedule, place.stage);
+        (sleep.forward + sleep.backward).as_secs_f64()
+    });
+
+    let microbatches = setup.config.microbatches * times.steps;
+    asked.sum::<f64>() * microbatches as f64 / times.seconds
+}
+
 impl Bench {
     /// Puts the times of all ranks together.
     ///
     /// # Errors
-    /// [`Error::Internal`] if a device has measured nothing: a run's length is checked before it starts.
+    /// [`Error::Internal`] if a device has measured nothing: a run's length is checked before it
+    /// starts.
     pub fn new(
         setup: &Setup,
         emulated: Option<&EmulatedCompute>,
@@ -89,29 +119,14 @@ impl Bench {
         let stages: Vec<StageRow> =
             (0..setup.grid.stages).map(|stage| StageRow::new(setup, stage, &measured)).collect();
         let costs = stages.iter().map(|stage| stage.time.costs()).collect();
-        let predicted_step_s =
-            step_time(&setup.schedule, costs, 0.0).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
-        // What a device was asked to sleep is its work, however late it was woken.
-        let busy = |rank: usize, times: &Times| match emulated {
-            None => times.fraction(TimeKind::Compute),
-            Some(emulated) => {
-                let asked = setup.grid.held(rank).into_iter().map(|place| {
-                    let sleep = emulated.sleep(&setup.schedule, place.stage);
-                    (sleep.forward + sleep.backward).as_secs_f64()
-                });
-                asked.sum::<f64>() * (config.microbatches * times.steps) as f64 / times.seconds
-            }
-        };
+        let predicted_step_s = step_time(&setup.schedule, costs, 0.0)
+            .map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
+        let busy = |rank: usize, times: &Times| busy(setup, emulated, rank, times);
         let utilisation = mean(measured.iter().map(|(rank, times)| busy(*rank, times)));
-        let devices = measured.iter().zip(peaks).map(|((rank, times), (_, peak))| Device {
-            rank: *rank,
-            place: setup.grid.name(*rank),
-            shares: TimeKind::ALL.iter().map(|(share, name)| (*name, times.fraction(*share))).collect(),
-            compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
-            mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
-            predicted_bytes: Prediction::new(setup, *rank).of_device(setup),
-            peak_bytes: *peak,
-        });
+        let peaks = peaks.iter().map(|(_, peak)| *peak);
+        let devices = measured.iter().zip(peaks);
+        let devices = devices.map(|((rank, times), peak)| Device::new(setup, *rank, times, peak));
+
         Ok(Bench {
             name: config.name.clone(),
             grid: setup.grid.to_string(),
@@ -137,50 +152,70 @@ impl Bench {
     /// # Errors
     /// If it cannot be written.
     pub fn write(&self, out: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(error.to_string()))?;
-        files::write(&out.join("bench.json"), text.as_bytes())
-            .map_err(|error| Error::config("--out", out.display(), format!("bench.json cannot be written ({error})")))
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|error| Error::Internal(error.to_string()))?;
+        files::write(&out.join("bench.json"), text.as_bytes()).map_err(|error| {
+            Error::config("--out", out.display(), format!("bench.json cannot be written ({error})"))
+        })
     }
 
-    /// The table. `shared` says that the ranks are threads of one process, so that only their sum can be measured.
+    /// The table. `shared` says that the ranks are threads of one process, so that only their sum
+    /// can be measured.
     pub fn table(&self, shared: bool) -> String {
         let mut text = format!("\n% of the time       {:>8}", "");
         for (_, name) in TimeKind::ALL {
             let _ = write!(text, " {name:>10}");
         }
+
         text.push_str("   peak MiB  of prediction\n");
         for device in &self.devices {
             let _ = write!(text, "{:<28}", device.place);
             for (_, share) in &device.shares {
                 let _ = write!(text, " {:>10.1}", share * 100.0);
             }
+
             match device.peak_bytes.filter(|_| !shared) {
                 Some(peak) => {
                     let ratio = peak as f64 / device.predicted_bytes as f64;
-                    let _ = writeln!(text, " {:>10.1} {ratio:>14.2}", peak as f64 / f64::from(1 << 20));
+                    let _ =
+                        writeln!(text, " {:>10.1} {ratio:>14.2}", peak as f64 / f64::from(1 << 20));
                 }
                 None => text.push_str("          -              -\n"),
             }
         }
+
         text.push_str("\nms                   forward   backward     copies     update      table     reduce\n");
         for stage in &self.stages {
             let _ = write!(text, "stage {:<11}", stage.stage);
-            let StageTime { forward_ms, backward_ms, copies_ms, update_ms, table_ms, reduce_ms } = stage.time;
+            let StageTime { forward_ms, backward_ms, copies_ms, update_ms, table_ms, reduce_ms } =
+                stage.time;
             for ms in [forward_ms, backward_ms, copies_ms, update_ms, table_ms, reduce_ms] {
                 let _ = write!(text, " {ms:>10.2}");
             }
+
             text.push('\n');
         }
+
         let of = |cpu: fn(&Device) -> f64| mean(self.devices.iter().map(cpu));
         let (compute, mpi) = (of(|device| device.compute_cpu_ms), of(|device| device.mpi_cpu_ms));
         let _ = writeln!(
             text,
             "\nprocessor time      {compute:.1} ms a step and rank in the thread that computes, {mpi:.1} ms in MPI's"
         );
+
         let off = self.predicted_step_s / self.step_s;
-        let _ = writeln!(text, "step                {:.4} s over {} steps", self.step_s, self.steps);
-        let _ = writeln!(text, "schedule predicts   {:.4} s from these times, {off:.3} of it", self.predicted_step_s);
-        let _ = writeln!(text, "utilisation         {:.3}; speed-up {:.2}", self.utilisation, self.speed_up);
+        let _ =
+            writeln!(text, "step                {:.4} s over {} steps", self.step_s, self.steps);
+        let _ = writeln!(
+            text,
+            "schedule predicts   {:.4} s from these times, {off:.3} of it",
+            self.predicted_step_s
+        );
+        let _ = writeln!(
+            text,
+            "utilisation         {:.3}; speed-up {:.2}",
+            self.utilisation, self.speed_up
+        );
         let _ = writeln!(text, "tokens/s            {}", thousands(self.tokens_per_s as u64));
         text
     }
@@ -194,7 +229,8 @@ impl StageRow {
             .filter(|(of, _)| of.stage == stage)
             .collect();
         let ms = |seconds: f64, count: usize| 1e3 * seconds / count.max(1) as f64;
-        let waits = found.iter().map(|(of, times)| ms(times.shares[TimeKind::Reduce as usize], of.updates));
+        let waits =
+            found.iter().map(|(of, times)| ms(times.shares[TimeKind::Reduce as usize], of.updates));
         let time = StageTime {
             forward_ms: mean(found.iter().map(|(of, _)| ms(of.forward, of.microbatches))),
             backward_ms: mean(found.iter().map(|(of, _)| ms(of.backward, of.microbatches))),
@@ -212,7 +248,8 @@ fn buckets(setup: &Setup, stage: usize) -> Vec<usize> {
     let stack = setup.stack(stage);
     let layout = Layout::new(&stack.own());
     let bucket = Settings::new(&setup.config, setup.readback).bucket.unwrap_or(usize::MAX);
-    let starts: Vec<usize> = stack.runs(bucket).iter().rev().map(|run| layout.offset(run.first)).collect();
+    let starts: Vec<usize> =
+        stack.runs(bucket).iter().rev().map(|run| layout.offset(run.first)).collect();
     let ends = std::iter::once(layout.len).chain(starts.iter().copied());
     ends.zip(&starts).map(|(end, start)| end - start).collect()
 }

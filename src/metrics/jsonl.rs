@@ -17,8 +17,8 @@ pub struct JsonLines {
 }
 
 impl JsonLines {
-    /// An empty file in the run's folder, or the lines of the run that goes on at `resumed`. What an earlier run has
-    /// written is kept as `metrics.previous.jsonl`.
+    /// An empty file in the run's folder, or the lines of the run that goes on at `resumed`. What
+    /// an earlier run has written is kept as `metrics.previous.jsonl`.
     ///
     /// # Errors
     /// [`Error::Config`] about `--out`.
@@ -30,6 +30,7 @@ impl JsonLines {
         if path.exists() {
             std::fs::rename(&path, out.join("metrics.previous.jsonl")).map_err(wrong)?;
         }
+
         let mut file = BufWriter::new(files::create(&path).map_err(wrong)?);
         file.write_all(before.as_bytes()).and_then(|()| file.flush()).map_err(wrong)?;
         Ok(JsonLines { path, file })
@@ -37,7 +38,8 @@ impl JsonLines {
 
     /// Adds a line.
     fn add(&mut self, line: &impl Serialize) -> Result<()> {
-        let text = serde_json::to_string(line).map_err(|error| Error::Internal(error.to_string()))?;
+        let text =
+            serde_json::to_string(line).map_err(|error| Error::Internal(error.to_string()))?;
         writeln!(self.file, "{text}")
             .and_then(|()| self.file.flush())
             .map_err(|error| Error::unwritten(&self.path, error))
@@ -55,10 +57,15 @@ impl Sink for JsonLines {
 }
 
 fn unwritable(path: &Path, error: std::io::Error) -> Error {
-    Error::config("--out", path.display(), format!("cannot be written ({error}); choose another folder"))
+    Error::config(
+        "--out",
+        path.display(),
+        format!("cannot be written ({error}); choose another folder"),
+    )
 }
 
-/// The lines that a run which goes on at `start` will not write again: steps up to it, and evaluations before it.
+/// The lines that a run which goes on at `start` will not write again: steps up to it, and
+/// evaluations before it.
 fn lines_before(text: &str, start: usize) -> String {
     let stays = |line: &&str| {
         let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();

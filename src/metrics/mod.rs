@@ -1,4 +1,5 @@
-//! What is measured of a run, and how it is shown: sinks of steps and evaluations, the table of a benchmark, the summary.
+//! What is measured of a run, and how it is shown: sinks of steps and evaluations, the table of a
+//! benchmark, the summary.
 
 mod bench;
 mod jsonl;
@@ -14,7 +15,8 @@ pub use summary::{Summary, print_memory};
 
 use crate::data::Tokenizer;
 
-/// What a loss in nats per token is called in the field: bits per byte or character, perplexity per word.
+/// What a loss in nats per token is called in the field: bits per byte or character, perplexity per
+/// word.
 pub fn quality(loss: f64, tokenizer: Tokenizer) -> String {
     match tokenizer {
         Tokenizer::Words => format!("perplexity {:.2} per word", loss.exp()),

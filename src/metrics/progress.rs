@@ -12,7 +12,8 @@ use crate::error::Result;
 /// Lines of a whole run where there is no terminal.
 const LINES: usize = 20;
 
-/// What a step of the one after it counts in the rate that is shown: that is of about the last twenty.
+/// What a step of the one after it counts in the rate that is shown: that is of about the last
+/// twenty.
 const FADING: f64 = 0.95;
 
 /// The terminal.
@@ -23,8 +24,8 @@ pub struct Progress {
     tokenizer: Tokenizer,
     bar: Option<ProgressBar>,
     started: Instant,
-    /// Of the last steps, each with the weight of a step times [`FADING`] for every step since then. One step alone tells little:
-    /// where the pipeline drains, reports come close together.
+    /// Of the last steps, each with the weight of a step times [`FADING`] for every step since
+    /// then. One step alone tells little: where the pipeline drains, reports come close together.
     tokens: f64,
     seconds: f64,
 }
@@ -34,11 +35,21 @@ impl Progress {
     pub fn new(steps: usize, start: usize, tokenizer: Tokenizer) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(steps as u64);
-            let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left");
+            let style = ProgressStyle::with_template(
+                "{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left",
+            );
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.with_position(start as u64)
         });
-        Progress { steps, start, tokenizer, bar, started: Instant::now(), tokens: 0.0, seconds: 0.0 }
+        Progress {
+            steps,
+            start,
+            tokenizer,
+            bar,
+            started: Instant::now(),
+            tokens: 0.0,
+            seconds: 0.0,
+        }
     }
 }
 
@@ -52,16 +63,31 @@ impl Sink for Progress {
         if let Some(bar) = &self.bar {
             bar.set_message(format!("loss {loss:.4}  {rate} tokens/s"));
             bar.set_position(step as u64);
-        } else if step == self.start + 1 || step.is_multiple_of((self.steps / LINES).max(1)) || step == self.steps {
-            let left = self.started.elapsed().div_f64((step - self.start) as f64).mul_f64((self.steps - step) as f64);
-            say!("step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left", self.steps, clock(left));
+        } else if step == self.start + 1
+            || step.is_multiple_of((self.steps / LINES).max(1))
+            || step == self.steps
+        {
+            let left = self
+                .started
+                .elapsed()
+                .div_f64((step - self.start) as f64)
+                .mul_f64((self.steps - step) as f64);
+            say!(
+                "step {step:>6}/{}  loss {loss:.4}  {rate} tokens/s  {} left",
+                self.steps,
+                clock(left)
+            );
         }
+
         Ok(())
     }
 
     fn eval(&mut self, line: &EvalLine) -> Result<()> {
         let EvalLine { step, eval_loss, .. } = *line;
-        self.note(&format!("step {step:>6}  eval loss {eval_loss:.4}  {}", quality(eval_loss, self.tokenizer)));
+        self.note(&format!(
+            "step {step:>6}  eval loss {eval_loss:.4}  {}",
+            quality(eval_loss, self.tokenizer)
+        ));
         Ok(())
     }
 
@@ -87,6 +113,7 @@ pub fn thousands(n: u64) -> String {
         if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(',');
         }
+
         out.push(digit);
     }
     out

@@ -1,5 +1,5 @@
-//! Where the metrics of a run go: a file, a terminal. A new one is a file beside this, and a line where the coordinator
-//! makes its list.
+//! Where the metrics of a run go: a file, a terminal. A new one is a file beside this, and a line
+//! where the coordinator makes its list.
 
 use serde::Serialize;
 
@@ -36,8 +36,8 @@ pub struct EvalLine {
     pub eval_ppl: Option<f64>,
 }
 
-/// A place where metrics go. Steps and evaluations come in the order of the run; the names of the fields are those of
-/// `metrics.jsonl`.
+/// A place where metrics go. Steps and evaluations come in the order of the run; the names of the
+/// fields are those of `metrics.jsonl`.
 pub trait Sink {
     /// A step is complete.
     fn step(&mut self, line: &StepLine) -> Result<()>;

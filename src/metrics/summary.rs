@@ -29,6 +29,7 @@ impl Summary {
         if let Some(eval) = self.eval_loss {
             say!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
         }
+
         if let Some(floor) = setup.corpus.floor {
             let best = self.eval_loss.unwrap_or(self.loss);
             say!(
@@ -36,6 +37,7 @@ impl Summary {
                 (best / floor - 1.0) * 100.0
             );
         }
+
         say!("tokens/s            {}", thousands(self.tokens_per_s as u64));
         if let Some(checkpoint) = &self.checkpoint {
             say!("weights             {}", checkpoint.display());
@@ -43,8 +45,8 @@ impl Summary {
     }
 }
 
-/// Prints what was predicted of every rank's memory beside its measured peak, bytes; `shared` says that the ranks are
-/// threads of one process, so that only their sum can be measured.
+/// Prints what was predicted of every rank's memory beside its measured peak, bytes; `shared` says
+/// that the ranks are threads of one process, so that only their sum can be measured.
 pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool) {
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
     // A GPU does not hold what the host writes, but its libraries.
@@ -52,6 +54,7 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
     say!(
         "\npeak memory, MiB       weights  gradient  optimizer  activations  transient  holes  {last:>6}  predicted  measured"
     );
+
     let mut total = 0;
     for (rank, peak) in peaks {
         let p = Prediction::new(setup, *rank);
@@ -72,7 +75,11 @@ pub fn print_memory(setup: &Setup, peaks: &[(usize, Option<u64>)], shared: bool)
             width = last.len().max(6) + 1,
         );
     }
+
     if shared {
-        say!("ranks are threads of one process, so each shows the peak of all: {} predicted", mib(total));
+        say!(
+            "ranks are threads of one process, so each shows the peak of all: {} predicted",
+            mib(total)
+        );
     }
 }

@@ -1,6 +1,6 @@
-//! What tells one family of models from another, as a record: every question that the rest of the program has is a field,
-//! so a new family cannot leave one unanswered. A family is a file with its layer and its record (`gpt`, `xl`) and a line
-//! in the list here.
+//! What tells one family of models from another, as a record: every question that the rest of the
+//! program has is a field, so a new family cannot leave one unanswered. A family is a file with its
+//! layer and its record (`gpt`, `xl`) and a line in the list here.
 
 use std::ops::Range;
 
@@ -16,7 +16,8 @@ pub struct Architecture {
     /// As in a config.
     pub name: &'static str,
     pub positions: Positions,
-    /// Where its layers may normalise; the first is the default. With [`Norm::Pre`] the head normalises once more.
+    /// Where its layers may normalise; the first is the default. With [`Norm::Pre`] the head
+    /// normalises once more.
     pub norms: &'static [Norm],
     /// The embedding is multiplied by sqrt(D) on its way in, also where it is not tied.
     pub scales_embedding: bool,
@@ -57,10 +58,20 @@ impl Arch {
 
 impl Architecture {
     /// A key that this family does not have, and those that `have` it.
-    pub fn refuse(setting: &str, found: impl ToString, have: impl Fn(&Architecture) -> bool) -> Error {
-        let families = ALL.iter().map(|arch| arch.architecture()).filter(|architecture| have(architecture));
-        let names: Vec<String> = families.map(|architecture| format!("\"{}\"", architecture.name)).collect();
-        Error::config(setting, found, format!("only model.arch = {} has it; leave it out", names.join(" or ")))
+    pub fn refuse(
+        setting: &str,
+        found: impl ToString,
+        have: impl Fn(&Architecture) -> bool,
+    ) -> Error {
+        let families =
+            ALL.iter().map(|arch| arch.architecture()).filter(|architecture| have(architecture));
+        let names: Vec<String> =
+            families.map(|architecture| format!("\"{}\"", architecture.name)).collect();
+        Error::config(
+            setting,
+            found,
+            format!("only model.arch = {} has it; leave it out", names.join(" or ")),
+        )
     }
 }
 

@@ -1,8 +1,10 @@
-//! The vocabulary in clusters of ever rarer tokens, for adaptive input (Baevski and Auli 2019) and adaptive softmax
-//! (Grave et al. 2017). Without cut-offs there is one cluster, and everything is what it is without clusters.
+//! The vocabulary in clusters of ever rarer tokens, for adaptive input (Baevski and Auli 2019) and
+//! adaptive softmax (Grave et al. 2017). Without cut-offs there is one cluster, and everything is
+//! what it is without clusters.
 //!
-//! Cluster i holds the tokens `start .. start + n` (the most frequent have the lowest numbers) in rows that are
-//! `width / div_val^i` wide, with a projection to D where that differs from D, or of every cluster (`project_all`).
+//! Cluster i holds the tokens `start .. start + n` (the most frequent have the lowest numbers) in
+//! rows that are `width / div_val^i` wide, with a projection to D where that differs from D, or of
+//! every cluster (`project_all`).
 
 use super::{Dimensions, Init, Parameter, Role};
 
@@ -26,7 +28,12 @@ pub(super) fn clusters(d: &Dimensions, width: i64) -> Vec<Cluster> {
         .zip(scales)
         .map(|((start, end), scale)| {
             let width = (width / scale).max(1);
-            Cluster { start, tokens: end - start, width, projected: d.project_all || width != d.d_model }
+            Cluster {
+                start,
+                tokens: end - start,
+                width,
+                projected: d.project_all || width != d.d_model,
+            }
         })
         .collect()
 }
@@ -36,7 +43,8 @@ pub(super) fn numbered(name: &str, i: usize, count: usize) -> String {
     if count == 1 { name.to_owned() } else { format!("{name}.{i}") }
 }
 
-/// The tables of all clusters with their projections, cluster by cluster: `rows` [n_i, w_i], and `projection` [D, w_i].
+/// The tables of all clusters with their projections, cluster by cluster: `rows` [n_i, w_i], and
+/// `projection` [D, w_i].
 pub(super) fn tables(
     d: &Dimensions,
     clusters: &[Cluster],
@@ -44,7 +52,8 @@ pub(super) fn tables(
     role: Role,
 ) -> Vec<Parameter> {
     let count = clusters.len();
-    let init = if role == Role::Table { Init::Normal(d.embedding_std) } else { d.first_values.head };
+    let init =
+        if role == Role::Table { Init::Normal(d.embedding_std) } else { d.first_values.head };
     let mut parameters = Vec::new();
     for (i, cluster) in clusters.iter().enumerate() {
         let shape = [cluster.tokens, cluster.width];
@@ -60,7 +69,8 @@ pub(super) fn tables(
     parameters
 }
 
-/// The share of a text's tokens that falls in each cluster, if frequencies follow Zipf's law, `1 / (rank + 2.7)`.
+/// The share of a text's tokens that falls in each cluster, if frequencies follow Zipf's law, `1 /
+/// (rank + 2.7)`.
 pub(super) fn zipf(cutoffs: &[i64], vocabulary: i64) -> Vec<f64> {
     let mass = |rank: i64| (rank as f64 + 2.7).ln();
     let all = mass(vocabulary) - mass(0);

@@ -32,9 +32,11 @@ pub enum Norm {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InitKind {
-    /// Matrices by the width of the model, those that end a residual branch smaller by the root of twice the layers.
+    /// Matrices by the width of the model, those that end a residual branch smaller by the root of
+    /// twice the layers.
     Scaled,
-    /// Everything with one standard deviation, the weights of normalisations around 1, as the public code of Transformer-XL has it.
+    /// Everything with one standard deviation, the weights of normalisations around 1, as the
+    /// public code of Transformer-XL has it.
     Normal,
 }
 
@@ -59,14 +61,16 @@ pub struct ModelConfig {
     pub d_head: Option<usize>,
     /// Width of the feed-forward, F.
     pub d_ff: usize,
-    /// After the embedding and on both branches of every layer; in a Transformer-XL also on the positions, inside the
-    /// position-wise network and before the head.
+    /// After the embedding and on both branches of every layer; in a Transformer-XL also on the
+    /// positions, inside the position-wise network and before the head.
     pub dropout: f64,
-    /// Tokens after which a new cluster of the vocabulary begins, for adaptive input and softmax; none: one cluster.
+    /// Tokens after which a new cluster of the vocabulary begins, for adaptive input and softmax;
+    /// none: one cluster.
     pub cutoffs: Vec<usize>,
     /// Every cluster's rows are narrower than those of the one before by this factor.
     pub div_val: usize,
-    /// With `div_val`: rows that are as wide as the model are projected, too, as in the public code of Transformer-XL.
+    /// With `div_val`: rows that are as wide as the model are projected, too, as in the public code
+    /// of Transformer-XL.
     #[serde(skip_serializing_if = "is_false")]
     pub project_all: bool,
     /// Width of the embedding's rows; none: `d_model`.
@@ -75,9 +79,10 @@ pub struct ModelConfig {
     /// Width of the head's rows; none: `d_model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_width: Option<usize>,
-    /// Standard deviation of the initial values of the embedding's tables, of the positions too. GPT-2's 0.02 suits small learning
-    /// rates; delayed steps stand larger values (0.2) better. The embedding of a tied table is multiplied by 0.02 / `embedding_std`,
-    /// its head by the root of that.
+    /// Standard deviation of the initial values of the embedding's tables, of the positions too.
+    /// GPT-2's 0.02 suits small learning rates; delayed steps stand larger values (0.2) better. The
+    /// embedding of a tied table is multiplied by 0.02 / `embedding_std`, its head by the root of
+    /// that.
     pub embedding_std: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
@@ -85,20 +90,22 @@ pub struct ModelConfig {
     pub tie_gradient: TieGradient,
     /// Tokens that every layer of a Transformer-XL remembers of earlier segments.
     pub mem_len: usize,
-    /// Transformer-XL: distances beyond this one count as this one; none, or 0: they count as they are.
+    /// Transformer-XL: distances beyond this one count as this one; none, or 0: they count as they
+    /// are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clamp_len: Option<usize>,
     /// Transformer-XL: every query looks at `mem_len` keys.
     pub same_length: bool,
-    /// Transformer-XL: all layers have the two biases of their attention in common, as in the paper's code. Layers of several
-    /// stages cannot: it would be one parameter with a delay for each.
+    /// Transformer-XL: all layers have the two biases of their attention in common, as in the
+    /// paper's code. Layers of several stages cannot: it would be one parameter with a delay for
+    /// each.
     #[serde(skip_serializing_if = "is_false")]
     pub shared_biases: bool,
     /// By default post for a Transformer-XL; a Transformer is pre.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<Norm>,
-    /// Whether the head normalises once more; by default where the layers normalise before their branches. The public
-    /// Transformer-XL does not.
+    /// Whether the head normalises once more; by default where the layers normalise before their
+    /// branches. The public Transformer-XL does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub final_norm: Option<bool>,
     /// How parameters begin.
@@ -137,20 +144,34 @@ impl ModelConfig {
         Error::unless_at_least_one("model.d_ff", self.d_ff)?;
         Error::unless_at_least_one("model.d_head", self.d_head.unwrap_or(1))?;
         if self.d_head.is_none() && !self.d_model.is_multiple_of(self.heads) {
-            let remedy = format!("must be a multiple of model.heads = {}, or set model.d_head", self.heads);
+            let remedy =
+                format!("must be a multiple of model.heads = {}, or set model.d_head", self.heads);
             return Err(Error::config("model.d_model", self.d_model, remedy));
         }
 
-        for (setting, rate) in [("model.dropout", self.dropout), ("model.attention_dropout", self.attention_dropout)] {
-            Error::unless((0.0..1.0).contains(&rate), setting, rate, "must be at least 0 and below 1")?;
+        for (setting, rate) in
+            [("model.dropout", self.dropout), ("model.attention_dropout", self.attention_dropout)]
+        {
+            Error::unless(
+                (0.0..1.0).contains(&rate),
+                setting,
+                rate,
+                "must be at least 0 and below 1",
+            )?;
         }
+
         let std = self.embedding_std;
         Error::unless(std > 0.0, "model.embedding_std", std, "must be above 0")?;
         let init_std = self.init_std.unwrap_or(TABLE_STD);
         Error::unless(init_std > 0.0, "model.init_std", init_std, "must be above 0")?;
         if let Some(std) = self.init_std.filter(|_| self.init == InitKind::Scaled) {
-            return Err(Error::config("model.init_std", std, "means something with model.init = \"normal\" only"));
+            return Err(Error::config(
+                "model.init_std",
+                std,
+                "means something with model.init = \"normal\" only",
+            ));
         }
+
         self.check_widths()?;
         self.check_architecture()
     }
@@ -158,30 +179,46 @@ impl ModelConfig {
     /// Widths of embedding and head, and what a tie needs of them.
     fn check_widths(&self) -> Result<()> {
         Error::unless_at_least_one("model.div_val", self.div_val)?;
-        let widths = [("model.embedding_width", self.embedding_width), ("model.head_width", self.head_width)];
+        let widths = [
+            ("model.embedding_width", self.embedding_width),
+            ("model.head_width", self.head_width),
+        ];
         for (setting, width) in widths {
             Error::unless_at_least_one(setting, width.unwrap_or(1))?;
         }
+
         if self.div_val > 1 && self.cutoffs.is_empty() {
-            return Err(Error::config("model.div_val", self.div_val, "means something with model.cutoffs only"));
+            return Err(Error::config(
+                "model.div_val",
+                self.div_val,
+                "means something with model.cutoffs only",
+            ));
         }
 
         if self.project_all && self.div_val == 1 {
-            return Err(Error::config("model.project_all", true, "means something with model.div_val > 1 only"));
+            return Err(Error::config(
+                "model.project_all",
+                true,
+                "means something with model.div_val > 1 only",
+            ));
         }
 
         let embedding = self.embedding_width.unwrap_or(self.d_model);
         let head = self.head_width.unwrap_or(self.d_model);
         let (narrowest, clusters) = (embedding.min(head), self.cutoffs.len() as u32);
         if self.div_val.checked_pow(clusters).is_none_or(|scale| scale > narrowest) {
-            let remedy = format!("{clusters} further clusters leave less than one value of a width of {narrowest}");
+            let remedy = format!(
+                "{clusters} further clusters leave less than one value of a width of {narrowest}"
+            );
             return Err(Error::config("model.div_val", self.div_val, remedy));
         }
+
         if self.tie != Tie::Untied && embedding != head {
             let found = format!("{embedding}, and a head_width of {head}");
             let remedy = "a tied table has one width: make them equal, or set model.tie = \"none\"";
             return Err(Error::config("model.embedding_width", found, remedy));
         }
+
         Ok(())
     }
 
@@ -195,18 +232,27 @@ impl ModelConfig {
             ("model.same_length", given(self.same_length, "true".into())),
             ("model.shared_biases", given(self.shared_biases, "true".into())),
         ];
+
         for (setting, found) in recurrent.into_iter().filter(|_| !architecture.has_memory) {
-            found.map_or(Ok(()), |found| Err(Architecture::refuse(setting, found, |other| other.has_memory)))?;
+            found.map_or(Ok(()), |found| {
+                Err(Architecture::refuse(setting, found, |other| other.has_memory))
+            })?;
         }
 
         if !architecture.norms.contains(&self.norm()) {
             let word = if self.norm() == Norm::Post { "post" } else { "pre" };
-            return Err(Architecture::refuse("model.norm", word, |other| other.norms.contains(&self.norm())));
+            return Err(Architecture::refuse("model.norm", word, |other| {
+                other.norms.contains(&self.norm())
+            }));
         }
+
         if self.attention_dropout > 0.0 && !architecture.has_attention_dropout {
             let rate = self.attention_dropout;
-            return Err(Architecture::refuse("model.attention_dropout", rate, |other| other.has_attention_dropout));
+            return Err(Architecture::refuse("model.attention_dropout", rate, |other| {
+                other.has_attention_dropout
+            }));
         }
+
         Ok(())
     }
 
@@ -217,11 +263,15 @@ impl ModelConfig {
     pub fn check_cutoffs(&self, vocabulary: usize) -> Result<()> {
         let cutoffs = &self.cutoffs;
         let rising = cutoffs.windows(2).all(|pair| pair[0] < pair[1]);
-        if rising && cutoffs.first() != Some(&0) && cutoffs.last().is_none_or(|last| *last < vocabulary) {
+        if rising
+            && cutoffs.first() != Some(&0)
+            && cutoffs.last().is_none_or(|last| *last < vocabulary)
+        {
             return Ok(());
         }
 
-        let remedy = format!("rising numbers above 0 and below the size of the vocabulary, {vocabulary}");
+        let remedy =
+            format!("rising numbers above 0 and below the size of the vocabulary, {vocabulary}");
         Err(Error::config("model.cutoffs", format!("{cutoffs:?}"), remedy))
     }
 }

@@ -10,8 +10,9 @@ pub struct LayerCosts {
     pub head: f64,
 }
 
-/// The stated costs: what the family says of a block, `D V` for the head (of an adaptive one the first cluster, and of
-/// the others what falls into them), and the additions of the embedding, `2 D`.
+/// The stated costs: what the family says of a block, `D V` for the head (of an adaptive one the
+/// first cluster, and of the others what falls into them), and the additions of the embedding, `2
+/// D`.
 pub fn costs(d: &Dimensions) -> LayerCosts {
     let head = head::Head::new(d).cost();
     LayerCosts { embedding: 2.0 * d.d_model as f64, block: (d.architecture.block_cost)(d), head }

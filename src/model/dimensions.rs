@@ -21,7 +21,8 @@ pub struct Dimensions {
     pub div_val: i64,
     /// Every cluster's rows are projected, those that are D wide too.
     pub project_all: bool,
-    /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is known.
+    /// The share of the text's tokens that falls in each cluster: of Zipf's law, unless the text is
+    /// known.
     pub shares: Vec<f64>,
     /// Of the rows of the embedding's and the head's first cluster.
     pub embedding_width: i64,
@@ -53,9 +54,10 @@ impl Dimensions {
         self.heads * self.d_head
     }
 
-    /// What a tied table's rows are multiplied by, as embedding and as head. Rows that begin larger make the same embedding at
-    /// first, of which a step of the same length moves less: a learning rate of its own, for optimizers whose steps do not
-    /// depend on the gradient's length. A head that moved as much less would learn too slowly, so it takes the root of that.
+    /// What a tied table's rows are multiplied by, as embedding and as head. Rows that begin larger
+    /// make the same embedding at first, of which a step of the same length moves less: a learning
+    /// rate of its own, for optimizers whose steps do not depend on the gradient's length. A head
+    /// that moved as much less would learn too slowly, so it takes the root of that.
     pub fn table_scales(&self) -> [f64; 2] {
         let scale = if self.tied { TABLE_STD / self.embedding_std } else { 1.0 };
         [scale, scale.sqrt()]

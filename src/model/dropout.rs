@@ -1,6 +1,7 @@
 //! Dropout as a function of where it stands: a mask has the same bits on the host and on a GPU.
 //!
-//! A GPU makes its masks itself (`dropout.cu`), a thread sixteen numbers: what a host could make and send takes longer than the step.
+//! A GPU makes its masks itself (`dropout.cu`), a thread sixteen numbers: what a host could make
+//! and send takes longer than the step.
 
 use std::ffi::c_void;
 
@@ -44,6 +45,7 @@ impl Dropout {
             Device::Cuda(index) => on_gpu(index, key, rate, &x.size(), x.kind())?,
             _ => on_host(key, rate, &x.size(), x.kind())?,
         };
+
         Ok(x.f_mul(&mask)?)
     }
 }
@@ -61,15 +63,23 @@ fn on_gpu(index: usize, key: DropoutKey, rate: f64, shape: &[i64], kind: Kind) -
         Kind::BFloat16 => "dropout_bf16",
         other => return Err(Error::Internal(format!("a mask of {other:?}"))),
     };
+
     let kernel = kept(index, &SOURCE, entry)?;
     let mask = Tensor::f_empty(shape, (kind, Device::Cuda(index)))?;
 
-    let mut arguments = Arguments::new(mask.data_ptr() as u64, mask.numel() as u64, key, rate, kind);
-    // SAFETY: the arguments are those of the kernel's declaration, in their order; the mask has so many numbers of its kind, and is
-    // memory of libtorch's on its own stream (the null one), so all work on it that comes before or after is in order.
+    let mut arguments =
+        Arguments::new(mask.data_ptr() as u64, mask.numel() as u64, key, rate, kind);
+    // SAFETY: the arguments are those of the kernel's declaration, in their order; the mask has so
+    // many numbers of its kind, and is memory of libtorch's on its own stream (the null one), so
+    // all work on it that comes before or after is in order.
     unsafe {
-        kernel.launch(arguments.count.div_ceil(BLOCK), std::ptr::null_mut(), &mut arguments.pointers())?;
+        kernel.launch(
+            arguments.count.div_ceil(BLOCK),
+            std::ptr::null_mut(),
+            &mut arguments.pointers(),
+        )?;
     }
+
     Ok(mask)
 }
 
@@ -131,28 +141,53 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let library = for_processor(&SOURCE, folder.path());
         // SAFETY: the types are those of the source's declarations.
-        let (of_f32, of_bf16): (Symbol<OfF32>, Symbol<OfBf16>) =
-            unsafe { (library.get(b"dropout_f32").unwrap(), library.get(b"dropout_bf16").unwrap()) };
+        let (of_f32, of_bf16): (Symbol<OfF32>, Symbol<OfBf16>) = unsafe {
+            (library.get(b"dropout_f32").unwrap(), library.get(b"dropout_bf16").unwrap())
+        };
 
-        for (count, rate, layer) in [(1usize, 0.5, 0), (16, 0.1, 7), (1003, 0.1, 3), (70_000, 0.25, 65), (5000, 0.9, 1)]
+        for (count, rate, layer) in
+            [(1usize, 0.5, 0), (16, 0.1, 7), (1003, 0.1, 3), (70_000, 0.25, 65), (5000, 0.9, 1)]
         {
-            let key = DropoutKey { seed: 1 << 40, step: 5_000_000_000, replica: 3, microbatch: 2, layer, site: 9 };
+            let key = DropoutKey {
+                seed: 1 << 40,
+                step: 5_000_000_000,
+                replica: 3,
+                microbatch: 2,
+                layer,
+                site: 9,
+            };
             for kind in [Kind::Float, Kind::BFloat16] {
                 let expected = on_host(key, rate, &[count as i64], kind).unwrap();
-                let Arguments { bound, kept, key: words, .. } = Arguments::new(0, count as u64, key, rate, kind);
+                let Arguments { bound, kept, key: words, .. } =
+                    Arguments::new(0, count as u64, key, rate, kind);
                 match kind {
                     Kind::Float => {
                         let mut mask = vec![f32::NAN; count];
                         // SAFETY: the mask has `count` numbers.
-                        unsafe { of_f32(mask.as_mut_ptr(), count as u64, Key(words), bound, f32::from_bits(kept)) };
+                        unsafe {
+                            of_f32(
+                                mask.as_mut_ptr(),
+                                count as u64,
+                                Key(words),
+                                bound,
+                                f32::from_bits(kept),
+                            )
+                        };
                         assert_eq!(Vec::<f32>::try_from(expected).unwrap(), mask, "{count} {rate}");
                     }
                     _ => {
                         let mut mask = vec![0x7fc0u16; count];
                         // SAFETY: the mask has `count` numbers.
-                        unsafe { of_bf16(mask.as_mut_ptr(), count as u64, Key(words), bound, kept as u16) };
-                        let bits: Vec<i16> = Vec::try_from(expected.view_dtype(Kind::Int16)).unwrap();
-                        assert_eq!(bits, mask.iter().map(|bits| *bits as i16).collect::<Vec<_>>(), "{count} {rate}");
+                        unsafe {
+                            of_bf16(mask.as_mut_ptr(), count as u64, Key(words), bound, kept as u16)
+                        };
+                        let bits: Vec<i16> =
+                            Vec::try_from(expected.view_dtype(Kind::Int16)).unwrap();
+                        assert_eq!(
+                            bits,
+                            mask.iter().map(|bits| *bits as i16).collect::<Vec<_>>(),
+                            "{count} {rate}"
+                        );
                     }
                 }
             }

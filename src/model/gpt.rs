@@ -1,5 +1,5 @@
-//! A decoder as GPT-2 (Radford et al. 2019): learned positions, pre-LN layers `x += attention(norm(x)); x += mlp(norm(x))`
-//! with causal attention and GELU.
+//! A decoder as GPT-2 (Radford et al. 2019): learned positions, pre-LN layers `x +=
+//! attention(norm(x)); x += mlp(norm(x))` with causal attention and GELU.
 
 use std::ops::Range;
 
@@ -9,7 +9,8 @@ use super::architecture::Blocks;
 use super::linear::linear;
 use super::parameter::FirstValues;
 use super::{
-    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused, layer_norm, named,
+    Architecture, Dimensions, Dropout, Init, Layer, Norm, Parameter, Positions, Remembered, fused,
+    layer_norm, named,
 };
 use crate::error::Result;
 
@@ -29,7 +30,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
 
 /// `4 D A + 2 D F` for the matrices, `T A` for causal attention.
 fn block_cost(d: &Dimensions) -> f64 {
-    let (dm, a, f, t) = (d.d_model as f64, d.attention_width() as f64, d.d_ff as f64, d.sequence as f64);
+    let (dm, a, f, t) =
+        (d.d_model as f64, d.attention_width() as f64, d.d_ff as f64, d.sequence as f64);
     4.0 * dm * a + 2.0 * dm * f + t * a
 }
 
@@ -46,10 +48,14 @@ struct Block {
 impl Block {
     /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(W)) v` a head.
     fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [qkv, qkv_bias, out, out_bias] = weights else { unreachable!("attention has four parameters") };
+        let [qkv, qkv_bias, out, out_bias] = weights else {
+            unreachable!("attention has four parameters")
+        };
         let (b, t) = (x.size()[0], x.size()[1]);
-        let heads = linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_head])?;
-        // At once: of single parts the backward would make three whole gradients, zeros but for one part, and add them up.
+        let heads =
+            linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_head])?;
+        // At once: of single parts the backward would make three whole gradients, zeros but for one
+        // part, and add them up.
         let parts = heads.f_unbind(2)?;
         let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, W]
         let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
@@ -62,12 +68,15 @@ impl Block {
             None,
             false,
         )?;
+
         let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         linear(&y, out, Some(out_bias))
     }
 
     fn mlp(weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [up, up_bias, down, down_bias] = weights else { unreachable!("the mlp has four parameters") };
+        let [up, up_bias, down, down_bias] = weights else {
+            unreachable!("the mlp has four parameters")
+        };
         linear(&linear(x, up, Some(up_bias))?.f_gelu("none")?, down, Some(down_bias))
     }
 }
@@ -94,11 +103,18 @@ impl Layer for Block {
             ("mlp.down.weight", &[d, f], residual),
             ("mlp.down.bias", &[d], Init::Zeros),
         ];
+
         fused(named(&self.name(), shapes), "attention.qkv.weight", 3)
     }
 
     /// `x`: [B, T, D] -> [B, T, D].
-    fn forward(&self, weights: &[Tensor], x: &Tensor, _: &mut Remembered, dropout: Option<Dropout>) -> Result<Tensor> {
+    fn forward(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        _: &mut Remembered,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let drop = |y: Tensor, site| match dropout {
             Some(dropout) => dropout.apply(y, self.layer + 1, site),
             None => Ok(y),
@@ -109,10 +125,12 @@ impl Layer for Block {
         Ok(x.f_add(&drop(y, 1)?)?)
     }
 
-    /// The input, norm1, the middle state, norm2: 4 D; q k v, the attention's output: 4 A; both sides of the GELU: 2 F; the
-    /// attention's log-sums: H; mean and deviation of two norms: 4; with dropout two masks: 2 D.
+    /// The input, norm1, the middle state, norm2: 4 D; q k v, the attention's output: 4 A; both
+    /// sides of the GELU: 2 F; the attention's log-sums: H; mean and deviation of two norms: 4;
+    /// with dropout two masks: 2 D.
     fn saved_per_token(&self) -> usize {
-        let (d, a, f) = (self.d.d_model as usize, self.d.attention_width() as usize, self.d.d_ff as usize);
+        let (d, a, f) =
+            (self.d.d_model as usize, self.d.attention_width() as usize, self.d.d_ff as usize);
         let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
         4 * d + 4 * a + 2 * f + self.d.heads as usize + 4 + masks
     }

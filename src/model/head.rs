@@ -1,10 +1,11 @@
-//! Hidden states to a loss: the last normalisation, where the layers need one, and an output matrix, which with a tie is
-//! the embedding's table.
+//! Hidden states to a loss: the last normalisation, where the layers need one, and an output
+//! matrix, which with a tie is the embedding's table.
 //!
-//! With clusters it is an adaptive softmax (Grave et al. 2017): the first softmax is over the tokens of the first
-//! cluster and one entry for each of the others; a token of cluster i > 0 costs that entry and its place in a softmax
-//! over its own cluster, which is made only for the tokens of the text that fall into it (targets are the host's, which
-//! finds out by itself which those are, and sends what a device needs):
+//! With clusters it is an adaptive softmax (Grave et al. 2017): the first softmax is over the
+//! tokens of the first cluster and one entry for each of the others; a token of cluster i > 0 costs
+//! that entry and its place in a softmax over its own cluster, which is made only for the tokens of
+//! the text that fall into it (targets are the host's, which finds out by itself which those are,
+//! and sends what a device needs):
 //!
 //! ```text
 //! log p(token) = first[token]                       cluster 0
@@ -49,23 +50,44 @@ impl Head {
         let d = &self.d;
         let mut parameters = Vec::new();
         if d.final_norm {
-            parameters.push(Parameter::vector("head.norm.weight".into(), d.d_model, d.first_values.norm));
+            parameters.push(Parameter::vector(
+                "head.norm.weight".into(),
+                d.d_model,
+                d.first_values.norm,
+            ));
             parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
         }
+
         match d.tied {
             true => parameters.extend(table(d)),
-            false => parameters.extend(tables(d, &self.clusters, ["head.weight", "head.projection"], Role::Head)),
+            false => parameters.extend(tables(
+                d,
+                &self.clusters,
+                ["head.weight", "head.projection"],
+                Role::Head,
+            )),
         }
+
         let count = self.clusters.len();
         if self.d.architecture.head_bias {
             for (i, cluster) in self.clusters.iter().enumerate() {
-                parameters.push(Parameter::vector(numbered("head.bias", i, count), cluster.tokens, Init::Zeros));
+                parameters.push(Parameter::vector(
+                    numbered("head.bias", i, count),
+                    cluster.tokens,
+                    Init::Zeros,
+                ));
             }
         }
+
         if count > 1 {
             let entries = count as i64 - 1;
             let shape = [entries, self.clusters[0].width];
-            let rows = Parameter::new("head.clusters.weight".into(), &shape, d.first_values.head, Role::Head);
+            let rows = Parameter::new(
+                "head.clusters.weight".into(),
+                &shape,
+                d.first_values.head,
+                Role::Head,
+            );
             parameters.push(rows);
             parameters.push(Parameter::vector("head.clusters.bias".into(), entries, Init::Zeros));
         }
@@ -82,23 +104,34 @@ impl Head {
             let projection = cluster.projected.then(&mut next);
             clusters.push(ClusterWeights { rows, projection, bias: None });
         }
+
         if self.d.architecture.head_bias {
             clusters.iter_mut().for_each(|part| part.bias = Some(next()));
         }
+
         let entries = (clusters.len() > 1).then(|| (next(), next()));
         HeadWeights { norm, clusters, entries }
     }
 
     /// [B, T, D] -> [B T, D], normalised and dropped.
-    fn prepared(&self, parts: &HeadWeights, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    fn prepared(
+        &self,
+        parts: &HeadWeights,
+        x: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<Tensor> {
         let x = match parts.norm {
             Some((weight, bias)) => layer_norm(x, weight, bias)?,
             None => x.shallow_clone(),
         };
+
         let x = match dropout {
-            Some(dropout) if self.d.architecture.head_dropout => dropout.apply(x, self.d.layers + 1, 0)?,
+            Some(dropout) if self.d.architecture.head_dropout => {
+                dropout.apply(x, self.d.layers + 1, 0)?
+            }
             _ => x,
         };
+
         let x = x.f_reshape([-1, self.d.d_model])?;
         let [_, scale] = self.d.table_scales();
         if scale == 1.0 { Ok(x) } else { Ok(x.f_mul_scalar(scale)?) }
@@ -115,7 +148,8 @@ impl Head {
         ClusterWeights { rows: &rows, bias: Some(&biases), ..*part }.logits(x)
     }
 
-    /// Hidden states [B, T, D], `targets` [B, T] on the host -> the mean cross-entropy in nats per token.
+    /// Hidden states [B, T, D], `targets` [B, T] on the host -> the mean cross-entropy in nats per
+    /// token.
     pub(super) fn loss(
         &self,
         weights: &[Tensor],
@@ -127,11 +161,18 @@ impl Head {
             let sum = self.losses(weights, x, targets, dropout)?;
             return Ok(sum.f_div_scalar(targets.numel() as f64)?);
         }
+
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
         let logits = wide(self.first(&parts, &x)?)?;
         let targets = to_device(&targets.f_reshape([-1])?, logits.device())?;
-        Ok(logits.f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Mean, UNCOUNTED, 0.0)?)
+        Ok(logits.f_cross_entropy_loss::<Tensor>(
+            &targets,
+            None,
+            Reduction::Mean,
+            UNCOUNTED,
+            0.0,
+        )?)
     }
 
     /// The same, added up over the targets that count.
@@ -151,19 +192,33 @@ impl Head {
         let mut entries = targets.shallow_clone();
         let mut tails = Vec::new();
         for (i, (cluster, part)) in self.clusters.iter().zip(&parts.clusters).enumerate().skip(1) {
-            let inside = targets.f_ge(cluster.start)?.f_logical_and(&targets.f_lt(cluster.start + cluster.tokens)?)?;
+            let inside = targets
+                .f_ge(cluster.start)?
+                .f_logical_and(&targets.f_lt(cluster.start + cluster.tokens)?)?;
             entries = entries.f_masked_fill(&inside, self.clusters[0].tokens + i as i64 - 1)?;
             let places = inside.f_nonzero()?.f_view([-1])?;
             // Also without any token of the cluster, so that its weights always have a gradient.
             let own = wide(part.logits(&x.f_index_select(0, &to_device(&places, x.device())?)?)?)?;
-            let wanted = to_device(&targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?, x.device())?;
-            tails.push(own.f_cross_entropy_loss::<Tensor>(&wanted, None, Reduction::Sum, UNCOUNTED, 0.0)?);
+            let wanted = to_device(
+                &targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?,
+                x.device(),
+            )?;
+            tails.push(own.f_cross_entropy_loss::<Tensor>(
+                &wanted,
+                None,
+                Reduction::Sum,
+                UNCOUNTED,
+                0.0,
+            )?);
         }
+
         let entries = to_device(&entries, x.device())?;
-        let mut sum = first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, UNCOUNTED, 0.0)?;
+        let mut sum =
+            first.f_cross_entropy_loss::<Tensor>(&entries, None, Reduction::Sum, UNCOUNTED, 0.0)?;
         for tail in tails {
             sum = sum.f_add(&tail)?;
         }
+
         Ok(sum)
     }
 
@@ -180,13 +235,19 @@ impl Head {
             let own = wide(part.logits(&rows)?)?.f_log_softmax(-1, kind)?;
             all.push(own.f_add(&first.f_narrow(1, n + i as i64 - 1, 1)?)?);
         }
+
         Ok(Tensor::f_cat(&all, 1)?.f_view([x.size()[0], x.size()[1], self.d.vocabulary])?)
     }
 
     /// Entries of the softmaxes that a token is in, on average.
     pub(super) fn entries(&self) -> f64 {
-        let further =
-            self.clusters.iter().zip(&self.d.shares).skip(1).map(|(c, share)| c.tokens as f64 * share).sum::<f64>();
+        let further = self
+            .clusters
+            .iter()
+            .zip(&self.d.shares)
+            .skip(1)
+            .map(|(c, share)| c.tokens as f64 * share)
+            .sum::<f64>();
         (self.clusters[0].tokens as usize + self.clusters.len() - 1) as f64 + further
     }
 
@@ -246,10 +307,15 @@ mod tests {
             (Norm::Post, None, false),
             (Norm::Post, Some(true), true),
         ] {
-            let config =
-                ModelConfig { arch: Arch::TransformerXl, norm: Some(norm), final_norm, ..ModelConfig::default() };
+            let config = ModelConfig {
+                arch: Arch::TransformerXl,
+                norm: Some(norm),
+                final_norm,
+                ..ModelConfig::default()
+            };
             let head = Head::new(&Dimensions::new(&config, 31, 4));
-            let found = head.parameters().iter().any(|parameter| parameter.name == "head.norm.weight");
+            let found =
+                head.parameters().iter().any(|parameter| parameter.name == "head.norm.weight");
             assert_eq!(found, expected, "{norm:?} {final_norm:?}");
         }
     }
@@ -274,8 +340,12 @@ mod tests {
                 ..ModelConfig::default()
             };
             let head = Head::new(&Dimensions::new(&config, 31, 4));
-            let projections = head.parameters().iter().filter(|p| p.name.contains("projection")).count();
-            assert_eq!(projections, if div_val == 1 { 0 } else { cutoffs.len() + usize::from(project_all) });
+            let projections =
+                head.parameters().iter().filter(|p| p.name.contains("projection")).count();
+            assert_eq!(
+                projections,
+                if div_val == 1 { 0 } else { cutoffs.len() + usize::from(project_all) }
+            );
             let weights: Vec<Tensor> = head
                 .parameters()
                 .iter()
@@ -294,7 +364,8 @@ mod tests {
             }
 
             // Targets that count nothing are left out of the sum.
-            let some = Tensor::from_slice(&[0i64, UNCOUNTED, 4, UNCOUNTED, 8, 9, UNCOUNTED, 30]).view([2, 4]);
+            let some = Tensor::from_slice(&[0i64, UNCOUNTED, 4, UNCOUNTED, 8, 9, UNCOUNTED, 30])
+                .view([2, 4]);
             let counted = some.ge(0);
             let wanted = all.gather(-1, &some.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
             let wanted = wanted.masked_select(&counted).sum(Kind::Double);

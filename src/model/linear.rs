@@ -1,30 +1,31 @@
 //! Products with a matrix of weights, `x W' + b`, by the faster of libtorch's two libraries.
 //!
-//! libtorch's linear layers are MKL's, whose kernels for processors of other makers than Intel are the slower ones; its convolutions
-//! are oneDNN's. A convolution of one pixel is the same product: tokens are the pixels, and [N, tokens / N, 1, D] is the memory of
-//! an image with its channels last. On an AMD EPYC a training step of 2,048 tokens is 4 to 5 % shorter by it.
+//! libtorch's linear layers are MKL's, whose kernels for processors of other makers than Intel are
+//! the slower ones; its convolutions are oneDNN's. A convolution of one pixel is the same product:
+//! tokens are the pixels, and [N, tokens / N, 1, D] is the memory of an image with its channels
+//! last. On an AMD EPYC a training step of 2,048 tokens is 4 to 5 % shorter by it.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::runtime::mkl_is_slow;
 
-/// Images: libtorch hands convolutions of one pixel to oneDNN from so many on, whatever the threads.
+/// Images: libtorch hands convolutions of one pixel to oneDNN from so many on, whatever the
+/// threads.
 const IMAGES: i64 = 16;
 
-/// Tokens below which it does not pay: oneDNN puts the weights in its own order, for each of the three products anew.
+/// Tokens below which it does not pay: oneDNN puts the weights in its own order, for each of the
+/// three products anew.
 const TOKENS: i64 = 1024;
 
 /// Features come in vectors of so many.
 const VECTOR: i64 = 16;
 
 /// `x` is [.., I], `weight` [O, I], `bias` \[O\]; the product is [.., O].
-///
-/// # Errors
-/// What libtorch reports.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let shape = x.size();
-    let (rows, features) = (x.numel() as i64 / shape.last().copied().unwrap_or(1).max(1), weight.size());
+    let (rows, features) =
+        (x.numel() as i64 / shape.last().copied().unwrap_or(1).max(1), weight.size());
     let suits = rows >= TOKENS && rows % IMAGES == 0 && features.iter().all(|n| n % VECTOR == 0);
     match suits && x.kind() == Kind::Float && x.device() == Device::Cpu && mkl_is_slow() {
         true => convolution(x, weight, bias),
@@ -49,7 +50,8 @@ mod tests {
     use super::*;
 
     fn wave(shape: &[i64], pace: f64) -> Tensor {
-        let values = Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)) * pace;
+        let values =
+            Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)) * pace;
         values.sin().view(shape).set_requires_grad(true)
     }
 
@@ -63,7 +65,8 @@ mod tests {
             let mut leaves = vec![&x, &weight];
             leaves.extend(bias.as_ref());
             let all = |y: Tensor| -> Vec<Tensor> {
-                let mut all = Tensor::run_backward(&[(&y * &toward).sum(Kind::Float)], &leaves, false, false);
+                let mut all =
+                    Tensor::run_backward(&[(&y * &toward).sum(Kind::Float)], &leaves, false, false);
                 all.push(y.detach());
                 all
             };
@@ -76,10 +79,12 @@ mod tests {
         }
     }
 
-    /// Where memory is saved a forward is made without a graph first, and must give the same bits as the one with it.
+    /// Where memory is saved a forward is made without a graph first, and must give the same bits
+    /// as the one with it.
     #[test]
     fn a_product_is_the_same_with_and_without_a_graph() {
-        let (x, weight, bias) = (wave(&[16, 64, 32], 0.37), wave(&[48, 32], 0.11), wave(&[48], 0.7));
+        let (x, weight, bias) =
+            (wave(&[16, 64, 32], 0.37), wave(&[48, 32], 0.11), wave(&[48], 0.7));
         let with = convolution(&x, &weight, Some(&bias)).unwrap();
         let without = tch::no_grad(|| convolution(&x, &weight, Some(&bias)).unwrap());
         assert_eq!(with.detach(), without);

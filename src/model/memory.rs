@@ -19,12 +19,14 @@ impl Remembered {
         self.states = Some(states);
     }
 
-    /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is remembered.
+    /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is
+    /// remembered.
     pub(super) fn extend(&mut self, x: &Tensor) -> Result<Tensor> {
         let context = match &self.states {
             Some(states) => Tensor::f_cat(&[states, x], 1)?,
             None => x.shallow_clone(),
         };
+
         let (length, t) = (context.size()[1], x.size()[1]);
         let kept = length.min(self.limit);
         // A copy, unless it is the segment: a part would keep all of its tensor alive.
@@ -33,11 +35,13 @@ impl Remembered {
             _ if kept == t => Some(x.f_detach()?),
             _ => Some(tch::no_grad(|| context.f_narrow(1, length - kept, kept)?.f_detach_copy())?),
         };
+
         Ok(context)
     }
 }
 
-/// What the layers of a stack remember of the segments before. It carries no gradient and never travels.
+/// What the layers of a stack remember of the segments before. It carries no gradient and never
+/// travels.
 #[derive(Debug)]
 pub struct Memory {
     limit: usize,
@@ -52,7 +56,10 @@ impl Memory {
 
     /// Another handle of the same memory.
     pub fn shallow_clone(&self) -> Memory {
-        let copy = |r: &Remembered| Remembered { limit: r.limit, states: r.states.as_ref().map(Tensor::shallow_clone) };
+        let copy = |r: &Remembered| Remembered {
+            limit: r.limit,
+            states: r.states.as_ref().map(Tensor::shallow_clone),
+        };
         Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
     }
 
@@ -83,7 +90,11 @@ mod tests {
             for length in [4, 3, 4] {
                 let remembered = memory.of(1)[0].extend(&all.narrow(1, start, length)).unwrap();
                 let from = (start - limit as i64).max(0);
-                assert_eq!(remembered, all.narrow(1, from, start + length - from), "M = {limit} at {start}");
+                assert_eq!(
+                    remembered,
+                    all.narrow(1, from, start + length - from),
+                    "M = {limit} at {start}"
+                );
                 start += length;
             }
         }

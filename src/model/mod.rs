@@ -1,10 +1,12 @@
 //! The layers and the stack of them that a stage (or the oracle) holds.
 //!
-//! Shapes: B rows, T tokens a row, D = `d_model`, H heads of width W, A = H W (D, unless `d_head` is given), F = `d_ff`, V tokens of the vocabulary. A stack's input is
-//! tokens [B, T] (int64) if it holds the embedding, else hidden states [B, T, D]; its output is hidden states; the head
+//! Shapes: B rows, T tokens a row, D = `d_model`, H heads of width W, A = H W (D, unless `d_head`
+//! is given), F = `d_ff`, V tokens of the vocabulary. A stack's input is tokens [B, T] (int64) if
+//! it holds the embedding, else hidden states [B, T, D]; its output is hidden states; the head
 //! makes them a loss.
 //!
-//! Parameter names, as in saved weights (l counts layers of the whole model from 0; matrices are [out, in]):
+//! Parameter names, as in saved weights (l counts layers of the whole model from 0; matrices are
+//! [out, in]):
 //!
 //! ```text
 //! embedding.tokens [V, D]          embedding.positions [T, D]
@@ -24,9 +26,9 @@
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
 //!
-//! Where the rows of a table are not D wide, embedding.projection and head.projection stand beside it. With cut-offs
-//! there is one of each for every cluster i of n tokens, w wide, and the entries of the further clusters in the first
-//! softmax:
+//! Where the rows of a table are not D wide, embedding.projection and head.projection stand beside
+//! it. With cut-offs there is one of each for every cluster i of n tokens, w wide, and the entries
+//! of the further clusters in the first softmax:
 //!
 //! ```text
 //! embedding.tokens.i, head.weight.i [n, w]     embedding.projection.i, head.projection.i [D, w], where w is not D
@@ -122,7 +124,8 @@ pub enum Owner {
     Table(TableEnd, usize),
 }
 
-/// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is the last.
+/// A contiguous run of the model: blocks `a..b`, with the embedding if a = 0 and the head if b is
+/// the last.
 pub struct Stack {
     layers: Vec<(Box<dyn Layer>, Uses)>,
     head: Option<(head::Head, Uses)>,
@@ -139,9 +142,11 @@ impl Stack {
         if run.start == 0 {
             stack.push(Box::new(embedding::Embedding::new(dimensions)));
         }
+
         for block in (dimensions.architecture.blocks)(dimensions, run) {
             stack.push(block);
         }
+
         if last {
             let head = head::Head::new(dimensions);
             let uses = stack.add(head.parameters());
@@ -159,7 +164,9 @@ impl Stack {
         let start = self.parameters.len();
         let mut numbers = Vec::with_capacity(parameters.len());
         for parameter in parameters {
-            let shared = self.parameters[..start].iter().position(|held| !held.tied && held.name == parameter.name);
+            let shared = self.parameters[..start]
+                .iter()
+                .position(|held| !held.tied && held.name == parameter.name);
             numbers.push(shared.unwrap_or(self.parameters.len()));
             if shared.is_none() {
                 self.parameters.push(parameter);
@@ -183,8 +190,9 @@ impl Stack {
         self.parameters.iter().filter(|p| !p.tied).cloned().collect()
     }
 
-    /// The values of all parameters as `forward` and `loss` take them, from those of `own`, those of the table that the
-    /// embedding uses and those that the head uses ([`table`]; none where the stack has no such end).
+    /// The values of all parameters as `forward` and `loss` take them, from those of `own`, those
+    /// of the table that the embedding uses and those that the head uses ([`table`]; none where the
+    /// stack has no such end).
     pub fn weights(&self, own: &[Tensor], input: &[Tensor], output: &[Tensor]) -> Vec<Tensor> {
         let head = self.head.as_ref().map_or(self.parameters.len(), |(_, uses)| uses.added.start);
         let (mut own, mut input, mut output) = (own.iter(), input.iter(), output.iter());
@@ -194,8 +202,10 @@ impl Stack {
                 true if i < head => &mut input,
                 true => &mut output,
             };
+
             from.next().expect("as many values as parameters").shallow_clone()
         };
+
         self.parameters.iter().enumerate().map(value).collect()
     }
 
@@ -214,17 +224,21 @@ impl Stack {
         owners
     }
 
-    /// The values that a run of the layers uses, each once, out of those of all parameters, and whose they are; with the last layer
-    /// those of the head.
+    /// The values that a run of the layers uses, each once, out of those of all parameters, and
+    /// whose they are; with the last layer those of the head.
     pub fn used(&self, run: Range<usize>, weights: &[Tensor]) -> Vec<(Owner, Tensor)> {
         let with_head = run.end == self.layers.len();
         let layers = self.layers[run].iter().map(|(_, uses)| uses);
         let head = self.head.iter().filter(|_| with_head).map(|(_, uses)| uses);
-        let mut numbers: Vec<usize> = layers.chain(head).flat_map(|uses| uses.numbers.iter().copied()).collect();
+        let mut numbers: Vec<usize> =
+            layers.chain(head).flat_map(|uses| uses.numbers.iter().copied()).collect();
         numbers.sort_unstable();
         numbers.dedup();
         let owners = self.owners();
-        numbers.into_iter().map(|number| (owners[number], weights[number].shallow_clone())).collect()
+        numbers
+            .into_iter()
+            .map(|number| (owners[number], weights[number].shallow_clone()))
+            .collect()
     }
 
     /// How many layers there are, the head not counted.
@@ -237,11 +251,8 @@ impl Stack {
         self.d_model
     }
 
-    /// Runs the layers on `x`: tokens [B, T] or hidden states [B, T, D] -> hidden states. `memory` is what the layers
-    /// remember, and afterwards what they will remember.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Runs the layers on `x`: tokens [B, T] or hidden states [B, T, D] -> hidden states. `memory`
+    /// is what the layers remember, and afterwards what they will remember.
     pub fn forward(
         &self,
         weights: &[Tensor],
@@ -252,10 +263,8 @@ impl Stack {
         self.forward_run(0..self.layers.len(), weights, x, memory, dropout)
     }
 
-    /// The same for a run of the layers, counted in this stack; a run that starts later takes hidden states.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// The same for a run of the layers, counted in this stack; a run that starts later takes
+    /// hidden states.
     pub fn forward_run(
         &self,
         run: Range<usize>,
@@ -269,25 +278,31 @@ impl Stack {
         for ((layer, uses), memory) in self.layers[run].iter().zip(memories) {
             x = layer.forward(&uses.pick(weights), &x, memory, dropout)?;
         }
+
         Ok(x)
     }
 
-    /// Cuts the layers, from the last to the first, into runs that hold at least `values` values of the parameters that
-    /// are not tied (the first may hold fewer); the head belongs to the last run. In the order of the layers. Where layers share
-    /// parameters, whose gradient is added up from the last layer to the first, a run is one layer (`values` = 0) or all.
+    /// Cuts the layers, from the last to the first, into runs that hold at least `values` values of
+    /// the parameters that are not tied (the first may hold fewer); the head belongs to the last
+    /// run. In the order of the layers. Where layers share parameters, whose gradient is added up
+    /// from the last layer to the first, a run is one layer (`values` = 0) or all.
     pub fn runs(&self, values: usize) -> Vec<LayerRange> {
         let values = if self.has_shared_parameters() && values > 0 { usize::MAX } else { values };
         let count = |uses: &Uses| {
             let own = self.parameters[uses.added.clone()].iter().filter(|p| !p.tied);
             own.map(Parameter::count).sum::<usize>()
         };
+
         let mut held = self.head.as_ref().map_or(0, |(_, uses)| count(uses));
         let (mut runs, mut end) = (Vec::new(), self.layers.len());
         for (i, (_, uses)) in self.layers.iter().enumerate().rev() {
             held += count(uses);
             if held >= values || i == 0 {
                 let before = &self.parameters[..uses.added.start];
-                runs.insert(0, LayerRange { layers: i..end, first: before.iter().filter(|p| !p.tied).count() });
+                runs.insert(
+                    0,
+                    LayerRange { layers: i..end, first: before.iter().filter(|p| !p.tied).count() },
+                );
                 (held, end) = (0, i);
             }
         }
@@ -295,9 +310,6 @@ impl Stack {
     }
 
     /// Mean cross-entropy in nats per token: hidden states [B, T, D], `targets` [B, T] -> a scalar.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn loss(
         &self,
         weights: &[Tensor],
@@ -310,27 +322,19 @@ impl Stack {
     }
 
     /// The losses of the targets that count, added up: nats.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn losses(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (head, uses) = self.head.as_ref().expect("only a stack with the head has a loss");
         head.losses(&uses.pick(weights), hidden, targets, None)
     }
 
     /// Logarithms of the probabilities of the next token: hidden states [B, T, D] -> [B, T, V].
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn log_probabilities(&self, weights: &[Tensor], hidden: &Tensor) -> Result<Tensor> {
-        let (head, uses) = self.head.as_ref().expect("only a stack with the head has probabilities");
+        let (head, uses) =
+            self.head.as_ref().expect("only a stack with the head has probabilities");
         head.log_probabilities(&uses.pick(weights), hidden)
     }
 
     /// Runs the layers one by one and names the first whose output is not finite.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn first_not_finite(
         &self,
         weights: &[Tensor],
@@ -345,10 +349,12 @@ impl Stack {
                 return Ok(Some(format!("output of {}", layer.name())));
             }
         }
+
         Ok(None)
     }
 
-    /// Entries of the softmaxes that a token is in, which are f32 in any precision; none without the head.
+    /// Entries of the softmaxes that a token is in, which are f32 in any precision; none without
+    /// the head.
     pub fn entries_per_token(&self) -> usize {
         self.head.as_ref().map_or(0, |(head, _)| head.entries() as usize)
     }
@@ -359,32 +365,40 @@ impl Stack {
         self.layers.iter().map(|(layer, _)| layer.saved_per_token()).sum::<usize>() + end
     }
 
-    /// Values a token that a backward holds at most beyond what its forward kept: from the last layer to the first,
-    /// those that are not through yet still keep theirs.
+    /// Values a token that a backward holds at most beyond what its forward kept: from the last
+    /// layer to the first, those that are not through yet still keep theirs.
     pub fn transient_per_token(&self) -> usize {
         let (mut kept, mut most) = (0, 0);
         for (layer, _) in &self.layers {
             kept += layer.saved_per_token();
             most = most.max(kept + layer.transient_per_token());
         }
+
         if let Some((head, _)) = &self.head {
             most = most.max(kept + head.saved_per_token() + head.transient_per_token());
         }
+
         most.saturating_sub(self.saved_per_token())
     }
 
     /// Values a token that an evaluation holds at most: the layer or the head that needs most.
     pub fn evaluation_per_token(&self) -> usize {
         let of = |layer: &dyn Layer| layer.saved_per_token() + layer.transient_per_token();
-        let head = self.head.as_ref().map_or(0, |(head, _)| head.saved_per_token() + head.transient_per_token());
+        let head = self
+            .head
+            .as_ref()
+            .map_or(0, |(head, _)| head.saved_per_token() + head.transient_per_token());
         self.layers.iter().map(|(layer, _)| of(layer.as_ref())).fold(head, usize::max)
     }
 
-    /// Values a token that the backward of one layer after the other holds at most, if each is run again when its turn comes: the
-    /// last one together with the head.
+    /// Values a token that the backward of one layer after the other holds at most, if each is run
+    /// again when its turn comes: the last one together with the head.
     pub fn block_per_token(&self) -> usize {
         let last = self.layers.last().map_or(0, |(layer, _)| layer.saved_per_token());
-        let head = self.head.as_ref().map_or(0, |(head, _)| last + head.saved_per_token() + head.transient_per_token());
+        let head = self
+            .head
+            .as_ref()
+            .map_or(0, |(head, _)| last + head.saved_per_token() + head.transient_per_token());
         self.evaluation_per_token().max(head)
     }
 
@@ -399,11 +413,16 @@ impl Stack {
         layers.filter_map(|(i, (layer, _))| Some((layer.name(), memory.states(i)?))).collect()
     }
 
-    /// A memory of up to `limit` tokens with what `states` says of each layer that remembers, by its name.
+    /// A memory of up to `limit` tokens with what `states` says of each layer that remembers, by
+    /// its name.
     ///
     /// # Errors
     /// Those of `states`.
-    pub fn recalled(&self, limit: usize, states: impl Fn(&str) -> Result<Option<Tensor>>) -> Result<Memory> {
+    pub fn recalled(
+        &self,
+        limit: usize,
+        states: impl Fn(&str) -> Result<Option<Tensor>>,
+    ) -> Result<Memory> {
         let mut memory = Memory::new(limit);
         for ((layer, _), remembered) in self.layers.iter().zip(memory.of(self.layers.len())) {
             if layer.remembers()
@@ -412,6 +431,7 @@ impl Stack {
                 remembered.recall(states);
             }
         }
+
         Ok(memory)
     }
 
@@ -422,7 +442,8 @@ impl Stack {
     }
 }
 
-/// The parameters that embedding and head share, in the order in which both take them; none without a tie.
+/// The parameters that embedding and head share, in the order in which both take them; none without
+/// a tie.
 pub fn table(dimensions: &Dimensions) -> Vec<Parameter> {
     embedding::Embedding::new(dimensions).parameters().into_iter().filter(|p| p.tied).collect()
 }
@@ -450,8 +471,14 @@ mod tests {
     use crate::schedule::Tie;
 
     fn dimensions() -> Dimensions {
-        let config =
-            ModelConfig { layers: 3, d_model: 8, heads: 2, d_ff: 16, tie: Tie::Untied, ..ModelConfig::default() };
+        let config = ModelConfig {
+            layers: 3,
+            d_model: 8,
+            heads: 2,
+            d_ff: 16,
+            tie: Tie::Untied,
+            ..ModelConfig::default()
+        };
         Dimensions::new(&config, 11, 5)
     }
 
@@ -460,7 +487,9 @@ mod tests {
     }
 
     fn values(stack: &Stack) -> Vec<Tensor> {
-        let table = initial_values(&stack.parameters.iter().filter(|p| p.tied).cloned().collect::<Vec<_>>());
+        let table = initial_values(
+            &stack.parameters.iter().filter(|p| p.tied).cloned().collect::<Vec<_>>(),
+        );
         stack.weights(&initial_values(&stack.own()), &table, &table)
     }
 
@@ -484,23 +513,37 @@ mod tests {
     #[test]
     fn runs_of_layers_hold_at_least_a_bucket() {
         let whole = Stack::new(&dimensions(), 0..3);
-        let runs = |values| whole.runs(values).into_iter().map(|run| (run.layers, run.first)).collect::<Vec<_>>();
+        let runs = |values| {
+            whole.runs(values).into_iter().map(|run| (run.layers, run.first)).collect::<Vec<_>>()
+        };
         assert_eq!(runs(1), [(0..1, 0), (1..2, 2), (2..3, 14), (3..4, 26)]);
-        assert_eq!(runs(600), [(0..1, 0), (1..2, 2), (2..3, 14), (3..4, 26)], "the first run may hold fewer");
+        assert_eq!(
+            runs(600),
+            [(0..1, 0), (1..2, 2), (2..3, 14), (3..4, 26)],
+            "the first run may hold fewer"
+        );
         assert_eq!(runs(800), [(0..2, 0), (2..4, 14)]);
         assert_eq!(runs(usize::MAX), [(0..4, 0)]);
         let middle = Stack::new(&Dimensions { tied: true, ..dimensions() }, 1..2);
         assert_eq!(middle.runs(1), [LayerRange { layers: 0..1, first: 0 }]);
     }
 
-    /// Rows of a tied table that begin a hundred times larger make the same hidden states at first, and logits that are ten times
-    /// larger.
+    /// Rows of a tied table that begin a hundred times larger make the same hidden states at first,
+    /// and logits that are ten times larger.
     #[test]
     fn a_tied_table_may_begin_larger() {
         let begins = |embedding_std: f64| {
-            let tied =
-                ModelConfig { arch: Arch::TransformerXl, tie: Tie::Aligned, embedding_std, ..ModelConfig::default() };
-            let d = Dimensions::new(&ModelConfig { layers: 2, d_model: 8, heads: 2, d_ff: 16, ..tied }, 11, 5);
+            let tied = ModelConfig {
+                arch: Arch::TransformerXl,
+                tie: Tie::Aligned,
+                embedding_std,
+                ..ModelConfig::default()
+            };
+            let d = Dimensions::new(
+                &ModelConfig { layers: 2, d_model: 8, heads: 2, d_ff: 16, ..tied },
+                11,
+                5,
+            );
             let stack = Stack::new(&d, 0..2);
             let tokens = Tensor::from_slice(&[1i64, 5, 3, 3, 9]).view([1, 5]);
             let hidden = run(&stack, &tokens, None);
@@ -509,7 +552,8 @@ mod tests {
             let logits = &probabilities - probabilities.narrow(-1, 0, 1);
             (hidden, logits)
         };
-        let near = |one: &Tensor, other: &Tensor| (one - other).abs().max().double_value(&[]) < 1e-5;
+        let near =
+            |one: &Tensor, other: &Tensor| (one - other).abs().max().double_value(&[]) < 1e-5;
         let ((hidden, logits), (of_larger, logits_of_larger)) = (begins(0.02), begins(2.0));
         assert!(near(&hidden, &of_larger));
         assert!(near(&(logits * 10.0), &logits_of_larger));
@@ -525,7 +569,8 @@ mod tests {
         assert!(table(&dimensions()).is_empty());
     }
 
-    /// Layers that share their biases are layers with equal ones, and the gradient is the sum of theirs.
+    /// Layers that share their biases are layers with equal ones, and the gradient is the sum of
+    /// theirs.
     #[test]
     fn shared_biases_are_one_parameter_of_all_layers() {
         let config = ModelConfig {
@@ -550,7 +595,8 @@ mod tests {
         assert_eq!(shared.runs(0).len(), 4);
 
         let leaf = |value: Tensor| value.to_kind(tch::Kind::Double).set_requires_grad(true);
-        let of_shared: Vec<Tensor> = initial_values(&shared.parameters).into_iter().map(leaf).collect();
+        let of_shared: Vec<Tensor> =
+            initial_values(&shared.parameters).into_iter().map(leaf).collect();
         let number = |name: &str| shared.parameters.iter().position(|p| p.name == name).unwrap();
         let value = |p: &Parameter| {
             let name = match p.name.split_once(".attention.") {
@@ -569,9 +615,14 @@ mod tests {
         };
         assert_eq!(output(&shared, &of_shared), output(&apart, &of_apart));
         for short in ["attention.content_bias", "attention.position_bias"] {
-            let of_layers = apart.parameters.iter().zip(&of_apart).filter(|(p, _)| p.name.ends_with(short));
-            let sum = of_layers.map(|(_, weight)| weight.grad()).reduce(|sum, grad| sum + grad).unwrap();
-            let far = (of_shared[number(&format!("layers.{short}"))].grad() - &sum).abs().max().double_value(&[]);
+            let of_layers =
+                apart.parameters.iter().zip(&of_apart).filter(|(p, _)| p.name.ends_with(short));
+            let sum =
+                of_layers.map(|(_, weight)| weight.grad()).reduce(|sum, grad| sum + grad).unwrap();
+            let far = (of_shared[number(&format!("layers.{short}"))].grad() - &sum)
+                .abs()
+                .max()
+                .double_value(&[]);
             assert!(far < 1e-12 && sum.abs().max().double_value(&[]) > 1e-3, "{short}: {far:e}");
         }
     }
@@ -579,7 +630,8 @@ mod tests {
     #[test]
     fn a_token_sees_only_those_before_it() {
         let whole = Stack::new(&dimensions(), 0..3);
-        let run = |last: i64| run(&whole, &Tensor::from_slice(&[1i64, 2, 3, 4, last]).view([1, 5]), None);
+        let run =
+            |last: i64| run(&whole, &Tensor::from_slice(&[1i64, 2, 3, 4, last]).view([1, 5]), None);
         let (y, z) = (run(5), run(9));
         assert_eq!(y.narrow(1, 0, 4), z.narrow(1, 0, 4));
         assert_ne!(y.narrow(1, 4, 1), z.narrow(1, 4, 1));
@@ -593,7 +645,14 @@ mod tests {
             run(
                 &whole,
                 &tokens,
-                Some(Dropout { rate: 0.3, attention_rate: 0.0, seed: 1, step, replica: 0, microbatch: 0 }),
+                Some(Dropout {
+                    rate: 0.3,
+                    attention_rate: 0.0,
+                    seed: 1,
+                    step,
+                    replica: 0,
+                    microbatch: 0,
+                }),
             )
         };
         assert_eq!(run(1), run(1));

@@ -43,7 +43,8 @@ pub struct Parameter {
     pub role: Role,
     /// Whether it belongs to the table that embedding and head share.
     pub tied: bool,
-    /// How many matrices of as many rows it is, one below the other: 1, or those of one product for queries, keys and values.
+    /// How many matrices of as many rows it is, one below the other: 1, or those of one product for
+    /// queries, keys and values.
     pub fused: usize,
 }
 
@@ -63,7 +64,8 @@ impl Parameter {
     }
 }
 
-/// Parameters of a layer by their short names: matrices, and vectors where the shape has one dimension.
+/// Parameters of a layer by their short names: matrices, and vectors where the shape has one
+/// dimension.
 pub(super) fn named(layer: &str, shapes: &[(&str, &[i64], Init)]) -> Vec<Parameter> {
     let parameter = |(short, shape, init): &(&str, &[i64], Init)| {
         let role = if shape.len() == 1 { Role::Vector } else { Role::Matrix };
@@ -73,17 +75,23 @@ pub(super) fn named(layer: &str, shapes: &[(&str, &[i64], Init)]) -> Vec<Paramet
 }
 
 /// Says of one of these parameters, by its short name, that it is so many matrices.
-pub(super) fn fused(mut parameters: Vec<Parameter>, short: &str, matrices: usize) -> Vec<Parameter> {
+pub(super) fn fused(
+    mut parameters: Vec<Parameter>,
+    short: &str,
+    matrices: usize,
+) -> Vec<Parameter> {
     let of_name = parameters.iter_mut().filter(|parameter| parameter.name.ends_with(short));
     of_name.for_each(|parameter| parameter.fused = matrices);
     parameters
 }
 
-/// Standard deviation of the first values of the head, and of tables unless it is said, as in GPT-2 (Radford et al. 2019).
+/// Standard deviation of the first values of the head, and of tables unless it is said, as in GPT-2
+/// (Radford et al. 2019).
 pub(super) const TABLE_STD: f64 = 0.02;
 
-/// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small init" of Nguyen and
-/// Salazar 2019. It is GPT-2's 0.02 at D = 1000, and learns faster where D is small.
+/// Standard deviation of the first values of a layer's matrices: `sqrt(2 / (5 D))`, the "small
+/// init" of Nguyen and Salazar 2019. It is GPT-2's 0.02 at D = 1000, and learns faster where D is
+/// small.
 fn matrix_std(d_model: i64) -> f64 {
     (2.0 / (5.0 * d_model as f64)).sqrt()
 }
@@ -129,7 +137,8 @@ impl FirstValues {
     }
 }
 
-/// Standard deviation of projections under `init = "normal"`: `proj_init_std` of the public Transformer-XL.
+/// Standard deviation of projections under `init = "normal"`: `proj_init_std` of the public
+/// Transformer-XL.
 const PROJECTION_STD: f64 = 0.01;
 
 /// The first values of a parameter: a pure function of the seed and the name.
@@ -161,11 +170,13 @@ mod tests {
         let parameter = parameters.iter().find(|parameter| parameter.name == name).unwrap();
         let values = initial(parameter, 3);
         let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
-        let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>()
+            / values.len() as f64;
         (mean, variance.sqrt())
     }
 
-    /// The public Transformer-XL: everything normal with `init_std`, normalisations around 1, projections by one of their own.
+    /// The public Transformer-XL: everything normal with `init_std`, normalisations around 1,
+    /// projections by one of their own.
     #[test]
     fn first_values_are_those_that_are_asked_for() {
         let config = |init, init_std| ModelConfig {

@@ -5,8 +5,8 @@
 //! w = w (1 - lr wd) - lr / (1-b1^n) * m / (sqrt(v / (1-b2^n)) + eps)
 //! ```
 //!
-//! With a lead the step is taken where the average is going (spike compensation, Kosson et al., arXiv 2003.11666; Nesterov's
-//! is c = b1): the numerator is
+//! With a lead the step is taken where the average is going (spike compensation, Kosson et al.,
+//! arXiv 2003.11666; Nesterov's is c = b1): the numerator is
 //!
 //! ```text
 //! u = (c m + (1-c) g) / (1 - c b1^n)        c = b1 ("one"; "where-delayed": if D > 0), or b1^max(D, 1) ("delay")
@@ -31,7 +31,8 @@ pub struct Keys {
     pub betas: [f64; 2],
     /// Keeps the step of a small gradient small.
     pub eps: f64,
-    /// Whether steps lead the average of gradients: by one update, or by the delay; none: where there is a delay.
+    /// Whether steps lead the average of gradients: by one update, or by the delay; none: where
+    /// there is a delay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lead: Option<Lead>,
 }
@@ -124,7 +125,13 @@ impl Rule for Adamw {
         vec![("first", layout.clone()), ("second", layout.clone())]
     }
 
-    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
+    fn step(
+        &self,
+        buffers: UpdateBuffers,
+        state: &mut [StateBuffer],
+        step: &Step,
+        weights: &Weights,
+    ) -> Result<()> {
         let (common, numbers) = (Common::new(step, weights), self.numbers(step));
         elementwise::update(buffers, state, weights, |chunk| pass(chunk, &common, &numbers));
         Ok(())
@@ -174,7 +181,8 @@ mod tests {
     #[test]
     fn first_updates_by_hand() {
         let (w0, g, lr, wd) = (0.8, 0.125, 0.01, 0.1);
-        let config = OptimizerConfig::of(Common { weight_decay: wd, clip: None, ..Common::default() });
+        let config =
+            OptimizerConfig::of(Common { weight_decay: wd, clip: None, ..Common::default() });
         let by_hand = |wd: f64| {
             let (mut w, mut m, mut v) = (w0, 0.0f64, 0.0f64);
             for n in 1..=3 {
@@ -194,10 +202,14 @@ mod tests {
     #[test]
     fn updates_that_lead_by_hand() {
         let (w0, g, lr) = (0.8f64, 0.125f64, 0.01f64);
-        for (lead, delay, c) in
-            [(Lead::One, 3, 0.9f64), (Lead::Delay, 3, 0.9f64.powi(3)), (Lead::Delay, 0, 0.9), (Lead::Off, 3, 1.0)]
-        {
-            let mut config = OptimizerConfig::of(Common { weight_decay: 0.0, clip: None, ..Common::default() });
+        for (lead, delay, c) in [
+            (Lead::One, 3, 0.9f64),
+            (Lead::Delay, 3, 0.9f64.powi(3)),
+            (Lead::Delay, 0, 0.9),
+            (Lead::Off, 3, 1.0),
+        ] {
+            let mut config =
+                OptimizerConfig::of(Common { weight_decay: 0.0, clip: None, ..Common::default() });
             config.adamw.lead = Some(lead);
             let (mut w, mut m, mut v) = (w0, 0.0f64, 0.0f64);
             for n in 1..=3 {

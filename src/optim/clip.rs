@@ -7,21 +7,23 @@ use crate::error::Result;
 use crate::number::{Number, Readback};
 use crate::params::slice;
 
-/// Values whose squares are added up before they join the total: the order of the sum does not depend on threads.
+/// Values whose squares are added up before they join the total: the order of the sum does not
+/// depend on threads.
 const CHUNK: usize = 4096;
 /// Independent partial sums, so that the additions do not wait for each other.
 const LANES: usize = 8;
 
 /// Euclidean norm of a flat buffer: on the processor summed in f64.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn norm(flat: &Tensor, readback: Readback) -> Result<Number> {
     match (flat.device(), readback) {
         (Device::Cpu, Readback::Now) => Ok(Number::Known(norm_of(slice(flat)))),
-        (Device::Cpu, Readback::Deferred) => Ok(Number::Pending(Tensor::from(norm_of(slice(flat))))),
+        (Device::Cpu, Readback::Deferred) => {
+            Ok(Number::Pending(Tensor::from(norm_of(slice(flat)))))
+        }
         // What is computed with it on the way to the report is f64, as on the processor.
-        _ => Ok(Number::Pending(flat.f_norm_scalaropt_dtype(2, Kind::Float)?.f_to_kind(Kind::Double)?)),
+        _ => Ok(Number::Pending(
+            flat.f_norm_scalaropt_dtype(2, Kind::Float)?.f_to_kind(Kind::Double)?,
+        )),
     }
 }
 
@@ -39,10 +41,12 @@ fn sum_of_squares(values: &[f32]) -> f64 {
             *lane += f64::from(*value) * f64::from(*value);
         }
     }
+
     lanes.iter().sum::<f64>() + rest
 }
 
-/// What a gradient of this norm is multiplied by so that its norm is at most `clip` (as PyTorch's `clip_grad_norm_`).
+/// What a gradient of this norm is multiplied by so that its norm is at most `clip` (as PyTorch's
+/// `clip_grad_norm_`).
 pub fn clip_factor(norm: f64, clip: Option<f64>) -> f64 {
     clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0))
 }

@@ -1,4 +1,5 @@
-//! The section `[optimizer]`, and its check. Keys of one rule stand in that rule's file, with their check.
+//! The section `[optimizer]`, and its check. Keys of one rule stand in that rule's file, with their
+//! check.
 
 use std::fmt;
 
@@ -57,7 +58,8 @@ pub enum ClipScope {
     Global,
 }
 
-/// Whether delayed steps use weights that are moved on to where they will be when their gradient arrives.
+/// Whether delayed steps use weights that are moved on to where they will be when their gradient
+/// arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Predict {
@@ -82,18 +84,25 @@ pub enum RateKind {
 /// The word for an option that is off.
 const NONE: &str = "none";
 
-fn number_or_none<S: Serializer>(value: &Option<f64>, out: S) -> std::result::Result<S::Ok, S::Error> {
+fn number_or_none<S: Serializer>(
+    value: &Option<f64>,
+    out: S,
+) -> std::result::Result<S::Ok, S::Error> {
     match value {
         Some(value) => out.serialize_f64(*value),
         None => out.serialize_str(NONE),
     }
 }
 
-fn read_number_or_none<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
+fn read_number_or_none<'de, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<f64>, D::Error> {
     match NumberOrNone::deserialize(from)? {
         NumberOrNone::Number(value) => Ok(Some(value)),
         NumberOrNone::None(text) if text == NONE => Ok(None),
-        NumberOrNone::None(text) => Err(serde::de::Error::custom(format!("`{text}`, expected a number, or \"none\""))),
+        NumberOrNone::None(text) => {
+            Err(serde::de::Error::custom(format!("`{text}`, expected a number, or \"none\"")))
+        }
     }
 }
 
@@ -126,7 +135,9 @@ struct Foreign {
 }
 
 impl<'de> Deserialize<'de> for OptimizerConfig {
-    fn deserialize<D: Deserializer<'de>>(section: D) -> std::result::Result<OptimizerConfig, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(
+        section: D,
+    ) -> std::result::Result<OptimizerConfig, D::Error> {
         let mut keys = Keys::read(section)?;
         let common: Common = keys.take()?;
         let kind = common.kind;
@@ -135,10 +146,16 @@ impl<'de> Deserialize<'de> for OptimizerConfig {
         let mut set_aside = |others: Vec<(String, String)>, kinds| {
             foreign.extend(others.into_iter().map(|(key, value)| Foreign { key, value, kinds }));
         };
-        let adamw = keys.take_if(kinds::OF_ADAMW.contains(&kind), |others| set_aside(others, kinds::OF_ADAMW))?;
-        let sgd = keys.take_if(kinds::OF_SGD.contains(&kind), |others| set_aside(others, kinds::OF_SGD))?;
-        let muon = keys.take_if(kinds::OF_MUON.contains(&kind), |others| set_aside(others, kinds::OF_MUON))?;
-        let soap = keys.take_if(kinds::OF_SOAP.contains(&kind), |others| set_aside(others, kinds::OF_SOAP))?;
+
+        let adamw = keys.take_if(kinds::OF_ADAMW.contains(&kind), |others| {
+            set_aside(others, kinds::OF_ADAMW)
+        })?;
+        let sgd =
+            keys.take_if(kinds::OF_SGD.contains(&kind), |others| set_aside(others, kinds::OF_SGD))?;
+        let muon = keys
+            .take_if(kinds::OF_MUON.contains(&kind), |others| set_aside(others, kinds::OF_MUON))?;
+        let soap = keys
+            .take_if(kinds::OF_SOAP.contains(&kind), |others| set_aside(others, kinds::OF_SOAP))?;
         keys.finish()?;
         Ok(OptimizerConfig { common, adamw, sgd, muon, soap, foreign })
     }
@@ -169,6 +186,7 @@ impl Serialize for OptimizerConfig {
             muon: of(kinds::OF_MUON).then_some(&self.muon),
             soap: of(kinds::OF_SOAP).then_some(&self.soap),
         };
+
         written.serialize(section)
     }
 }
@@ -177,14 +195,15 @@ impl Serialize for OptimizerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct Common {
-    /// The rule. Muon and SOAP take matrices whole, and AdamW's steps with the rest, by AdamW's keys.
+    /// The rule. Muon and SOAP take matrices whole, and AdamW's steps with the rest, by AdamW's
+    /// keys.
     pub kind: OptimizerKind,
     /// The peak of the learning rate, at the end of the warm-up.
     pub lr: f64,
     /// Decoupled, on matrices only.
     pub weight_decay: f64,
-    /// Gradients with a larger norm are scaled down to it: each stage by its own norm, after the all-reduce, and a tied table by
-    /// its own, on one stage too; `"none"`: no clipping.
+    /// Gradients with a larger norm are scaled down to it: each stage by its own norm, after the
+    /// all-reduce, and a tied table by its own, on one stage too; `"none"`: no clipping.
     #[serde(serialize_with = "number_or_none", deserialize_with = "read_number_or_none")]
     #[schemars(with = "NumberOrNone")]
     pub clip: Option<f64>,
@@ -197,7 +216,8 @@ pub struct Common {
     pub predict_scale: f64,
     /// The learning rate over steps.
     pub schedule: RateKind,
-    /// Steps over which the rate rises linearly: the first has `lr / warmup`, the last of them `lr`.
+    /// Steps over which the rate rises linearly: the first has `lr / warmup`, the last of them
+    /// `lr`.
     pub warmup: usize,
     /// Where linear and cosine end: what the step after the last would have.
     pub min_lr: f64,
@@ -221,7 +241,8 @@ impl Default for Common {
 }
 
 impl OptimizerConfig {
-    /// Whether delayed steps use predicted weights. They do, unless it is said; of SGD it is not known to help.
+    /// Whether delayed steps use predicted weights. They do, unless it is said; of SGD it is not
+    /// known to help.
     pub fn predict(&self) -> Predict {
         let default = match self.common.kind {
             OptimizerKind::Adamw | OptimizerKind::Muon | OptimizerKind::Soap => Predict::Update,
@@ -238,8 +259,8 @@ impl OptimizerConfig {
         settled
     }
 
-    /// That of a run that goes on from a state of `saved`: as it began, unless something else is asked for; off what was not
-    /// known when it was saved.
+    /// That of a run that goes on from a state of `saved`: as it began, unless something else is
+    /// asked for; off what was not known when it was saved.
     pub fn going_on(&self, saved: &OptimizerConfig) -> OptimizerConfig {
         let mut config = self.clone();
         config.common.predict.get_or_insert(saved.common.predict.unwrap_or(Predict::Off));
@@ -247,7 +268,8 @@ impl OptimizerConfig {
         config
     }
 
-    /// The same without the keys of other rules, as earlier versions of the program wrote them into states.
+    /// The same without the keys of other rules, as earlier versions of the program wrote them into
+    /// states.
     pub fn known(self) -> OptimizerConfig {
         OptimizerConfig { foreign: Vec::new(), ..self }
     }
@@ -258,10 +280,12 @@ impl OptimizerConfig {
     }
 }
 
-/// Takes the keys out of the section of a file that go with its kind and not with `kind`, which stands over it.
+/// Takes the keys out of the section of a file that go with its kind and not with `kind`, which
+/// stands over it.
 pub fn override_kind(section: &mut toml::Table, kind: &str) {
     let parsed = |word: &str| OptimizerKind::ALL.into_iter().find(|kind| kind.to_string() == word);
-    let of_file = section.get("kind").map_or(Some(Common::default().kind), |word| parsed(word.as_str()?));
+    let of_file =
+        section.get("kind").map_or(Some(Common::default().kind), |word| parsed(word.as_str()?));
     let (Some(of_file), Some(kind)) = (of_file, parsed(kind)) else { return };
 
     let owners = [
@@ -270,6 +294,7 @@ pub fn override_kind(section: &mut toml::Table, kind: &str) {
         (kinds::OF_MUON, names::<muon::Keys>()),
         (kinds::OF_SOAP, names::<soap::Keys>()),
     ];
+
     for (kinds, names) in owners {
         if kinds.contains(&of_file) && !kinds.contains(&kind) {
             names.iter().for_each(|name| drop(section.remove(*name)));
@@ -285,10 +310,14 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
     let o = &config.common;
     if let Some(Foreign { key, value, kinds }) = config.foreign.first() {
         let kinds: Vec<String> = kinds.iter().map(|kind| format!("\"{kind}\"")).collect();
-        let remedy =
-            format!("a key of kind = {}; with kind = \"{}\" leave it out", kinds.join(", "), config.common.kind);
+        let remedy = format!(
+            "a key of kind = {}; with kind = \"{}\" leave it out",
+            kinds.join(", "),
+            config.common.kind
+        );
         return Err(Error::config(format!("optimizer.{key}"), value, remedy));
     }
+
     Error::unless(o.lr > 0.0, "optimizer.lr", o.lr, "must be above 0")?;
     Error::unless(
         o.min_lr >= 0.0 && o.min_lr <= o.lr,
@@ -296,11 +325,17 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
         o.min_lr,
         "must lie between 0 and optimizer.lr",
     )?;
+
     config.adamw.check()?;
     config.sgd.check()?;
     config.muon.check()?;
     config.soap.check()?;
-    Error::unless(o.weight_decay >= 0.0, "optimizer.weight_decay", o.weight_decay, "must be 0 or more")?;
+    Error::unless(
+        o.weight_decay >= 0.0,
+        "optimizer.weight_decay",
+        o.weight_decay,
+        "must be 0 or more",
+    )?;
 
     let clip = o.clip.unwrap_or(1.0);
     Error::unless(clip > 0.0, "optimizer.clip", clip, "must be above 0; \"none\" for no clipping")?;
@@ -310,5 +345,10 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
     }
 
     let scale = o.predict_scale;
-    Error::unless(scale > 0.0 && scale <= 4.0, "optimizer.predict_scale", scale, "must be above 0 and at most 4")
+    Error::unless(
+        scale > 0.0 && scale <= 4.0,
+        "optimizer.predict_scale",
+        scale,
+        "must be above 0 and at most 4",
+    )
 }

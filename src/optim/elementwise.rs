@@ -1,7 +1,9 @@
-//! One pass over the flat buffers of an update on the processor, over the runs of values that a rule takes one by one.
+//! One pass over the flat buffers of an update on the processor, over the runs of values that a
+//! rule takes one by one.
 //!
-//! The runs are cut in chunks that stay in the cache between the loops over them; threads share the chunks out. Every
-//! operation is IEEE's and alone, so neither threads nor the width of vectors change a bit.
+//! The runs are cut in chunks that stay in the cache between the loops over them; threads share the
+//! chunks out. Every operation is IEEE's and alone, so neither threads nor the width of vectors
+//! change a bit.
 
 use std::ops::Range;
 
@@ -52,7 +54,8 @@ impl<'a> Common<'a> {
     fn shrink(&self, new: &mut [f32], start: usize) {
         let end = start + new.len();
         let from = self.decay.partition_point(|(range, _)| range.end <= start);
-        for (range, decays) in self.decay[from..].iter().take_while(|(range, _)| range.start < end) {
+        for (range, decays) in self.decay[from..].iter().take_while(|(range, _)| range.start < end)
+        {
             if *decays {
                 new[range.start.max(start) - start..range.end.min(end) - start]
                     .iter_mut()
@@ -62,7 +65,8 @@ impl<'a> Common<'a> {
     }
 }
 
-/// Runs `pass` on every chunk of the runs of a rule with N buffers of state; then their gradient is clear.
+/// Runs `pass` on every chunk of the runs of a rule with N buffers of state; then their gradient is
+/// clear.
 pub fn update<const N: usize>(
     buffers: UpdateBuffers,
     state: &mut [StateBuffer],
@@ -70,20 +74,25 @@ pub fn update<const N: usize>(
     pass: impl Fn(Chunk<N>) + Send + Sync,
 ) {
     let old = buffers.old.map(slice);
-    let (mut new, mut gradient) = (Rest::of(slice_mut(buffers.new)), Rest::of(slice_mut(buffers.gradient)));
+    let (mut new, mut gradient) =
+        (Rest::of(slice_mut(buffers.new)), Rest::of(slice_mut(buffers.gradient)));
     let mut state = state.iter_mut().map(|buffer| Rest::of(slice_mut(&mut buffer.values)));
-    let mut state: [Rest; N] = std::array::from_fn(|_| state.next().unwrap_or_else(|| Rest::of(&mut [])));
+    let mut state: [Rest; N] =
+        std::array::from_fn(|_| state.next().unwrap_or_else(|| Rest::of(&mut [])));
 
     let chunks = weights.runs.iter().flat_map(|run| {
         let length = run.weights.len();
         (0..length).step_by(CHUNK).map(move |from| (run, from, CHUNK.min(length - from)))
     });
+
     let chunks = chunks.map(|(run, from, length)| {
         let start = run.weights.start + from;
         let old = old.map(|old| &old[start..start + length]);
         let (new, gradient) = (new.take(start, length), gradient.take(start, length));
         let mut starts = run.state.iter();
-        let state = state.each_mut().map(|rest| starts.next().map_or(&mut [][..], |at| rest.take(at + from, length)));
+        let state = state
+            .each_mut()
+            .map(|rest| starts.next().map_or(&mut [][..], |at| rest.take(at + from, length)));
         Chunk { start, old, new, gradient, state }
     });
 

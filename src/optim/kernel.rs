@@ -1,5 +1,5 @@
-//! An update on a GPU: `update.cu`, compiled for the device by NVRTC. It takes the norm from the device's memory and
-//! decides there, so the host waits for nothing.
+//! An update on a GPU: `update.cu`, compiled for the device by NVRTC. It takes the norm from the
+//! device's memory and decides there, so the host waits for nothing.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -50,7 +50,9 @@ impl Constants {
     fn new(of_rule: &[f32]) -> Result<Constants> {
         let mut padded = [0.0; 8];
         let room = padded.get_mut(..of_rule.len());
-        let room = room.ok_or_else(|| Error::Internal(format!("{} constants of an optimizer", of_rule.len())))?;
+        let room = room.ok_or_else(|| {
+            Error::Internal(format!("{} constants of an optimizer", of_rule.len()))
+        })?;
         room.copy_from_slice(of_rule);
         Ok(Constants(padded))
     }
@@ -75,21 +77,24 @@ impl Drop for UpdateKernel {
 }
 
 impl UpdateKernel {
-    /// The pass of a rule, `entry`. `decay` says, sorted and without gaps, which parts of the buffer decay.
+    /// The pass of a rule, `entry`. `decay` says, sorted and without gaps, which parts of the
+    /// buffer decay.
     ///
     /// # Errors
     /// As [`Kernel::new`].
     pub fn new(index: usize, entry: &str, decay: &[(Range<usize>, bool)]) -> Result<UpdateKernel> {
-        let flags: Vec<u8> = decay.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect();
+        let flags: Vec<u8> =
+            decay.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect();
         let decays = Tensor::f_from_slice(&flags)?.f_to_device(Device::Cuda(index))?;
-        Ok(UpdateKernel { kernel: Kernel::new(index, &SOURCE, entry)?, decays, times: Spans::new(index)? })
+        Ok(UpdateKernel {
+            kernel: Kernel::new(index, &SOURCE, entry)?,
+            decays,
+            times: Spans::new(index)?,
+        })
     }
 
-    /// Puts an update of some runs of the buffers on libtorch's stream of the device. `constants` are the rule's, in the order
-    /// of its struct.
-    ///
-    /// # Errors
-    /// What the driver reports.
+    /// Puts an update of some runs of the buffers on libtorch's stream of the device. `constants`
+    /// are the rule's, in the order of its struct.
     pub fn update(
         &self,
         buffers: &UpdateBuffers,
@@ -102,16 +107,24 @@ impl UpdateKernel {
         let Number::Pending(norm) = scalars.norm else {
             return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
         };
+
         let norm = norm.f_to_kind(Kind::Float)?;
 
         let horizon = buffers.published.as_ref().map_or(0.0, |published| published.horizon);
-        let (common, constants) = (Common::new(config, scalars, horizon), Constants::new(constants)?);
+        let (common, constants) =
+            (Common::new(config, scalars, horizon), Constants::new(constants)?);
         let update = || {
             for run in runs.iter().filter(|run| !run.weights.is_empty()) {
-                self.launch(Arguments { common, constants, ..self.buffers(buffers, state, &norm, run)? })?;
+                self.launch(Arguments {
+                    common,
+                    constants,
+                    ..self.buffers(buffers, state, &norm, run)?
+                })?;
             }
+
             Ok(())
         };
+
         match &self.times {
             Some(times) => times.around(update),
             None => update(),
@@ -120,14 +133,16 @@ impl UpdateKernel {
 
     fn launch(&self, mut arguments: Arguments) -> Result<()> {
         let count = arguments.count;
-        // SAFETY: the arguments are those of the kernel's declaration, in their order. The buffers are f32 (`rounded` bf16, `decays`
-        // bytes) of `count` values on this device, as checked. The stream is libtorch's own (its default, the null stream), so the
-        // pass comes after all work on the buffers that has been asked for, and what libtorch does with their memory later comes
-        // after the pass.
+        // SAFETY: the arguments are those of the kernel's declaration, in their order. The buffers
+        // are f32 (`rounded` bf16, `decays` bytes) of `count` values on this device, as checked.
+        // The stream is libtorch's own (its default, the null stream), so the pass comes after all
+        // work on the buffers that has been asked for, and what libtorch does with their memory
+        // later comes after the pass.
         unsafe { self.kernel.launch(count, std::ptr::null_mut(), &mut arguments.pointers()) }
     }
 
-    /// Where a run of the buffers of an update lies: all on one device, long enough, of the types that the pass takes.
+    /// Where a run of the buffers of an update lies: all on one device, long enough, of the types
+    /// that the pass takes.
     fn buffers(
         &self,
         buffers: &UpdateBuffers,
@@ -137,28 +152,43 @@ impl UpdateKernel {
     ) -> Result<Arguments> {
         let UpdateBuffers { old, new, published, gradient } = buffers;
         let (device, start, count) = (new.device(), run.weights.start, run.weights.len());
-        let at = |tensor: &Tensor, kind: Kind, start: usize, count: usize| -> Result<sys::CUdeviceptr> {
-            if tensor.device() != device || !tensor.is_contiguous() || tensor.kind() != kind {
-                let found = format!("a buffer of the update is {:?} on {:?}", tensor.kind(), tensor.device());
-                return Err(Error::Internal(found));
-            }
-            if start + count > tensor.numel() {
-                return Err(Error::Internal("a buffer of an update is too short".into()));
-            }
-            Ok((tensor.data_ptr() as usize + start * kind.elt_size_in_bytes()) as sys::CUdeviceptr)
-        };
+        let at =
+            |tensor: &Tensor, kind: Kind, start: usize, count: usize| -> Result<sys::CUdeviceptr> {
+                if tensor.device() != device || !tensor.is_contiguous() || tensor.kind() != kind {
+                    let found = format!(
+                        "a buffer of the update is {:?} on {:?}",
+                        tensor.kind(),
+                        tensor.device()
+                    );
+                    return Err(Error::Internal(found));
+                }
+
+                if start + count > tensor.numel() {
+                    return Err(Error::Internal("a buffer of an update is too short".into()));
+                }
+
+                Ok((tensor.data_ptr() as usize + start * kind.elt_size_in_bytes())
+                    as sys::CUdeviceptr)
+            };
+
         if run.state.len() > STATE {
-            return Err(Error::Internal(format!("{} buffers of state, the kernel takes {STATE}", run.state.len())));
+            return Err(Error::Internal(format!(
+                "{} buffers of state, the kernel takes {STATE}",
+                run.state.len()
+            )));
         }
 
         let here = |tensor: &Tensor, kind| at(tensor, kind, start, count);
         let updated = here(new, Kind::Float)?;
         let version = published.as_ref().map(|published| &*published.version);
-        let version_of = |kind| version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind));
+        let version_of = |kind| {
+            version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind))
+        };
         let state_at = |number: usize| {
             let start = run.state.get(number);
             start.map_or(Ok(0), |start| at(&state[number].values, Kind::Float, *start, count))
         };
+
         Ok(Arguments {
             updated,
             old: old.map_or(Ok(updated), |old| here(old, Kind::Float))?,
@@ -231,8 +261,9 @@ mod tests {
 
     #[test]
     fn the_passes_compile_for_gpus_of_today() {
-        let entries: Vec<&str> =
-            OptimizerKind::ALL.map(|kind| rule(&of_kind(kind), 1, Precision::F32).kernel()).to_vec();
+        let entries: Vec<&str> = OptimizerKind::ALL
+            .map(|kind| rule(&of_kind(kind), 1, Precision::F32).kernel())
+            .to_vec();
         compiles_for_gpus_of_today(&SOURCE, &entries);
     }
 
@@ -280,14 +311,25 @@ mod tests {
                 rounded: vec![0; n],
                 gradient: vec![0.0; n],
                 state: [vec![0.0; n], vec![0.0; n]],
-                decays: decays.iter().flat_map(|(part, decays)| vec![u8::from(*decays); part.len()]).collect(),
+                decays: decays
+                    .iter()
+                    .flat_map(|(part, decays)| vec![u8::from(*decays); part.len()])
+                    .collect(),
             }
         }
 
         /// One update by the source's pass of a rule.
-        fn pass(&mut self, library: &Library, entry: &str, norm: f32, common: Common, rule: &[f32]) {
+        fn pass(
+            &mut self,
+            library: &Library,
+            entry: &str,
+            norm: f32,
+            common: Common,
+            rule: &[f32],
+        ) {
             // SAFETY: the type is that of the source's declaration.
-            let pass: Symbol<Pass> = unsafe { library.get(format!("{entry}\0").as_bytes()) }.unwrap();
+            let pass: Symbol<Pass> =
+                unsafe { library.get(format!("{entry}\0").as_bytes()) }.unwrap();
             let old = self.weights.clone();
             self.weights.fill(f32::NAN);
             let [first, second] = &mut self.state;
@@ -311,12 +353,13 @@ mod tests {
         }
     }
 
-    /// Our host pass and the kernel's source over the same buffers, three times: the same bits in all of them, in the versions
-    /// that are published ahead of the weights too.
+    /// Our host pass and the kernel's source over the same buffers, three times: the same bits in
+    /// all of them, in the versions that are published ahead of the weights too.
     fn is_that_of_the_processor(config: &OptimizerConfig) {
         let folder = tempfile::tempdir().unwrap();
         let (library, layout) = (for_processor(&SOURCE, folder.path()), layout());
-        let mut optimizer = Optimizer::new(config, &layout, 2, Precision::F32, 1, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(config, &layout, 2, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         let mut version = zeros(layout.len, Device::Cpu).unwrap();
         let mut buffers = Buffers::new(&layout);
@@ -328,7 +371,8 @@ mod tests {
             let mut gradient = wave(layout.len, 0.1 * n as f32, 0.0);
             buffers.gradient = slice(&gradient).to_vec();
             let published = Some(Published { version: &mut version, horizon });
-            let into = UpdateBuffers { old: None, new: &mut weights, published, gradient: &mut gradient };
+            let into =
+                UpdateBuffers { old: None, new: &mut weights, published, gradient: &mut gradient };
             optimizer.update(into, &scalars).unwrap();
 
             let step = optimizer.step(&scalars, 1.0);
@@ -343,14 +387,18 @@ mod tests {
             assert_eq!(buffers.published, slice(&version), "{config:?} {n}");
             let narrow = version.to_kind(Kind::BFloat16).view_dtype(Kind::Int16);
             let expected: Vec<i16> = Vec::try_from(narrow).unwrap();
-            assert_eq!(buffers.rounded.iter().map(|bits| *bits as i16).collect::<Vec<_>>(), expected);
+            assert_eq!(
+                buffers.rounded.iter().map(|bits| *bits as i16).collect::<Vec<_>>(),
+                expected
+            );
         }
     }
 
     #[test]
     fn the_passes_are_those_of_the_processor() {
         let of = |kind| {
-            let common = config::Common { kind, weight_decay: 0.1, clip: None, ..config::Common::default() };
+            let common =
+                config::Common { kind, weight_decay: 0.1, clip: None, ..config::Common::default() };
             OptimizerConfig::of(common)
         };
         is_that_of_the_processor(&of(OptimizerKind::Adamw));

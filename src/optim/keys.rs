@@ -1,5 +1,5 @@
-//! A section of a config whose keys belong to several owners, each a struct in its own file: they stand side by side in the
-//! section, and every error names its key.
+//! A section of a config whose keys belong to several owners, each a struct in its own file: they
+//! stand side by side in the section, and every error names its key.
 //!
 //! (serde's `flatten` would do, if it did not forget the path of a key and let unknown ones pass.)
 
@@ -32,12 +32,14 @@ impl Keys {
         }
 
         serde_path_to_error::deserialize(toml::Value::Table(own)).map_err(|error| {
-            let (path, message) = (error.path().to_string(), error.inner().message().trim().to_owned());
+            let (path, message) =
+                (error.path().to_string(), error.inner().message().trim().to_owned());
             E::custom(format!("key `{path}`: {message}"))
         })
     }
 
-    /// The keys of one owner if it is `asked`; else those that are there are set aside, each with its value.
+    /// The keys of one owner if it is `asked`; else those that are there are set aside, each with
+    /// its value.
     pub fn take_if<T: DeserializeOwned + Default, E: de::Error>(
         &mut self,
         asked: bool,
@@ -49,7 +51,9 @@ impl Keys {
 
         let names = names::<T>();
         self.known.extend(names);
-        let there = names.iter().filter_map(|name| Some(((*name).to_owned(), self.table.remove(*name)?.to_string())));
+        let there = names
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), self.table.remove(*name)?.to_string())));
         set_aside(there.collect());
         Ok(T::default())
     }
@@ -58,7 +62,10 @@ impl Keys {
     pub fn finish<E: de::Error>(self) -> Result<(), E> {
         let Some(unknown) = self.table.keys().next() else { return Ok(()) };
         let known: Vec<String> = self.known.iter().map(|name| format!("`{name}`")).collect();
-        Err(E::custom(format!("key `{unknown}`: unknown field `{unknown}`, expected one of {}", known.join(", "))))
+        Err(E::custom(format!(
+            "key `{unknown}`: unknown field `{unknown}`, expected one of {}",
+            known.join(", ")
+        )))
     }
 }
 

@@ -1,12 +1,14 @@
-//! The matrices of a set of weights, for rules that take them whole. Those of one shape are taken at once:
+//! The matrices of a set of weights, for rules that take them whole. Those of one shape are taken
+//! at once:
 //!
 //! ```text
 //! flat     [ norm1 | q | k | v | bias | out | ... | q | k | v | ... ]      a fused q/k/v is three matrices
 //! batch            --------------------gather-------------->  [B, D, D]    a copy, contiguous and aligned as libtorch does it
 //! ```
 //!
-//! so that a product, and with it every bit, depends on shapes only, not on where a matrix stands. A batch is as large as the
-//! products need it, and not larger: its copies stay in the cache, and are what an update needs for a moment.
+//! so that a product, and with it every bit, depends on shapes only, not on where a matrix stands.
+//! A batch is as large as the products need it, and not larger: its copies stay in the cache, and
+//! are what an update needs for a moment.
 
 use tch::Tensor;
 
@@ -33,7 +35,8 @@ pub struct Member {
     pub part: usize,
     /// Where it begins in the flat buffers.
     pub offset: usize,
-    /// Its layer in the model, and its place among the matrices of the layer, as far as those are here.
+    /// Its layer in the model, and its place among the matrices of the layer, as far as those are
+    /// here.
     pub layer: usize,
     pub number: usize,
 }
@@ -66,18 +69,12 @@ pub struct Target<'a> {
 
 impl Target<'_> {
     /// The clipped mean gradient of a batch, [B, rows, columns].
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn gradient(&self, batch: &Batch) -> Result<Tensor> {
         let mut gradient = gather(self.gradient, &batch.offsets(), [batch.rows, batch.columns])?;
         Ok(gradient.f_mul_(&self.scale)?)
     }
 
     /// `new`, or `old` if the update is not made.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn chosen(&self, new: Tensor, old: &Tensor) -> Result<Tensor> {
         match &self.made {
             Some(made) => Ok(new.f_where_self(made, old)?),
@@ -85,11 +82,16 @@ impl Target<'_> {
         }
     }
 
-    /// The next weights of a batch, and its version, by what makes them of the newest, [B, rows, columns].
+    /// The next weights of a batch, and its version, by what makes them of the newest, [B, rows,
+    /// columns].
     ///
     /// # Errors
     /// What libtorch reports, and those of `step`.
-    pub fn advance(&self, batch: &Batch, step: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<()> {
+    pub fn advance(
+        &self,
+        batch: &Batch,
+        step: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
         let (offsets, shape) = (batch.offsets(), [batch.rows, batch.columns]);
         let before = read(self.old.unwrap_or(self.new), &offsets, shape)?;
         let after = self.chosen(step(&before)?, &before)?;
@@ -98,6 +100,7 @@ impl Target<'_> {
             let ahead = after.f_sub(&before)?.f_mul_scalar_(f64::from(*horizon))?.f_add_(&after)?;
             scatter(version, &offsets, &ahead)?;
         }
+
         scatter(self.new, &offsets, &after)
     }
 }
@@ -113,15 +116,18 @@ pub fn batches(layout: &Layout) -> Vec<Batch> {
             (layer, number) = (of, 0);
         }
 
-        let (rows, columns) = (parameter.shape[0] as usize / parameter.fused, parameter.shape[1] as usize);
+        let (rows, columns) =
+            (parameter.shape[0] as usize / parameter.fused, parameter.shape[1] as usize);
         for part in 0..parameter.fused {
             let offset = entry.offset + part * rows * columns;
             let member = Member { name: parameter.name.clone(), part, offset, layer, number };
             number += 1;
 
             let fits = |batch: &&mut Batch| {
-                (batch.rows, batch.columns) == (rows, columns) && batch.len() + rows * columns <= VALUES
+                (batch.rows, batch.columns) == (rows, columns)
+                    && batch.len() + rows * columns <= VALUES
             };
+
             match batches.iter_mut().find(fits) {
                 Some(batch) => batch.members.push(member),
                 None => batches.push(Batch { rows, columns, members: vec![member] }),
@@ -138,18 +144,15 @@ fn layer_of(name: &str) -> usize {
 }
 
 /// [B, rows, columns]: a copy of the matrices that begin at `offsets` of a flat buffer.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn gather(flat: &Tensor, offsets: &[usize], [rows, columns]: [usize; 2]) -> Result<Tensor> {
-    let views = offsets.iter().map(|offset| view(flat, *offset, [rows, columns])).collect::<Result<Vec<_>>>()?;
+    let views = offsets
+        .iter()
+        .map(|offset| view(flat, *offset, [rows, columns]))
+        .collect::<Result<Vec<_>>>()?;
     Ok(Tensor::f_stack(&views, 0)?)
 }
 
 /// The same for what takes values one by one: of one matrix not copied.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn read(flat: &Tensor, offsets: &[usize], shape: [usize; 2]) -> Result<Tensor> {
     match offsets {
         [offset] => Ok(view(flat, *offset, shape)?.f_unsqueeze(0)?),
@@ -158,9 +161,6 @@ pub fn read(flat: &Tensor, offsets: &[usize], shape: [usize; 2]) -> Result<Tenso
 }
 
 /// Copies matrices [B, rows, columns] to where they begin in a flat buffer.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn scatter(flat: &Tensor, offsets: &[usize], matrices: &Tensor) -> Result<()> {
     let size = matrices.size();
     for (offset, matrix) in offsets.iter().zip(matrices.f_unbind(0)?) {
@@ -182,7 +182,14 @@ mod tests {
     use tch::Device;
 
     fn parameter(name: &str, shape: &[i64], role: Role, fused: usize) -> Parameter {
-        Parameter { name: name.into(), shape: shape.to_vec(), init: Init::Zeros, role, tied: false, fused }
+        Parameter {
+            name: name.into(),
+            shape: shape.to_vec(),
+            init: Init::Zeros,
+            role,
+            tied: false,
+            fused,
+        }
     }
 
     fn layout() -> Layout {
@@ -201,7 +208,8 @@ mod tests {
         let found = batches(&layout());
         let of = |batch: &Batch| {
             let members = batch.members.iter();
-            let members = members.map(|Member { offset, layer, number, .. }| (*offset, *layer, *number));
+            let members =
+                members.map(|Member { offset, layer, number, .. }| (*offset, *layer, *number));
             (batch.rows, batch.columns, members.collect::<Vec<_>>())
         };
         let expected = [

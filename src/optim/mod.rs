@@ -1,4 +1,5 @@
-//! Optimizers over flat buffers. Each update reads the newest weights, writes the next ones and clears the gradient.
+//! Optimizers over flat buffers. Each update reads the newest weights, writes the next ones and
+//! clears the gradient.
 //!
 //! ```text
 //! config, keys the section [optimizer], and its check
@@ -37,7 +38,9 @@ use tch::{Device, Kind, Tensor};
 
 pub use adamw::Keys as AdamwKeys;
 pub use clip::{clip_factor, norm};
-pub use config::{ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check, override_kind};
+pub use config::{
+    ClipScope, Common, OptimizerConfig, OptimizerKind, Predict, RateKind, check, override_kind,
+};
 use kernel::UpdateKernel;
 use matrices::{Batch, Target, batches};
 pub use muon::Keys as MuonKeys;
@@ -57,8 +60,8 @@ pub struct UpdateScalars<'a> {
     pub lr: f64,
     /// Turns the sum over microbatches and replicas into the mean.
     pub mean: f64,
-    /// Euclidean norm of the sum. If it is not finite the update is left out: the next version is the old one, the state
-    /// stays.
+    /// Euclidean norm of the sum. If it is not finite the update is left out: the next version is
+    /// the old one, the state stays.
     pub norm: &'a Number,
 }
 
@@ -88,8 +91,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// The optimizer of a set of weights with the given layout, whose gradients are `delay` updates old, in a model of this
-    /// precision; on the processor more than one thread makes it parallel.
+    /// The optimizer of a set of weights with the given layout, whose gradients are `delay` updates
+    /// old, in a model of this precision; on the processor more than one thread makes it parallel.
     ///
     /// # Errors
     /// If the threads cannot be started, or the pass cannot be compiled for the GPU.
@@ -127,7 +130,17 @@ impl Optimizer {
         let runs = runs(layout, rule.as_ref(), &state);
         let whole = layout.entries.iter().any(|entry| rule.takes_whole(&entry.parameter));
         let batches = if whole { batches(layout) } else { Vec::new() };
-        Ok(Optimizer { config: config.clone(), rule, runs, batches, decay, state, updates: 0, pool, kernel })
+        Ok(Optimizer {
+            config: config.clone(),
+            rule,
+            runs,
+            batches,
+            decay,
+            state,
+            updates: 0,
+            pool,
+            kernel,
+        })
     }
 
     /// The state, one flat buffer a name.
@@ -139,7 +152,11 @@ impl Optimizer {
     ///
     /// # Errors
     /// Those of `saved`.
-    pub fn restore(&mut self, updates: usize, saved: impl Fn(&str, &Layout) -> Result<Tensor>) -> Result<()> {
+    pub fn restore(
+        &mut self,
+        updates: usize,
+        saved: impl Fn(&str, &Layout) -> Result<Tensor>,
+    ) -> Result<()> {
         for buffer in &mut self.state {
             buffer.values.f_copy_(&saved(buffer.name, &buffer.layout)?)?;
         }
@@ -148,17 +165,15 @@ impl Optimizer {
         self.rule.restored(&self.state)
     }
 
-    /// The norm of a sum of gradients whose mean is `mean` times it, as updates go by it: no number where the rule cannot take
-    /// the clipped mean.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// The norm of a sum of gradients whose mean is `mean` times it, as updates go by it: no number
+    /// where the rule cannot take the clipped mean.
     pub fn usable(&self, norm: Number, mean: f64) -> Result<Number> {
         let largest = match self.config.common.clip {
             _ if self.batches.is_empty() => return Ok(norm),
             Some(clip) if clip <= self.rule.largest() => return Ok(norm),
             _ => self.rule.largest() / mean,
         };
+
         Ok(match norm {
             Number::Known(norm) if norm > largest => Number::Known(f64::NAN),
             Number::Pending(norm) if largest.is_finite() => {
@@ -170,9 +185,6 @@ impl Optimizer {
     }
 
     /// Writes the next weights, publishes them where versions are not f32, and clears the gradient.
-    ///
-    /// # Errors
-    /// What libtorch or the driver reports.
     pub fn update(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
         self.updates += 1;
 
@@ -188,15 +200,19 @@ impl Optimizer {
         };
 
         if norm.is_finite() {
-            let step = self.step(scalars, scalars.mean * clip_factor(norm, self.config.common.clip));
-            let buffers = UpdateBuffers { old, new: &mut *new, published: None, gradient: &mut *gradient };
-            let weights = rule::Weights { runs: &self.runs, decay: &self.decay, pool: self.pool.as_ref() };
+            let step =
+                self.step(scalars, scalars.mean * clip_factor(norm, self.config.common.clip));
+            let buffers =
+                UpdateBuffers { old, new: &mut *new, published: None, gradient: &mut *gradient };
+            let weights =
+                rule::Weights { runs: &self.runs, decay: &self.decay, pool: self.pool.as_ref() };
             self.rule.step(buffers, &mut self.state, &step, &weights)?;
 
             if !self.batches.is_empty() {
                 let scale = Tensor::from(step.scale as f32);
                 let (published, made) = (None, None);
-                let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made };
+                let target =
+                    Target { old, new: &*new, published, gradient: &*gradient, scale, made };
                 self.matrices(target, &step)?;
                 slice_mut(gradient).fill(0.0);
             }
@@ -204,6 +220,7 @@ impl Optimizer {
             if let Some(old) = old {
                 slice_mut(new).copy_from_slice(slice(old));
             }
+
             slice_mut(gradient).fill(0.0);
         }
 
@@ -214,9 +231,12 @@ impl Optimizer {
         }
     }
 
-    /// The same where the host does not know the norm: what is not finite leaves everything as it is.
+    /// The same where the host does not know the norm: what is not finite leaves everything as it
+    /// is.
     fn update_on_gpu(&mut self, buffers: UpdateBuffers, scalars: &UpdateScalars) -> Result<()> {
-        let Some(kernel) = &self.kernel else { return Err(Error::Internal("an update without its kernel".into())) };
+        let Some(kernel) = &self.kernel else {
+            return Err(Error::Internal("an update without its kernel".into()));
+        };
         let constants = self.rule.constants(&self.step(scalars, 1.0));
         kernel.update(&buffers, &self.config, scalars, &constants, &self.state, &self.runs)?;
         if self.batches.is_empty() {
@@ -231,11 +251,15 @@ impl Optimizer {
         let Number::Pending(norm) = scalars.norm else {
             return Err(Error::Internal("the norm of a gradient on a GPU is not on it".into()));
         };
+
         let norm = norm.f_mul_scalar(scalars.mean)?;
         let scale = match self.config.common.clip {
-            Some(clip) => norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(clip)?.f_clamp_max(1.0)?,
+            Some(clip) => {
+                norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(clip)?.f_clamp_max(1.0)?
+            }
             None => norm.f_ones_like()?,
         };
+
         let scale = scale.f_mul_scalar(scalars.mean)?.f_to_kind(Kind::Float)?;
         let made = Some(norm.f_isfinite()?);
         let target = Target { old, new: &*new, published, gradient: &*gradient, scale, made };
@@ -244,19 +268,21 @@ impl Optimizer {
         Ok(())
     }
 
-    /// What is done for matrices, on a gradient of zeros, of which nothing stays: for what is loaded when it is first used.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// What is done for matrices, on a gradient of zeros, of which nothing stays: for what is
+    /// loaded when it is first used.
     pub fn rehearse(&mut self, gradient: &Tensor) -> Result<()> {
         if self.batches.is_empty() {
             return Ok(());
         }
 
         let options = (Kind::Float, gradient.device());
-        let (scale, made) = (Tensor::f_ones([0i64; 0], options)?, Tensor::f_zeros([0i64; 0], (Kind::Bool, options.1))?);
+        let (scale, made) = (
+            Tensor::f_ones([0i64; 0], options)?,
+            Tensor::f_zeros([0i64; 0], (Kind::Bool, options.1))?,
+        );
         // The weights of an update that is not made stay: those of the gradient are zeros.
-        let target = Target { old: None, new: gradient, published: None, gradient, scale, made: Some(made) };
+        let target =
+            Target { old: None, new: gradient, published: None, gradient, scale, made: Some(made) };
         let step = Step { n: 1, lr: 0.0, scale: 1.0, keep: 1.0 };
         self.rule.rehearse(&target, &mut self.state, &step, &self.batches)
     }
@@ -282,7 +308,8 @@ pub fn workspace(config: &OptimizerConfig, layout: &Layout) -> usize {
     rule(config, 0, Precision::F32).workspace(layout)
 }
 
-/// The parameters that a rule takes value by value, neighbours together: of the buffers and of its state.
+/// The parameters that a rule takes value by value, neighbours together: of the buffers and of its
+/// state.
 fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<ValueRange> {
     let mut runs: Vec<ValueRange> = Vec::new();
     for (i, entry) in layout.entries.iter().enumerate() {
@@ -295,11 +322,16 @@ fn runs(layout: &Layout, rule: &dyn Rule, state: &[StateBuffer]) -> Vec<ValueRan
             run.weights.end = end;
             continue;
         }
+
         let at = |buffer: &StateBuffer| {
             let mut entries = buffer.layout.entries.iter();
             entries.find(|of| of.parameter.name == entry.parameter.name).map(|of| of.offset)
         };
-        runs.push(ValueRange { weights: entry.offset..end, state: state.iter().map_while(at).collect() });
+
+        runs.push(ValueRange {
+            weights: entry.offset..end,
+            state: state.iter().map_while(at).collect(),
+        });
     }
     runs
 }
@@ -318,7 +350,8 @@ fn pool(threads: usize) -> Result<Option<ThreadPool>> {
     }
 
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    pool.map(Some).map_err(|error| Error::config("threads", threads, format!("cannot be started ({error})")))
+    pool.map(Some)
+        .map_err(|error| Error::config("threads", threads, format!("cannot be started ({error})")))
 }
 
 #[cfg(test)]
@@ -327,7 +360,8 @@ pub(crate) mod tests {
     use crate::model::{Init, Parameter, Role};
     use crate::params::Published;
 
-    /// A matrix that decays, longer than a chunk of the pass; a vector that does not; and a small matrix.
+    /// A matrix that decays, longer than a chunk of the pass; a vector that does not; and a small
+    /// matrix.
     pub(crate) fn layout() -> Layout {
         let parameter = |name: &str, shape: &[i64], role| Parameter {
             name: name.into(),
@@ -337,6 +371,7 @@ pub(crate) mod tests {
             tied: false,
             fused: 1,
         };
+
         Layout::new(&[
             parameter("matrix", &[160, 128], Role::Matrix),
             parameter("vector", &[9], Role::Vector),
@@ -345,12 +380,20 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn wave(len: usize, pace: f32, from: f32) -> Tensor {
-        Tensor::from_slice(&(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>())
+        Tensor::from_slice(
+            &(0..len).map(|i| ((i as f32 + from) * pace).sin()).collect::<Vec<f32>>(),
+        )
     }
 
-    /// Updates of weights that are all `w0` by gradients that are `g` everywhere after the mean of two: the first weight of the
-    /// matrix, and of the vector.
-    pub(crate) fn updated(config: &OptimizerConfig, w0: f64, g: f64, lr: f64, updates: usize) -> (f64, f64) {
+    /// Updates of weights that are all `w0` by gradients that are `g` everywhere after the mean of
+    /// two: the first weight of the matrix, and of the vector.
+    pub(crate) fn updated(
+        config: &OptimizerConfig,
+        w0: f64,
+        g: f64,
+        lr: f64,
+        updates: usize,
+    ) -> (f64, f64) {
         updated_by(config, 0, w0, &vec![g; updates], lr)
     }
 
@@ -363,13 +406,19 @@ pub(crate) mod tests {
         lr: f64,
     ) -> (f64, f64) {
         let layout = layout();
-        let mut optimizer = Optimizer::new(config, &layout, delay, Precision::F32, 1, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(config, &layout, delay, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = Tensor::from_slice(&vec![w0 as f32; layout.len]);
 
         for g in gradients {
             let mut gradient = Tensor::from_slice(&vec![2.0 * *g as f32; layout.len]);
             let scalars = UpdateScalars { lr, mean: 0.5, norm: &Number::Known(1.0) };
-            let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+            let buffers = UpdateBuffers {
+                old: None,
+                new: &mut weights,
+                published: None,
+                gradient: &mut gradient,
+            };
             optimizer.update(buffers, &scalars).unwrap();
         }
 
@@ -380,7 +429,8 @@ pub(crate) mod tests {
     fn run(kind: OptimizerKind, threads: usize, in_place: bool) -> Vec<f32> {
         let layout = layout();
         let config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
-        let mut optimizer = Optimizer::new(&config, &layout, 0, Precision::F32, threads, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(&config, &layout, 0, Precision::F32, threads, Device::Cpu).unwrap();
         let mut weights = wave(layout.len, 0.7, 0.0);
         for n in 0..3 {
             let mut gradient = wave(layout.len, 0.3, n as f32);
@@ -388,13 +438,20 @@ pub(crate) mod tests {
             let old = if in_place { None } else { Some(&old) };
             if !in_place {
                 // Between the parameters there is nothing but zeros.
-                layout.views(&weights).unwrap().iter_mut().for_each(|view| drop(view.fill_(f64::NAN)));
+                layout
+                    .views(&weights)
+                    .unwrap()
+                    .iter_mut()
+                    .for_each(|view| drop(view.fill_(f64::NAN)));
             }
+
             let scalars = UpdateScalars { lr: 0.01, mean: 0.5, norm: &Number::Known(1.0) };
-            let buffers = UpdateBuffers { old, new: &mut weights, published: None, gradient: &mut gradient };
+            let buffers =
+                UpdateBuffers { old, new: &mut weights, published: None, gradient: &mut gradient };
             optimizer.update(buffers, &scalars).unwrap();
             assert!(slice(&gradient).iter().all(|g| *g == 0.0));
         }
+
         slice(&weights).to_vec()
     }
 
@@ -407,15 +464,17 @@ pub(crate) mod tests {
         }
     }
 
-    /// What a GPU does with matrices, whose host does not know the norm, done here: the same bits, an update that is left
-    /// out and the versions that are published ahead too.
+    /// What a GPU does with matrices, whose host does not know the norm, done here: the same bits,
+    /// an update that is left out and the versions that are published ahead too.
     #[test]
     fn matrices_by_a_norm_that_is_not_read() {
         for kind in [OptimizerKind::Muon, OptimizerKind::Soap] {
             let layout = layout();
-            let mut config = OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
+            let mut config =
+                OptimizerConfig::of(Common { kind, weight_decay: 0.1, ..Common::default() });
             config.soap.soap_every = 2;
-            let new = || Optimizer::new(&config, &layout, 1, Precision::F32, 1, Device::Cpu).unwrap();
+            let new =
+                || Optimizer::new(&config, &layout, 1, Precision::F32, 1, Device::Cpu).unwrap();
             let (mut known, mut unread) = (new(), new());
             let mut weights = [wave(layout.len, 0.7, 0.0), wave(layout.len, 0.7, 0.0)];
             let mut versions = [0, 1].map(|_| zeros(layout.len, Device::Cpu).unwrap());
@@ -427,25 +486,38 @@ pub(crate) mod tests {
                 assert!(slice(&nothing).iter().all(|value| *value == 0.0));
 
                 let horizon = [0.0, 1.5][n % 2];
-                let [mut one, mut other] = [0, 1].map(|_| wave(layout.len, 0.31 + 0.01 * n as f32, n as f32));
+                let [mut one, mut other] =
+                    [0, 1].map(|_| wave(layout.len, 0.31 + 0.01 * n as f32, n as f32));
                 let [of_known, of_unread] = &mut versions;
                 let [weights_known, weights_unread] = &mut weights;
                 let norms = [Number::Known(norm), Number::Pending(Tensor::from(norm))];
                 let scalars = |norm| UpdateScalars { lr: 0.01, mean: 0.5, norm };
 
                 let published = Some(Published { version: of_known, horizon });
-                let buffers = UpdateBuffers { old: None, new: weights_known, published, gradient: &mut one };
+                let buffers =
+                    UpdateBuffers { old: None, new: weights_known, published, gradient: &mut one };
                 known.update(buffers, &scalars(&norms[0])).unwrap();
                 let published = Some(Published { version: of_unread, horizon });
-                let buffers = UpdateBuffers { old: None, new: weights_unread, published, gradient: &mut other };
+                let buffers = UpdateBuffers {
+                    old: None,
+                    new: weights_unread,
+                    published,
+                    gradient: &mut other,
+                };
                 unread.updates += 1;
                 unread.matrices_unread(buffers, &scalars(&norms[1])).unwrap();
 
                 for (of, pair) in [("weights", &weights), ("versions", &versions)] {
-                    for entry in layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix) {
+                    for entry in
+                        layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix)
+                    {
                         let at = entry.offset..entry.offset + entry.parameter.count();
                         let [one, other] = [&slice(&pair[0])[at.clone()], &slice(&pair[1])[at]];
-                        assert!(one == other, "{kind}, update {n}: {of} of {}", entry.parameter.name);
+                        assert!(
+                            one == other,
+                            "{kind}, update {n}: {of} of {}",
+                            entry.parameter.name
+                        );
                     }
                 }
             }
@@ -457,25 +529,37 @@ pub(crate) mod tests {
     fn a_matrix_without_a_basis_beside_others_is_not_turned() {
         let layout = layout();
         let config = OptimizerConfig::of(Common { kind: OptimizerKind::Soap, ..Common::default() });
-        let mut optimizer = Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
         let (mut weights, mut gradient) = (wave(layout.len, 0.7, 0.0), wave(layout.len, 0.3, 1.0));
-        let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
-        optimizer.update(buffers, &UpdateScalars { lr: 0.01, mean: 1.0, norm: &Number::Known(1.0) }).unwrap();
+        let buffers = UpdateBuffers {
+            old: None,
+            new: &mut weights,
+            published: None,
+            gradient: &mut gradient,
+        };
+        optimizer
+            .update(buffers, &UpdateScalars { lr: 0.01, mean: 1.0, norm: &Number::Known(1.0) })
+            .unwrap();
 
         let kept = |name: &str| {
             let of = optimizer.state().iter().find(|buffer| buffer.name == name).unwrap();
             (of.layout.clone(), of.values.f_detach_copy().unwrap())
         };
+
         let (squares, values) = kept("right_basis");
         let partly = values.f_detach_copy().unwrap();
         let last = squares.entries.len() - 1;
         let _ = squares.views(&partly).unwrap()[last].fill_(0.0);
-        let read =
-            |name: &str, _: &Layout| Ok(if name == "right_basis" { partly.shallow_clone() } else { kept(name).1 });
+        let read = |name: &str, _: &Layout| {
+            Ok(if name == "right_basis" { partly.shallow_clone() } else { kept(name).1 })
+        };
 
-        let mut resumed = Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
+        let mut resumed =
+            Optimizer::new(&config, &layout, 0, Precision::F32, 1, Device::Cpu).unwrap();
         resumed.restore(1, read).unwrap();
-        let found = &resumed.state().iter().find(|buffer| buffer.name == "right_basis").unwrap().values;
+        let found =
+            &resumed.state().iter().find(|buffer| buffer.name == "right_basis").unwrap().values;
         let views = squares.views(found).unwrap();
         assert_eq!(views[0], squares.views(&values).unwrap()[0]);
         assert_eq!(views[last], Tensor::eye(views[last].size()[0], (Kind::Float, Device::Cpu)));
@@ -485,28 +569,36 @@ pub(crate) mod tests {
     fn a_gradient_too_large_for_a_product_is_left_out() {
         let usable = |kind, clip, norm: f64| {
             let config = OptimizerConfig::of(Common { kind, clip, ..Common::default() });
-            let optimizer = Optimizer::new(&config, &layout(), 0, Precision::F32, 1, Device::Cpu).unwrap();
+            let optimizer =
+                Optimizer::new(&config, &layout(), 0, Precision::F32, 1, Device::Cpu).unwrap();
             let known = optimizer.usable(Number::Known(norm), 0.5).unwrap().now().unwrap();
-            let pending = optimizer.usable(Number::Pending(Tensor::from(norm)), 0.5).unwrap().now().unwrap();
+            let pending =
+                optimizer.usable(Number::Pending(Tensor::from(norm)), 0.5).unwrap().now().unwrap();
             assert_eq!(known.is_nan(), pending.is_nan(), "{kind} {clip:?} {norm:e}");
             known == norm
         };
+
         for kind in [OptimizerKind::Muon, OptimizerKind::Soap] {
             assert!(usable(kind, None, 1e19) && !usable(kind, None, 1e20));
             assert!(usable(kind, Some(1.0), 1e30));
         }
+
         assert!(usable(OptimizerKind::Adamw, None, 1e30));
     }
 
-    /// A rule that takes whole matrices: steps along the sign of each row's sum, and counts in a state of its own shape.
+    /// A rule that takes whole matrices: steps along the sign of each row's sum, and counts in a
+    /// state of its own shape.
     struct RowSigns;
 
     impl Rule for RowSigns {
         fn state(&self, layout: &Layout) -> Vec<(&'static str, Layout)> {
-            let rows = layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix).map(|entry| {
-                let shape = vec![entry.parameter.shape[0]];
-                Parameter { shape, ..entry.parameter.clone() }
-            });
+            let rows =
+                layout.entries.iter().filter(|entry| entry.parameter.role == Role::Matrix).map(
+                    |entry| {
+                        let shape = vec![entry.parameter.shape[0]];
+                        Parameter { shape, ..entry.parameter.clone() }
+                    },
+                );
             vec![("rows", Layout::new(&rows.collect::<Vec<_>>()))]
         }
 
@@ -514,7 +606,13 @@ pub(crate) mod tests {
             parameter.role == Role::Matrix
         }
 
-        fn step(&self, _: UpdateBuffers, _: &mut [StateBuffer], _: &Step, _: &rule::Weights) -> Result<()> {
+        fn step(
+            &self,
+            _: UpdateBuffers,
+            _: &mut [StateBuffer],
+            _: &Step,
+            _: &rule::Weights,
+        ) -> Result<()> {
             Ok(())
         }
 
@@ -526,14 +624,24 @@ pub(crate) mod tests {
             batches: &[Batch],
         ) -> Result<()> {
             for batch in batches {
-                let signs = target.gradient(batch)?.f_sum_dim_intlist([2i64].as_slice(), true, None)?.f_sign()?;
+                let signs = target
+                    .gradient(batch)?
+                    .f_sum_dim_intlist([2i64].as_slice(), true, None)?
+                    .f_sign()?;
                 for (member, sign) in batch.members.iter().zip(signs.f_unbind(0)?) {
-                    let entry = state[0].layout.entries.iter().find(|entry| entry.parameter.name == member.name);
-                    let mut rows = state[0].values.narrow(0, entry.unwrap().offset as i64, batch.rows as i64);
+                    let entry = state[0]
+                        .layout
+                        .entries
+                        .iter()
+                        .find(|entry| entry.parameter.name == member.name);
+                    let mut rows =
+                        state[0].values.narrow(0, entry.unwrap().offset as i64, batch.rows as i64);
                     rows.f_copy_(&sign.f_view([-1])?)?;
                 }
+
                 target.advance(batch, |before| Ok(before.f_sub(&signs.f_mul_scalar(step.lr)?)?))?;
             }
+
             Ok(())
         }
 
@@ -558,7 +666,8 @@ pub(crate) mod tests {
             Device::Cpu,
         )
         .unwrap();
-        let shapes = optimizer.state()[0].layout.entries.iter().map(|entry| entry.parameter.shape.clone());
+        let shapes =
+            optimizer.state()[0].layout.entries.iter().map(|entry| entry.parameter.shape.clone());
         assert_eq!(shapes.collect::<Vec<_>>(), [vec![160], vec![4]]);
 
         let (mut weights, mut gradient) = (wave(layout.len, 0.0, 0.0), wave(layout.len, 0.0, 0.0));
@@ -566,12 +675,23 @@ pub(crate) mod tests {
         let _ = rows[2].narrow(0, 1, 1).fill_(-3.0);
         let _ = rows[1].fill_(5.0);
         let scalars = UpdateScalars { lr: 0.5, mean: 1.0, norm: &Number::Known(1.0) };
-        let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+        let buffers = UpdateBuffers {
+            old: None,
+            new: &mut weights,
+            published: None,
+            gradient: &mut gradient,
+        };
         optimizer.update(buffers, &scalars).unwrap();
-        let moved: Vec<f32> =
-            layout.views(&weights).unwrap()[2].sum_dim_intlist([1i64].as_slice(), false, None).try_into().unwrap();
+        let moved: Vec<f32> = layout.views(&weights).unwrap()[2]
+            .sum_dim_intlist([1i64].as_slice(), false, None)
+            .try_into()
+            .unwrap();
         assert_eq!(moved, [0.0, 2.0, 0.0, 0.0]);
-        assert_eq!(slice(&weights)[160 * 128..160 * 128 + 9], [0.0; 9], "a vector is none of its business");
+        assert_eq!(
+            slice(&weights)[160 * 128..160 * 128 + 9],
+            [0.0; 9],
+            "a vector is none of its business"
+        );
         assert_eq!(slice(&optimizer.state()[0].values)[128 + 128 + 1], -1.0);
     }
 }

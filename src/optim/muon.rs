@@ -1,6 +1,6 @@
-//! Muon (Keller Jordan 2024) with Moonlight's scale (Liu et al. 2025, arXiv 2502.16982), for the matrices of attention and
-//! feed-forward; tables, head, norms and biases take AdamW's steps by its own keys. G is the clipped mean gradient of one matrix
-//! [out, in], of fused ones each by itself:
+//! Muon (Keller Jordan 2024) with Moonlight's scale (Liu et al. 2025, arXiv 2502.16982), for the
+//! matrices of attention and feed-forward; tables, head, norms and biases take AdamW's steps by its
+//! own keys. G is the clipped mean gradient of one matrix [out, in], of fused ones each by itself:
 //!
 //! ```text
 //! M = mu M + (1-mu) G;   U = c M + (1-c) G           c = mu (Nesterov's), or mu^max(D, 1) with lead = "delay"
@@ -9,10 +9,11 @@
 //! W = W (1 - lr wd) - lr 0.2 sqrt(max(out, in)) X
 //! ```
 //!
-//! X is about the nearest matrix whose singular values are 1. A step is about as long as one of AdamW, whose rate and decay
-//! carry over. With `precision = "bf16"` X is bf16.
+//! X is about the nearest matrix whose singular values are 1. A step is about as long as one of
+//! AdamW, whose rate and decay carry over. With `precision = "bf16"` X is bf16.
 //!
-//! Key: `muon_momentum`, beside AdamW's. State: `first` (M, and AdamW's m), `second` (AdamW's v, of what is no such matrix).
+//! Key: `muon_momentum`, beside AdamW's. State: `first` (M, and AdamW's m), `second` (AdamW's v, of
+//! what is no such matrix).
 
 use std::sync::Once;
 
@@ -56,7 +57,12 @@ impl Keys {
     /// Whether it can be used.
     pub fn check(&self) -> Result<()> {
         let good = (0.0..1.0).contains(&self.muon_momentum);
-        Error::unless(good, "optimizer.muon_momentum", self.muon_momentum, "must be at least 0 and below 1")
+        Error::unless(
+            good,
+            "optimizer.muon_momentum",
+            self.muon_momentum,
+            "must be at least 0 and below 1",
+        )
     }
 }
 
@@ -92,7 +98,9 @@ impl Muon {
         let steps = orthogonal(&update, self.precision)?;
         let longest = batch.rows.max(batch.columns) as f64;
         let by = step.lr * SCALE * longest.sqrt();
-        target.advance(batch, |before| Ok(before.f_mul_scalar(step.keep)?.f_sub_(&steps.f_mul_scalar(by)?)?))
+        target.advance(batch, |before| {
+            Ok(before.f_mul_scalar(step.keep)?.f_sub_(&steps.f_mul_scalar(by)?)?)
+        })
     }
 }
 
@@ -107,11 +115,23 @@ impl Rule for Muon {
         parameter.role == Role::Matrix
     }
 
-    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
+    fn step(
+        &self,
+        buffers: UpdateBuffers,
+        state: &mut [StateBuffer],
+        step: &Step,
+        weights: &Weights,
+    ) -> Result<()> {
         self.rest.step(buffers, state, step, weights)
     }
 
-    fn matrices(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+    fn matrices(
+        &mut self,
+        target: &Target,
+        state: &mut [StateBuffer],
+        step: &Step,
+        batches: &[Batch],
+    ) -> Result<()> {
         batches.iter().try_for_each(|batch| self.batch(batch, target, &state[0].values, step))
     }
 
@@ -127,15 +147,19 @@ impl Rule for Muon {
         LARGEST
     }
 
-    /// Of one batch: the gradient, the average before and after, the update, X before and after a product, twice A.
+    /// Of one batch: the gradient, the average before and after, the update, X before and after a
+    /// product, twice A.
     fn workspace(&self, layout: &Layout) -> usize {
-        let of = |batch: &Batch| 6 * batch.len() + 2 * batch.members.len() * batch.rows.min(batch.columns).pow(2);
+        let of = |batch: &Batch| {
+            6 * batch.len() + 2 * batch.members.len() * batch.rows.min(batch.columns).pow(2)
+        };
         batches(layout).iter().map(of).max().unwrap_or(0)
     }
 }
 
-/// [B, m, n] -> about the nearest matrices whose singular values are 1. Those for which the products overflow in bf16 are made again
-/// in f32; on a GPU, where that would have to be waited for, they keep their direction and a norm of 1.
+/// [B, m, n] -> about the nearest matrices whose singular values are 1. Those for which the
+/// products overflow in bf16 are made again in f32; on a GPU, where that would have to be waited
+/// for, they keep their direction and a norm of 1.
 fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     let found = iterated(matrices, precision)?;
     if precision != Precision::Bf16 {
@@ -146,15 +170,19 @@ fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     if matrices.device().is_cuda() {
         return Ok(found.f_where_self(&good, &normalised(matrices)?)?);
     }
+
     if good.f_all()?.f_int64_value(&[])? != 0 {
         return Ok(found);
     }
     static TOLD: Once = Once::new();
-    TOLD.call_once(|| tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32"));
+    TOLD.call_once(|| {
+        tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32")
+    });
     Ok(found.f_where_self(&good, &iterated(matrices, Precision::F32)?)?)
 }
 
-/// Whether singular values are about 1, [B, 1, 1]: those of what the polynomial keeps are at most 1.21, and from 1.27 on it diverges.
+/// Whether singular values are about 1, [B, 1, 1]: those of what the polynomial keeps are at most
+/// 1.21, and from 1.27 on it diverges.
 fn converged(found: &Tensor) -> Result<Tensor> {
     let size = found.size();
     let most = 2.0 * size[1].min(size[2]) as f64;
@@ -164,7 +192,8 @@ fn converged(found: &Tensor) -> Result<Tensor> {
 
 /// [B, m, n], each by its norm.
 fn normalised(matrices: &Tensor) -> Result<Tensor> {
-    let norms = matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
+    let norms =
+        matrices.f_norm_scalaropt_dim(2, [1i64, 2].as_slice(), true)?.f_add_scalar_(1e-7)?;
     Ok(matrices.f_div(&norms)?)
 }
 
@@ -194,8 +223,8 @@ fn by_itself(mut x: Tensor) -> Result<Tensor> {
     Ok(x)
 }
 
-/// The same for long matrices in 4 m^2 n + 34 m^3. With P = a + b A + c A A the next X is P X, and the next A is P A P: so all
-/// iterations can be made with A alone, and X is multiplied once.
+/// The same for long matrices in 4 m^2 n + 34 m^3. With P = a + b A + c A A the next X is P X, and
+/// the next A is P A P: so all iterations can be made with A alone, and X is multiplied once.
 fn by_squares(x: &Tensor) -> Result<Tensor> {
     let [a, _, _] = POLYNOMIAL;
     let mut square = bmm(x, &x.f_transpose(1, 2)?)?;
@@ -207,12 +236,14 @@ fn by_squares(x: &Tensor) -> Result<Tensor> {
             None => rest.f_add(&identity(&rest)?.f_mul_scalar(a)?)?,
             Some(product) => baddbmm(product, &rest, product, a, 1.0)?,
         };
+
         product = Some(next);
         if iteration < ITERATIONS {
             let half = baddbmm(&square, &rest, &square, a, 1.0)?;
             square = baddbmm(&half, &half, &rest, a, 1.0)?;
         }
     }
+
     match product {
         Some(product) => bmm(&product, x),
         None => Ok(x.shallow_clone()),
@@ -235,7 +266,8 @@ mod tests {
 
     use super::*;
 
-    /// Five iterations bring every singular value near 1, of high, of wide matrices and in bf16, at any scale.
+    /// Five iterations bring every singular value near 1, of high, of wide matrices and in bf16, at
+    /// any scale.
     #[test]
     fn singular_values_come_near_one() {
         tch::manual_seed(7);
@@ -245,9 +277,13 @@ mod tests {
                 let found = orthogonal(&matrices, precision).unwrap();
                 assert_eq!(found.size(), matrices.size());
                 let (_, values, _) = found.svd(true, true);
-                let (least, most) = (values.min().double_value(&[]), values.max().double_value(&[]));
+                let (least, most) =
+                    (values.min().double_value(&[]), values.max().double_value(&[]));
                 // A random square has singular values near 0, which stay behind.
-                assert!(most < 1.0 + far && (rows == columns || least > 1.0 - far), "{least} {most}");
+                assert!(
+                    most < 1.0 + far && (rows == columns || least > 1.0 - far),
+                    "{least} {most}"
+                );
             }
         }
     }
@@ -258,7 +294,10 @@ mod tests {
         let matrices = Tensor::eye(4, (Kind::Float, Device::Cpu)).repeat([3, 1, 1]);
         let _ = matrices.select(0, 1).g_mul_scalar_(1.5);
         let _ = matrices.select(0, 2).fill_(f64::NAN);
-        assert_eq!(Vec::<bool>::try_from(converged(&matrices).unwrap().view(-1)).unwrap(), [true, false, false]);
+        assert_eq!(
+            Vec::<bool>::try_from(converged(&matrices).unwrap().view(-1)).unwrap(),
+            [true, false, false]
+        );
     }
 
     /// Both ways to the same end, for singular values that are far apart too.
@@ -266,7 +305,9 @@ mod tests {
     fn the_short_way_is_as_good() {
         tch::manual_seed(5);
         for spread in [0.0, 3.0] {
-            let scales = (Tensor::arange(20, (Kind::Float, Device::Cpu)) * (-spread / 4.0)).exp().view([1, 20, 1]);
+            let scales = (Tensor::arange(20, (Kind::Float, Device::Cpu)) * (-spread / 4.0))
+                .exp()
+                .view([1, 20, 1]);
             let x = Tensor::randn([2, 20, 80], (Kind::Float, Device::Cpu)) * scales;
             let x = &x / x.norm_scalaropt_dim(2, [1i64, 2].as_slice(), true);
             let (short, long) = (by_squares(&x).unwrap(), by_itself(x.shallow_clone()).unwrap());
@@ -277,7 +318,9 @@ mod tests {
 
     #[test]
     fn a_matrix_of_zeros_stays_where_it_is() {
-        let found = orthogonal(&Tensor::zeros([1, 4, 3], (Kind::Float, Device::Cpu)), Precision::F32).unwrap();
+        let found =
+            orthogonal(&Tensor::zeros([1, 4, 3], (Kind::Float, Device::Cpu)), Precision::F32)
+                .unwrap();
         assert_eq!(f64::try_from(found.abs().sum(Kind::Double)).unwrap(), 0.0);
     }
 }

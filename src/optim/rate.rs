@@ -10,6 +10,7 @@ pub fn learning_rate(config: &OptimizerConfig, t: usize, steps: usize) -> f64 {
     if t < warmup {
         return lr * (t + 1) as f64 / warmup as f64;
     }
+
     let progress = (t - warmup) as f64 / steps.saturating_sub(warmup).max(1) as f64;
     match schedule {
         RateKind::Constant => lr,
@@ -26,8 +27,13 @@ mod tests {
     #[test]
     fn rates_by_table() {
         let rate = |schedule, t| {
-            let config =
-                OptimizerConfig::of(Common { schedule, lr: 1.0, min_lr: 0.2, warmup: 10, ..Common::default() });
+            let config = OptimizerConfig::of(Common {
+                schedule,
+                lr: 1.0,
+                min_lr: 0.2,
+                warmup: 10,
+                ..Common::default()
+            });
             learning_rate(&config, t, 110)
         };
         let table = [
@@ -38,7 +44,11 @@ mod tests {
         ];
         for (schedule, expected) in table {
             for (t, value) in [0, 9, 10, 60].into_iter().zip(expected) {
-                assert!((rate(schedule, t) - value).abs() < 1e-12, "{schedule:?} at {t}: {}", rate(schedule, t));
+                assert!(
+                    (rate(schedule, t) - value).abs() < 1e-12,
+                    "{schedule:?} at {t}: {}",
+                    rate(schedule, t)
+                );
             }
         }
         assert!((rate(RateKind::Cosine, 109) - 0.2).abs() < 1e-3);

@@ -1,4 +1,5 @@
-//! Against an independent implementation: golden updates of tests/reference/, made in float64 by the definition.
+//! Against an independent implementation: golden updates of tests/reference/, made in float64 by
+//! the definition.
 
 use std::collections::BTreeMap;
 
@@ -62,17 +63,20 @@ fn fill(layout: &Layout, values: &mut [f32], seed: impl Fn(f64) -> f64, scale: f
     for (i, entry) in layout.entries.iter().enumerate() {
         for n in 0..entry.parameter.count() {
             let x = n as f64;
-            values[entry.offset + n] = (scale * (seed(i as f64) + 12.9898 * x + 0.37 * x * x).sin()) as f32;
+            values[entry.offset + n] =
+                (scale * (seed(i as f64) + 12.9898 * x + 0.37 * x * x).sin()) as f32;
         }
     }
 }
 
 #[test]
 fn updates_of_whole_matrices_by_the_definition() {
-    let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/reference/optimizers.json")).unwrap();
+    let cases: Vec<Case> =
+        serde_json::from_str(include_str!("../../tests/reference/optimizers.json")).unwrap();
     for case in cases {
         let (config, layout) = (case.config(), case.layout());
-        let mut optimizer = Optimizer::new(&config, &layout, case.delay, Precision::F32, 1, Device::Cpu).unwrap();
+        let mut optimizer =
+            Optimizer::new(&config, &layout, case.delay, Precision::F32, 1, Device::Cpu).unwrap();
         let mut weights = zeros(layout.len, Device::Cpu).unwrap();
         fill(&layout, slice_mut(&mut weights), |i| 0.5 * i, 1.0);
 
@@ -81,7 +85,12 @@ fn updates_of_whole_matrices_by_the_definition() {
             let scale = if n == 2 { -0.5 } else { 1.0 };
             fill(&layout, slice_mut(&mut gradient), |i| 100.0 * n as f64 + i, 4.0 * scale);
             let scalars = UpdateScalars { lr: 0.02, mean: 0.25, norm: &Number::Known(1.0) };
-            let buffers = UpdateBuffers { old: None, new: &mut weights, published: None, gradient: &mut gradient };
+            let buffers = UpdateBuffers {
+                old: None,
+                new: &mut weights,
+                published: None,
+                gradient: &mut gradient,
+            };
             optimizer.update(buffers, &scalars).unwrap();
         }
 
@@ -89,7 +98,11 @@ fn updates_of_whole_matrices_by_the_definition() {
             let name = &entry.parameter.name;
             for (n, expected) in case.weights[name].iter().enumerate() {
                 let found = f64::from(slice(&weights)[entry.offset + n]);
-                assert!((found - expected).abs() < 3e-6, "{}, {name}[{n}]: {found}, not {expected}", case.name);
+                assert!(
+                    (found - expected).abs() < 3e-6,
+                    "{}, {name}[{n}]: {found}, not {expected}",
+                    case.name
+                );
             }
         }
     }

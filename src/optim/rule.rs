@@ -1,5 +1,6 @@
-//! What an update rule says of itself, and the list of them. A new rule is a file beside this one with its keys, a word and
-//! its keys in `config`, a line here; and to run on a GPU, if it takes values, a struct and an entry in `update.cu`.
+//! What an update rule says of itself, and the list of them. A new rule is a file beside this one
+//! with its keys, a word and its keys in `config`, a line here; and to run on a GPU, if it takes
+//! values, a struct and an entry in `update.cu`.
 
 use std::ops::Range;
 
@@ -13,7 +14,8 @@ use crate::model::Parameter;
 use crate::params::{Layout, UpdateBuffers};
 use crate::precision::Precision;
 
-/// The rule that a config asks for, of weights whose gradients are `delay` updates old, in a model of this precision.
+/// The rule that a config asks for, of weights whose gradients are `delay` updates old, in a model
+/// of this precision.
 pub fn rule(config: &OptimizerConfig, delay: usize, precision: Precision) -> Box<dyn Rule> {
     let OptimizerConfig { adamw, sgd, muon, soap, .. } = config;
     match config.common.kind {
@@ -54,11 +56,11 @@ pub struct Weights<'a> {
     pub pool: Option<&'a ThreadPool>,
 }
 
-/// An update rule. It takes parameters value by value, in one pass over the runs of them; or whole, as matrices; or some so
-/// and some so.
+/// An update rule. It takes parameters value by value, in one pass over the runs of them; or whole,
+/// as matrices; or some so and some so.
 pub trait Rule: Send {
-    /// The state that it keeps of a set of weights: the name of each flat buffer, and the layout of its values, which
-    /// begin as zeros. Those of the values that are taken one by one come first.
+    /// The state that it keeps of a set of weights: the name of each flat buffer, and the layout of
+    /// its values, which begin as zeros. Those of the values that are taken one by one come first.
     fn state(&self, layout: &Layout) -> Vec<(&'static str, Layout)>;
 
     /// Whether it takes a parameter whole.
@@ -66,10 +68,16 @@ pub trait Rule: Send {
         false
     }
 
-    /// One update of the values on the processor: reads `old` (where it is none, `new` holds the newest weights), writes `new`
-    /// and the state, and clears the gradient, which is the sum that `step.scale` makes the clipped mean of. What it
-    /// publishes is none of its business.
-    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()>;
+    /// One update of the values on the processor: reads `old` (where it is none, `new` holds the
+    /// newest weights), writes `new` and the state, and clears the gradient, which is the sum that
+    /// `step.scale` makes the clipped mean of. What it publishes is none of its business.
+    fn step(
+        &self,
+        buffers: UpdateBuffers,
+        state: &mut [StateBuffer],
+        step: &Step,
+        weights: &Weights,
+    ) -> Result<()>;
 
     /// One update of what it takes whole, by operations of libtorch on any device.
     fn matrices(
@@ -82,8 +90,15 @@ pub trait Rule: Send {
         Ok(())
     }
 
-    /// The same of an update that is not made, with everything that updates do now and then: so that a GPU has loaded it.
-    fn rehearse(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+    /// The same of an update that is not made, with everything that updates do now and then: so
+    /// that a GPU has loaded it.
+    fn rehearse(
+        &mut self,
+        target: &Target,
+        state: &mut [StateBuffer],
+        step: &Step,
+        batches: &[Batch],
+    ) -> Result<()> {
         self.matrices(target, state, step, batches)
     }
 
@@ -92,14 +107,14 @@ pub trait Rule: Send {
         Ok(())
     }
 
-    /// The largest norm of a clipped mean gradient that it can take: the update of a larger one is left out, as that of one
-    /// that is not finite.
+    /// The largest norm of a clipped mean gradient that it can take: the update of a larger one is
+    /// left out, as that of one that is not finite.
     fn largest(&self) -> f64 {
         f64::INFINITY
     }
 
-    /// The entry of `update.cu` that makes the same update of the values on a GPU; one that is not there is an error when it
-    /// is loaded.
+    /// The entry of `update.cu` that makes the same update of the values on a GPU; one that is not
+    /// there is an error when it is loaded.
     fn kernel(&self) -> &'static str;
 
     /// The constants of that entry, in the order of its struct.

@@ -49,8 +49,15 @@ impl Rule for Sgd {
         vec![("first", layout.clone())]
     }
 
-    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
-        let (common, momentum, lr) = (Common::new(step, weights), self.keys.momentum as f32, step.lr as f32);
+    fn step(
+        &self,
+        buffers: UpdateBuffers,
+        state: &mut [StateBuffer],
+        step: &Step,
+        weights: &Weights,
+    ) -> Result<()> {
+        let (common, momentum, lr) =
+            (Common::new(step, weights), self.keys.momentum as f32, step.lr as f32);
         elementwise::update(buffers, state, weights, |chunk| pass(chunk, &common, momentum, lr));
         Ok(())
     }
@@ -87,7 +94,8 @@ mod tests {
     fn first_updates_by_hand() {
         let (w0, g, lr, wd) = (0.8, 0.125, 0.01, 0.1);
         let kind = OptimizerKind::Sgd;
-        let config = OptimizerConfig::of(Common { kind, weight_decay: wd, clip: None, ..Common::default() });
+        let config =
+            OptimizerConfig::of(Common { kind, weight_decay: wd, clip: None, ..Common::default() });
         let by_hand = |wd: f64| {
             let w = w0 * (1.0 - lr * wd) - lr * g;
             w * (1.0 - lr * wd) - lr * (0.9 * g + g)

@@ -1,6 +1,7 @@
-//! SOAP (Vyas et al. 2024, arXiv 2409.11321), which is basis rotation (arXiv 2602.03515): AdamW's steps in the eigenbases of
-//! averages of G G' and G' G, for the matrices of attention and feed-forward; tables, head, norms and biases take AdamW's steps as
-//! they are. G is the clipped mean gradient of one matrix, of fused ones each by itself, n counts updates from 1:
+//! SOAP (Vyas et al. 2024, arXiv 2409.11321), which is basis rotation (arXiv 2602.03515): AdamW's
+//! steps in the eigenbases of averages of G G' and G' G, for the matrices of attention and
+//! feed-forward; tables, head, norms and biases take AdamW's steps as they are. G is the clipped
+//! mean gradient of one matrix, of fused ones each by itself, n counts updates from 1:
 //!
 //! ```text
 //! L = b2 L + (1-b2) G G';  R = b2 R + (1-b2) G' G
@@ -11,13 +12,14 @@
 //! W = W (1 - lr wd) - lr Ql (U / (sqrt(V / (1-b2^n)) + eps)) Qr'
 //! ```
 //!
-//! M is kept in the bases, which gives what turning the average of G at every update would, for two products less.
+//! M is kept in the bases, which gives what turning the average of G at every update would, for two
+//! products less.
 //!
-//! f is `soap_every` divided by the delay, 1 at least: the older the gradients, the fresher the bases. The matrices of a stage take
-//! turns, so that the work is spread over the f updates.
+//! f is `soap_every` divided by the delay, 1 at least: the older the gradients, the fresher the
+//! bases. The matrices of a stage take turns, so that the work is spread over the f updates.
 //!
-//! Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second` (V), `left` (L), `left_basis` (Ql),
-//! `right`, `right_basis`.
+//! Keys: `soap_sides`, `soap_every`, `soap_limit`, beside AdamW's. State: `first` (M), `second`
+//! (V), `left` (L), `left_basis` (Ql), `right`, `right_basis`.
 
 use std::fmt;
 
@@ -140,7 +142,14 @@ impl Side {
     }
 
     /// `keep W - by Q X`, or X Q'.
-    fn stepped(self, basis: &Tensor, steps: &Tensor, weights: &Tensor, keep: f64, by: f64) -> Result<Tensor> {
+    fn stepped(
+        self,
+        basis: &Tensor,
+        steps: &Tensor,
+        weights: &Tensor,
+        keep: f64,
+        by: f64,
+    ) -> Result<Tensor> {
         Ok(match self {
             Side::Left => baddbmm(weights, basis, steps, keep, -by)?,
             Side::Right => baddbmm(weights, steps, &basis.f_transpose(1, 2)?, keep, -by)?,
@@ -171,7 +180,13 @@ pub struct Soap {
 impl Soap {
     pub fn new(keys: &Keys, adamw: &adamw::Keys, delay: usize) -> Soap {
         let every = (keys.soap_every / delay.max(1)).max(1);
-        Soap { keys: keys.clone(), adamw: adamw.clone(), rest: Adamw::new(adamw, delay), every, begun: false }
+        Soap {
+            keys: keys.clone(),
+            adamw: adamw.clone(),
+            rest: Adamw::new(adamw, delay),
+            every,
+            begun: false,
+        }
     }
 
     /// The sides of a batch that have a basis.
@@ -190,22 +205,27 @@ impl Soap {
                 Side::Left => left.then_some(rows),
                 Side::Right => right.then_some(columns),
             };
+
             let length = length? as i64;
-            let shape = if fused == 1 { vec![length, length] } else { vec![fused as i64, length, length] };
+            let shape =
+                if fused == 1 { vec![length, length] } else { vec![fused as i64, length, length] };
             Some(Parameter { shape, ..parameter.clone() })
         };
-        let matrices = layout.entries.iter().map(|entry| &entry.parameter).filter(|it| self.takes_whole(it));
+
+        let matrices =
+            layout.entries.iter().map(|entry| &entry.parameter).filter(|it| self.takes_whole(it));
         Layout::new(&matrices.filter_map(square).collect::<Vec<_>>())
     }
 
-    /// Whether the basis of a side is refreshed in update `n`. Sides take turns, by layer and by place in it: not by stage, so
-    /// that every grid has the same.
+    /// Whether the basis of a side is refreshed in update `n`. Sides take turns, by layer and by
+    /// place in it: not by stage, so that every grid has the same.
     fn due(&self, member: &Member, side: Side, n: i32) -> bool {
         let turn = member.layer + 2 * member.number + usize::from(side == Side::Right);
         (n as usize + turn).is_multiple_of(self.every)
     }
 
-    /// Adds the gradient to the average of a side; then makes the basis new of those whose turn it is.
+    /// Adds the gradient to the average of a side; then makes the basis new of those whose turn it
+    /// is.
     fn follow(
         &self,
         batch: &Batch,
@@ -225,23 +245,34 @@ impl Soap {
             let (_, vectors) = now.f_linalg_eigh("L")?;
             return scatter(&state[basis].values, &offsets, &vectors.f_flip([2i64].as_slice())?);
         }
+
         drop((before, now));
 
-        let due: Vec<usize> = (0..batch.members.len()).filter(|i| self.due(&batch.members[*i], side, n)).collect();
+        let due: Vec<usize> =
+            (0..batch.members.len()).filter(|i| self.due(&batch.members[*i], side, n)).collect();
         if due.is_empty() {
             return Ok(());
         }
+
         let members = due.iter().map(|i| batch.members[*i].clone()).collect();
         self.refresh(&Batch { members, ..*batch }, side, target, state)
     }
 
-    /// The next basis of a side: one step of the power iteration, from the order that the average now has; M and V turn with it.
-    fn refresh(&self, batch: &Batch, side: Side, target: &Target, state: &[StateBuffer]) -> Result<()> {
+    /// The next basis of a side: one step of the power iteration, from the order that the average
+    /// now has; M and V turn with it.
+    fn refresh(
+        &self,
+        batch: &Batch,
+        side: Side,
+        target: &Target,
+        state: &[StateBuffer],
+    ) -> Result<()> {
         let [average, basis] = side.buffers();
         let (offsets, length) = (offsets(&state[average].layout, batch), side.length(batch));
         let old = gather(&state[basis].values, &offsets, [length, length])?;
         let product = bmm(&gather(&state[average].values, &offsets, [length, length])?, &old)?;
-        let along = old.f_mul(&product)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
+        let along =
+            old.f_mul(&product)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
         let order = along.f_argsort_stable(true, 1, true)?;
         let sorted = Side::Right.reordered(&order, &product)?;
         drop(product);
@@ -257,10 +288,20 @@ impl Soap {
         scatter(&state[basis].values, &offsets, &target.chosen(new, &old)?)?;
 
         let second = gather(&state[1].values, &places, shape)?;
-        scatter(&state[1].values, &places, &target.chosen(side.reordered(&order, &second)?, &second)?)
+        scatter(
+            &state[1].values,
+            &places,
+            &target.chosen(side.reordered(&order, &second)?, &second)?,
+        )
     }
 
-    fn batch(&self, batch: &Batch, target: &Target, state: &[StateBuffer], step: &Step) -> Result<()> {
+    fn batch(
+        &self,
+        batch: &Batch,
+        target: &Target,
+        state: &[StateBuffer],
+        step: &Step,
+    ) -> Result<()> {
         let mut gradient = target.gradient(batch)?;
         for side in self.sides(batch) {
             self.follow(batch, side, &gradient, target, state, step.n)?;
@@ -281,14 +322,16 @@ impl Soap {
         for (side, basis) in &bases {
             steps = side.turned_back(basis, &steps)?;
         }
+
         target.advance(batch, |before| match &last {
             Some((side, basis)) => side.stepped(basis, &steps, before, step.keep, by),
             None => Ok(before.f_mul_scalar(step.keep)?.f_sub_(&steps.f_mul_scalar(by)?)?),
         })
     }
 
-    /// AdamW's step in the bases, but for the rate and for a factor, which comes with it: with the root of the correction of V
-    /// taken out of the quotient, `M / (sqrt(V) + eps sqrt(1-b2^n))` and `sqrt(1-b2^n) / (1-b1^n)`.
+    /// AdamW's step in the bases, but for the rate and for a factor, which comes with it: with the
+    /// root of the correction of V taken out of the quotient, `M / (sqrt(V) + eps sqrt(1-b2^n))`
+    /// and `sqrt(1-b2^n) / (1-b1^n)`.
     fn in_the_bases(
         &self,
         batch: &Batch,
@@ -336,6 +379,7 @@ fn squares_of(buffer: &StateBuffer) -> impl Iterator<Item = Result<Tensor>> + '_
         let (offset, fused) = (entry.offset as i64, entry.parameter.fused as i64);
         (0..fused).map(move |part| (offset + part * length * length, length))
     };
+
     buffer.layout.entries.iter().flat_map(squares).map(|(offset, length)| {
         let values = buffer.values.f_narrow(0, offset, length * length)?;
         Ok(values.f_view([length, length])?)
@@ -359,16 +403,30 @@ impl Rule for Soap {
         parameter.role == Role::Matrix
     }
 
-    fn step(&self, buffers: UpdateBuffers, state: &mut [StateBuffer], step: &Step, weights: &Weights) -> Result<()> {
+    fn step(
+        &self,
+        buffers: UpdateBuffers,
+        state: &mut [StateBuffer],
+        step: &Step,
+        weights: &Weights,
+    ) -> Result<()> {
         self.rest.step(buffers, state, step, weights)
     }
 
-    fn matrices(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
-        // Bases begin with an update that is made: on a GPU the host waits for each that may be the first.
+    fn matrices(
+        &mut self,
+        target: &Target,
+        state: &mut [StateBuffer],
+        step: &Step,
+        batches: &[Batch],
+    ) -> Result<()> {
+        // Bases begin with an update that is made: on a GPU the host waits for each that may be the
+        // first.
         let made = match (&target.made, self.begun) {
             (Some(made), false) => made.f_int64_value(&[])? != 0,
             _ => true,
         };
+
         if !made {
             // The weights stay, and have to be published.
             let stay = |batch| target.advance(batch, |before| Ok(before.shallow_clone()));
@@ -381,11 +439,14 @@ impl Rule for Soap {
     }
 
     fn restored(&mut self, state: &[StateBuffer]) -> Result<()> {
-        let is_set = |values: &Tensor| Ok::<_, Error>(values.numel() > 0 && values.f_any()?.f_int64_value(&[])? != 0);
+        let is_set = |values: &Tensor| {
+            Ok::<_, Error>(values.numel() > 0 && values.f_any()?.f_int64_value(&[])? != 0)
+        };
         let bases = || Side::ALL.into_iter().map(|side| &state[side.buffers()[1]]);
         for basis in bases() {
             self.begun |= is_set(&basis.values)?;
         }
+
         if !self.begun {
             return Ok(());
         }
@@ -394,13 +455,21 @@ impl Rule for Soap {
         for square in bases().flat_map(squares_of) {
             let mut square = square?;
             if !is_set(&square)? {
-                square.f_copy_(&Tensor::f_eye(square.size()[0], (Kind::Float, square.device()))?)?;
+                square
+                    .f_copy_(&Tensor::f_eye(square.size()[0], (Kind::Float, square.device()))?)?;
             }
         }
+
         Ok(())
     }
 
-    fn rehearse(&mut self, target: &Target, state: &mut [StateBuffer], step: &Step, batches: &[Batch]) -> Result<()> {
+    fn rehearse(
+        &mut self,
+        target: &Target,
+        state: &mut [StateBuffer],
+        step: &Step,
+        batches: &[Batch],
+    ) -> Result<()> {
         let begun = std::mem::replace(&mut self.begun, true);
         if !begun {
             self.begun = false;
@@ -413,12 +482,14 @@ impl Rule for Soap {
             let step = Step { n, ..*step };
             batches.iter().try_for_each(|batch| self.batch(batch, target, state, &step))?;
         }
+
         self.begun = begun;
 
         for side in Side::ALL.into_iter().filter(|_| !begun) {
             let [_, basis] = side.buffers();
             let _ = state[basis].values.f_zero_()?;
         }
+
         Ok(())
     }
 
@@ -434,12 +505,13 @@ impl Rule for Soap {
         self.rest.constants(step)
     }
 
-    /// Of one batch: gradient, both moments before and after, the root and the step, as it is and turned; and either both bases, or
-    /// what the refresh of one needs.
+    /// Of one batch: gradient, both moments before and after, the root and the step, as it is and
+    /// turned; and either both bases, or what the refresh of one needs.
     fn workspace(&self, layout: &Layout) -> usize {
         let of = |batch: &Batch| {
             let squares = self.sides(batch).map(|side| side.length(batch).pow(2));
-            let (sum, longest) = squares.fold((0, 0), |(sum, longest), square| (sum + square, square.max(longest)));
+            let (sum, longest) =
+                squares.fold((0, 0), |(sum, longest), square| (sum + square, square.max(longest)));
             8 * batch.len() + batch.members.len() * sum.max(5 * longest)
         };
         batches(layout).iter().map(of).max().unwrap_or(0)

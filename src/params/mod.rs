@@ -1,8 +1,10 @@
-//! Weights in flat buffers: the layout of a set of parameters, whose values are views of one buffer.
+//! Weights in flat buffers: the layout of a set of parameters, whose values are views of one
+//! buffer.
 //!
-//! Every parameter starts at a multiple of 256 bytes of its buffer, as libtorch's own tensors do at least of 64 (on a GPU of
-//! 512, of which products look at 256): matrix products may take another path (and so round in another way) for other
-//! alignments, and the oracle must see the same numbers.
+//! Every parameter starts at a multiple of 256 bytes of its buffer, as libtorch's own tensors do at
+//! least of 64 (on a GPU of 512, of which products look at 256): matrix products may take another
+//! path (and so round in another way) for other alignments, and the oracle must see the same
+//! numbers.
 
 mod add;
 mod publish;
@@ -61,9 +63,6 @@ impl Layout {
     }
 
     /// Views of a flat buffer, one a parameter.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn views(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
         let view = |entry: &Entry| -> Result<Tensor> {
             let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
@@ -73,9 +72,6 @@ impl Layout {
     }
 
     /// A flat buffer of the initial weights.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn initial(&self, seed: u64) -> Result<Tensor> {
         let mut flat = zeros(self.len, Device::Cpu)?;
         let values = slice_mut(&mut flat);
@@ -87,17 +83,11 @@ impl Layout {
 }
 
 /// A flat f32 buffer of zeros.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
     Ok(Tensor::f_zeros([len as i64], (Kind::Float, device))?)
 }
 
 /// A buffer's values where the processor can read them.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn to_host(flat: &Tensor) -> Result<Tensor> {
     Ok(flat.f_to_device(Device::Cpu)?)
 }
@@ -111,10 +101,13 @@ pub fn slice(flat: &Tensor) -> &[f32] {
     if flat.numel() == 0 {
         return &[]; // libtorch has no address for it.
     }
-    // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the storage alive. Other
-    // handles of the storage exist: parameters are views, used inside calls of the thread that owns the stage, which
-    // holds this borrow; and buckets of the gradient that are being reduced, by other processes too, which are complete when
-    // they are handed over, overlap nothing that a backward still writes, and are waited for before anybody looks at the whole buffer.
+
+    // SAFETY: checked above: `numel` f32 values lie at `data_ptr`. The borrow of `flat` keeps the
+    // storage alive. Other handles of the storage exist: parameters are views, used inside calls of
+    // the thread that owns the stage, which holds this borrow; and buckets of the gradient that are
+    // being reduced, by other processes too, which are complete when they are handed over, overlap
+    // nothing that a backward still writes, and are waited for before anybody looks at the whole
+    // buffer.
     unsafe { std::slice::from_raw_parts(flat.data_ptr().cast::<f32>(), flat.numel()) }
 }
 
@@ -128,7 +121,8 @@ pub fn bytes(flat: &Tensor) -> &[u8] {
 
 /// The bytes of values.
 pub fn as_bytes(values: &[f32]) -> &[u8] {
-    // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as long.
+    // SAFETY: any f32 is four bytes without padding, and the slice's memory is borrowed for as
+    // long.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
 }
 
@@ -141,15 +135,20 @@ pub fn slice_mut(flat: &mut Tensor) -> &mut [f32] {
     if flat.numel() == 0 {
         return &mut [];
     }
-    // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being made of it. The write
-    // passes by libtorch's version counter, on purpose: no graph that is still to be run backward points at this
-    // buffer (the schedule's `check` proves it for every action list).
+
+    // SAFETY: as in `slice`; the exclusive borrow of the handle keeps a second slice from being
+    // made of it. The write passes by libtorch's version counter, on purpose: no graph that is
+    // still to be run backward points at this buffer (the schedule's `check` proves it for every
+    // action list).
     unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast::<f32>(), flat.numel()) }
 }
 
 fn check_flat(flat: &Tensor) {
     assert!(
-        flat.dim() == 1 && flat.is_contiguous() && flat.kind() == Kind::Float && flat.device() == Device::Cpu,
+        flat.dim() == 1
+            && flat.is_contiguous()
+            && flat.kind() == Kind::Float
+            && flat.device() == Device::Cpu,
         "a flat buffer is one contiguous row of f32 on the CPU"
     );
 }
@@ -169,6 +168,7 @@ pub(crate) mod tests {
             tied: false,
             fused: 1,
         };
+
         Layout::new(&[parameter("a", &[3, 5]), parameter("b", &[7]), parameter("c", &[2, 2])])
     }
 

@@ -1,11 +1,13 @@
-//! The one place where the weights that steps use are made from the master weights, which updates change:
+//! The one place where the weights that steps use are made from the master weights, which updates
+//! change:
 //!
 //! ```text
 //! master W[n]  f32  --publish-->  version V[n], read by forward and backward of the steps that use it
 //! ```
 //!
-//! It moves them on, where they are predicted (`optim/predict.rs`), then rounds, where versions are not f32. On a GPU the fused
-//! pass of an update publishes what it has just written (`optim/update.cu`); the oracle does all of it by itself.
+//! It moves them on, where they are predicted (`optim/predict.rs`), then rounds, where versions are
+//! not f32. On a GPU the fused pass of an update publishes what it has just written
+//! (`optim/update.cu`); the oracle does all of it by itself.
 
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
@@ -25,13 +27,11 @@ pub struct Before(Option<Tensor>);
 
 impl Published<'_> {
     /// To be taken before the update; the version's own buffer, where that is f32.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn before(&mut self, master: &Tensor) -> Result<Before> {
         if self.horizon == 0.0 {
             return Ok(Before(None));
         }
+
         if self.version.kind() != Kind::Float {
             return Ok(Before(Some(master.f_detach_copy()?)));
         }
@@ -41,9 +41,6 @@ impl Published<'_> {
     }
 
     /// Makes the version, after the update.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn publish(self, master: &Tensor, before: Before) -> Result<()> {
         let Before(Some(mut values)) = before else { return publish(master, self.version) };
         move_on(slice(master), slice_mut(&mut values), self.horizon);
@@ -54,10 +51,8 @@ impl Published<'_> {
     }
 }
 
-/// Writes the version that steps use of the master weights as they are, a flat buffer of the same length.
-///
-/// # Errors
-/// What libtorch reports.
+/// Writes the version that steps use of the master weights as they are, a flat buffer of the same
+/// length.
 pub fn publish(master: &Tensor, version: &mut Tensor) -> Result<()> {
     Ok(version.f_copy_(master)?)
 }
@@ -85,7 +80,8 @@ mod tests {
             let before = published.before(&master).unwrap();
             let _ = master.g_add_(&Tensor::from_slice(&[0.001f32, 0.5, 0.0]));
             published.publish(&master, before).unwrap();
-            let expected = Tensor::from_slice(&[1.0025f32, -0.75, 0.5]).to_kind(kind).to_kind(Kind::Float);
+            let expected =
+                Tensor::from_slice(&[1.0025f32, -0.75, 0.5]).to_kind(kind).to_kind(Kind::Float);
             let far = (version.to_kind(Kind::Float) - expected).abs().max().double_value(&[]);
             assert!(far < 1e-6, "{kind:?}: {far:e}");
         }

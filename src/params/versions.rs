@@ -9,15 +9,18 @@
 //! gradient   [ norm1 | qkv | ... ]                 every version's parameters add theirs into this one
 //! ```
 //!
-//! A table that two ends use has a side for each: its own leaves over the same buffers, its own gradient. A side may be
-//! `unpredicted`: it reads the newest weights as updates make them, and no older ones.
+//! A table that two ends use has a side for each: its own leaves over the same buffers, its own
+//! gradient. A side may be `unpredicted`: it reads the newest weights as updates make them, and no
+//! older ones.
 //!
-//! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at the weights that it
-//! was made with. The schedule guarantees that nothing reads the buffer that is overwritten.
+//! An update reads the newest buffer and writes the next one, so a saved graph keeps pointing at
+//! the weights that it was made with. The schedule guarantees that nothing reads the buffer that is
+//! overwritten.
 //!
-//! Where the versions are not what updates change, as bf16 ones, there is an f32 master that updates change, of which
-//! [`publish()`] makes the next version; and the gradients of a backward, which are bf16 then, are added to the f32 one as they
-//! come (`add`): autograd would add them up in bf16 first, and pass over them three times more.
+//! Where the versions are not what updates change, as bf16 ones, there is an f32 master that
+//! updates change, of which [`publish()`] makes the next version; and the gradients of a backward,
+//! which are bf16 then, are added to the f32 one as they come (`add`): autograd would add them up
+//! in bf16 first, and pass over them three times more.
 
 use std::ops::Range;
 
@@ -29,7 +32,8 @@ use crate::error::Result;
 /// The versions of a set of weights that are held, and their gradient.
 pub struct Versions {
     layout: Layout,
-    /// The newest weights in f32 as updates make them, where versions are others: rounded, or predicted.
+    /// The newest weights in f32 as updates make them, where versions are others: rounded, or
+    /// predicted.
     master: Option<Tensor>,
     /// D + 1 flat buffers; version n is in buffer n mod (D + 1).
     buffers: Vec<Tensor>,
@@ -63,26 +67,29 @@ pub enum Master {
 
 /// One use of the weights.
 struct Side {
-    /// The parameters of every buffer, leaves of autograd; of an unpredicted side those of the newest weights.
+    /// The parameters of every buffer, leaves of autograd; of an unpredicted side those of the
+    /// newest weights.
     leaves: Vec<Vec<Tensor>>,
     /// The sum over a step's microbatches, f32.
     gradient: Tensor,
 }
 
 impl Versions {
-    /// Version 0 is `initial`; `held` = D + 1 buffers of a kind, with `sides` uses of their own gradients.
-    ///
-    /// # Errors
-    /// What libtorch reports.
-    pub fn new(layout: Layout, initial: Tensor, held: usize, sides: usize, kind: Kind) -> Result<Versions> {
-        let gradients = (0..sides).map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
+    /// Version 0 is `initial`; `held` = D + 1 buffers of a kind, with `sides` uses of their own
+    /// gradients.
+    pub fn new(
+        layout: Layout,
+        initial: Tensor,
+        held: usize,
+        sides: usize,
+        kind: Kind,
+    ) -> Result<Versions> {
+        let gradients =
+            (0..sides).map(|_| zeros(layout.len, initial.device())).collect::<Result<_>>()?;
         Versions::with(layout, initial, held, gradients, kind, Master::WhereRounded)
     }
 
     /// As `new`, with a flat f32 gradient, zeros, for every side.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn with(
         layout: Layout,
         initial: Tensor,
@@ -97,30 +104,43 @@ impl Versions {
         if !apart {
             buffers.push(initial.shallow_clone());
         }
+
         while buffers.len() < held {
             buffers.push(Tensor::f_zeros(initial.size(), (kind, initial.device()))?);
         }
+
         if apart {
             publish(&initial, &mut buffers[0])?;
         }
+
         let side = |gradient: Tensor| -> Result<Side> {
-            let leaves = buffers.iter().map(|flat| leaves(&layout, flat, &gradient)).collect::<Result<_>>()?;
+            let leaves = buffers
+                .iter()
+                .map(|flat| leaves(&layout, flat, &gradient))
+                .collect::<Result<_>>()?;
             Ok(Side { leaves, gradient })
         };
+
         let sides = gradients.into_iter().map(side).collect::<Result<_>>()?;
-        Ok(Versions { layout, master: apart.then_some(initial), buffers, sides, rounded: None, newest: 0 })
+        Ok(Versions {
+            layout,
+            master: apart.then_some(initial),
+            buffers,
+            sides,
+            rounded: None,
+            newest: 0,
+        })
     }
 
-    /// Lets a side use the newest weights as updates make them, where the versions are predicted ones.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Lets a side use the newest weights as updates make them, where the versions are predicted
+    /// ones.
     pub fn unpredicted(mut self, side: usize) -> Result<Versions> {
         let (Some(master), kind) = (&self.master, self.buffers[0].kind()) else { return Ok(self) };
         self.rounded = (kind != Kind::Float).then(|| master.f_to_kind(kind)).transpose()?;
 
         let side = &mut self.sides[side];
-        side.leaves = vec![leaves(&self.layout, self.rounded.as_ref().unwrap_or(master), &side.gradient)?];
+        side.leaves =
+            vec![leaves(&self.layout, self.rounded.as_ref().unwrap_or(master), &side.gradient)?];
         Ok(self)
     }
 
@@ -164,9 +184,6 @@ impl Versions {
     }
 
     /// Puts an earlier version into its buffer, of a run that goes on.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn recall(&mut self, number: usize, values: &Tensor) -> Result<()> {
         let held = self.buffers.len();
         Ok(self.buffers[number % held].f_copy_(values)?)
@@ -178,9 +195,6 @@ impl Versions {
     }
 
     /// Changes the first weight of the newest version, a tensor of one value: a fault on purpose.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn alter(&mut self, change: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<()> {
         let held = self.buffers.len();
         let newest = &mut self.buffers[self.newest % held];
@@ -195,9 +209,6 @@ impl Versions {
     }
 
     /// Adds a backward's gradient of a parameter to the step's sum of a side.
-    ///
-    /// # Errors
-    /// What libtorch or the driver reports.
     pub fn add(&self, side: usize, parameter: usize, part: &Tensor) -> Result<()> {
         let entry = &self.layout.entries[parameter];
         let (offset, count) = (entry.offset as i64, entry.parameter.count() as i64);
@@ -205,18 +216,23 @@ impl Versions {
         add(&mut sum.f_view(&entry.parameter.shape[..])?, part)
     }
 
-    /// The flat f32 gradient of a side. The handle shares its memory with the parameters' gradients.
+    /// The flat f32 gradient of a side. The handle shares its memory with the parameters'
+    /// gradients.
     pub fn gradient(&self, side: usize) -> &Tensor {
         &self.sides[side].gradient
     }
 
-    /// Makes the next version, `horizon` updates ahead of the master: `update` is given the newest weights if they are to be
-    /// kept (D > 0), the buffer of the next version (else it holds the newest weights, to be changed in place), and the
-    /// gradient of the first side.
+    /// Makes the next version, `horizon` updates ahead of the master: `update` is given the newest
+    /// weights if they are to be kept (D > 0), the buffer of the next version (else it holds the
+    /// newest weights, to be changed in place), and the gradient of the first side.
     ///
     /// # Errors
     /// Those of `update`.
-    pub fn advance(&mut self, horizon: f64, update: impl FnOnce(UpdateBuffers) -> Result<()>) -> Result<()> {
+    pub fn advance(
+        &mut self,
+        horizon: f64,
+        update: impl FnOnce(UpdateBuffers) -> Result<()>,
+    ) -> Result<()> {
         let held = self.buffers.len();
         let (old, next) = (self.newest % held, (self.newest + 1) % held);
         self.newest += 1;
@@ -226,17 +242,25 @@ impl Versions {
             update(UpdateBuffers { old: None, new: master, published: Some(published), gradient })?;
             return self.rounded.as_mut().map_or(Ok(()), |rounded| publish(master, rounded));
         }
+
         if held == 1 {
-            return update(UpdateBuffers { old: None, new: &mut self.buffers[0], published: None, gradient });
+            return update(UpdateBuffers {
+                old: None,
+                new: &mut self.buffers[0],
+                published: None,
+                gradient,
+            });
         }
+
         let (low, high) = self.buffers.split_at_mut(old.max(next));
-        let (old, new) = if old < next { (&low[old], &mut high[0]) } else { (&high[0], &mut low[next]) };
+        let (old, new) =
+            if old < next { (&low[old], &mut high[0]) } else { (&high[0], &mut low[next]) };
         update(UpdateBuffers { old: Some(old), new, published: None, gradient })
     }
 }
 
-/// Leaves of autograd over a flat buffer, one a parameter, which add their gradients into that of the flat buffer `gradient` if both
-/// are of one kind.
+/// Leaves of autograd over a flat buffer, one a parameter, which add their gradients into that of
+/// the flat buffer `gradient` if both are of one kind.
 fn leaves(layout: &Layout, flat: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
     let views = layout.views(flat)?;
     if flat.kind() != gradient.kind() {
@@ -249,8 +273,8 @@ fn leaves(layout: &Layout, flat: &Tensor, gradient: &Tensor) -> Result<Vec<Tenso
 /// A leaf of autograd that reads its value from `view` and adds its gradient into `gradient`.
 fn leaf(view: &Tensor, gradient: &Tensor) -> Result<Tensor> {
     let leaf = view.f_detach()?.f_set_requires_grad(true)?;
-    // libtorch adds into `.grad` in place once it is there, but tch cannot set it. An empty backward makes one, whose
-    // data is then exchanged for the view of the flat buffer.
+    // libtorch adds into `.grad` in place once it is there, but tch cannot set it. An empty
+    // backward makes one, whose data is then exchanged for the view of the flat buffer.
     leaf.f_mul_scalar(0.0)?.f_sum(Kind::Float)?.f_backward()?;
     leaf.f_grad()?.f_set_data(gradient)?;
     Ok(leaf)
@@ -267,7 +291,8 @@ mod tests {
     #[test]
     fn gradients_of_all_versions_add_up_in_the_flat_buffer() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
+        let mut versions =
+            Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
         let address = versions.gradient(0).data_ptr();
         let square = |w: &[Tensor]| (&w[0] * &w[0]).sum(Kind::Float);
         square(versions.parameters(0, 0)).backward();
@@ -290,8 +315,12 @@ mod tests {
     #[test]
     fn two_sides_share_the_weights_and_not_the_gradient() {
         let layout = layout();
-        let versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2, Kind::Float).unwrap();
-        assert_eq!(versions.parameters(0, 0)[1].data_ptr(), versions.parameters(0, 1)[1].data_ptr());
+        let versions =
+            Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 2, Kind::Float).unwrap();
+        assert_eq!(
+            versions.parameters(0, 0)[1].data_ptr(),
+            versions.parameters(0, 1)[1].data_ptr()
+        );
         versions.parameters(0, 1)[1].sum(Kind::Float).backward();
         assert_eq!(slice(versions.gradient(0)), [0.0; 384]);
         assert_eq!(slice(versions.gradient(1))[128..135], [1.0; 7]);
@@ -310,7 +339,8 @@ mod tests {
     #[test]
     fn a_graph_keeps_its_version_when_the_next_is_written() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
+        let mut versions =
+            Versions::new(layout.clone(), layout.initial(1).unwrap(), 2, 1, Kind::Float).unwrap();
         let loss = (&versions.parameters(0, 0)[0] * &versions.parameters(0, 0)[0]).sum(Kind::Float);
         advance(&mut versions, |new| new.fill_(100.0));
         loss.backward();
@@ -322,9 +352,10 @@ mod tests {
     fn weights_can_begin_with_any_version() {
         let layout = layout();
         for start in [0, 1, 5] {
-            let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1, Kind::Float)
-                .unwrap()
-                .starting_at(start);
+            let mut versions =
+                Versions::new(layout.clone(), layout.initial(1).unwrap(), 3, 1, Kind::Float)
+                    .unwrap()
+                    .starting_at(start);
             let first = slice(&layout.initial(1).unwrap()).to_vec();
             assert_eq!(slice(versions.flat()), first);
             let leaf = versions.parameters(start, 0)[0].data_ptr();
@@ -334,7 +365,10 @@ mod tests {
                 Ok(())
             };
             versions.advance(0.0, two).unwrap();
-            assert_eq!((versions.newest(), versions.parameters(start, 0)[0].data_ptr()), (start + 1, leaf));
+            assert_eq!(
+                (versions.newest(), versions.parameters(start, 0)[0].data_ptr()),
+                (start + 1, leaf)
+            );
             assert_eq!(f32::try_from(versions.parameters(start + 1, 0)[1].get(0)).unwrap(), 2.0);
         }
     }
@@ -343,17 +377,25 @@ mod tests {
     #[should_panic(expected = "version 0 is not held")]
     fn a_version_that_is_overwritten_cannot_be_used() {
         let layout = layout();
-        let mut versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
+        let mut versions =
+            Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
         versions.advance(0.0, |_| Ok(())).unwrap();
         versions.parameters(0, 0);
     }
 
-    /// An update too small for bf16 is kept by the master; gradients of bf16 backwards are added up in f32.
+    /// An update too small for bf16 is kept by the master; gradients of bf16 backwards are added up
+    /// in f32.
     #[test]
     fn bf16_versions_are_published_from_an_f32_master() {
         let layout = layout();
-        let mut versions =
-            Versions::new(layout.clone(), zeros(layout.len, Device::Cpu).unwrap(), 2, 1, Kind::BFloat16).unwrap();
+        let mut versions = Versions::new(
+            layout.clone(),
+            zeros(layout.len, Device::Cpu).unwrap(),
+            2,
+            1,
+            Kind::BFloat16,
+        )
+        .unwrap();
         let value = |versions: &Versions, number: usize| {
             versions.parameters(number, 0)[1].to_kind(Kind::Float).double_value(&[0])
         };
@@ -364,7 +406,8 @@ mod tests {
         assert_eq!((value(&versions, 2), value(&versions, 3)), (1.0, 1.007_812_5));
         let add = |versions: &Versions, factor: f64| {
             let leaf = &versions.parameters(3, 0)[1];
-            let gradients = Tensor::run_backward(&[(leaf * factor).sum(Kind::Float)], &[leaf], false, false);
+            let gradients =
+                Tensor::run_backward(&[(leaf * factor).sum(Kind::Float)], &[leaf], false, false);
             versions.add(0, 1, &gradients[0]).unwrap();
         };
         assert!(!versions.adds_itself());
@@ -375,14 +418,18 @@ mod tests {
         assert_eq!(slice(versions.gradient(0))[128..135], [257.0; 7]);
     }
 
-    /// With a delay of one and a constant rate every version moves by twice the last step less the one before it (error
-    /// feedback, arXiv 2606.30634), while the master takes the steps as they are.
+    /// With a delay of one and a constant rate every version moves by twice the last step less the
+    /// one before it (error feedback, arXiv 2606.30634), while the master takes the steps as they
+    /// are.
     #[test]
     fn predicted_versions_follow_error_feedback() {
         let layout = layout();
-        let (initial, gradient) = (layout.initial(1).unwrap(), zeros(layout.len, Device::Cpu).unwrap());
+        let (initial, gradient) =
+            (layout.initial(1).unwrap(), zeros(layout.len, Device::Cpu).unwrap());
         let first = initial.f_detach_copy().unwrap();
-        let mut versions = Versions::with(layout, initial, 2, vec![gradient], Kind::Float, Master::Always).unwrap();
+        let mut versions =
+            Versions::with(layout, initial, 2, vec![gradient], Kind::Float, Master::Always)
+                .unwrap();
         let used = |versions: &Versions, n: usize| versions.parameters(n, 0)[1].detach().copy();
         assert_eq!(used(&versions, 0), first.narrow(0, 128, 7));
 
@@ -400,7 +447,10 @@ mod tests {
                 .unwrap();
             taken += step;
             let moved = used(&versions, n + 1) - old;
-            assert!((moved - (2.0 * step - before)).abs().max().double_value(&[]) < 1e-6, "update {n}");
+            assert!(
+                (moved - (2.0 * step - before)).abs().max().double_value(&[]) < 1e-6,
+                "update {n}"
+            );
             let master = versions.flat().narrow(0, 128, 7) - first.narrow(0, 128, 7);
             assert!((master - taken).abs().max().double_value(&[]) < 1e-6);
             before = step;

@@ -1,4 +1,5 @@
-//! Downloads that can be interrupted: into `NAME.part`, gone on with where they ended, checked by SHA-256, then renamed.
+//! Downloads that can be interrupted: into `NAME.part`, gone on with where they ended, checked by
+//! SHA-256, then renamed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -32,7 +33,9 @@ pub fn bytes_bar(total: u64, what: &str) -> ProgressBar {
 /// # Errors
 /// [`Error::Data`] if it cannot be read.
 pub fn digest(path: &Path) -> Result<String> {
-    let wrong = |error: io::Error| Error::data(path.display(), format!("cannot be read ({error})"), "check the file");
+    let wrong = |error: io::Error| {
+        Error::data(path.display(), format!("cannot be read ({error})"), "check the file")
+    };
     let mut file = files::open(path).map_err(wrong)?;
     let bar = bytes_bar(file.metadata().map_err(wrong)?.len(), "checking");
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
@@ -42,6 +45,7 @@ pub fn digest(path: &Path) -> Result<String> {
             bar.finish_and_clear();
             return Ok(hex(&hash.finalize()));
         }
+
         hash.update(&buffer[..count]);
         bar.inc(count as u64);
     }
@@ -65,15 +69,20 @@ pub fn check(path: &Path, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    let problem = format!("SHA-256 is {found}, not {expected}: the file is altered, or only a part of it");
-    Err(Error::data(path.display(), problem, "fetch it again, or give --sha256 if it is meant to be another"))
+    let problem =
+        format!("SHA-256 is {found}, not {expected}: the file is altered, or only a part of it");
+    Err(Error::data(
+        path.display(),
+        problem,
+        "fetch it again, or give --sha256 if it is meant to be another",
+    ))
 }
 
 /// Brings `path` from the first of `addresses` that has it.
 ///
 /// # Errors
-/// [`Error::Data`] if none has it, the connection breaks (what has come is kept and gone on with), or the file is not
-/// the expected one (it is removed).
+/// [`Error::Data`] if none has it, the connection breaks (what has come is kept and gone on with),
+/// or the file is not the expected one (it is removed).
 pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
     let part = with_suffix(path, ".part");
     let _lock = alone(path, &part)?;
@@ -87,16 +96,25 @@ pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
                     problems.push(format!("{address}: {error}"));
                     continue;
                 }
+
                 let renamed = fs::rename(&part, path);
-                return renamed.map_err(|error| Error::data(path.display(), error, "make the folder writable"));
+                return renamed.map_err(|error| {
+                    Error::data(path.display(), error, "make the folder writable")
+                });
             }
             Err(problem) => problems.push(format!("{address}: {problem}")),
         }
     }
+
     if fs::metadata(&part).is_ok_and(|data| data.len() == 0) {
         let _ = fs::remove_file(&part);
     }
-    Err(Error::data(path.display(), format!("cannot be downloaded ({})", problems.join("; ")), REMEDY))
+
+    Err(Error::data(
+        path.display(),
+        format!("cannot be downloaded ({})", problems.join("; ")),
+        REMEDY,
+    ))
 }
 
 /// Takes the file that is downloaded into, which two processes would mix up.
@@ -105,9 +123,12 @@ fn alone(path: &Path, part: &Path) -> Result<File> {
     let file = OpenOptions::new().create(true).append(true).open(part).map_err(wrong)?;
 
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => {
-            Err(Error::data(path.display(), "another process is downloading it", "wait for its end, and run again"))
-        }
+        Err(Errno::WOULDBLOCK) => Err(Error::data(
+            path.display(),
+            "another process is downloading it",
+            "wait for its end, and run again",
+        )),
+
         // A file system without locks.
         _ => Ok(file),
     }
@@ -134,6 +155,7 @@ fn fetch(address: &str, part: &Path) -> std::result::Result<(), String> {
     if have > 0 {
         request = request.header("Range", format!("bytes={have}-"));
     }
+
     let mut response = request.call().map_err(|error| error.to_string())?;
     let goes_on = match response.status().as_u16() {
         200 => false,
@@ -142,18 +164,23 @@ fn fetch(address: &str, part: &Path) -> std::result::Result<(), String> {
         416 if have > 0 => return Ok(()),
         status => return Err(format!("the server answers {status}")),
     };
+
     let start = if goes_on { have } else { 0 };
     let left = response.body().content_length();
-    let mut file = OpenOptions::new().create(true).append(goes_on).write(true).truncate(!goes_on).open(part);
+    let mut file =
+        OpenOptions::new().create(true).append(goes_on).write(true).truncate(!goes_on).open(part);
     let file = file.as_mut().map_err(|error| format!("{}: {error}", part.display()))?;
     let bar = bytes_bar(start + left.unwrap_or(0), "downloading");
     bar.set_position(start);
     let body = response.body_mut().with_config().limit(u64::MAX).reader();
-    let copied = io::copy(&mut bar.wrap_read(body), file).and_then(|count| file.flush().map(|()| count));
+    let copied =
+        io::copy(&mut bar.wrap_read(body), file).and_then(|count| file.flush().map(|()| count));
     bar.finish_and_clear();
     let copied = copied.map_err(|error| format!("the connection broke ({error})"))?;
     match left {
-        Some(left) if copied < left => Err(format!("the connection broke after {copied} of {left} bytes")),
+        Some(left) if copied < left => {
+            Err(format!("the connection broke after {copied} of {left} bytes"))
+        }
         _ => Ok(()),
     }
 }

@@ -1,11 +1,13 @@
-//! Draws a schedule as a table, time down, one column a stage, and sums it up for `ouroboros schedule`.
+//! Draws a schedule as a table, time down, one column a stage, and sums it up for `ouroboros
+//! schedule`.
 
 use std::fmt::Write as _;
 
 use super::simulate::BEFORE_DRAIN;
 use super::{Action, Costs, Op, Schedule, Span, TableEnd, Tie, Violation, ideal, simulate};
 
-/// Delays, versions and activations held, utilisation of every device, and the speed-up in the steady state.
+/// Delays, versions and activations held, utilisation of every device, and the speed-up in the
+/// steady state.
 ///
 /// # Errors
 /// As [`simulate()`].
@@ -13,7 +15,8 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let ideal = ideal(schedule, costs)?;
     let grid = schedule.grid(replicas);
     let mut out = String::new();
-    let list = |values: Vec<usize>| values.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+    let list =
+        |values: Vec<usize>| values.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     let stages = || 0..schedule.stages;
     let _ = writeln!(
         out,
@@ -29,35 +32,56 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
     let _ = writeln!(out, "placement {}, tie {tie}\n", word(&schedule.placement));
     let _ = writeln!(out, "stages            {}", list(stages().collect()));
     if grid.devices() < grid.stages {
-        let _ = writeln!(out, "devices           {}", list(stages().map(|k| grid.device(k)).collect()));
+        let _ =
+            writeln!(out, "devices           {}", list(stages().map(|k| grid.device(k)).collect()));
     }
+
     let _ = writeln!(out, "delays            {}", list(schedule.delays.clone()));
-    let _ = writeln!(out, "versions held     {}", list(stages().map(|k| schedule.versions_held(k)).collect()));
-    let _ = writeln!(out, "activations held  {}", list(stages().map(|k| schedule.activations_held(k)).collect()));
+    let _ = writeln!(
+        out,
+        "versions held     {}",
+        list(stages().map(|k| schedule.versions_held(k)).collect())
+    );
+    let _ = writeln!(
+        out,
+        "activations held  {}",
+        list(stages().map(|k| schedule.activations_held(k)).collect())
+    );
 
-    if schedule.tie != Tie::Untied {
-        let (input, head) = (schedule.table_delay(TableEnd::Input), schedule.table_delay(TableEnd::Output));
-        let _ = match schedule.tie {
-            Tie::Head => {
-                let applied = input + schedule.delays[0];
-                writeln!(
-                    out,
-                    "table's delay     head {head}, embedding {input}; its part is applied {applied} updates old"
-                )
-            }
-            _ => writeln!(out, "table's delay     {input}"),
-        };
-    }
-
+    out.push_str(&table_delays(schedule));
     let shares: Vec<String> = ideal.utilization.iter().map(|u| format!("{u:.2}")).collect();
     let _ = writeln!(out, "utilisation       {}", shares.join(" "));
     let _ = writeln!(out, "ideal speed-up    {:.2} of {} devices", ideal.speed_up, grid.devices());
-    let _ =
-        writeln!(out, "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point", ideal.before_drain);
+    let _ = writeln!(
+        out,
+        "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point",
+        ideal.before_drain
+    );
     if replicas > 1 {
-        let _ = writeln!(out, "with replicas     {:.2} of {}", ideal.speed_up * replicas as f64, grid.size());
+        let _ = writeln!(
+            out,
+            "with replicas     {:.2} of {}",
+            ideal.speed_up * replicas as f64,
+            grid.size()
+        );
     }
+
     Ok(out)
+}
+
+/// The line about a tied table's delays; nothing without a tie.
+fn table_delays(schedule: &Schedule) -> String {
+    let input = schedule.table_delay(TableEnd::Input);
+    let head = schedule.table_delay(TableEnd::Output);
+    match schedule.tie {
+        Tie::Untied => String::new(),
+        Tie::Head => {
+            let applied = input + schedule.delays[0];
+            let uses = format!("head {head}, embedding {input}");
+            format!("table's delay     {uses}; its part is applied {applied} updates old\n")
+        }
+        _ => format!("table's delay     {input}\n"),
+    }
 }
 
 /// A setting's value as it is written in a config.
@@ -65,22 +89,31 @@ pub fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default().trim_matches('"').to_owned()
 }
 
-/// The forwards, backwards and updates of one replica over time; every row is one `unit` of time, at most `rows` rows.
-/// A `|` is the rest of a longer action, a `.` is an idle device; `*` marks the update that follows a backward.
+/// The forwards, backwards and updates of one replica over time; every row is one `unit` of time,
+/// at most `rows` rows. A `|` is the rest of a longer action, a `.` is an idle device; `*` marks
+/// the update that follows a backward.
 ///
 /// # Errors
 /// As [`simulate()`].
-pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result<String, Violation> {
+pub fn draw(
+    schedule: &Schedule,
+    costs: Costs,
+    unit: f64,
+    rows: usize,
+) -> Result<String, Violation> {
     let grid = schedule.grid(1);
-    let lists: Vec<Vec<Action>> = (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();
+    let lists: Vec<Vec<Action>> =
+        (0..grid.devices()).map(|device| schedule.device_actions(device).collect()).collect();
     let spans = simulate(schedule, &lists, costs)?;
 
     let end = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
-    let of = |stage: usize| spans[grid.device(stage)].iter().filter(move |s| s.action.stage == stage);
+    let of =
+        |stage: usize| spans[grid.device(stage)].iter().filter(move |s| s.action.stage == stage);
     let count = (end / unit).round() as usize;
     let shown = count.min(rows);
-    let columns: Vec<Vec<String>> =
-        (0..schedule.stages).map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, shown)).collect();
+    let columns: Vec<Vec<String>> = (0..schedule.stages)
+        .map(|stage| column(&of(stage).copied().collect::<Vec<_>>(), unit, shown))
+        .collect();
 
     let width = columns.iter().flatten().map(String::len).max().unwrap_or(1).max(3);
     let mut out = String::from("  time ");
@@ -94,9 +127,11 @@ pub fn draw(schedule: &Schedule, costs: Costs, unit: f64, rows: usize) -> Result
             let _ = write!(out, " {:>width$}", column[row]);
         }
     }
+
     if count > rows {
         let _ = write!(out, "\n   ...  ({} more rows)", count - rows);
     }
+
     out.push('\n');
     Ok(out)
 }
@@ -108,9 +143,12 @@ fn column(spans: &[Span], unit: f64, cells: usize) -> Vec<String> {
         if !matches!(span.action.op, Op::Forward | Op::Backward) {
             continue;
         }
-        let (first, past) = ((span.start / unit).round() as usize, (span.end / unit).round() as usize);
+
+        let (first, past) =
+            ((span.start / unit).round() as usize, (span.end / unit).round() as usize);
         let (op, action) = (span.action.op.code(), span.action);
-        // The update may stand later in the list, but always before the stage's next forward or backward that needs it.
+        // The update may stand later in the list, but always before the stage's next forward or
+        // backward that needs it.
         let updates = spans[i + 1..]
             .iter()
             .take_while(|s| !matches!(s.action.op, Op::Forward | Op::Backward))
@@ -119,6 +157,7 @@ fn column(spans: &[Span], unit: f64, cells: usize) -> Vec<String> {
         for cell in cells.iter_mut().take(past).skip(first) {
             *cell = "|".to_owned();
         }
+
         if let Some(cell) = cells.get_mut(first) {
             *cell = format!("{op}{}.{}{mark}", action.step, action.microbatch);
         }

@@ -1,7 +1,7 @@
 //! The generator: the rule of the module above, turned into one stage's list of actions.
 //!
-//! A list may be made up to a limit, before a step that nobody has begun yet; there it can be told to end, and it drains
-//! and saves as at the end of the run.
+//! A list may be made up to a limit, before a step that nobody has begun yet; there it can be told
+//! to end, and it drains and saves as at the end of the run.
 
 use std::collections::VecDeque;
 
@@ -15,11 +15,13 @@ pub struct Actions<'a> {
     stage: usize,
     /// The last sync point and the next one.
     segment: (usize, usize),
-    /// The next microbatch to forward, counted from the last sync point; `None` before the segment has begun.
+    /// The next microbatch to forward, counted from the last sync point; `None` before the segment
+    /// has begun.
     next: Option<usize>,
     /// The step whose reduced gradient still waits for its update.
     pending_update: Option<usize>,
-    /// The next step whose update of the tied table has not been started, and the one that has been and is not complete.
+    /// The next step whose update of the tied table has not been started, and the one that has been
+    /// and is not complete.
     table: usize,
     pending_table: Option<usize>,
     /// Under `head`: the next step whose input part the last stage takes.
@@ -35,7 +37,8 @@ pub struct Actions<'a> {
 impl<'a> Actions<'a> {
     pub(super) fn new(schedule: &'a Schedule, stage: usize) -> Actions<'a> {
         let start = schedule.sync.start;
-        let segment = (start, if schedule.sync.steps == start { start } else { schedule.sync.after(start) });
+        let segment =
+            (start, if schedule.sync.steps == start { start } else { schedule.sync.after(start) });
         Actions {
             schedule,
             stage,
@@ -79,11 +82,15 @@ impl<'a> Actions<'a> {
                     self.push(Op::Save, Pass::Train, step, 0);
                 }
             }
+
             self.segment.1 = self.segment.1.min(step);
             return;
         };
+
         self.segment.1 = self.segment.1.min(step);
-        if i == (self.segment.1 - start) * self.schedule.microbatches + self.schedule.ahead[self.stage] {
+        if i == (self.segment.1 - start) * self.schedule.microbatches
+            + self.schedule.ahead[self.stage]
+        {
             self.end_segment();
         }
     }
@@ -111,6 +118,7 @@ impl<'a> Actions<'a> {
             if self.schedule.evaluates_at(start) {
                 self.evaluation(start);
             }
+
             self.next = Some(0);
             self.done = start == self.schedule.sync.steps;
             if self.schedule.saves_again {
@@ -118,15 +126,18 @@ impl<'a> Actions<'a> {
             }
             return;
         };
+
         let m = self.schedule.microbatches;
         let (count, ahead) = ((end - start) * m, self.schedule.ahead[self.stage]);
         if i < count {
             self.table_before_forward(i);
             self.forward(start + i / m, i % m);
         }
+
         if i >= ahead && i - ahead < count {
             self.backward(start + (i - ahead) / m, (i - ahead) % m);
         }
+
         self.next = Some(i + 1);
         if i + 1 == count + ahead {
             self.end_segment();
@@ -141,6 +152,7 @@ impl<'a> Actions<'a> {
         if stopped || self.schedule.saves_at(end) {
             self.push(Op::Save, Pass::Train, end, 0);
         }
+
         self.segment = (end, self.schedule.sync.after(end).min(self.end));
         self.next = None;
         self.done = stopped;
@@ -153,15 +165,18 @@ impl<'a> Actions<'a> {
         }
     }
 
-    /// A microbatch on its way down: loaded at the ends, received in the middle, forwarded, sent on.
+    /// A microbatch on its way down: loaded at the ends, received in the middle, forwarded, sent
+    /// on.
     fn through(&mut self, pass: Pass, step: usize, j: usize) {
         let (first, last) = (self.stage == 0, self.is_last());
         if first || last {
             self.push(Op::Load, pass, step, j);
         }
+
         if !first {
             self.push(Op::RecvActivation, pass, step, j);
         }
+
         self.push(Op::Forward, pass, step, j);
         if !last {
             self.push(Op::SendActivation, pass, step, j);
@@ -180,13 +195,16 @@ impl<'a> Actions<'a> {
         if self.pending_update.is_some_and(|t| t < step) {
             self.update_now();
         }
+
         if self.stage < self.schedule.stages - 1 {
             self.push(Op::RecvGradient, Pass::Train, step, j);
         }
+
         self.push(Op::Backward, Pass::Train, step, j);
         if self.stage > 0 {
             self.push(Op::SendGradient, Pass::Train, step, j);
         }
+
         if j == self.schedule.microbatches - 1 {
             self.push(Op::Reduce, Pass::Train, step, 0);
             self.pending_update = Some(step);
@@ -194,9 +212,10 @@ impl<'a> Actions<'a> {
         }
     }
 
-    /// The last backward of a step is over: its part of the table's gradient is complete. Under `aligned` the input's
-    /// part is the later one, so stage 0 can start the update. Under `head` the last stage can, but at a sync point, where it
-    /// has to wait for parts that it does not need before.
+    /// The last backward of a step is over: its part of the table's gradient is complete. Under
+    /// `aligned` the input's part is the later one, so stage 0 can start the update. Under `head`
+    /// the last stage can, but at a sync point, where it has to wait for parts that it does not
+    /// need before.
     fn table_after_step(&mut self, step: usize) {
         if !self.schedule.uses_table(self.stage) {
             return;
@@ -208,13 +227,14 @@ impl<'a> Actions<'a> {
             Tie::Head => self.is_last() && !self.schedule.joins_all(step + 1, false),
             Tie::Fresh | Tie::Untied => false,
         };
+
         if starts {
             self.start_table(step);
         }
     }
 
-    /// Before the forward of microbatch `i` of the segment: the version that it uses is written by the update of the
-    /// step before it.
+    /// Before the forward of microbatch `i` of the segment: the version that it uses is written by
+    /// the update of the step before it.
     fn table_before_forward(&mut self, i: usize) {
         let sync = self.segment.0;
         let step = sync + i / self.schedule.microbatches;
@@ -240,6 +260,7 @@ impl<'a> Actions<'a> {
         if !self.schedule.uses_table(self.stage) {
             return;
         }
+
         while self.table < past {
             match self.schedule.placement {
                 _ if self.stage == self.schedule.joiner() => self.start_table(self.table),
@@ -254,6 +275,7 @@ impl<'a> Actions<'a> {
                 }
             }
         }
+
         if self.pending_table.is_some_and(|t| t < past) {
             self.finish_table();
         }
@@ -268,6 +290,7 @@ impl<'a> Actions<'a> {
         } else if self.schedule.stages > 1 {
             self.push(Op::RecvPart, Pass::Train, step, 0);
         }
+
         self.push(Op::ReduceTable, Pass::Train, step, 0);
         self.pending_table = Some(step);
         self.table = step + 1;
@@ -355,20 +378,27 @@ mod tests {
         schedule.sync.periods.push(4);
         for stage in 0..3 {
             let whole: Vec<_> = schedule.actions(stage).collect();
-            assert_eq!(whole.iter().filter(|a| a.op == Op::Save).map(|a| a.step).collect::<Vec<_>>(), [4, 8, 9]);
+            assert_eq!(
+                whole.iter().filter(|a| a.op == Op::Save).map(|a| a.step).collect::<Vec<_>>(),
+                [4, 8, 9]
+            );
             for start in [4, 8] {
                 let mut rest = schedule.clone();
                 rest.sync.start = start;
                 let from = whole.iter().position(|a| a.op == Op::Save && a.step == start).unwrap();
-                assert_eq!(rest.actions(stage).collect::<Vec<_>>(), whole[from + 1..], "stage {stage} from {start}");
+                assert_eq!(
+                    rest.actions(stage).collect::<Vec<_>>(),
+                    whole[from + 1..],
+                    "stage {stage} from {start}"
+                );
             }
         }
         schedule.sync.start = 9;
         assert_eq!(schedule.actions(0).count(), 0);
     }
 
-    /// Whatever the limits were on the way, a stopped list is that of a run with so many steps, but for the order of
-    /// what its last forwards would have called for; and it ends with a save.
+    /// Whatever the limits were on the way, a stopped list is that of a run with so many steps, but
+    /// for the order of what its last forwards would have called for; and it ends with a save.
     #[test]
     fn a_stopped_run_is_drained_and_saved_where_it_was_held() {
         use crate::grid::Placement;
@@ -413,16 +443,23 @@ mod tests {
                         texts.sort();
                         texts
                     };
-                    let expected: Vec<_> =
-                        if stop == 0 { Vec::new() } else { shorter.device_actions(device).collect() };
-                    assert_eq!(sorted(found), sorted(expected), "{kind:?} {tie:?} device {device} stop {stop}");
+                    let expected: Vec<_> = if stop == 0 {
+                        Vec::new()
+                    } else {
+                        shorter.device_actions(device).collect()
+                    };
+                    assert_eq!(
+                        sorted(found),
+                        sorted(expected),
+                        "{kind:?} {tie:?} device {device} stop {stop}"
+                    );
                 }
             }
         }
     }
 
-    /// Under `head` the last stage joins the input part of a delay before, updates before its next forward and sends the sum;
-    /// at the sync point it takes all that are under way.
+    /// Under `head` the last stage joins the input part of a delay before, updates before its next
+    /// forward and sends the sum; at the sync point it takes all that are under way.
     #[test]
     fn a_fresh_head_of_a_small_grid() {
         let mut schedule = Schedule::new(ScheduleKind::Decoupled, 2, 1, 1, SyncPoints::ends(3));

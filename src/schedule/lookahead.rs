@@ -11,7 +11,8 @@ pub struct Lookahead {
 }
 
 impl Lookahead {
-    /// The next action of a list. Before one that computes, `seen` is shown those behind it, up to the next one that computes.
+    /// The next action of a list. Before one that computes, `seen` is shown those behind it, up to
+    /// the next one that computes.
     ///
     /// # Errors
     /// Those of `seen`.
@@ -20,7 +21,9 @@ impl Lookahead {
         actions: &mut impl Iterator<Item = Action>,
         mut seen: impl FnMut(&Action) -> Result<(), E>,
     ) -> Result<Option<Action>, E> {
-        let Some(action) = self.ahead.pop_front().or_else(|| actions.next()) else { return Ok(None) };
+        let Some(action) = self.ahead.pop_front().or_else(|| actions.next()) else {
+            return Ok(None);
+        };
         if !self.ahead.is_empty() || !action.op.computes() {
             return Ok(Some(action));
         }
@@ -32,6 +35,7 @@ impl Lookahead {
                 break;
             }
         }
+
         Ok(Some(action))
     }
 }

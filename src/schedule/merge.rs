@@ -1,9 +1,11 @@
-//! The list of a device: that of its stage, or, on the first device of a ring, those of its two stages merged.
+//! The list of a device: that of its stage, or, on the first device of a ring, those of its two
+//! stages merged.
 //!
-//! The merged order is the one in which a simulation of the whole pipeline does the actions, the stages competing for
-//! their device: what somebody else waits for is sent at once, and else whichever can start first goes first. An order
-//! that a simulation has lived through cannot deadlock, so nothing has to be proved about any schedule, delay or sync
-//! point. It is the same on every replica, and made as lazily as the lists of the stages.
+//! The merged order is the one in which a simulation of the whole pipeline does the actions, the
+//! stages competing for their device: what somebody else waits for is sent at once, and else
+//! whichever can start first goes first. An order that a simulation has lived through cannot
+//! deadlock, so nothing has to be proved about any schedule, delay or sync point. It is the same on
+//! every replica, and made as lazily as the lists of the stages.
 
 use std::collections::VecDeque;
 
@@ -35,7 +37,9 @@ impl DeviceActions<'_> {
     pub fn set_limit(&mut self, limit: usize) {
         match self {
             DeviceActions::Single(actions) => actions.set_limit(limit),
-            DeviceActions::Merged(merged) => merged.stages.iter_mut().for_each(|stage| stage.set_limit(limit)),
+            DeviceActions::Merged(merged) => {
+                merged.stages.iter_mut().for_each(|stage| stage.set_limit(limit))
+            }
         }
     }
 
@@ -88,8 +92,8 @@ impl<'a> Merged<'a> {
         }
     }
 
-    /// The first stage begins every step, so the device waits where it is held, whatever the other could do: the merged
-    /// order must not depend on when the limit was raised.
+    /// The first stage begins every step, so the device waits where it is held, whatever the other
+    /// could do: the merged order must not depend on when the limit was raised.
     fn held(&self) -> Option<usize> {
         if self.queue.is_empty() { self.stages[0].held() } else { None }
     }
@@ -124,17 +128,22 @@ impl<'a> Merged<'a> {
                     moved = true;
                 }
             }
+
             if !moved {
                 break;
             }
         }
+
         for stage in [0, last] {
             // `SendTable` waits, and a ring has none.
-            let gives = |a: &Action| matches!(a.op, Op::SendActivation | Op::SendGradient | Op::Part | Op::Reduce);
+            let gives = |a: &Action| {
+                matches!(a.op, Op::SendActivation | Op::SendGradient | Op::Part | Op::Reduce)
+            };
             if self.stages[stage].peek().is_some_and(gives) {
                 return self.run(stage, self.clock[0]);
             }
         }
+
         match (self.start(0)?, self.start(last)?) {
             (Some(first), Some(second)) if first < second => self.run(0, first),
             (_, Some(second)) => self.run(last, second),

@@ -1,9 +1,10 @@
-//! The schedule as data: what every stage does, in which order. First, middle and last stages differ by their action
-//! lists, never by a second loop.
+//! The schedule as data: what every stage does, in which order. First, middle and last stages
+//! differ by their action lists, never by a second loop.
 //!
-//! Every stage follows one rule. Let `i` number the microbatches since the last sync point and let `a_k` be the number
-//! of microbatches that stage k runs ahead (for the decoupled schedule its lag `q_k`). Then for i = 0, 1, 2, ...:
-//! forward i; if i >= a_k: backward i - a_k; at the next sync point: backward the rest. K = 4, m = 1, h = 1:
+//! Every stage follows one rule. Let `i` number the microbatches since the last sync point and let
+//! `a_k` be the number of microbatches that stage k runs ahead (for the decoupled schedule its lag
+//! `q_k`). Then for i = 0, 1, 2, ...: forward i; if i >= a_k: backward i - a_k; at the next sync
+//! point: backward the rest. K = 4, m = 1, h = 1:
 //!
 //! ```text
 //! stage 0   F0 F1 F2 F3 B0 F4 B1 F5 B2 ...     a_0 = 3
@@ -21,10 +22,11 @@
 //! | gpipe | `m-1` | every step |
 //! | sequential | `0` | every step |
 //!
-//! Sends and receives are derived from the forwards and backwards, never ordered by hand. The all-reduce of a step is
-//! started in its last backward, bucket by bucket, its rest right after it, and waited for by the update, which stands as late as it may: before the next
-//! backward (which needs the gradient buffer) and before the first forward that needs the new version. `tie` has the actions of the
-//! tied table.
+//! Sends and receives are derived from the forwards and backwards, never ordered by hand. The
+//! all-reduce of a step is started in its last backward, bucket by bucket, its rest right after it,
+//! and waited for by the update, which stands as late as it may: before the next backward (which
+//! needs the gradient buffer) and before the first forward that needs the new version. `tie` has
+//! the actions of the tied table.
 
 mod check;
 mod draw;
@@ -114,7 +116,11 @@ impl Op {
 
     /// The letters of the printed form.
     pub fn code(self) -> &'static str {
-        Op::CODES.iter().find(|(op, _)| *op == self).map(|(_, code)| *code).expect("every op has a code")
+        Op::CODES
+            .iter()
+            .find(|(op, _)| *op == self)
+            .map(|(_, code)| *code)
+            .expect("every op has a code")
     }
 
     /// The op of these letters.
@@ -125,8 +131,16 @@ impl Op {
     /// Whether the action belongs to a whole step instead of one microbatch.
     pub fn whole_step(self) -> bool {
         use Op::*;
-        let table =
-            matches!(self, Part | RecvPart | ReduceTable | SendTable | RecvTable | UpdateTable | AwaitTable | Digest);
+        let table = matches!(
+            self,
+            Part | RecvPart
+                | ReduceTable
+                | SendTable
+                | RecvTable
+                | UpdateTable
+                | AwaitTable
+                | Digest
+        );
         table || matches!(self, Reduce | Update | Save)
     }
 }
@@ -140,8 +154,9 @@ pub enum Pass {
 
 /// One action of one stage.
 ///
-/// Printed and parsed as `stage, op, step.microbatch`: `2F5.0` is stage 2's forward of microbatch 0 of step 5, `2U5`
-/// its update of step 5; an `e` before the op marks the evaluation at that step: `2eF5.0`.
+/// Printed and parsed as `stage, op, step.microbatch`: `2F5.0` is stage 2's forward of microbatch 0
+/// of step 5, `2U5` its update of step 5; an `e` before the op marks the evaluation at that step:
+/// `2eF5.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Action {
     pub stage: usize,
@@ -165,17 +180,22 @@ impl FromStr for Action {
     fn from_str(text: &str) -> Result<Action, String> {
         let wrong = || format!("`{text}` is not an action; an action looks like 2F5.0 or 2U5");
         let letters = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-        let digits = letters + text[letters..].find(|c: char| c.is_ascii_digit()).ok_or_else(wrong)?;
+        let digits =
+            letters + text[letters..].find(|c: char| c.is_ascii_digit()).ok_or_else(wrong)?;
         let (pass, code) = match text[letters..digits].strip_prefix('e') {
             Some(code) => (Pass::Eval, code),
             None => (Pass::Train, &text[letters..digits]),
         };
+
         let op = Op::of_code(code).ok_or_else(wrong)?;
         let (step, microbatch) = match text[digits..].split_once('.') {
-            Some((step, microbatch)) if !op.whole_step() => (step, microbatch.parse().map_err(|_| wrong())?),
+            Some((step, microbatch)) if !op.whole_step() => {
+                (step, microbatch.parse().map_err(|_| wrong())?)
+            }
             None if op.whole_step() => (&text[digits..], 0),
             _ => return Err(wrong()),
         };
+
         let stage = text[..letters].parse().map_err(|_| wrong())?;
         Ok(Action { stage, op, pass, step: step.parse().map_err(|_| wrong())?, microbatch })
     }
@@ -183,7 +203,15 @@ impl FromStr for Action {
 
 /// The four named schedules.
 #[derive(
-    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum, schemars::JsonSchema,
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+    schemars::JsonSchema,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum ScheduleKind {
@@ -206,7 +234,8 @@ impl ScheduleKind {
     }
 }
 
-/// Evaluations: one before every step that is a multiple of `every` (step 0 apart), and one at the end of the run.
+/// Evaluations: one before every step that is a multiple of `every` (step 0 apart), and one at the
+/// end of the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evals {
     pub every: usize,
@@ -236,9 +265,16 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The schedule `kind` for K stages, m microbatches, slack h, with the least delays. A synchronous kind makes every
-    /// step of `sync` a sync point; periods of `sync`, evaluations, placement and tie are the caller's.
-    pub fn new(kind: ScheduleKind, stages: usize, microbatches: usize, slack: usize, mut sync: SyncPoints) -> Schedule {
+    /// The schedule `kind` for K stages, m microbatches, slack h, with the least delays. A
+    /// synchronous kind makes every step of `sync` a sync point; periods of `sync`, evaluations,
+    /// placement and tie are the caller's.
+    pub fn new(
+        kind: ScheduleKind,
+        stages: usize,
+        microbatches: usize,
+        slack: usize,
+        mut sync: SyncPoints,
+    ) -> Schedule {
         sync.every_step |= kind.synchronous();
         let lags = (0..stages).map(|k| lag(slack, stages, k));
         let ahead: Vec<usize> = match kind {
@@ -247,11 +283,13 @@ impl Schedule {
             ScheduleKind::Gpipe => vec![microbatches - 1; stages],
             ScheduleKind::Sequential => vec![0; stages],
         };
+
         let delays = if kind.synchronous() {
             vec![0; stages]
         } else {
             ahead.iter().map(|a| least_delay(*a, microbatches)).collect()
         };
+
         let (placement, tie) = (Placement::Line, Tie::Untied);
         Schedule {
             kind,
@@ -273,7 +311,8 @@ impl Schedule {
         Actions::new(self, stage)
     }
 
-    /// The action list of one device of a replica: that of its stage, or those of its two stages merged.
+    /// The action list of one device of a replica: that of its stage, or those of its two stages
+    /// merged.
     pub fn device_actions(&self, device: usize) -> DeviceActions<'_> {
         DeviceActions::new(self, device)
     }
@@ -283,7 +322,8 @@ impl Schedule {
         Grid { placement: self.placement, ..Grid::line(self.stages, replicas) }
     }
 
-    /// The work of a stage as a share of a device's: on a ring the two ends are meant to have half a share each.
+    /// The work of a stage as a share of a device's: on a ring the two ends are meant to have half
+    /// a share each.
     pub fn device_fraction(&self, stage: usize) -> f64 {
         let grid = self.grid(1);
         if grid.held(grid.device(stage)).len() == 2 { 0.5 } else { 1.0 }
@@ -296,7 +336,9 @@ impl Schedule {
 
     /// Whether the state at step boundary `t` is saved.
     pub fn saves_at(&self, t: usize) -> bool {
-        self.saves.is_some_and(|every| t > self.sync.start && (t == self.sync.steps || t.is_multiple_of(every)))
+        self.saves.is_some_and(|every| {
+            t > self.sync.start && (t == self.sync.steps || t.is_multiple_of(every))
+        })
     }
 
     /// The versions of its weights that a stage holds at most.
@@ -309,24 +351,29 @@ impl Schedule {
         self.ahead[stage] + 1
     }
 
-    /// The sync point that delays count from in what goes on at boundary `t`: `t` itself, or an earlier one where a run is
-    /// stopped in between, which is to go on as if it had not been. Under `fresh` parts under way join at every drain.
+    /// The sync point that delays count from in what goes on at boundary `t`: `t` itself, or an
+    /// earlier one where a run is stopped in between, which is to go on as if it had not been.
+    /// Under `fresh` parts under way join at every drain.
     pub fn since(&self, t: usize) -> usize {
-        if self.tie == Tie::Fresh || t == self.sync.steps || (self.sync.contains(t) && t > self.sync.start) {
+        if self.tie == Tie::Fresh
+            || t == self.sync.steps
+            || (self.sync.contains(t) && t > self.sync.start)
+        {
             t
         } else {
             self.sync.before(t)
         }
     }
 
-    /// Steps beyond the complete ones that places may begin at least, so that none waits for ever: a step's update is made
-    /// with a forward that is a delay and a step later; and one more for the way of the news.
+    /// Steps beyond the complete ones that places may begin at least, so that none waits for ever:
+    /// a step's update is made with a forward that is a delay and a step later; and one more for
+    /// the way of the news.
     pub fn lead(&self) -> usize {
         self.delays.iter().max().copied().unwrap_or(0) + 3
     }
 
-    /// More messages than can be under way on any link in one direction while training: activations and gradients by the
-    /// lags, parts of the tied table by the delays.
+    /// More messages than can be under way on any link in one direction while training: activations
+    /// and gradients by the lags, parts of the tied table by the delays.
     pub fn link_capacity(&self) -> usize {
         let most = |values: &[usize]| values.iter().max().copied().unwrap_or(0);
         most(&self.ahead).max(most(&self.delays)) + 3
@@ -340,12 +387,14 @@ mod tests {
     #[test]
     fn actions_print_and_parse() {
         for text in [
-            "2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3", "0RP3", "3TR2", "3AT9",
-            "2S40",
+            "2F5.0", "0L12.3", "10RA0.1", "3SG7.2", "1R4", "1U4", "0eF5.11", "3eRA5.1", "0P3",
+            "0RP3", "3TR2", "3AT9", "2S40",
         ] {
             assert_eq!(text.parse::<Action>().unwrap().to_string(), text);
         }
-        for wrong in ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"] {
+        for wrong in
+            ["", "F1.0", "2F", "2F5", "2U5.0", "2X5.0", "2F5.", "x2F5.0", "2F5.0x", "2F5.0.1"]
+        {
             assert!(wrong.parse::<Action>().is_err(), "{wrong}");
         }
     }

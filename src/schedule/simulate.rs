@@ -1,5 +1,5 @@
-//! An event simulation of action lists: who waits for whom, how long a step takes. It runs the very lists that the
-//! workers run, so a schedule that it finds free of deadlock and mismatch is so.
+//! An event simulation of action lists: who waits for whom, how long a step takes. It runs the very
+//! lists that the workers run, so a schedule that it finds free of deadlock and mismatch is so.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -7,7 +7,8 @@ use std::fmt;
 use super::{Action, Op, Schedule};
 use crate::grid::{Grid, Place};
 
-/// Times of one microbatch on one device, in any unit; a stage that has half a device takes half of them.
+/// Times of one microbatch on one device, in any unit; a stage that has half a device takes half of
+/// them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Costs {
     pub forward: f64,
@@ -27,8 +28,11 @@ pub struct StageCosts {
 impl Costs {
     /// The times of every stage; updates are free.
     pub fn stages(self, schedule: &Schedule) -> Vec<StageCosts> {
-        let of =
-            |share: f64| StageCosts { forward: self.forward * share, backward: self.backward * share, update: 0.0 };
+        let of = |share: f64| StageCosts {
+            forward: self.forward * share,
+            backward: self.backward * share,
+            update: 0.0,
+        };
         (0..schedule.stages).map(|stage| of(schedule.device_fraction(stage))).collect()
     }
 }
@@ -56,7 +60,8 @@ struct Message {
     arrives: f64,
 }
 
-/// An all-reduce: when each member of the replica group has started it, and how many have used its sum.
+/// An all-reduce: when each member of the replica group has started it, and how many have used its
+/// sum.
 #[derive(Default)]
 struct Reduced {
     started: Vec<f64>,
@@ -79,7 +84,12 @@ pub(super) struct SimState {
 }
 
 impl SimState {
-    pub(super) fn new(schedule: &Schedule, replicas: usize, stages: Vec<StageCosts>, message: f64) -> SimState {
+    pub(super) fn new(
+        schedule: &Schedule,
+        replicas: usize,
+        stages: Vec<StageCosts>,
+        message: f64,
+    ) -> SimState {
         let (grid, joiner) = (schedule.grid(replicas), schedule.joiner());
         SimState {
             grid,
@@ -92,12 +102,17 @@ impl SimState {
         }
     }
 
-    /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not known.
+    /// From when on `action` of `replica` can run, as far as its inputs go; none while they are not
+    /// known.
     pub(super) fn ready(&self, replica: usize, action: Action) -> Result<Option<f64>, Violation> {
         let place = Place { stage: action.stage, replica };
         Ok(match action.op {
-            Op::RecvActivation => self.arrival(place, self.grid.upstream(place), Op::SendActivation, action)?,
-            Op::RecvGradient => self.arrival(place, self.grid.downstream(place), Op::SendGradient, action)?,
+            Op::RecvActivation => {
+                self.arrival(place, self.grid.upstream(place), Op::SendActivation, action)?
+            }
+            Op::RecvGradient => {
+                self.arrival(place, self.grid.downstream(place), Op::SendGradient, action)?
+            }
             Op::RecvPart => self.arrival(place, self.other_end(place), Op::Part, action)?,
             Op::RecvTable => self.arrival(place, self.other_end(place), Op::SendTable, action)?,
             Op::Update => self.reduced(Op::Reduce, action),
@@ -112,7 +127,12 @@ impl SimState {
     }
 
     /// Runs an action that is ready; when it ends.
-    pub(super) fn run(&mut self, replica: usize, action: Action, start: f64) -> Result<f64, Violation> {
+    pub(super) fn run(
+        &mut self,
+        replica: usize,
+        action: Action,
+        start: f64,
+    ) -> Result<f64, Violation> {
         let place = Place { stage: action.stage, replica };
         let costs = self.stages[action.stage];
         match action.op {
@@ -128,7 +148,11 @@ impl SimState {
             Op::RecvPart => self.take(place, self.other_end(place), Op::Part),
             Op::RecvTable => self.take(place, self.other_end(place), Op::SendTable),
             Op::Reduce | Op::ReduceTable => {
-                self.reduces.entry((place.stage, action.step, action.op)).or_default().started.push(start);
+                self.reduces
+                    .entry((place.stage, action.step, action.op))
+                    .or_default()
+                    .started
+                    .push(start);
             }
             Op::Update => {
                 self.used(Op::Reduce, action);
@@ -138,8 +162,10 @@ impl SimState {
                 self.tables.insert(replica, (action.step + 1, start));
                 self.used(Op::ReduceTable, action);
             }
+
             Op::Load | Op::UpdateTable | Op::AwaitTable | Op::Digest | Op::Save => {}
         }
+
         Ok(start)
     }
 
@@ -154,16 +180,33 @@ impl SimState {
         Some(Place { stage, ..place })
     }
 
-    fn send(&mut self, from: Place, to: Option<Place>, action: Action, now: f64) -> Result<(), Violation> {
+    fn send(
+        &mut self,
+        from: Place,
+        to: Option<Place>,
+        action: Action,
+        now: f64,
+    ) -> Result<(), Violation> {
         let to = to.ok_or_else(|| Violation(format!("{action} has nobody to send to")))?;
         let message = if self.grid.rank(from) == self.grid.rank(to) { 0.0 } else { self.message };
-        self.links.entry((from, to, action.op)).or_default().push_back(Message { action, arrives: now + message });
+        self.links
+            .entry((from, to, action.op))
+            .or_default()
+            .push_back(Message { action, arrives: now + message });
         Ok(())
     }
 
-    fn arrival(&self, to: Place, from: Option<Place>, sent: Op, action: Action) -> Result<Option<f64>, Violation> {
+    fn arrival(
+        &self,
+        to: Place,
+        from: Option<Place>,
+        sent: Op,
+        action: Action,
+    ) -> Result<Option<f64>, Violation> {
         let from = from.ok_or_else(|| Violation(format!("{action} has nobody to receive from")))?;
-        let Some(message) = self.links.get(&(from, to, sent)).and_then(VecDeque::front) else { return Ok(None) };
+        let Some(message) = self.links.get(&(from, to, sent)).and_then(VecDeque::front) else {
+            return Ok(None);
+        };
         if message.action != (Action { stage: from.stage, op: sent, ..action }) {
             return Err(Violation(format!("{action} meets the message of {}", message.action)));
         }
@@ -203,9 +246,13 @@ impl SimState {
 /// Runs the action lists of all devices (in the order of their ranks).
 ///
 /// # Errors
-/// A receive that meets another message than its own, messages left over at the end, or a deadlock (with what every
-/// stuck place waits for).
-pub fn simulate(schedule: &Schedule, lists: &[Vec<Action>], costs: Costs) -> Result<Vec<Vec<Span>>, Violation> {
+/// A receive that meets another message than its own, messages left over at the end, or a deadlock
+/// (with what every stuck place waits for).
+pub fn simulate(
+    schedule: &Schedule,
+    lists: &[Vec<Action>],
+    costs: Costs,
+) -> Result<Vec<Vec<Span>>, Violation> {
     simulate_stages(schedule, lists, costs.stages(schedule), costs.message)
 }
 
@@ -232,34 +279,41 @@ fn simulate_stages(
                 moved = true;
             }
         }
+
         if !moved {
             break;
         }
     }
+
     let stuck = |rank: usize| {
         let action = lists[rank].get(spans[rank].len())?;
         let place = Place { stage: action.stage, replica: rank / devices };
         Some(format!("{place} waits at {action}"))
     };
+
     let stuck: Vec<String> = (0..lists.len()).filter_map(stuck).collect();
     if !stuck.is_empty() {
         return Err(Violation(format!("deadlock: {}", stuck.join("; "))));
     }
+
     if let Some(message) = world.links.values().find_map(|link| link.front()) {
         return Err(Violation(format!("nobody receives {}", message.action)));
     }
+
     Ok(spans)
 }
 
 /// The steady state of a schedule under given times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ideal {
-    /// Over one device that holds the whole model: the devices' work per step over the time between two steps.
+    /// Over one device that holds the whole model: the devices' work per step over the time between
+    /// two steps.
     pub speed_up: f64,
     /// Share of its time that each device computes.
     pub utilization: Vec<f64>,
-    /// The speed-up over the `BEFORE_DRAIN` steps before a sync point, from the end of a step's last backward on
-    /// stage 0 to the end of the last one's: the drain waits for no new forward, so it may be faster.
+    /// The speed-up over the `BEFORE_DRAIN` steps before a sync point, from the end of a step's
+    /// last backward on stage 0 to the end of the last one's: the drain waits for no new forward,
+    /// so it may be faster.
     pub before_drain: f64,
 }
 
@@ -287,7 +341,8 @@ impl Long {
         (long.evals, long.saves) = (None, None);
         long.sync.start = 0;
         let devices = schedule.grid(1).devices();
-        let lists: Vec<Vec<Action>> = (0..devices).map(|device| long.device_actions(device).collect()).collect();
+        let lists: Vec<Vec<Action>> =
+            (0..devices).map(|device| long.device_actions(device).collect()).collect();
         let spans = simulate_stages(&long, &lists, stages, message)?;
         Ok(Long { schedule: long, spans, window })
     }
@@ -314,8 +369,10 @@ impl Long {
 pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Violation> {
     let long = Long::new(schedule, costs.stages(schedule), costs.message)?;
     let devices = schedule.grid(1).devices();
-    let work = |steps: usize| (costs.forward + costs.backward) * (schedule.microbatches * steps) as f64;
-    let utilization: Vec<f64> = (0..devices).map(|device| work(long.window.len()) / long.time(device)).collect();
+    let work =
+        |steps: usize| (costs.forward + costs.backward) * (schedule.microbatches * steps) as f64;
+    let utilization: Vec<f64> =
+        (0..devices).map(|device| work(long.window.len()) / long.time(device)).collect();
     let last = long.schedule.sync.steps - 1;
     let tail = long.end_of(0, last) - long.end_of(0, last - BEFORE_DRAIN);
     let before_drain = work(BEFORE_DRAIN) * devices as f64 / tail;
@@ -326,7 +383,11 @@ pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Violation> {
 ///
 /// # Errors
 /// As [`simulate`].
-pub fn step_time(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<f64, Violation> {
+pub fn step_time(
+    schedule: &Schedule,
+    stages: Vec<StageCosts>,
+    message: f64,
+) -> Result<f64, Violation> {
     let long = Long::new(schedule, stages, message)?;
     Ok(long.time(0) / long.window.len() as f64)
 }
@@ -366,8 +427,11 @@ mod tests {
 
     #[test]
     fn a_fresh_table_stalls_the_pipeline_and_an_aligned_one_does_not() {
-        for (stages, steady, before_drain) in [(3, 1.8, 1.85), (4, 2.0, 2.11), (5, 15.0 / 7.0, 2.32)] {
-            let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, 1, 1, SyncPoints::ends(1));
+        for (stages, steady, before_drain) in
+            [(3, 1.8, 1.85), (4, 2.0, 2.11), (5, 15.0 / 7.0, 2.32)]
+        {
+            let mut schedule =
+                Schedule::new(ScheduleKind::Decoupled, stages, 1, 1, SyncPoints::ends(1));
             schedule.tie = Tie::Fresh;
             let fresh = ideal(&schedule, FREE).unwrap();
             assert!((fresh.speed_up - steady).abs() < 1e-9, "{stages}: {fresh:?}");
@@ -382,13 +446,19 @@ mod tests {
     /// Whatever a message takes: a fresh head is as fast as no tie.
     #[test]
     fn a_fresh_head_waits_for_nobody() {
-        for (stages, m, slack) in (1..=6).flat_map(|k| (1..=5).flat_map(move |m| (1..=3).map(move |h| (k, m, h)))) {
+        for (stages, m, slack) in
+            (1..=6).flat_map(|k| (1..=5).flat_map(move |m| (1..=3).map(move |h| (k, m, h))))
+        {
             for message in [0.0, 0.3, 1.0] {
-                let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, m, slack, SyncPoints::ends(1));
+                let mut schedule =
+                    Schedule::new(ScheduleKind::Decoupled, stages, m, slack, SyncPoints::ends(1));
                 let untied = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
                 schedule.tie = Tie::Head;
                 let head = ideal(&schedule, Costs { message, ..FREE }).unwrap().speed_up;
-                assert!(head > untied - 1e-9, "K = {stages}, m = {m}, h = {slack}, c = {message}: {head} of {untied}");
+                assert!(
+                    head > untied - 1e-9,
+                    "K = {stages}, m = {m}, h = {slack}, c = {message}: {head} of {untied}"
+                );
             }
         }
     }
@@ -397,16 +467,23 @@ mod tests {
     fn the_slowest_stage_sets_the_pace() {
         let stage = |forward, update| StageCosts { forward, backward: 2.0, update };
         let schedule = Schedule::new(ScheduleKind::Decoupled, 3, 2, 1, SyncPoints::ends(1));
-        let time = step_time(&schedule, vec![stage(1.0, 0.5), stage(1.5, 0.5), stage(1.0, 0.0)], 0.0).unwrap();
+        let time =
+            step_time(&schedule, vec![stage(1.0, 0.5), stage(1.5, 0.5), stage(1.0, 0.0)], 0.0)
+                .unwrap();
         assert!((time - 7.5).abs() < 1e-9, "2 (1.5 + 2) + 0.5, not {time}");
     }
 
     #[test]
     fn a_ring_keeps_all_its_devices_busy() {
-        for (stages, m, tie) in
-            [(3, 1, Tie::Untied), (4, 1, Tie::Aligned), (5, 4, Tie::Aligned), (11, 2, Tie::Untied), (5, 2, Tie::Head)]
-        {
-            let mut schedule = Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(1));
+        for (stages, m, tie) in [
+            (3, 1, Tie::Untied),
+            (4, 1, Tie::Aligned),
+            (5, 4, Tie::Aligned),
+            (11, 2, Tie::Untied),
+            (5, 2, Tie::Head),
+        ] {
+            let mut schedule =
+                Schedule::new(ScheduleKind::Decoupled, stages, m, 1, SyncPoints::ends(1));
             (schedule.placement, schedule.tie) = (Placement::Ring, tie);
             let ring = ideal(&schedule, FREE).unwrap();
             assert!((ring.speed_up - (stages - 1) as f64).abs() < 1e-9, "{stages}: {ring:?}");
@@ -427,7 +504,10 @@ mod tests {
     #[test]
     fn a_message_out_of_order_or_left_over_is_a_fault() {
         let swapped = vec![vec![action("0SA0.1")], vec![action("1RA0.0")]];
-        assert_eq!(simulate(&line(2), &swapped, FREE).unwrap_err().0, "1RA0.0 meets the message of 0SA0.1");
+        assert_eq!(
+            simulate(&line(2), &swapped, FREE).unwrap_err().0,
+            "1RA0.0 meets the message of 0SA0.1"
+        );
         let left = vec![vec![action("0SA0.0")], vec![]];
         assert_eq!(simulate(&line(2), &left, FREE).unwrap_err().0, "nobody receives 0SA0.0");
     }

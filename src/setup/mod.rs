@@ -47,7 +47,8 @@ impl Setup {
     /// Checks a config and opens its corpus.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::error::Error) and [`Error::Data`](crate::error::Error), naming setting, value and remedy.
+    /// [`Error::Config`](crate::error::Error) and [`Error::Data`](crate::error::Error), naming
+    /// setting, value and remedy.
     pub fn new(config: Config) -> Result<Setup> {
         config.check()?;
         let grid = config.grid();
@@ -55,7 +56,8 @@ impl Setup {
         let mut schedule = plan::schedule(&config)?;
         plan::check_counts(&config)?;
 
-        let corpus = Arc::new(Corpus::open(&config.data, config.seed, plan::held_sequence(&config), None)?);
+        let corpus =
+            Arc::new(Corpus::open(&config.data, config.seed, plan::held_sequence(&config), None)?);
         let vocabulary = corpus.vocabulary.len();
         config.model.check_cutoffs(vocabulary)?;
         let shares = corpus.train.shares(&config.model.cutoffs);
@@ -72,6 +74,7 @@ impl Setup {
             }
             None => 0,
         };
+
         plan::check_schedule(&schedule, grid)?;
         Ok(Setup {
             config,
@@ -112,37 +115,48 @@ impl Setup {
         let since = if same { saved.manifest.pipeline.since } else { saved.step() };
         let mut schedule = self.schedule;
         schedule.sync.from(saved.step(), since);
-        schedule.saves_again = saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();
+        schedule.saves_again =
+            saved.step() == self.config.steps && saved.manifest.grid != self.grid.to_string();
         let config = Config { optimizer, ..self.config };
         Ok(Setup { config, schedule, resumed: Some(Arc::new(saved)), ..self })
     }
 
     /// Refuses a text whose tokens are not those that the weights know.
     fn check_vocabulary(&self, saved: &Checkpoint) -> Result<()> {
-        let Some((number, here, there)) = self.corpus.vocabulary.first_difference(&saved.vocabulary) else {
+        let Some((number, here, there)) =
+            self.corpus.vocabulary.first_difference(&saved.vocabulary)
+        else {
             return Ok(());
         };
+
         let unit = self.corpus.vocabulary.unit();
-        let shown =
-            |token: Option<&str>| token.map_or("nothing".to_owned(), |token| format!("`{}`", token.escape_debug()));
+        let shown = |token: Option<&str>| {
+            token.map_or("nothing".to_owned(), |token| format!("`{}`", token.escape_debug()))
+        };
         let problem = format!(
             "{unit} number {number} is {} in the text's vocabulary and {} in that of {}",
             shown(here),
             shown(there),
             saved.path.display()
         );
+
         let remedy = "give the text that the run began with, or begin another run";
         Err(Error::data(self.config.data.name(), problem, remedy))
     }
 
-    /// What the run reads that is another than before, as far as that is no error: for the user to know.
+    /// What the run reads that is another than before, as far as that is no error: for the user to
+    /// know.
     pub fn other_texts(&self) -> Vec<String> {
         let Some(saved) = &self.resumed else { return Vec::new() };
         let (before, now) = (&saved.manifest.config, &self.config);
         let mut notes = Vec::new();
         if before.order() != now.order() {
-            notes.push("note: data.order is another than before: every step from here on reads other rows".to_owned());
+            notes.push(
+                "note: data.order is another than before: every step from here on reads other rows"
+                    .to_owned(),
+            );
         }
+
         let Some(text) = &saved.manifest.text else { return notes };
 
         let found = self.corpus.fingerprint();
@@ -154,6 +168,7 @@ impl Setup {
                 text.train_tokens
             ));
         }
+
         if text.held_out != found.held_out {
             let text = "note: the held-out text is another than before: evaluations from here on are not to be compared with earlier ones";
             notes.push(text.to_owned());
@@ -167,8 +182,8 @@ impl Setup {
         Pipeline { since, delays: self.schedule.delays.clone(), layers }
     }
 
-    /// How far a limit must be ahead of the complete steps for nobody to wait for it: what the schedule needs, and what is told
-    /// late.
+    /// How far a limit must be ahead of the complete steps for nobody to wait for it: what the
+    /// schedule needs, and what is told late.
     pub fn lead(&self) -> usize {
         match self.readback {
             Readback::Now => self.schedule.lead(),
@@ -189,7 +204,8 @@ impl Setup {
         }
     }
 
-    /// Values of the largest message between two places: hidden states of a microbatch, or a part of the tied table's gradient.
+    /// Values of the largest message between two places: hidden states of a microbatch, or a part
+    /// of the tied table's gradient.
     pub fn largest_message(&self) -> usize {
         let trained = self.rows * self.config.data.sequence;
         let evaluated = self.eval_rows_per_replica * self.config.eval_sequence();
@@ -226,8 +242,8 @@ impl Setup {
         start..start + self.rows
     }
 
-    /// Held-out windows that make up a microbatch of an evaluation, the replica's share evenly cut; or the replica's
-    /// streams, of which every microbatch is a segment.
+    /// Held-out windows that make up a microbatch of an evaluation, the replica's share evenly cut;
+    /// or the replica's streams, of which every microbatch is a segment.
     pub fn eval_rows(&self, replica: usize, microbatch: usize) -> Range<usize> {
         let (share, start) = (self.eval_rows_per_replica, replica * self.eval_rows_per_replica);
         match self.config.order() {
@@ -240,7 +256,8 @@ impl Setup {
         }
     }
 
-    /// Steps of an epoch, and the tokens that they read; what is left of the text is read in another epoch, or never (streams).
+    /// Steps of an epoch, and the tokens that they read; what is left of the text is read in
+    /// another epoch, or never (streams).
     pub fn epoch(&self) -> (usize, usize) {
         let text = &self.corpus.train;
         let train = self.config.reading().train;
@@ -284,7 +301,8 @@ mod tests {
 
     #[test]
     fn a_later_all_reduce_is_one_more_update_of_delay_on_every_stage() {
-        let delays = |text: &str| Setup::new(Config::parse(text, &[]).unwrap()).unwrap().schedule.delays;
+        let delays =
+            |text: &str| Setup::new(Config::parse(text, &[]).unwrap()).unwrap().schedule.delays;
         assert_eq!(delays("microbatches = 1\n[grid]\nstages = 4\nreduce_delay = 1"), [4, 3, 2, 1]);
         assert_eq!(delays("microbatches = 4\n[grid]\nstages = 4\nreduce_delay = 1"), [2, 2, 2, 1]);
         assert_eq!(delays("[grid]\nreplicas = 2\nreduce_delay = 1"), [1]);
@@ -292,7 +310,8 @@ mod tests {
 
     #[test]
     fn every_row_is_read_once() {
-        let text = "batch = 24\nmicrobatches = 3\n[grid]\nreplicas = 2\n[eval]\nevery = 5\ntokens = 2900";
+        let text =
+            "batch = 24\nmicrobatches = 3\n[grid]\nreplicas = 2\n[eval]\nevery = 5\ntokens = 2900";
         let setup = Setup::new(Config::parse(text, &[]).unwrap()).unwrap();
         let rows = |f: &dyn Fn(usize, usize) -> Range<usize>, m: usize| -> Vec<usize> {
             (0..2).flat_map(|r| (0..m).map(move |j| (r, j))).flat_map(|(r, j)| f(r, j)).collect()
@@ -317,7 +336,10 @@ mod tests {
                 "`model.d_model`: found 130; must be a multiple of model.heads = 4, or set model.d_head",
             ),
             ("[model]\nd_head = 0", "`model.d_head`: found 0; must be at least 1"),
-            ("[model]\nd_head = 500000", "`model.heads times model.d_head`: found 2000000; more than 1048576"),
+            (
+                "[model]\nd_head = 500000",
+                "`model.heads times model.d_head`: found 2000000; more than 1048576",
+            ),
             (
                 "[model]\nshared_biases = true",
                 "`model.shared_biases`: found true; only model.arch = \"transformer-xl\" has it",
@@ -330,21 +352,36 @@ mod tests {
                 "microbatches = 1\n[grid]\nstages = 4\ndelays = [2, 2, 1, 0]",
                 "`grid.delays`: found [2, 2, 1, 0]; stage 0 needs at least 3",
             ),
-            ("schedule = \"gpipe\"\n[grid]\ndelays = [1]", "`grid.delays`: found [1]; only schedule"),
-            ("schedule = \"1f1b\"\n[grid]\nreduce_delay = 1", "`grid.reduce_delay`: found 1; only schedule"),
-            ("[grid]\ndelays = [1]\nreduce_delay = 1", "`grid.reduce_delay`: found 1; grid.delays has"),
+            (
+                "schedule = \"gpipe\"\n[grid]\ndelays = [1]",
+                "`grid.delays`: found [1]; only schedule",
+            ),
+            (
+                "schedule = \"1f1b\"\n[grid]\nreduce_delay = 1",
+                "`grid.reduce_delay`: found 1; only schedule",
+            ),
+            (
+                "[grid]\ndelays = [1]\nreduce_delay = 1",
+                "`grid.reduce_delay`: found 1; grid.delays has",
+            ),
             ("[grid]\nreduce_delay = 2", "`grid.reduce_delay`: found 2; must be 0 or 1"),
             (
                 "[grid]\nstages = 2\nlayers_per_stage = [1, 2]",
                 "`grid.layers_per_stage`: found [1, 2]; every number at least 1, together model.layers = 4",
             ),
-            ("[grid]\nstages = 2\nlayers_per_stage = [4]", "needs one number for each of grid.stages = 2"),
+            (
+                "[grid]\nstages = 2\nlayers_per_stage = [4]",
+                "needs one number for each of grid.stages = 2",
+            ),
             ("steps = 0", "`steps`: found 0; must be at least 1"),
             ("[model]\ndropout = 1.0", "`model.dropout`: found 1;"),
             ("[optimizer]\nlr = 0.0", "`optimizer.lr`: found 0; must be above 0"),
             ("[optimizer]\nclip = -1.0", "`optimizer.clip`: found -1;"),
             ("[data]\nheld_out = 1.5", "`data.held_out`: found 1.5;"),
-            ("[data]\npath = \"a\"\nsynthetic = 5", "`data`: found more than one of path, paths, synthetic"),
+            (
+                "[data]\npath = \"a\"\nsynthetic = 5",
+                "`data`: found more than one of path, paths, synthetic",
+            ),
             ("[data]\nsynthetic = 100", "data synthetic: 95 bytes, one window needs 129"),
             ("[data]\npaths = []", "`data.paths`: found an empty list"),
             ("[data]\npath = \"no/such.txt\"", "data no/such.txt: cannot be opened"),
@@ -352,7 +389,10 @@ mod tests {
         ];
         for (text, expected) in table {
             let found = error(text);
-            assert!(found.contains(expected), "{text}\n  gives     {found}\n  expected  {expected}");
+            assert!(
+                found.contains(expected),
+                "{text}\n  gives     {found}\n  expected  {expected}"
+            );
         }
     }
 }

@@ -14,15 +14,21 @@ impl Setup {
                 .collect();
             out.push_str(&format!("replica {replica}  {}\n", cells.join(" -- ")));
         }
+
         for (stage, layers) in self.partition.iter().enumerate() {
-            let (delay, versions) = (self.schedule.delays[stage], self.schedule.versions_held(stage));
+            let (delay, versions) =
+                (self.schedule.delays[stage], self.schedule.versions_held(stage));
             let last = layers.end - 1;
             out.push_str(&format!(
                 "stage {stage}: layers {}..{last}, delay {delay}, versions {versions}\n",
                 layers.start
             ));
         }
-        let (input, head) = (self.schedule.table_delay(TableEnd::Input), self.schedule.table_delay(TableEnd::Output));
+
+        let (input, head) = (
+            self.schedule.table_delay(TableEnd::Input),
+            self.schedule.table_delay(TableEnd::Output),
+        );
         if self.schedule.tie == Tie::Head && input > 0 {
             let applied = input + self.schedule.delays[0];
             out.push_str(&format!(

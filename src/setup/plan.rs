@@ -1,5 +1,5 @@
-//! What follows from a config: rows, layers of every stage, the schedule, the shares of an evaluation. What does not fit
-//! together is refused here.
+//! What follows from a config: rows, layers of every stage, the schedule, the shares of an
+//! evaluation. What does not fit together is refused here.
 
 use std::ops::Range;
 
@@ -26,25 +26,34 @@ pub(super) fn held_sequence(config: &Config) -> usize {
 pub(super) fn check_counts(config: &Config) -> Result<()> {
     hand_made(config)?;
     let (streams, replicas) = (config.eval_batch(), config.grid.replicas);
-    if config.eval.is_some() && config.order() == Order::Streams && !streams.is_multiple_of(replicas) {
+    if config.eval.is_some()
+        && config.order() == Order::Streams
+        && !streams.is_multiple_of(replicas)
+    {
         let remedy = format!("must be a multiple of grid.replicas = {replicas}");
         return Err(Error::config("eval.batch", streams, remedy));
     }
     Ok(())
 }
 
-/// The share of a replica in an evaluation (windows or streams), and its microbatches. The last replica's windows may end before
-/// its share does.
-pub(super) fn evaluation(config: &Config, held_out: &Tokens, rows: usize) -> Result<(usize, usize)> {
+/// The share of a replica in an evaluation (windows or streams), and its microbatches. The last
+/// replica's windows may end before its share does.
+pub(super) fn evaluation(
+    config: &Config,
+    held_out: &Tokens,
+    rows: usize,
+) -> Result<(usize, usize)> {
     let evaluation = config.reading().evaluation(held_out);
     let share = evaluation.rows().div_ceil(config.grid.replicas);
     let microbatches = match config.order() {
         Order::Shuffled => share.div_ceil(rows),
         Order::Streams => evaluation.segments(),
     };
+
     if evaluation.scored() > 0 {
         return Ok((share, microbatches));
     }
+
     let remedy = "two are needed at least; change data.held_out or use a longer text";
     Err(Error::config("data.held_out", format!("{} held-out tokens", held_out.len()), remedy))
 }
@@ -55,7 +64,8 @@ pub(super) fn check_streams(config: &Config, corpus: &Corpus) -> Result<()> {
         return Ok(());
     }
     let needed = config.batch * config.data.sequence + 1;
-    let remedy = format!("{} streams of {} tokens need {needed}", config.batch, config.data.sequence);
+    let remedy =
+        format!("{} streams of {} tokens need {needed}", config.batch, config.data.sequence);
     Err(Error::config("batch", format!("{} tokens of text", corpus.train.len()), remedy))
 }
 
@@ -64,6 +74,7 @@ pub(super) fn rows(config: &Config) -> Result<usize> {
     if config.batch.is_multiple_of(parts) {
         return Ok(config.batch / parts);
     }
+
     let remedy = format!(
         "must be a multiple of grid.replicas * microbatches = {} * {}; the next ones are {} and {}",
         config.grid.replicas,
@@ -71,6 +82,7 @@ pub(super) fn rows(config: &Config) -> Result<usize> {
         (config.batch / parts).max(1) * parts,
         (config.batch / parts + 1).max(2) * parts
     );
+
     Err(Error::config("batch", config.batch, remedy))
 }
 
@@ -78,12 +90,14 @@ pub(super) fn layers(config: &Config, dimensions: &Dimensions) -> Result<Vec<Ran
     if let Some(runs) = hand_made(config)? {
         return Ok(runs);
     }
+
     let costs = model::costs(dimensions);
     let blocks = vec![costs.block; config.model.layers];
     let cut = match config.grid.placement {
         Placement::Line => partition::balanced,
         Placement::Ring => partition::balanced_ring,
     };
+
     Ok(cut(&blocks, costs.embedding, costs.head, config.grid.stages))
 }
 
@@ -92,9 +106,13 @@ fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
     let LayersPerStage::Counts(counts) = &config.grid.layers_per_stage else { return Ok(None) };
     let wrong = |remedy| Error::config("grid.layers_per_stage", format!("{counts:?}"), remedy);
     if counts.len() != config.grid.stages {
-        return Err(wrong(format!("needs one number for each of grid.stages = {}", config.grid.stages)));
+        return Err(wrong(format!(
+            "needs one number for each of grid.stages = {}",
+            config.grid.stages
+        )));
     }
-    let remedy = || format!("every number at least 1, together model.layers = {}", config.model.layers);
+    let remedy =
+        || format!("every number at least 1, together model.layers = {}", config.model.layers);
     partition::by_hand(counts, config.model.layers).map(Some).ok_or_else(|| wrong(remedy()))
 }
 
@@ -118,7 +136,8 @@ pub fn schedule(config: &Config) -> Result<Schedule> {
         (None, 0) => {}
         (Some(delays), 0) => {
             let found = format!("{delays:?}");
-            delays_by_hand(config, delays).map_err(|remedy| Error::config("grid.delays", found, remedy))?;
+            delays_by_hand(config, delays)
+                .map_err(|remedy| Error::config("grid.delays", found, remedy))?;
             schedule.delays.clone_from(delays);
         }
         (None, later) if !config.schedule.synchronous() => {
@@ -130,6 +149,7 @@ pub fn schedule(config: &Config) -> Result<Schedule> {
             return Err(Error::config("grid.reduce_delay", later, remedy));
         }
     }
+
     Ok(schedule)
 }
 
@@ -139,6 +159,7 @@ fn delays_by_hand(config: &Config, delays: &[usize]) -> std::result::Result<(), 
     if config.schedule.synchronous() {
         return Err(ONLY_DECOUPLED.into());
     }
+
     if delays.len() != stages {
         return Err(format!("needs one number for each of grid.stages = {stages}"));
     }
@@ -148,13 +169,15 @@ fn delays_by_hand(config: &Config, delays: &[usize]) -> std::result::Result<(), 
         None => Ok(()),
         Some((stage, _)) => {
             let least = least(stage);
-            Err(format!("stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)"))
+            Err(format!(
+                "stage {stage} needs at least {least} (slack * (stages - 1 - {stage}) / microbatches)"
+            ))
         }
     }
 }
 
-/// Runs `check` over the first steps of the run, with the synchronous warm-up cut short so that delayed steps are among
-/// them: a fault here is one of the generator.
+/// Runs `check` over the first steps of the run, with the synchronous warm-up cut short so that
+/// delayed steps are among them: a fault here is one of the generator.
 pub(super) fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
     let mut short = schedule.clone();
     let longest = schedule.delays.iter().max().copied().unwrap_or(0);
@@ -162,6 +185,9 @@ pub(super) fn check_schedule(schedule: &Schedule, grid: Grid) -> Result<()> {
     short.sync.warm_up = schedule.sync.warm_up.min(2);
     short.sync.at.retain(|at| *at < short.sync.steps);
     short.evals = schedule.evals.map(|evals| Evals { microbatches: 1, ..evals });
-    let lists: Vec<_> = (0..grid.size()).map(|rank| short.device_actions(rank % grid.devices()).collect()).collect();
-    check(&short, grid.replicas, &lists).map_err(|fault| Error::Internal(format!("schedule: {fault}")))
+    let lists: Vec<_> = (0..grid.size())
+        .map(|rank| short.device_actions(rank % grid.devices()).collect())
+        .collect();
+    check(&short, grid.replicas, &lists)
+        .map_err(|fault| Error::Internal(format!("schedule: {fault}")))
 }

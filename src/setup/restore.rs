@@ -27,8 +27,8 @@ impl Setup {
         Ok(flat.f_to_device(self.device)?)
     }
 
-    /// The saved versions that steps with this delay still use, by their numbers: those before the first weights, and where
-    /// weights are predicted that of the first weights too.
+    /// The saved versions that steps with this delay still use, by their numbers: those before the
+    /// first weights, and where weights are predicted that of the first weights too.
     ///
     /// # Errors
     /// Saved ones that cannot be read.
@@ -36,15 +36,15 @@ impl Setup {
         let sync = &self.schedule.sync;
         let numbers = self.versions_saved(sync.since, sync.start, delay);
         match &self.resumed {
-            Some(saved) => {
-                numbers.map(|number| Ok((number, saved.older(layout, number)?.f_to_device(self.device)?))).collect()
-            }
+            Some(saved) => numbers
+                .map(|number| Ok((number, saved.older(layout, number)?.f_to_device(self.device)?)))
+                .collect(),
             None => Ok(Vec::new()),
         }
     }
 
-    /// The versions that a state at step `step` has to hold besides its weights, of weights with this delay; `since` is the
-    /// sync point that delays count from. None at a sync point.
+    /// The versions that a state at step `step` has to hold besides its weights, of weights with
+    /// this delay; `since` is the sync point that delays count from. None at a sync point.
     pub fn versions_saved(&self, since: usize, step: usize, delay: usize) -> Range<usize> {
         // A predicted version cannot be made again.
         let predicted = since < step && predicts(&self.config.optimizer, delay);
@@ -68,16 +68,18 @@ impl Setup {
     /// Threads that cannot be started, or a saved state that cannot be read.
     pub fn optimizer(&self, layout: &Layout, delay: usize) -> Result<Optimizer> {
         let Config { optimizer, threads, precision, .. } = &self.config;
-        let mut optimizer = Optimizer::new(optimizer, layout, delay, *precision, *threads, self.device)?;
+        let mut optimizer =
+            Optimizer::new(optimizer, layout, delay, *precision, *threads, self.device)?;
         if let Some(saved) = self.resumed.as_ref().filter(|saved| saved.step() > 0) {
-            let of = |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
+            let of =
+                |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
             optimizer.restore(saved.step(), of)?;
         }
         Ok(optimizer)
     }
 
-    /// The input parts of the tied table's gradient that had not joined an update where the run was stopped, each with its
-    /// step. The run of other replicas gives the first of them the sums.
+    /// The input parts of the tied table's gradient that had not joined an update where the run was
+    /// stopped, each with its step. The run of other replicas gives the first of them the sums.
     ///
     /// # Errors
     /// Saved ones that cannot be read.
@@ -95,11 +97,14 @@ impl Setup {
             for from in of.filter(|_| same || replica == 0) {
                 let _ = sum.f_add_(&saved.part(layout, step, from)?)?;
             }
+
             if scale != 1.0 {
                 let _ = sum.f_mul_scalar_(scale)?;
             }
+
             Ok(sum.f_to_device(self.device)?)
         };
+
         saved.steps_of_parts().into_iter().map(|step| Ok((step, part(step)?))).collect()
     }
 

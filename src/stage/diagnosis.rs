@@ -6,10 +6,12 @@ use crate::error::{Error, Result};
 use crate::number::{Number, Readback};
 
 impl Stage {
-    /// Looks at every output before it is sent, so that the first stage with a bad tensor is the one that says so.
+    /// Looks at every output before it is sent, so that the first stage with a bad tensor is the
+    /// one that says so.
     pub(super) fn checked(&self, saved: &Saved, graphs: &[Graph], held: Held) -> Result<Output> {
         let output = graphs.last().map(|graph| &graph.output);
-        let output = output.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
+        let output =
+            output.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
         let deferred = self.settings.readback == Readback::Deferred;
         let (result, finite) = match saved.targets {
             Some(_) => {
@@ -20,11 +22,18 @@ impl Stage {
             }
             None => (Output::Hidden(output.f_detach()?), deferred || is_finite(output)?),
         };
+
         if finite || self.settings.on_nonfinite == OnNonfinite::Skip {
             return Ok(result);
         }
+
         let tensor = tch::no_grad(|| self.bad_tensor(saved, held))?;
-        Err(Error::NotFinite { tensor, step: saved.slot.step, place: self.place, data: String::new() })
+        Err(Error::NotFinite {
+            tensor,
+            step: saved.slot.step,
+            place: self.place,
+            data: String::new(),
+        })
     }
 
     /// The first weight, layer or memory that is not finite.
@@ -35,6 +44,7 @@ impl Stage {
                 return Ok(format!("weight {}", parameter.name));
             }
         }
+
         let dropout = self.dropout(saved.slot);
         let layer = self.stack.first_not_finite(&weights, &saved.input, &saved.memory, dropout)?;
         Ok(layer.unwrap_or_else(|| "the loss".to_owned()))

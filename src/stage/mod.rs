@@ -1,5 +1,5 @@
-//! One stage at work: forward and backward of microbatches at a version of its weights. The only caller of autograd
-//! besides the oracle.
+//! One stage at work: forward and backward of microbatches at a version of its weights. The only
+//! caller of autograd besides the oracle.
 
 mod diagnosis;
 mod rehearse;
@@ -32,11 +32,13 @@ pub struct MicrobatchId {
 pub enum Output {
     /// Hidden states for the next stage, [b, T, D].
     Hidden(Tensor),
-    /// Mean loss of the microbatch, nats per token (of an evaluation the sum over its tokens): the last stage.
+    /// Mean loss of the microbatch, nats per token (of an evaluation the sum over its tokens): the
+    /// last stage.
     Loss(Number),
 }
 
-/// The versions that a step uses: of the stage's own weights, of the tied table as each end that the stage has.
+/// The versions that a step uses: of the stage's own weights, of the tied table as each end that
+/// the stage has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UsedVersions {
     pub own: usize,
@@ -91,8 +93,9 @@ struct Saved {
     inputs: Vec<Tensor>,
 }
 
-/// The graph of a run of layers, from its input to its output. The last microbatch of a step has one for every bucket of
-/// gradients, so that a bucket can be reduced while the backward of the layers before it is made:
+/// The graph of a run of layers, from its input to its output. The last microbatch of a step has
+/// one for every bucket of gradients, so that a bucket can be reduced while the backward of the
+/// layers before it is made:
 ///
 /// ```text
 /// forward     x -> [ run 0 ] -> y0 | x1 -> [ run 1 ] -> loss         x1 is y0, a leaf
@@ -100,7 +103,8 @@ struct Saved {
 ///             dx <- [ run 0 ] <- sum(y0 dx1)                         bucket 0
 /// ```
 ///
-/// With `recompute = "blocks"` every layer is a run, whose graph is made, from its input, when its backward comes.
+/// With `recompute = "blocks"` every layer is a run, whose graph is made, from its input, when its
+/// backward comes.
 struct Graph {
     input: Tensor,
     output: Tensor,
@@ -110,19 +114,26 @@ struct Graph {
     used: Vec<(Owner, Tensor)>,
 }
 
-/// Gradients of parameters that layers have in common, as far as a backward that runs those one by one has come: added up as one
-/// graph of them all would.
+/// Gradients of parameters that layers have in common, as far as a backward that runs those one by
+/// one has come: added up as one graph of them all would.
 type Shared = BTreeMap<usize, Tensor>;
 
 impl Graph {
-    /// Adds the gradients of what it uses to those of the step, by that of its output, none of a loss; gives that of its input.
-    fn backward(self, dy: Option<Tensor>, held: Held, shared: &mut Shared) -> Result<Option<Tensor>> {
+    /// Adds the gradients of what it uses to those of the step, by that of its output, none of a
+    /// loss; gives that of its input.
+    fn backward(
+        self,
+        dy: Option<Tensor>,
+        held: Held,
+        shared: &mut Shared,
+    ) -> Result<Option<Tensor>> {
         let Graph { input, output, offset, used } = self;
         // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
         let root = match dy {
             Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?,
             None => output,
         };
+
         if used.is_empty() {
             root.f_backward()?;
             return input.requires_grad().then(|| Ok(input.f_grad()?)).transpose();
@@ -139,6 +150,7 @@ impl Graph {
                         Some(mut sum) => sum.f_add_(gradient)?,
                         None => gradient.shallow_clone(),
                     };
+
                     // The layer that has it is yet to come.
                     if held.own.layout().offset(*number) < offset {
                         shared.insert(*number, sum);
@@ -147,9 +159,12 @@ impl Graph {
                     }
                 }
                 (Owner::Table(end, number), Some(table)) => table.add(*end, *number, gradient)?,
-                (Owner::Table(..), None) => return Err(Error::Internal("a graph without its table".into())),
+                (Owner::Table(..), None) => {
+                    return Err(Error::Internal("a graph without its table".into()));
+                }
             }
         }
+
         Ok(dx)
     }
 }
@@ -173,7 +188,8 @@ impl Stage {
     /// A stage without microbatches under way.
     pub fn new(place: Place, stack: Stack, settings: Settings) -> Stage {
         let eval_memory = Memory::new(settings.eval_mem_len);
-        let (whole, buckets) = (stack.runs(usize::MAX), stack.runs(settings.bucket.unwrap_or(usize::MAX)));
+        let (whole, buckets) =
+            (stack.runs(usize::MAX), stack.runs(settings.bucket.unwrap_or(usize::MAX)));
         let (blocks, saved, memories) = (stack.runs(0), VecDeque::new(), BTreeMap::new());
         Stage { place, stack, settings, whole, buckets, blocks, saved, memories, eval_memory }
     }
@@ -182,33 +198,47 @@ impl Stage {
     ///
     /// # Errors
     /// [`Error::NotFinite`] if the output is not, and what libtorch reports.
-    pub fn forward(&mut self, slot: MicrobatchId, at: UsedVersions, held: Held, input: Input) -> Result<Output> {
+    pub fn forward(
+        &mut self,
+        slot: MicrobatchId,
+        at: UsedVersions,
+        held: Held,
+        input: Input,
+    ) -> Result<Output> {
         let Input { x, targets, restart } = input;
-        let input = if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
+        let input =
+            if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
         let memory = remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len));
-        let mut saved = Saved { slot, at, input, targets, memory, graphs: Vec::new(), inputs: Vec::new() };
+        let mut saved =
+            Saved { slot, at, input, targets, memory, graphs: Vec::new(), inputs: Vec::new() };
         let mut memory = saved.memory.shallow_clone();
         let runs = self.runs(slot);
         let graphs = match self.settings.recompute {
             Recompute::Nothing => self.run(&saved, runs, &mut memory, held)?,
             Recompute::Stage => tch::no_grad(|| self.run(&saved, runs, &mut memory, held))?,
-            Recompute::Layers => tch::no_grad(|| self.run(&saved, &self.blocks, &mut memory, held))?,
+            Recompute::Layers => {
+                tch::no_grad(|| self.run(&saved, &self.blocks, &mut memory, held))?
+            }
         };
+
         self.memories.insert(slot.microbatch, memory);
         let result = self.checked(&saved, &graphs, held)?;
         match self.settings.recompute {
             Recompute::Nothing => saved.graphs = graphs,
             Recompute::Stage => {}
-            Recompute::Layers => saved.inputs = graphs.into_iter().map(|graph| graph.input).collect(),
+            Recompute::Layers => {
+                saved.inputs = graphs.into_iter().map(|graph| graph.input).collect()
+            }
         }
+
         self.saved.push_back(saved);
         Ok(result)
     }
 
-    /// Backward of the oldest microbatch under way: adds to the gradients, gives the gradient of the stage input.
-    /// `dy` is the gradient of its output, none on the last stage. `ready` is given the buckets of the step's gradient
-    /// that are complete while layers are left.
+    /// Backward of the oldest microbatch under way: adds to the gradients, gives the gradient of
+    /// the stage input. `dy` is the gradient of its output, none on the last stage. `ready` is
+    /// given the buckets of the step's gradient that are complete while layers are left.
     ///
     /// # Errors
     /// What libtorch reports, and those of `ready`.
@@ -220,41 +250,48 @@ impl Stage {
         ready: &mut dyn FnMut(Bucket) -> Result<()>,
     ) -> Result<Option<Tensor>> {
         let saved = self.saved.pop_front().filter(|saved| saved.slot == slot);
-        let mut saved = saved.ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
+        let mut saved = saved
+            .ok_or_else(|| Error::Internal(format!("{slot:?} on {} has no forward", self.place)))?;
         let mut graphs = match self.settings.recompute {
             Recompute::Nothing => std::mem::take(&mut saved.graphs),
-            Recompute::Stage => self.run(&saved, self.runs(slot), &mut saved.memory.shallow_clone(), held)?,
+            Recompute::Stage => {
+                self.run(&saved, self.runs(slot), &mut saved.memory.shallow_clone(), held)?
+            }
             Recompute::Layers => Vec::new(),
         };
+
         let layout = held.own.layout();
-        let bounds: Vec<usize> = self.runs(slot).iter().map(|run| layout.offset(run.first)).collect();
+        let bounds: Vec<usize> =
+            self.runs(slot).iter().map(|run| layout.offset(run.first)).collect();
         let (mut end, mut shared) = (layout.len, Shared::new());
         loop {
             let next = match saved.inputs.pop() {
                 Some(input) => Some(self.block(&saved, saved.inputs.len(), input, held)?),
                 None => graphs.pop(),
             };
+
             let Some(graph) = next else { break };
             let offset = graph.offset;
             dy = graph.backward(dy.take(), held, &mut shared)?;
             if offset > 0 && bounds.contains(&offset) {
-                let values = held.own.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
+                let values =
+                    held.own.gradient(0).f_narrow(0, offset as i64, (end - offset) as i64)?;
                 ready(Bucket { offset, values })?;
                 end = offset;
             }
         }
+
         Ok(dy)
     }
 
-    /// Forward of an evaluation at the newest versions: hidden states, or the sum of the losses of all tokens.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Forward of an evaluation at the newest versions: hidden states, or the sum of the losses of
+    /// all tokens.
     pub fn evaluate(&mut self, held: Held, input: &Input) -> Result<Output> {
         let at = UsedVersions::newest(held);
         if input.restart {
             self.eval_memory = Memory::new(self.settings.eval_mem_len);
         }
+
         tch::no_grad(|| {
             let weights = self.weights(at, held);
             let y = self.stack.forward(&weights, &input.x, &mut self.eval_memory, None)?;
@@ -297,7 +334,8 @@ impl Stage {
             (Some(table), Some(version)) => table.parameters(version, end),
             _ => &[],
         };
-        let (input, output) = (of_end(TableEnd::Input, at.input), of_end(TableEnd::Output, at.output));
+        let (input, output) =
+            (of_end(TableEnd::Input, at.input), of_end(TableEnd::Output, at.output));
         self.stack.weights(held.own.parameters(at.own, 0), input, output)
     }
 
@@ -309,22 +347,35 @@ impl Stage {
     /// The graph of one layer, and with the last one the loss.
     fn block(&self, saved: &Saved, number: usize, input: Tensor, held: Held) -> Result<Graph> {
         let (weights, dropout) = (self.weights(saved.at, held), self.dropout(saved.slot));
-        let input = if number == 0 { input } else { input.f_detach()?.f_set_requires_grad(true)? };
+        let input =
+            if number == 0 { input } else { input.f_detach()?.f_set_requires_grad(true)? };
         let (run, mut memory) = (&self.blocks[number], saved.memory.shallow_clone());
-        let mut output = self.stack.forward_run(run.layers.clone(), &weights, &input, &mut memory, dropout)?;
+        let mut output =
+            self.stack.forward_run(run.layers.clone(), &weights, &input, &mut memory, dropout)?;
         if let Some(targets) = saved.targets.as_ref().filter(|_| number + 1 == self.blocks.len()) {
             output = self.stack.loss(&weights, &output, targets, dropout)?;
         }
+
         let (offset, used) = (held.own.layout().offset(run.first), self.used(run, &weights, held));
         Ok(Graph { input, output, offset, used })
     }
 
     fn used(&self, run: &LayerRange, weights: &[Tensor], held: Held) -> Vec<(Owner, Tensor)> {
-        if held.own.adds_itself() { Vec::new() } else { self.stack.used(run.layers.clone(), weights) }
+        if held.own.adds_itself() {
+            Vec::new()
+        } else {
+            self.stack.used(run.layers.clone(), weights)
+        }
     }
 
     /// Hidden states or loss of a microbatch, the same every time it is run with the same memory.
-    fn run(&self, saved: &Saved, runs: &[LayerRange], memory: &mut Memory, held: Held) -> Result<Vec<Graph>> {
+    fn run(
+        &self,
+        saved: &Saved,
+        runs: &[LayerRange],
+        memory: &mut Memory,
+        held: Held,
+    ) -> Result<Vec<Graph>> {
         let (weights, dropout) = (self.weights(saved.at, held), self.dropout(saved.slot));
         let mut graphs: Vec<Graph> = Vec::with_capacity(runs.len());
         for run in runs {
@@ -332,21 +383,22 @@ impl Stage {
                 None => saved.input.shallow_clone(),
                 Some(before) => before.output.f_detach()?.f_set_requires_grad(true)?,
             };
-            let output = self.stack.forward_run(run.layers.clone(), &weights, &input, memory, dropout)?;
+
+            let output =
+                self.stack.forward_run(run.layers.clone(), &weights, &input, memory, dropout)?;
             let offset = held.own.layout().offset(run.first);
             graphs.push(Graph { input, output, offset, used: self.used(run, &weights, held) });
         }
+
         if let (Some(targets), Some(end)) = (&saved.targets, graphs.last_mut()) {
             end.output = self.stack.loss(&weights, &end.output, targets, dropout)?;
         }
+
         Ok(graphs)
     }
 }
 
 /// Whether every value of a tensor is finite.
-///
-/// # Errors
-/// What libtorch reports.
 pub fn is_finite(x: &Tensor) -> Result<bool> {
     Ok(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
@@ -374,25 +426,31 @@ mod tests {
         let dimensions = Dimensions::new(&config.model, 11, SEQUENCE as usize);
         let stack = Stack::new(&dimensions, 1..3);
         let layout = Layout::new(&stack.own());
-        let versions = Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
+        let versions =
+            Versions::new(layout.clone(), layout.initial(1).unwrap(), 1, 1, Kind::Float).unwrap();
         let place = Place { stage: 1, replica: 0 };
         (Stage::new(place, stack, Settings::new(config, Readback::Now)), versions)
     }
 
     fn input() -> Input {
-        let x = Tensor::arange(ROWS * SEQUENCE * 8, (Kind::Float, tch::Device::Cpu)).sin().view([ROWS, SEQUENCE, 8]);
+        let x = Tensor::arange(ROWS * SEQUENCE * 8, (Kind::Float, tch::Device::Cpu))
+            .sin()
+            .view([ROWS, SEQUENCE, 8]);
         let targets = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6, 7, 8]).view([ROWS, SEQUENCE]);
         Input { x, targets: Some(targets), restart: true }
     }
 
     const AT: UsedVersions = UsedVersions { own: 0, input: None, output: None };
 
-    /// Loss, gradient of the input and of all weights of the last microbatch; and the buckets that were ready.
+    /// Loss, gradient of the input and of all weights of the last microbatch; and the buckets that
+    /// were ready.
     fn run(config: &Config) -> (f64, Tensor, Vec<f32>, Vec<(usize, i64)>) {
         let (mut stage, versions) = last_stage(config);
         let held = Held { own: &versions, table: None };
         let slot = MicrobatchId { step: 0, microbatch: 1 };
-        let Output::Loss(loss) = stage.forward(slot, AT, held, input()).unwrap() else { panic!("no loss") };
+        let Output::Loss(loss) = stage.forward(slot, AT, held, input()).unwrap() else {
+            panic!("no loss")
+        };
         let mut buckets = Vec::new();
         let mut ready = |bucket: Bucket| {
             buckets.push((bucket.offset, bucket.values.numel() as i64));
@@ -411,8 +469,9 @@ mod tests {
         let dimensions = Dimensions::new(&config.model, 11, SEQUENCE as usize);
         let stack = Stack::new(&dimensions, 1..3);
         let layout = Layout::new(&stack.own());
-        let leaf =
-            |p: &crate::model::Parameter| Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).set_requires_grad(true);
+        let leaf = |p: &crate::model::Parameter| {
+            Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).set_requires_grad(true)
+        };
         let weights: Vec<Tensor> = stack.parameters().iter().map(leaf).collect();
         let Input { x, targets, .. } = input();
         let x = x.set_requires_grad(true);
@@ -450,7 +509,9 @@ mod tests {
         let held = Held { own: &versions, table: None };
         let slot = MicrobatchId { step: 0, microbatch: 0 };
         stage.forward(slot, AT, held, input()).unwrap();
-        stage.backward(slot, held, None, &mut |bucket| panic!("a bucket at {}", bucket.offset)).unwrap();
+        stage
+            .backward(slot, held, None, &mut |bucket| panic!("a bucket at {}", bucket.offset))
+            .unwrap();
     }
 
     #[test]
@@ -458,7 +519,9 @@ mod tests {
         let (mut stage, versions) = last_stage(&config(&[]));
         let held = Held { own: &versions, table: None };
         stage.forward(MicrobatchId { step: 0, microbatch: 0 }, AT, held, input()).unwrap();
-        let error = stage.backward(MicrobatchId { step: 0, microbatch: 1 }, held, None, &mut |_| Ok(())).unwrap_err();
+        let error = stage
+            .backward(MicrobatchId { step: 0, microbatch: 1 }, held, None, &mut |_| Ok(()))
+            .unwrap_err();
         assert!(error.to_string().contains("has no forward"), "{error}");
     }
 
@@ -488,7 +551,8 @@ mod tests {
     /// A memory is what the layers were given a step before, unless the rows begin anew.
     #[test]
     fn a_memory_lives_from_step_to_step() {
-        let config = config(&["model.arch=transformer-xl", "model.mem_len=4", "data.order=streams"]);
+        let config =
+            config(&["model.arch=transformer-xl", "model.mem_len=4", "data.order=streams"]);
         assert_eq!(config.model.tie, Tie::Untied);
         let (mut stage, versions) = last_stage(&config);
         let held = Held { own: &versions, table: None };

@@ -9,11 +9,8 @@ use crate::optim::norm;
 use crate::wire::Wire;
 
 impl Stage {
-    /// Forward and backward of a microbatch that leaves nothing behind (but in the table's gradient): for what is loaded and
-    /// taken when something is done for the first time.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Forward and backward of a microbatch that leaves nothing behind (but in the table's
+    /// gradient): for what is loaded and taken when something is done for the first time.
     pub fn rehearse(&mut self, held: Held, input: &Input, wire: Wire) -> Result<()> {
         let memories = std::mem::take(&mut self.memories);
         // The last microbatch of a step is cut into buckets.
@@ -21,7 +18,8 @@ impl Stage {
         let at = UsedVersions::newest(held);
         // The second time with a memory.
         for restart in [true, false] {
-            let (x, targets) = (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));
+            let (x, targets) =
+                (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));
             let input = Input { x, targets, restart };
             self.evaluate(held, &input)?;
             let dy = match self.forward(slot, at, held, input)? {
@@ -31,10 +29,12 @@ impl Stage {
                     None
                 }
             };
+
             if let Some(dx) = self.backward(slot, held, dy, &mut |_| Ok(()))? {
                 let _ = wire.cross(&dx)?;
             }
         }
+
         self.end_evaluation();
         let mut gradient = held.own.gradient(0).shallow_clone();
         norm(&gradient, self.settings.readback)?.now()?;

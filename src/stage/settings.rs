@@ -38,7 +38,8 @@ impl Settings {
             mem_len: config.model.mem_len,
             eval_mem_len: config.eval_mem_len(),
             microbatches: config.microbatches,
-            bucket: (config.grid.replicas > 1).then_some(config.bucket_kib * 1024 / size_of::<f32>()),
+            bucket: (config.grid.replicas > 1)
+                .then_some(config.bucket_kib * 1024 / size_of::<f32>()),
         }
     }
 

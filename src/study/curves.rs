@@ -21,8 +21,8 @@ const COLORS: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
     RGBColor(230, 159, 0),
 ];
-/// Losses above the middle one by more than so many times the way from it to the least are of the first steps, and would flatten
-/// the rest.
+/// Losses above the middle one by more than so many times the way from it to the least are of the
+/// first steps, and would flatten the rest.
 const HEADROOM: f64 = 1.6;
 
 /// Draws the curves as an SVG file.
@@ -34,7 +34,9 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
     let mut losses: Vec<f64> = points().map(|(_, loss)| loss).collect();
     losses.sort_by(f64::total_cmp);
     let tokens = points().map(|(tokens, _)| tokens).fold(0.0, f64::max);
-    let (Some(least), Some(middle)) = (losses.first(), losses.get(losses.len() / 2)) else { return Ok(()) };
+    let (Some(least), Some(middle)) = (losses.first(), losses.get(losses.len() / 2)) else {
+        return Ok(());
+    };
     let most = losses.last().copied().unwrap_or(*middle).min(middle + HEADROOM * (middle - least));
     let margin = ((most - least) * 0.05).max(1e-3);
 
@@ -66,7 +68,9 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
             chart
                 .draw_series(LineSeries::new(shown, color.stroke_width(2)).point_size(2))?
                 .label(curve.name.clone())
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
+                .legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2))
+                });
         }
         chart
             .configure_series_labels()
@@ -77,5 +81,6 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
             .draw()?;
         area.present()
     };
+
     picture().map_err(|error| error.to_string())
 }

@@ -1,4 +1,5 @@
-//! What comes of a study: the figures of every variant. As JSON they are `NAME.json`, whose schema is in docs/delay.md.
+//! What comes of a study: the figures of every variant. As JSON they are `NAME.json`, whose schema
+//! is in docs/delay.md.
 
 use serde::Serialize;
 
@@ -31,7 +32,8 @@ pub(super) struct Row {
     pub(super) predict: String,
     pub(super) lead: String,
     pub(super) rate: f64,
-    /// Whether it is the lowest or the highest of the rates that were tried: a better one may lie beyond.
+    /// Whether it is the lowest or the highest of the rates that were tried: a better one may lie
+    /// beyond.
     pub(super) rate_at_edge: bool,
     /// One a seed.
     pub(super) losses: Vec<f64>,
@@ -56,7 +58,8 @@ pub(super) struct Row {
     pub(super) goal_not_worse: bool,
 }
 
-/// How much sooner than others a variant has the loss that it ends with: they need fewer tokens, and longer for each. Of the mean tax.
+/// How much sooner than others a variant has the loss that it ends with: they need fewer tokens,
+/// and longer for each. Of the mean tax.
 #[derive(Debug, Serialize)]
 pub(super) struct SpeedUp {
     pub(super) over_1f1b: f64,
@@ -105,46 +108,47 @@ impl Findings {
             rows.push(Row::new(plan, variant, *rate, runs)?);
         }
 
-        // The curves of the references, seed by seed.
-        for i in 0..rows.len() {
-            let Some(name) = rows[i].against.clone() else { continue };
-            let reference = rows.iter().position(|row| row.name == name);
-            let reference = reference.ok_or_else(|| Error::Internal(format!("no reference {name}")))?;
-            let (variant, rate) = (&plan.list[reference], best[reference]);
-            let curves: Vec<Vec<(f64, f64)>> =
-                plan.seeds.iter().map(|seed| curve(plan, variant, rate, *seed, runs)).collect::<Result<_>>()?;
-
-            let pairs = rows[i].losses.iter().zip(&rows[reference].losses);
-            let differences: Vec<f64> = pairs.map(|(loss, of_reference)| loss - of_reference).collect();
-            rows[i].difference = Some(Mean::of(&differences));
-
-            let shares = rows[i].losses.iter().zip(&curves).map(|(loss, curve)| share_at(curve, *loss));
-            let shares: Option<Vec<Share>> = shares.collect();
-            rows[i].tax = shares.map(|shares| Tax::of(&shares));
-        }
+        against_references(&mut rows, plan, best, runs)?;
 
         for (i, variant) in plan.variants().enumerate() {
             let other = rows.iter().find(|row| variant.beside.as_ref() == Some(&row.name));
             let beside = other.map(|other| {
                 let pairs = rows[i].losses.iter().zip(&other.losses);
-                (other.name.clone(), Mean::of(&pairs.map(|(loss, of_other)| loss - of_other).collect::<Vec<_>>()))
+                (
+                    other.name.clone(),
+                    Mean::of(&pairs.map(|(loss, of_other)| loss - of_other).collect::<Vec<_>>()),
+                )
             });
+
             let tax = rows[i].tax.as_ref().map(|tax| tax.value.mean);
             // A reference is what it is compared with.
             let tax = tax.or(rows[i].against.is_none().then_some(1.0));
-            let reference = rows.iter().find(|row| rows[i].against.as_ref() == Some(&row.name)).unwrap_or(&rows[i]);
-            rows[i].speed_up = tax.map(|tax| SpeedUp::new(rows[i].times.step, &reference.times, tax));
+            let reference = rows
+                .iter()
+                .find(|row| rows[i].against.as_ref() == Some(&row.name))
+                .unwrap_or(&rows[i]);
+            rows[i].speed_up =
+                tax.map(|tax| SpeedUp::new(rows[i].times.step, &reference.times, tax));
             rows[i].beside = beside;
         }
 
         let references = rows.iter().filter(|row| row.against.is_none());
-        let top = references.min_by(|a, b| a.loss.mean.total_cmp(&b.loss.mean)).map(|row| row.shares.clone());
+        let top = references
+            .min_by(|a, b| a.loss.mean.total_cmp(&b.loss.mean))
+            .map(|row| row.shares.clone());
         for row in &mut rows {
-            row.tax_of_best = top.as_ref().and_then(|curve| Some(Tax::of(&[share_at(curve, row.loss.mean)?])));
+            row.tax_of_best =
+                top.as_ref().and_then(|curve| Some(Tax::of(&[share_at(curve, row.loss.mean)?])));
         }
 
         let tokens = config.steps * config.batch * config.data.sequence;
-        Ok(Findings { name: plan.name.clone(), seeds: plan.seeds.clone(), steps: config.steps, tokens, variants: rows })
+        Ok(Findings {
+            name: plan.name.clone(),
+            seeds: plan.seeds.clone(),
+            steps: config.steps,
+            tokens,
+            variants: rows,
+        })
     }
 
     /// The goals of the study that are missed, each in words.
@@ -153,12 +157,37 @@ impl Findings {
     }
 }
 
+/// Differences and token taxes, by the curves of the references, seed by seed.
+fn against_references(rows: &mut [Row], plan: &Plan, best: &[f64], runs: &Runs) -> Result<()> {
+    for i in 0..rows.len() {
+        let Some(name) = rows[i].against.clone() else { continue };
+        let reference = rows.iter().position(|row| row.name == name);
+        let reference = reference.ok_or_else(|| Error::Internal(format!("no reference {name}")))?;
+        let (variant, rate) = (&plan.list[reference], best[reference]);
+        let curves: Vec<Vec<(f64, f64)>> = plan
+            .seeds
+            .iter()
+            .map(|seed| curve(plan, variant, rate, *seed, runs))
+            .collect::<Result<_>>()?;
+
+        let pairs = rows[i].losses.iter().zip(&rows[reference].losses);
+        let differences: Vec<f64> = pairs.map(|(loss, of_reference)| loss - of_reference).collect();
+        rows[i].difference = Some(Mean::of(&differences));
+
+        let shares = rows[i].losses.iter().zip(&curves).map(|(loss, curve)| share_at(curve, *loss));
+        let shares: Option<Vec<Share>> = shares.collect();
+        rows[i].tax = shares.map(|shares| Tax::of(&shares));
+    }
+    Ok(())
+}
+
 impl Row {
     fn new(plan: &Plan, variant: &Variant, rate: f64, runs: &Runs) -> Result<Row> {
         let config = plan.config(variant)?;
         let seeds = plan.seeds.iter();
-        let losses: Vec<f64> =
-            seeds.map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0)?)).collect::<Result<_>>()?;
+        let losses: Vec<f64> = seeds
+            .map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0)?))
+            .collect::<Result<_>>()?;
         let mut shares = Vec::new();
         if variant.is_reference() {
             for share in &plan.shares {
@@ -201,8 +230,10 @@ impl Row {
         let mut missed = Vec::new();
         let tax = self.tax.as_ref().map_or(f64::INFINITY, |tax| tax.value.mean);
         if let Some(goal) = self.goal_tax.filter(|goal| tax > *goal) {
-            missed.push(format!("{}: a token tax of {tax:.3}, {goal} at most is wanted", self.name));
+            missed
+                .push(format!("{}: a token tax of {tax:.3}, {goal} at most is wanted", self.name));
         }
+
         let speed_up = self.speed_up.as_ref().map_or(0.0, |speed_up| speed_up.over_1f1b);
         if let Some(goal) = self.goal_speed_up.filter(|goal| speed_up < *goal) {
             missed.push(format!(
@@ -210,6 +241,7 @@ impl Row {
                 self.name
             ));
         }
+
         if let Some((other, difference)) = self.beside.as_ref().filter(|_| self.goal_not_worse)
             && difference.mean > difference.half_interval.unwrap_or(0.0)
         {
@@ -224,19 +256,33 @@ impl Row {
 }
 
 /// A variant's mean held-out losses on the way to its end.
-fn mean_curve(plan: &Plan, variant: &Variant, rate: f64, config: &Config, runs: &Runs) -> Result<Vec<(usize, f64)>> {
+fn mean_curve(
+    plan: &Plan,
+    variant: &Variant,
+    rate: f64,
+    config: &Config,
+    runs: &Runs,
+) -> Result<Vec<(usize, f64)>> {
     let of_seed = |seed: &u64| Ok(runs.evaluations(&plan.run(variant, rate, *seed, 1.0)?));
     let seeds: Vec<Vec<(usize, f64)>> = plan.seeds.iter().map(of_seed).collect::<Result<_>>()?;
     let tokens = config.batch * config.data.sequence;
     let mean = |i: usize, step: usize| {
-        let losses: Option<Vec<f64>> = seeds.iter().map(|seed| seed.get(i).map(|(_, loss)| *loss)).collect();
+        let losses: Option<Vec<f64>> =
+            seeds.iter().map(|seed| seed.get(i).map(|(_, loss)| *loss)).collect();
         Some((step * tokens, Mean::of(&losses?).mean))
     };
     Ok(seeds[0].iter().enumerate().filter_map(|(i, (step, _))| mean(i, *step)).collect())
 }
 
 /// A reference's losses at shares of the steps, of one seed.
-fn curve(plan: &Plan, variant: &Variant, rate: f64, seed: u64, runs: &Runs) -> Result<Vec<(f64, f64)>> {
-    let of_share = |share: &f64| Ok((*share, runs.finite_loss(&plan.run(variant, rate, seed, *share)?)?));
+fn curve(
+    plan: &Plan,
+    variant: &Variant,
+    rate: f64,
+    seed: u64,
+    runs: &Runs,
+) -> Result<Vec<(f64, f64)>> {
+    let of_share =
+        |share: &f64| Ok((*share, runs.finite_loss(&plan.run(variant, rate, seed, *share)?)?));
     plan.shares.iter().map(of_share).collect()
 }

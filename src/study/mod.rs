@@ -1,5 +1,5 @@
-//! `ouroboros study`: what delay costs, measured: variants of one run beside each other, each at its best learning rate, over
-//! paired seeds (the same weights, the same data).
+//! `ouroboros study`: what delay costs, measured: variants of one run beside each other, each at
+//! its best learning rate, over paired seeds (the same weights, the same data).
 //!
 //! ```text
 //! search   every variant x every rate, at the first seed               -> the best rate of each variant
@@ -7,8 +7,8 @@
 //! tax      each reference at its best rate, at shares of the steps     -> the tokens to a loss
 //! ```
 //!
-//! Every run is the oracle in a process of its own, so a study needs no more devices than there are cores; what is done is
-//! kept in the study's folder, and a study that was killed does the rest.
+//! Every run is the oracle in a process of its own, so a study needs no more devices than there are
+//! cores; what is done is kept in the study's folder, and a study that was killed does the rest.
 
 mod curves;
 mod times;
@@ -50,7 +50,10 @@ const MISSED: u8 = 1;
 /// A study that cannot be used, a run that fails, a folder that cannot be written.
 pub fn study(request: &Request) -> Result<u8> {
     let plan = Plan::load(&request.study)?;
-    let out = request.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-study", plan.name)));
+    let out = request
+        .out
+        .clone()
+        .unwrap_or_else(|| Path::new("runs").join(format!("{}-study", plan.name)));
     let jobs = match request.jobs {
         Some(0) => return Err(Error::config("--jobs", 0, "must be at least 1")),
         Some(jobs) => jobs,
@@ -58,25 +61,33 @@ pub fn study(request: &Request) -> Result<u8> {
     };
 
     let document = plan.quoted.as_ref().filter(|_| request.check);
-    let quoted = document.map(|document| Quoted::read(&plan.folder.join(document), &plan.name)).transpose()?;
+    let quoted = document
+        .map(|document| Quoted::read(&plan.folder.join(document), &plan.name))
+        .transpose()?;
 
     let mut runs = Runs::open(&out, &plan, jobs)?;
     runs.estimate(&plan)?;
     let first = plan.seeds[0];
 
-    let search: Vec<Vec<Run>> = plan.variants().map(|variant| plan.searched(variant, first)).collect::<Result<_>>()?;
+    let search: Vec<Vec<Run>> =
+        plan.variants().map(|variant| plan.searched(variant, first)).collect::<Result<_>>()?;
     runs.make(&search.concat())?;
-    let best: Vec<f64> = plan.variants().map(|variant| runs.best_rate(&plan, variant, first)).collect::<Result<_>>()?;
+    let best: Vec<f64> = plan
+        .variants()
+        .map(|variant| runs.best_rate(&plan, variant, first))
+        .collect::<Result<_>>()?;
 
     let mut rest = Vec::new();
     for (variant, rate) in plan.variants().zip(&best) {
         for seed in &plan.seeds {
-            let shares = plan.shares.iter().filter(|share| variant.is_reference() && **share != 1.0);
+            let shares =
+                plan.shares.iter().filter(|share| variant.is_reference() && **share != 1.0);
             for share in shares.chain([&1.0]) {
                 rest.push(plan.run(variant, *rate, *seed, *share)?);
             }
         }
     }
+
     runs.make(&rest)?;
 
     let findings = Findings::new(&plan, &best, &runs)?;

@@ -25,11 +25,12 @@ pub struct Plan {
     pub rates: Vec<f64>,
     /// Paired: the same weights and data in every variant.
     pub seeds: Vec<u64>,
-    /// Shares of the steps at which the references are run too, each with its whole own rate schedule: what a token is worth.
+    /// Shares of the steps at which the references are run too, each with its whole own rate
+    /// schedule: what a token is worth.
     #[serde(default = "default_shares")]
     pub shares: Vec<f64>,
-    /// A document, relative to the study's folder, that quotes the table of findings between `<!-- study NAME -->` and
-    /// `<!-- end -->`.
+    /// A document, relative to the study's folder, that quotes the table of findings between `<!--
+    /// study NAME -->` and `<!-- end -->`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quoted: Option<PathBuf>,
     /// What a step takes.
@@ -52,7 +53,8 @@ pub struct Variant {
     /// Learning rates of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rates: Option<Vec<f64>>,
-    /// The variant without delay that this one is compared with; none: it is such a reference itself.
+    /// The variant without delay that this one is compared with; none: it is such a reference
+    /// itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<String>,
     /// What an update of a stage takes, where it is not that of `[time]`.
@@ -103,8 +105,10 @@ impl Plan {
     /// [`Error::Config`] about `STUDY` or a key of it.
     pub fn load(path: &Path) -> Result<Plan> {
         let wrong = |problem: String| Error::config("STUDY", path.display(), problem);
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read ({error})")))?;
-        let mut plan: Plan = toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let mut plan: Plan =
+            toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))?;
         plan.folder = path.parent().unwrap_or(Path::new(".")).to_owned();
         plan.base = plan.folder.join(&plan.base);
         plan.check()?;
@@ -121,10 +125,12 @@ impl Plan {
         variant.rates.as_deref().unwrap_or(&self.rates)
     }
 
-    /// Whether a rate is the lowest or the highest of those that a variant was searched over, if it was searched.
+    /// Whether a rate is the lowest or the highest of those that a variant was searched over, if it
+    /// was searched.
     pub fn at_edge(&self, variant: &Variant, rate: f64) -> bool {
         let rates = self.rates_of(variant);
-        let inside = rates.iter().any(|other| *other < rate) && rates.iter().any(|other| *other > rate);
+        let inside =
+            rates.iter().any(|other| *other < rate) && rates.iter().any(|other| *other > rate);
         rates.len() > 1 && !inside
     }
 
@@ -150,7 +156,12 @@ impl Plan {
     ///
     /// # Errors
     /// As `loss`, and [`Error::Config`] if the variant has diverged at every rate.
-    pub fn best_of(&self, variant: &Variant, loss: impl Fn(&Run) -> Result<f64>, seed: u64) -> Result<f64> {
+    pub fn best_of(
+        &self,
+        variant: &Variant,
+        loss: impl Fn(&Run) -> Result<f64>,
+        seed: u64,
+    ) -> Result<f64> {
         let mut best = None;
         let mut least = f64::INFINITY;
         for rate in self.rates_of(variant) {
@@ -161,7 +172,13 @@ impl Plan {
         }
 
         let setting = format!("variant.{}", variant.name);
-        best.ok_or_else(|| Error::config(setting, "a loss that diverges at each of its rates", "add smaller `rates`"))
+        best.ok_or_else(|| {
+            Error::config(
+                setting,
+                "a loss that diverges at each of its rates",
+                "add smaller `rates`",
+            )
+        })
     }
 
     /// One training of a variant, over a share of the steps and of the warm-up.
@@ -179,6 +196,7 @@ impl Plan {
             sets.push(format!("steps={}", of(config.steps).max(1)));
             sets.push(format!("optimizer.warmup={}", of(config.optimizer.common.warmup)));
         }
+
         Ok(Run { id, sets })
     }
 
@@ -194,14 +212,20 @@ impl Plan {
     fn check(&self) -> Result<()> {
         if !files::is_plain_name(&self.name) {
             let found = format!("`{}`", self.name.escape_debug());
-            return Err(Error::config("name", found, "files of this name are written: write a plain name"));
+            return Err(Error::config(
+                "name",
+                found,
+                "files of this name are written: write a plain name",
+            ));
         }
+
         check_list("rates", &self.rates)?;
         check_list("seeds", &self.seeds)?;
         check_list("shares", &self.shares)?;
         if self.list.is_empty() {
             return Err(Error::config("variant", "an empty list", "a study needs at least one"));
         }
+
         if let Some(share) = self.shares.iter().find(|share| !(**share > 0.0 && **share <= 4.0)) {
             return Err(Error::config("shares", share, "must be above 0 and at most 4"));
         }
@@ -209,16 +233,27 @@ impl Plan {
         self.time.check()?;
 
         if self.config(&self.list[0])?.eval.is_none() {
-            return Err(Error::config("eval", "none", "a study compares held-out losses; set eval.every in its `set`"));
+            return Err(Error::config(
+                "eval",
+                "none",
+                "a study compares held-out losses; set eval.every in its `set`",
+            ));
         }
 
         for (i, variant) in self.list.iter().enumerate() {
             let setting = format!("variant.{}", variant.name);
             if self.list[..i].iter().any(|before| before.folder() == variant.folder()) {
-                return Err(Error::config(setting, "twice", "every variant needs a name of its own"));
+                return Err(Error::config(
+                    setting,
+                    "twice",
+                    "every variant needs a name of its own",
+                ));
             }
+
             let reference = variant.against.as_ref().map(|name| self.reference(name)).transpose();
-            reference.map_err(|remedy| Error::config(format!("{setting}.against"), "no reference", remedy))?;
+            reference.map_err(|remedy| {
+                Error::config(format!("{setting}.against"), "no reference", remedy)
+            })?;
             check_list(&format!("{setting}.rates"), self.rates_of(variant))?;
             self.check_goals(variant, &setting)?;
             self.check_comparable(variant)?;
@@ -226,6 +261,7 @@ impl Plan {
             self.check_update(variant, &setting)?;
             self.times_of(variant)?;
         }
+
         Ok(())
     }
 
@@ -245,26 +281,38 @@ impl Plan {
             return Ok(());
         }
         let found = format!("none, and delays {delays:?}");
-        Err(Error::config(format!("{setting}.against"), found, "name a variant without delay that it is compared with"))
+        Err(Error::config(
+            format!("{setting}.against"),
+            found,
+            "name a variant without delay that it is compared with",
+        ))
     }
 
     fn check_goals(&self, variant: &Variant, setting: &str) -> Result<()> {
         let compared = variant.goal_tax.is_some() || variant.goal_speed_up.is_some();
         if compared && variant.is_reference() {
-            let remedy = "a token tax is told against a variant without delay; name one in `against`";
+            let remedy =
+                "a token tax is told against a variant without delay; name one in `against`";
             return Err(Error::config(format!("{setting}.against"), "none, and a goal", remedy));
         }
 
         let Some(beside) = &variant.beside else {
             let goal = format!("{setting}.goal_not_worse");
             return match variant.goal_not_worse {
-                true => Err(Error::config(goal, true, "than what? name another variant in `beside`")),
+                true => {
+                    Err(Error::config(goal, true, "than what? name another variant in `beside`"))
+                }
                 false => Ok(()),
             };
         };
+
         match self.list.iter().any(|other| other.name == *beside && other.name != variant.name) {
             true => Ok(()),
-            false => Err(Error::config(format!("{setting}.beside"), beside, "name another variant of the study")),
+            false => Err(Error::config(
+                format!("{setting}.beside"),
+                beside,
+                "name another variant of the study",
+            )),
         }
     }
 
@@ -285,11 +333,13 @@ impl Plan {
             ("eval", first.eval != other.eval),
             ("seed", first.seed != other.seed),
         ];
+
         match differs.into_iter().find(|(_, differs)| *differs) {
             None => Ok(()),
             Some((key, _)) => {
                 let found = format!("another {key} than variant {}", self.list[0].name);
-                let remedy = "variants of a study read and are evaluated on the same tokens; set it for all";
+                let remedy =
+                    "variants of a study read and are evaluated on the same tokens; set it for all";
                 Err(Error::config(format!("variant.{}", variant.name), found, remedy))
             }
         }
@@ -302,5 +352,7 @@ fn check_list<T: PartialEq + std::fmt::Debug>(setting: &str, values: &[T]) -> Re
         return Err(Error::config(setting, "an empty list", "a study needs at least one"));
     }
     let twice = values.iter().enumerate().find(|(i, value)| values[..*i].contains(value));
-    twice.map_or(Ok(()), |(_, value)| Err(Error::config(setting, format!("{value:?} twice"), "give each value once")))
+    twice.map_or(Ok(()), |(_, value)| {
+        Err(Error::config(setting, format!("{value:?} twice"), "give each value once"))
+    })
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use super::findings::Findings;
 use crate::error::{Error, Result};
 
-/// Columns of the first table, and how far at least a quoted figure may be off: other processors round in other ways.
+/// Columns of the first table, and how far at least a quoted figure may be off: other processors
+/// round in other ways.
 const LOSS_COLUMN: usize = 4;
 const TAX_COLUMN: usize = 6;
 const LEAST_LOSS: f64 = 0.01;
@@ -16,7 +17,9 @@ const LEAST_TAX: f64 = 0.03;
 fn quoted(text: &str, name: &str) -> Option<Vec<Vec<String>>> {
     let (_, rest) = text.split_once(&format!("<!-- study {name} -->"))?;
     let (table, _) = rest.split_once("<!-- end -->")?;
-    let cells = |line: &str| line.trim().trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect();
+    let cells = |line: &str| {
+        line.trim().trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()
+    };
     Some(table.lines().filter(|line| line.trim_start().starts_with('|')).map(cells).collect())
 }
 
@@ -36,7 +39,8 @@ impl Quoted {
     /// [`Error::Config`] about `quoted` if there is no such table.
     pub fn read(document: &Path, study: &str) -> Result<Quoted> {
         let wrong = |problem: String| Error::config("quoted", document.display(), problem);
-        let text = fs::read_to_string(document).map_err(|error| wrong(format!("cannot be read ({error})")))?;
+        let text = fs::read_to_string(document)
+            .map_err(|error| wrong(format!("cannot be read ({error})")))?;
         let rows = quoted(&text, study).ok_or_else(|| {
             wrong(format!("has no table between `<!-- study {study} -->` and `<!-- end -->`; quote {study}.md there"))
         })?;
@@ -47,10 +51,12 @@ impl Quoted {
     pub fn missed(&self, findings: &Findings) -> Vec<String> {
         let mut missed = Vec::new();
         for row in &findings.variants {
-            let Some(cells) = self.rows.iter().find(|cells| cells.first() == Some(&row.name)) else {
+            let Some(cells) = self.rows.iter().find(|cells| cells.first() == Some(&row.name))
+            else {
                 missed.push(format!("{}: {} does not quote it", row.name, self.document));
                 continue;
             };
+
             for (what, column, found, least) in [
                 ("loss", LOSS_COLUMN, Some(&row.loss), LEAST_LOSS),
                 ("token tax", TAX_COLUMN, row.tax.as_ref().map(|tax| &tax.value), LEAST_TAX),
@@ -62,6 +68,7 @@ impl Quoted {
                     }
                     (found, said) => found.is_none() && said.is_none(),
                 };
+
                 if !agrees {
                     let found = found.map_or("none".into(), |found| found.show(4));
                     missed.push(format!("{}: a {what} of {found}, `{cell}` is quoted", row.name));

@@ -1,4 +1,5 @@
-//! What comes of a study, written: `NAME.json`, `NAME.md` with the same figures as tables, `NAME.svg` with the curves.
+//! What comes of a study, written: `NAME.json`, `NAME.md` with the same figures as tables,
+//! `NAME.svg` with the curves.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -15,10 +16,13 @@ impl Findings {
     /// # Errors
     /// [`Error::Config`] about `--out`.
     pub fn write(&self, out: &Path) -> Result<()> {
-        let json = serde_json::to_string_pretty(self).map_err(|error| Error::Internal(error.to_string()))?;
+        let json = serde_json::to_string_pretty(self)
+            .map_err(|error| Error::Internal(error.to_string()))?;
         for (ending, text) in [("json", json), ("md", self.table())] {
             let path = out.join(format!("{}.{ending}", self.name));
-            let wrong = |error| Error::config("--out", path.display(), format!("cannot be written ({error})"));
+            let wrong = |error| {
+                Error::config("--out", path.display(), format!("cannot be written ({error})"))
+            };
             files::write(&path, text.as_bytes()).map_err(wrong)?;
         }
 
@@ -26,10 +30,16 @@ impl Findings {
             name: row.name.clone(),
             points: row.curve.iter().map(|(tokens, loss)| (*tokens as f64, *loss)).collect(),
         };
+
         let path = out.join(format!("{}.svg", self.name));
-        let title = format!("{}: each variant at its best rate, means of {} seeds", self.name, self.seeds.len());
-        curves::draw(&path, &title, &self.variants.iter().map(curve).collect::<Vec<_>>())
-            .map_err(|error| Error::config("--out", path.display(), format!("cannot be written ({error})")))
+        let title = format!(
+            "{}: each variant at its best rate, means of {} seeds",
+            self.name,
+            self.seeds.len()
+        );
+        curves::draw(&path, &title, &self.variants.iter().map(curve).collect::<Vec<_>>()).map_err(
+            |error| Error::config("--out", path.display(), format!("cannot be written ({error})")),
+        )
     }
 
     /// The figures as a table.
@@ -41,7 +51,10 @@ impl Findings {
             self.tokens,
             self.seeds.len()
         );
-        text.push_str("| variant | grid | delays | rate | loss | difference | token tax | of the best |\n");
+
+        text.push_str(
+            "| variant | grid | delays | rate | loss | difference | token tax | of the best |\n",
+        );
         text.push_str("|---|---|---|---|---|---|---|---|\n");
         for row in &self.variants {
             let delays: Vec<String> = row.delays.iter().map(ToString::to_string).collect();
@@ -64,15 +77,20 @@ impl Findings {
         if self.variants.iter().any(|row| row.rate_at_edge) {
             text.push_str("\n*: the lowest or the highest rate that was tried; a better one may lie beyond.\n");
         }
+
         let taxes = self.variants.iter().flat_map(|row| [&row.tax, &row.tax_of_best]).flatten();
         if taxes.into_iter().any(|tax| tax.extrapolated) {
-            text.push_str("\n~: a loss beyond those of the reference's runs; extrapolated, not measured.\n");
+            text.push_str(
+                "\n~: a loss beyond those of the reference's runs; extrapolated, not measured.\n",
+            );
         }
+
         for row in &self.variants {
             if let Some((name, difference)) = &row.beside {
                 let _ = writeln!(text, "\n{} less {name}: {}", row.name, difference.show(4));
             }
         }
+
         text.push('\n');
         self.add_times(&mut text);
         text
@@ -86,8 +104,9 @@ impl Findings {
         for row in &self.variants {
             let StepTimes { rows, step, one_device, one_f_one_b, gpipe } = &row.times;
             let best = |(step, m): &(f64, usize)| format!("{} (m = {m})", time(*step));
-            let speed_up =
-                |of: fn(&SpeedUp) -> f64| row.speed_up.as_ref().map_or("-".into(), |s| format!("{:.2}", of(s)));
+            let speed_up = |of: fn(&SpeedUp) -> f64| {
+                row.speed_up.as_ref().map_or("-".into(), |s| format!("{:.2}", of(s)))
+            };
             let _ = writeln!(
                 text,
                 "| {} | {rows} | {} | {} | {} | {} | {} | {} | {} |",

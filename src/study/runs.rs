@@ -1,7 +1,7 @@
 //! The runs of a study: oracles in processes of their own, several at once, each made once.
 //!
-//! A run is made in `runs/ID.PROCESS/` and renamed to `runs/ID/` when it is complete, so that what was killed is never taken
-//! for a result.
+//! A run is made in `runs/ID.PROCESS/` and renamed to `runs/ID/` when it is complete, so that what
+//! was killed is never taken for a result.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -43,11 +43,16 @@ impl Runs {
         let configs = out.join("configs");
         fs::create_dir_all(&configs).map_err(|error| wrong(format!("cannot be made ({error})")))?;
         for variant in plan.variants() {
-            let (text, kept) = (plan.config(variant)?.to_toml(), configs.join(format!("{}.toml", variant.folder())));
+            let (text, kept) = (
+                plan.config(variant)?.to_toml(),
+                configs.join(format!("{}.toml", variant.folder())),
+            );
             match fs::read_to_string(&kept) {
                 Ok(before) if before != text => {
-                    let problem =
-                        format!("holds runs of another `{}`; choose another folder, or remove it", variant.name);
+                    let problem = format!(
+                        "holds runs of another `{}`; choose another folder, or remove it",
+                        variant.name
+                    );
                     return Err(wrong(problem));
                 }
                 Ok(_) => {}
@@ -55,6 +60,7 @@ impl Runs {
                     .map_err(|error| wrong(format!("cannot be written ({error})")))?,
             }
         }
+
         Ok(Runs { base: plan.base.clone(), folder, jobs })
     }
 
@@ -63,7 +69,8 @@ impl Runs {
         self.folder.join(&run.id).exists()
     }
 
-    /// The held-out loss at the end of a complete run, nats a token; infinite if the run has diverged.
+    /// The held-out loss at the end of a complete run, nats a token; infinite if the run has
+    /// diverged.
     ///
     /// # Errors
     /// [`Error::Internal`] if it is not complete.
@@ -82,20 +89,26 @@ impl Runs {
     pub fn finite_loss(&self, run: &Run) -> Result<f64> {
         match self.loss(run)? {
             loss if loss.is_finite() => Ok(loss),
-            _ => Err(Error::config("rates", format!("{}, which has diverged", run.id), "give smaller ones")),
+            _ => Err(Error::config(
+                "rates",
+                format!("{}, which has diverged", run.id),
+                "give smaller ones",
+            )),
         }
     }
 
     /// The held-out losses of a complete run on its way: steps made, nats a token.
     pub fn evaluations(&self, run: &Run) -> Vec<(usize, f64)> {
-        let of =
-            |line: &serde_json::Value| Some((line.get("step")?.as_u64()? as usize, line.get("eval_loss")?.as_f64()?));
+        let of = |line: &serde_json::Value| {
+            Some((line.get("step")?.as_u64()? as usize, line.get("eval_loss")?.as_f64()?))
+        };
         self.lines(run).iter().filter_map(of).collect()
     }
 
     /// The metrics of a run.
     fn lines(&self, run: &Run) -> Vec<serde_json::Value> {
-        let text = fs::read_to_string(self.folder.join(&run.id).join("metrics.jsonl")).unwrap_or_default();
+        let text =
+            fs::read_to_string(self.folder.join(&run.id).join("metrics.jsonl")).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
@@ -117,7 +130,8 @@ impl Runs {
         let further = plan.list.len() * (plan.seeds.len() - 1);
         let references = plan.variants().filter(|variant| variant.is_reference()).count();
         let shares: f64 = plan.shares.iter().filter(|share| **share != 1.0).sum();
-        let runs = (searched + further) as f64 + references as f64 * plan.seeds.len() as f64 * shares;
+        let runs =
+            (searched + further) as f64 + references as f64 * plan.seeds.len() as f64 * shares;
         let made = fs::read_dir(&self.folder).map_or(0, |runs| runs.flatten().count());
         let left = (runs - made as f64).max(0.0);
         if left < 1.0 {
@@ -133,14 +147,19 @@ impl Runs {
         let whole = begun.elapsed().as_secs_f64();
 
         // The start and the evaluations are there once, whatever the steps.
-        let mut steps: Vec<f64> = self.lines(&pilot).iter().filter_map(|line| line.get("step_s")?.as_f64()).collect();
+        let mut steps: Vec<f64> =
+            self.lines(&pilot).iter().filter_map(|line| line.get("step_s")?.as_f64()).collect();
         steps.sort_by(f64::total_cmp);
         let step = steps.get(steps.len() / 2).copied().unwrap_or_default();
         let seconds = whole + step * plan.config(first)?.steps.saturating_sub(PILOT_STEPS) as f64;
 
         let _ = fs::remove_dir_all(self.folder.join(&pilot.id));
         let minutes = left * seconds / self.jobs as f64 / 60.0;
-        say!("{}: {left:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes", plan.name, self.jobs);
+        say!(
+            "{}: {left:.0} runs of {seconds:.0} s, {} at once: about {minutes:.0} minutes",
+            plan.name,
+            self.jobs
+        );
         Ok(())
     }
 
@@ -164,10 +183,18 @@ impl Runs {
                 state.1 += 1;
                 match result {
                     Ok(loss) => {
-                        let left = begun.elapsed().div_f64(state.1 as f64).mul_f64((count - state.1) as f64);
+                        let left = begun
+                            .elapsed()
+                            .div_f64(state.1 as f64)
+                            .mul_f64((count - state.1) as f64);
                         let (seconds, done) = (started.elapsed().as_secs_f64(), state.1);
-                        let loss = if loss.is_finite() { format!("{loss:.4}") } else { DIVERGED.into() };
-                        say!("{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left", run.id, minutes(left));
+                        let loss =
+                            if loss.is_finite() { format!("{loss:.4}") } else { DIVERGED.into() };
+                        say!(
+                            "{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left",
+                            run.id,
+                            minutes(left)
+                        );
                     }
                     Err(error) => {
                         state.0.clear();
@@ -179,32 +206,42 @@ impl Runs {
                 }
             }
         };
+
         std::thread::scope(|scope| {
             for _ in 0..self.jobs {
                 scope.spawn(work);
             }
         });
+
         lock().2.clone()
     }
 
     /// One run, from its beginning.
     fn make_one(&self, run: &Run) -> Result<()> {
         let folder = self.folder.join(format!("{}.{}", run.id, std::process::id()));
-        let wrong =
-            |error: std::io::Error| Error::config("--out", folder.display(), format!("cannot be written ({error})"));
+        let wrong = |error: std::io::Error| {
+            Error::config("--out", folder.display(), format!("cannot be written ({error})"))
+        };
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).map_err(wrong)?;
         let log = folder.join("output.log");
         let output = fs::File::create(&log).map_err(wrong)?;
 
-        let program = std::env::current_exe().map_err(|error| Error::Internal(error.to_string()))?;
+        let program =
+            std::env::current_exe().map_err(|error| Error::Internal(error.to_string()))?;
         let mut command = Command::new(program);
-        command.arg("train").arg(&self.base).args(["--oracle", "--dies-with-parent", "--out"]).arg(&folder);
+        command
+            .arg("train")
+            .arg(&self.base)
+            .args(["--oracle", "--dies-with-parent", "--out"])
+            .arg(&folder);
         run.sets.iter().for_each(|set| {
             command.args(["--set", set]);
         });
+
         let errors = output.try_clone().map_err(wrong)?;
-        let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status().map_err(wrong)?;
+        let status =
+            command.stdin(Stdio::null()).stdout(output).stderr(errors).status().map_err(wrong)?;
 
         if status.code() == Some(i32::from(NOT_FINITE)) {
             // A result: this rate is too large.
@@ -218,6 +255,7 @@ impl Runs {
                 run.id
             )));
         }
+
         // Weights are not looked at.
         let _ = fs::remove_dir_all(folder.join("checkpoints"));
         fs::rename(&folder, self.folder.join(&run.id)).map_err(wrong)

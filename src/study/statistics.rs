@@ -16,7 +16,8 @@ impl Mean {
         let mean = values.iter().sum::<f64>() / n;
         let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
         let student = StudentsT::new(0.0, 1.0, n - 1.0).ok();
-        let half_interval = student.map(|student| student.inverse_cdf(0.975) * (variance / n).sqrt());
+        let half_interval =
+            student.map(|student| student.inverse_cdf(0.975) * (variance / n).sqrt());
         Mean { mean, half_interval }
     }
 
@@ -37,8 +38,9 @@ pub struct Share {
     pub extrapolated: bool,
 }
 
-/// The share of the steps at which a reference has a loss: between its points (share, loss), and beyond them along the
-/// nearest two, in the logarithm of the share. None of fewer than two points, or if they do not fall.
+/// The share of the steps at which a reference has a loss: between its points (share, loss), and
+/// beyond them along the nearest two, in the logarithm of the share. None of fewer than two points,
+/// or if they do not fall.
 pub fn share_at(points: &[(f64, f64)], loss: f64) -> Option<Share> {
     let mut points = points.to_vec();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -83,6 +85,10 @@ mod tests {
             }
         }
         assert_eq!(share_at(&points[..1], 2.0), None);
-        assert_eq!(share_at(&[(0.5, 2.0), (1.0, 2.5)], 2.0), None, "a reference that does not learn says nothing");
+        assert_eq!(
+            share_at(&[(0.5, 2.0), (1.0, 2.5)], 2.0),
+            None,
+            "a reference that does not learn says nothing"
+        );
     }
 }

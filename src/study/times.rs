@@ -1,4 +1,5 @@
-//! What a step of a variant takes, by the simulation of its schedule, and what that is worth to a loss.
+//! What a step of a variant takes, by the simulation of its schedule, and what that is worth to a
+//! loss.
 //!
 //! ```text
 //! times       of a row (given, or measured by `ouroboros bench`)  x  rows of a microbatch  ->  simulation  ->  time of a step
@@ -17,7 +18,8 @@ use crate::error::{Error, Result};
 use crate::schedule::{Schedule, ScheduleKind, StageCosts, Violation, step_time};
 use crate::setup::plan::schedule;
 
-/// The section `[time]` of a study: times of one row on a device that holds one stage, in any unit, or those of a profile.
+/// The section `[time]` of a study: times of one row on a device that holds one stage, in any unit,
+/// or those of a profile.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TimeConfig {
@@ -34,7 +36,8 @@ pub struct TimeConfig {
     /// Of one message, whatever its size.
     #[serde(default)]
     pub message: f64,
-    /// A bench.json of `ouroboros bench` instead, relative to the study's folder; times are seconds then.
+    /// A bench.json of `ouroboros bench` instead, relative to the study's folder; times are seconds
+    /// then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<PathBuf>,
 }
@@ -49,11 +52,19 @@ fn two() -> f64 {
 
 impl Default for TimeConfig {
     fn default() -> TimeConfig {
-        TimeConfig { rows: None, forward: one(), backward: two(), update: 0.0, message: 0.0, profile: None }
+        TimeConfig {
+            rows: None,
+            forward: one(),
+            backward: two(),
+            update: 0.0,
+            message: 0.0,
+            profile: None,
+        }
     }
 }
 
-/// What is simulated: more microbatches make no schedule better, and simulating more of either takes minutes.
+/// What is simulated: more microbatches make no schedule better, and simulating more of either
+/// takes minutes.
 const MICROBATCHES: usize = 128;
 const STAGES: usize = 32;
 const ROWS: usize = 1 << 16;
@@ -89,6 +100,7 @@ impl TimeConfig {
             ("update", self.update),
             ("message", self.message),
         ];
+
         for (key, value) in times {
             let least = if matches!(key, "forward" | "backward") { f64::MIN_POSITIVE } else { 0.0 };
             Error::unless(
@@ -98,10 +110,12 @@ impl TimeConfig {
                 "must be 0 or more, forward and backward above 0",
             )?;
         }
+
         let rows = self.rows.unwrap_or(1);
         if !(1..=ROWS).contains(&rows) {
             return Err(Error::config("time.rows", rows, format!("from 1 to {ROWS}")));
         }
+
         Ok(())
     }
 
@@ -114,8 +128,13 @@ impl TimeConfig {
         let Some(profile) = &self.profile else {
             let of = |stage: usize| {
                 let share = schedule.device_fraction(stage);
-                StageCosts { forward: self.forward * share, backward: self.backward * share, update: self.update }
+                StageCosts {
+                    forward: self.forward * share,
+                    backward: self.backward * share,
+                    update: self.update,
+                }
             };
+
             return Ok(RowTimes { stages: (0..schedule.stages).map(of).collect(), message });
         };
 
@@ -123,29 +142,38 @@ impl TimeConfig {
         let wrong = |problem: String| Error::config("time.profile", path.display(), problem);
         let profile = Profile::read(&path).map_err(wrong)?;
         let rows = profile.rows.filter(|rows| *rows > 0);
-        let rows =
-            rows.ok_or_else(|| wrong("does not tell its `rows`; measure it again with `ouroboros bench`".into()))?;
+        let rows = rows.ok_or_else(|| {
+            wrong("does not tell its `rows`; measure it again with `ouroboros bench`".into())
+        })?;
         if profile.stages.len() != schedule.stages {
             let (found, wanted) = (profile.stages.len(), schedule.stages);
-            return Err(wrong(format!("has {found} stages, the variant {wanted}; measure that grid")));
+            return Err(wrong(format!(
+                "has {found} stages, the variant {wanted}; measure that grid"
+            )));
         }
 
         let of_row = |stage: &StageTime| {
             let StageCosts { forward, backward, update } = stage.costs();
             StageCosts { forward: forward / rows as f64, backward: backward / rows as f64, update }
         };
+
         Ok(RowTimes { stages: profile.stages.iter().map(of_row).collect(), message })
     }
 }
 
 impl RowTimes {
-    /// What a step takes under a schedule of `rows` rows a replica. A microbatch of b rows takes b times as long as one.
+    /// What a step takes under a schedule of `rows` rows a replica. A microbatch of b rows takes b
+    /// times as long as one.
     fn step(&self, schedule: &Schedule, rows: usize) -> Result<f64> {
         let b = rows as f64 / schedule.microbatches as f64;
-        let of_microbatch =
-            |stage: &StageCosts| StageCosts { forward: stage.forward * b, backward: stage.backward * b, ..*stage };
+        let of_microbatch = |stage: &StageCosts| StageCosts {
+            forward: stage.forward * b,
+            backward: stage.backward * b,
+            ..*stage
+        };
         let fault = |fault: Violation| Error::Internal(format!("schedule: {fault}"));
-        step_time(schedule, self.stages.iter().map(of_microbatch).collect(), self.message).map_err(fault)
+        step_time(schedule, self.stages.iter().map(of_microbatch).collect(), self.message)
+            .map_err(fault)
     }
 
     /// The shortest step of a synchronous schedule, and its number of microbatches.
@@ -159,6 +187,7 @@ impl RowTimes {
                 best = (step, microbatches);
             }
         }
+
         Ok(best)
     }
 }
@@ -172,12 +201,22 @@ impl StepTimes {
         let rows = time.rows.unwrap_or(config.batch / config.grid.replicas);
         let m = config.microbatches;
         if !rows.is_multiple_of(m) {
-            return Err(Error::config("time.rows", rows, format!("must be a multiple of microbatches = {m}")));
+            return Err(Error::config(
+                "time.rows",
+                rows,
+                format!("must be a multiple of microbatches = {m}"),
+            ));
         }
 
-        for (setting, value, most) in [("microbatches", m, MICROBATCHES), ("grid.stages", config.grid.stages, STAGES)] {
+        for (setting, value, most) in
+            [("microbatches", m, MICROBATCHES), ("grid.stages", config.grid.stages, STAGES)]
+        {
             if value > most {
-                return Err(Error::config(setting, value, format!("a study simulates at most {most}")));
+                return Err(Error::config(
+                    setting,
+                    value,
+                    format!("a study simulates at most {most}"),
+                ));
             }
         }
 
@@ -209,7 +248,8 @@ mod tests {
         StepTimes::new(time, Path::new("."), &config(sets)).unwrap()
     }
 
-    /// Eight rows on four devices: 1F1B is best with rows one by one, whose bubble is 3 of 11; decoupled has none.
+    /// Eight rows on four devices: 1F1B is best with rows one by one, whose bubble is 3 of 11;
+    /// decoupled has none.
     #[test]
     fn steps_of_eight_rows_on_four_devices() {
         let found = times(&TimeConfig::default(), &["microbatches=4"]);
@@ -222,11 +262,13 @@ mod tests {
 
     #[test]
     fn updates_count() {
-        let found = times(&TimeConfig { update: 3.0, ..TimeConfig::default() }, &["microbatches=4"]);
+        let found =
+            times(&TimeConfig { update: 3.0, ..TimeConfig::default() }, &["microbatches=4"]);
         assert_eq!((found.step, found.one_device, found.one_f_one_b.0), (27.0, 108.0, 36.0));
     }
 
-    /// A ring's ends share a device, and have half a share of the work each; one device has the rows of all replicas.
+    /// A ring's ends share a device, and have half a share of the work each; one device has the
+    /// rows of all replicas.
     #[test]
     fn rings_and_replicas() {
         let found = times(&TimeConfig::default(), &["microbatches=4", "grid.placement=ring"]);
@@ -240,7 +282,12 @@ mod tests {
         let time = TimeConfig { rows: Some(16), ..TimeConfig::default() };
         assert_eq!(times(&time, &["microbatches=4"]).step, 48.0);
         let odd = TimeConfig { rows: Some(6), ..TimeConfig::default() };
-        let error = StepTimes::new(&odd, Path::new("."), &config(&["microbatches=4"])).unwrap_err().to_string();
-        assert!(error.contains("`time.rows`: found 6; must be a multiple of microbatches = 4"), "{error}");
+        let error = StepTimes::new(&odd, Path::new("."), &config(&["microbatches=4"]))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("`time.rows`: found 6; must be a multiple of microbatches = 4"),
+            "{error}"
+        );
     }
 }

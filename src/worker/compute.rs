@@ -19,7 +19,13 @@ pub(super) enum Compute {
 
 impl Compute {
     /// As [`Stage::forward`].
-    pub(super) fn forward(&mut self, slot: MicrobatchId, at: UsedVersions, held: Held, input: Input) -> Result<Output> {
+    pub(super) fn forward(
+        &mut self,
+        slot: MicrobatchId,
+        at: UsedVersions,
+        held: Held,
+        input: Input,
+    ) -> Result<Output> {
         match self {
             Compute::Real(stage) => stage.forward(slot, at, held, input),
             Compute::Asleep(stage) => stage.forward(slot, input),
@@ -47,7 +53,9 @@ impl Compute {
     pub(super) fn real(&mut self) -> Result<&mut Stage> {
         match self {
             Compute::Real(stage) => Ok(stage.as_mut()),
-            Compute::Asleep(_) => Err(Error::Internal("a stage that sleeps has nothing to evaluate".into())),
+            Compute::Asleep(_) => {
+                Err(Error::Internal("a stage that sleeps has nothing to evaluate".into()))
+            }
         }
     }
 
@@ -55,7 +63,9 @@ impl Compute {
     pub(super) fn remembered(&self) -> Vec<(usize, Vec<(String, &Tensor)>)> {
         let Compute::Real(stage) = self else { return Vec::new() };
         let memories = stage.memories().iter();
-        memories.map(|(microbatch, memory)| (*microbatch, stage.stack().remembered(memory))).collect()
+        memories
+            .map(|(microbatch, memory)| (*microbatch, stage.stack().remembered(memory)))
+            .collect()
     }
 
     /// What they are to remember, of a run that is resumed.
@@ -66,14 +76,16 @@ impl Compute {
     }
 }
 
-/// A stage that sleeps instead of computing: losses and gradients are 0, messages and buckets are as large as they would be.
+/// A stage that sleeps instead of computing: losses and gradients are 0, messages and buckets are
+/// as large as they would be.
 pub(super) struct SleepingStage {
     sleep: Sleep,
     first: bool,
     device: Device,
     d_model: i64,
     microbatches: usize,
-    /// Where the runs of layers begin in the flat buffer: of the last microbatch of a step, and of the others.
+    /// Where the runs of layers begin in the flat buffer: of the last microbatch of a step, and of
+    /// the others.
     buckets: Vec<usize>,
     whole: Vec<usize>,
     /// Inputs of the microbatches under way.
@@ -84,9 +96,16 @@ pub(super) struct SleepingStage {
 
 impl SleepingStage {
     /// The layers of `stack`, which is the first of the model or not, on a device.
-    pub(super) fn new(sleep: Sleep, stack: &Stack, first: bool, settings: &Settings, device: Device) -> SleepingStage {
+    pub(super) fn new(
+        sleep: Sleep,
+        stack: &Stack,
+        first: bool,
+        settings: &Settings,
+        device: Device,
+    ) -> SleepingStage {
         let layout = Layout::new(&stack.own());
-        let starts = |values: usize| stack.runs(values).iter().map(|run| layout.offset(run.first)).collect();
+        let starts =
+            |values: usize| stack.runs(values).iter().map(|run| layout.offset(run.first)).collect();
         SleepingStage {
             sleep,
             first,
@@ -114,6 +133,7 @@ impl SleepingStage {
                 Output::Hidden(zeros)
             }
         };
+
         self.saved.push_back((slot, x));
         Ok(output)
     }
@@ -125,7 +145,8 @@ impl SleepingStage {
         ready: &mut dyn FnMut(Bucket) -> Result<()>,
     ) -> Result<Option<Tensor>> {
         let saved = self.saved.pop_front().filter(|(saved, _)| *saved == slot);
-        let (_, input) = saved.ok_or_else(|| Error::Internal(format!("{slot:?} has no forward")))?;
+        let (_, input) =
+            saved.ok_or_else(|| Error::Internal(format!("{slot:?} has no forward")))?;
 
         let last = slot.microbatch + 1 == self.microbatches;
         let starts = if last { &self.buckets } else { &self.whole };
@@ -133,7 +154,8 @@ impl SleepingStage {
         for offset in starts.iter().rev() {
             std::thread::sleep(self.sleep.backward / starts.len() as u32);
             if *offset > 0 {
-                let values = held.own.gradient(0).f_narrow(0, *offset as i64, (end - offset) as i64)?;
+                let values =
+                    held.own.gradient(0).f_narrow(0, *offset as i64, (end - offset) as i64)?;
                 ready(Bucket { offset: *offset, values })?;
                 end = *offset;
             }

@@ -1,13 +1,13 @@
-//! Deferred scalars: copied to pinned memory, and reported when their event has completed. The host waits for one only when
-//! it is too old, or at the end.
+//! Deferred scalars: copied to pinned memory, and reported when their event has completed. The host
+//! waits for one only when it is too old, or at the end.
 //!
 //! ```text
 //! device   ... loss of step t | copy to the host | mark ...... loss of t+1 | copy | mark ...
 //! host         asks for both, goes on ......................... has the mark of t passed? then report
 //! ```
 //!
-//! The host may be so many steps before the device as its numbers are old; [`READBACK_STEPS`] bounds that, so that messages and
-//! memory that have been asked for do not pile up.
+//! The host may be so many steps before the device as its numbers are old; [`READBACK_STEPS`]
+//! bounds that, so that messages and memory that have been asked for do not pile up.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -46,9 +46,6 @@ pub(super) struct Deferred {
 
 impl Deferred {
     /// None yet, of a device.
-    ///
-    /// # Errors
-    /// What the driver reports.
     pub(super) fn new(
         device: Device,
         reports: Reporter,
@@ -58,11 +55,12 @@ impl Deferred {
             Device::Cuda(index) => Some(CudaQueues::new(index)?),
             _ => None,
         };
+
         Ok(Deferred { waiting: VecDeque::new(), queues, reports, transfers })
     }
 
-    /// Reports a number of a step, now if it is known. `then` makes the report of it if there is to be one, or the error that
-    /// it is.
+    /// Reports a number of a step, now if it is known. `then` makes the report of it if there is to
+    /// be one, or the error that it is.
     ///
     /// # Errors
     /// Those of `then`, or a coordinator that is gone.
@@ -76,6 +74,7 @@ impl Deferred {
             Number::Known(value) => return self.report(then(value)?),
             Number::Pending(pending) => pending,
         };
+
         // libtorch puts it into pinned memory, which a copy that nobody waits for needs.
         let value = pending.f_to_device_(Device::Cpu, Kind::Double, true, false)?;
         let mark = self.queues.as_ref().map(|queues| queues.mark(Queue::Compute)).transpose()?;
@@ -84,9 +83,6 @@ impl Deferred {
     }
 
     /// Reports what is known by now, and waits for what is too old at `step`.
-    ///
-    /// # Errors
-    /// Those of the reports, of the coordinator and of the device.
     pub(super) fn look(&mut self, step: usize) -> Result<()> {
         while let Some(first) = self.waiting.front() {
             let old = first.step + READBACK_STEPS <= step;
@@ -96,6 +92,7 @@ impl Deferred {
                         if !old {
                             return Ok(());
                         }
+
                         // A transfer that has failed never ends.
                         self.transfers.as_ref().map_or(Ok(()), |transfers| transfers.check())?;
                         std::thread::sleep(LOOK);
@@ -104,9 +101,11 @@ impl Deferred {
                 _ if !old => return Ok(()),
                 _ => {}
             }
+
             let Some(Waiting { value, then, .. }) = self.waiting.pop_front() else { return Ok(()) };
             self.report(then(value.f_double_value(&[])?)?)?;
         }
+
         Ok(())
     }
 

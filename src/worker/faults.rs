@@ -42,24 +42,30 @@ impl Probe for Faults {
         if self.hit(Fault::Panic, action) {
             panic!("injected panic at {action}");
         }
+
         if self.hit(Fault::Crash, action) {
             crash();
         }
+
         if self.hit(Fault::Exit, action) {
             std::process::exit(1);
         }
+
         while self.hit(Fault::Hang, action) {
             std::thread::sleep(Duration::from_secs(1));
         }
+
         if self.hit(Fault::Slow, action) {
             std::thread::sleep(Duration::from_millis(SLOW_MS));
         }
+
         if self.hit(Fault::Nan, action) {
             place.versions.alter(|weight| {
                 let _ = weight.f_fill_(f64::NAN)?;
                 Ok(())
             })?;
         }
+
         Ok(())
     }
 }

@@ -19,6 +19,7 @@ impl Worker {
                 (rows.len(), self.context.setup.config.eval_sequence())
             }
         };
+
         let shape = [rows as i64, sequence as i64, self.context.setup.dimensions.d_model];
         let wire = self.context.setup.hidden_wire();
         Header {
@@ -42,7 +43,8 @@ impl Worker {
 
     /// Hidden states come down the pipeline, gradients up.
     pub(super) fn receive(&mut self, content: Content, action: &Action) -> Result<()> {
-        let (header, kind) = (self.header(content, action), self.context.setup.config.precision.kind());
+        let (header, kind) =
+            (self.header(content, action), self.context.setup.config.precision.kind());
         let PlaceState { ends, registers, .. } = self.place(action);
         let (end, register) = incoming(ends, registers, content);
         let received = link(end, action)?.receive(header)?;
@@ -59,6 +61,7 @@ impl Worker {
             Content::Activation => (&mut ends.downstream, &mut registers.activation),
             _ => (&mut ends.upstream, &mut registers.gradient),
         };
+
         let tensor = header.wire.pack(&taken(register, action)?)?;
         if dropped { Ok(()) } else { link(end, action)?.send(header, tensor) }
     }
@@ -88,7 +91,10 @@ pub(super) fn taken(register: &mut Option<Tensor>, action: &Action) -> Result<Te
 ///
 /// # Errors
 /// If there is none.
-pub(super) fn link<'a>(end: &'a mut Option<Box<dyn Link>>, action: &Action) -> Result<&'a mut dyn Link> {
+pub(super) fn link<'a>(
+    end: &'a mut Option<Box<dyn Link>>,
+    action: &Action,
+) -> Result<&'a mut dyn Link> {
     match end {
         Some(link) => Ok(link.as_mut()),
         None => Err(Error::Internal(format!("{action} has no link"))),

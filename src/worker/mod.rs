@@ -73,15 +73,19 @@ pub struct Worker {
 
 impl Worker {
     /// Builds the stages of `rank` with their initial weights. `out` is the run's folder.
-    ///
-    /// # Errors
-    /// What libtorch reports, or threads that cannot be started.
-    pub fn new(setup: Arc<Setup>, rank: usize, ports: Ports, out: PathBuf, mode: Mode) -> Result<Worker> {
+    pub fn new(
+        setup: Arc<Setup>,
+        rank: usize,
+        ports: Ports,
+        out: PathBuf,
+        mode: Mode,
+    ) -> Result<Worker> {
         let of = Arc::clone(&setup);
         start::worker(setup, rank, ports, out, mode).map_err(|error| with_need(error, &of, rank))
     }
 
-    /// Runs the whole action list, or up to where the run is told to stop, then says goodbye. Whether it was stopped.
+    /// Runs the whole action list, or up to where the run is told to stop, then says goodbye.
+    /// Whether it was stopped.
     ///
     /// # Errors
     /// The first thing that goes wrong here, or the loss of a peer.
@@ -101,6 +105,7 @@ impl Worker {
             self.execute(&action)?;
             self.probes.end(&action);
         }
+
         Ok(())
     }
 
@@ -136,14 +141,19 @@ impl Worker {
         let setup = &self.context.setup;
         let replica = self.context.replica;
         let batch = match action.pass {
-            Pass::Train => self.batches.train(action.step, setup.train_rows(replica, action.microbatch)),
-            Pass::Eval => self.batches.held_out(setup.eval_rows(replica, action.microbatch), action.microbatch),
+            Pass::Train => {
+                self.batches.train(action.step, setup.train_rows(replica, action.microbatch))
+            }
+            Pass::Eval => self
+                .batches
+                .held_out(setup.eval_rows(replica, action.microbatch), action.microbatch),
         };
 
         let place = self.place(action);
         if action.pass == Pass::Eval {
             place.eval.1 += batch.counted;
         }
+
         place.registers.batch = Some(batch);
         Ok(())
     }
@@ -161,19 +171,23 @@ impl Worker {
             Some(batch) if place.place.stage == 0 => batch.tokens.shallow_clone(),
             _ => taken(&mut place.registers.activation, action)?,
         };
+
         let last = place.place.stage == context.setup.grid.stages - 1;
-        let input = Input { x, targets: batch.filter(|_| last).map(|batch| batch.targets), restart };
+        let input =
+            Input { x, targets: batch.filter(|_| last).map(|batch| batch.targets), restart };
 
         let table = table.as_ref().map(TiedTable::table);
         let output = match action.pass {
             Pass::Train => place.train(context, table, action, input)?,
             Pass::Eval => place.evaluate(context, table, action, &input)?,
         };
+
         match output {
             Output::Hidden(y) => place.registers.activation = Some(y),
             Output::Loss(loss) if action.pass == Pass::Train => self.add_loss(action, loss)?,
             Output::Loss(sum) => self.add_evaluation(action, sum)?,
         }
+
         Ok(())
     }
 
@@ -192,7 +206,12 @@ impl Worker {
             let loss = sum / microbatches as f64;
             match loss.is_finite() || skips {
                 true => Ok(Some(Report::Loss { replica: place.replica, step, loss })),
-                false => Err(Error::NotFinite { tensor: "the loss".into(), step, place, data: String::new() }),
+                false => Err(Error::NotFinite {
+                    tensor: "the loss".into(),
+                    step,
+                    place,
+                    data: String::new(),
+                }),
             }
         })
     }
@@ -205,12 +224,16 @@ impl Worker {
 
         if setup.ends_evaluation(action.microbatch) {
             let (sum, tokens) = std::mem::replace(&mut place.eval, (Number::Known(0.0), 0));
-            deferred.defer(step, sum, move |loss_sum| Ok(Some(Report::Eval { replica, step, loss_sum, tokens })))?;
+            deferred.defer(step, sum, move |loss_sum| {
+                Ok(Some(Report::Eval { replica, step, loss_sum, tokens }))
+            })?;
         }
+
         Ok(())
     }
 
-    /// On the last microbatch of a step buckets of the gradient are reduced as soon as they are complete.
+    /// On the last microbatch of a step buckets of the gradient are reduced as soon as they are
+    /// complete.
     fn backward(&mut self, action: &Action) -> Result<()> {
         let Worker { context, places, table, .. } = self;
         let PlaceState { compute, versions, ends, reductions, unreduced, registers, .. } =
@@ -221,8 +244,10 @@ impl Worker {
                 reductions.push(group.all_reduce(action.step, bucket.values)?);
                 *unreduced = bucket.offset;
             }
+
             Ok(())
         };
+
         let slot = MicrobatchId { step: action.step, microbatch: action.microbatch };
         let held = place::held(versions, table.as_ref().map(TiedTable::table));
         registers.gradient = compute.backward(slot, held, registers.gradient.take(), &mut ready)?;
@@ -262,9 +287,11 @@ impl Worker {
             return Err(place.bad_gradient(action.step)?);
         }
 
-        let (lr, mean) = (learning_rate(&config.optimizer, action.step, config.steps), context.mean());
+        let (lr, mean) =
+            (learning_rate(&config.optimizer, action.step, config.steps), context.mean());
         let (optimizer, scalars) = (&mut place.optimizer, UpdateScalars { lr, mean, norm: &norm });
-        let horizon = context.setup.horizon(context.setup.schedule.delays[place.place.stage], action.step);
+        let horizon =
+            context.setup.horizon(context.setup.schedule.delays[place.place.stage], action.step);
         place.versions.advance(horizon, |buffers| optimizer.update(buffers, &scalars))?;
         if context.faults.hit(Fault::AlterWeights, action) {
             place.versions.alter(flip)?;
@@ -295,8 +322,15 @@ impl Worker {
         let skips = self.context.skips();
         self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
             // The replicas have the same.
-            true => Ok((place.replica == 0).then_some(Report::Norm { stage: place.stage, step, norm })),
-            false => Err(Error::NotFinite { tensor: "a gradient".into(), step, place, data: String::new() }),
+            true => {
+                Ok((place.replica == 0).then_some(Report::Norm { stage: place.stage, step, norm }))
+            }
+            false => Err(Error::NotFinite {
+                tensor: "a gradient".into(),
+                step,
+                place,
+                data: String::new(),
+            }),
         })
     }
 
@@ -325,7 +359,10 @@ impl Worker {
         let first = setup.train_rows(place.replica, 0).start;
         let last = setup.train_rows(place.replica, setup.config.microbatches - 1).end;
         let starts = self.batches.starts(step, first..last);
-        let data = format!(", rows {first} to {} of the batch, from the tokens {starts:?} of the text on", last - 1);
+        let data = format!(
+            ", rows {first} to {} of the batch, from the tokens {starts:?} of the text on",
+            last - 1
+        );
         Error::NotFinite { tensor, step, place, data }
     }
 }

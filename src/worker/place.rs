@@ -53,10 +53,8 @@ pub(super) fn held<'a>(own: &'a Versions, table: Option<&'a Table>) -> Held<'a> 
 }
 
 impl PlaceState {
-    /// A place at the beginning of the run, or where it is resumed; with `emulated` its stage sleeps instead of computing.
-    ///
-    /// # Errors
-    /// What libtorch reports, or a saved state that cannot be read.
+    /// A place at the beginning of the run, or where it is resumed; with `emulated` its stage
+    /// sleeps instead of computing.
     pub(super) fn new(
         setup: &Setup,
         place: Place,
@@ -67,15 +65,24 @@ impl PlaceState {
         let stack = setup.stack(place.stage);
         let layout = setup.layout(place.stage);
         let delay = setup.schedule.delays[place.stage];
-        let (initial, optimizer) = (setup.first_weights(&layout)?, setup.optimizer(&layout, delay)?);
+        let (initial, optimizer) =
+            (setup.first_weights(&layout)?, setup.optimizer(&layout, delay)?);
         let memories = setup.memories(&stack, place.replica)?;
 
         let (gradient, shared) = match ends.group.as_ref().and_then(|group| group.memory()) {
             Some(gradient) => (gradient, size_of::<f32>() * layout.len),
             None => (zeros(layout.len, setup.device)?, 0),
         };
+
         let (held, kind) = (setup.schedule.versions_held(place.stage), config.precision.kind());
-        let versions = Versions::with(layout.clone(), initial, held, vec![gradient], kind, setup.master(delay))?;
+        let versions = Versions::with(
+            layout.clone(),
+            initial,
+            held,
+            vec![gradient],
+            kind,
+            setup.master(delay),
+        )?;
         let mut versions = versions.starting_at(setup.start());
         for (number, values) in setup.older_weights(&layout, delay)? {
             versions.recall(number, &values)?;
@@ -86,9 +93,12 @@ impl PlaceState {
             None => Compute::Real(Box::new(Stage::new(place, stack, settings))),
             Some(emulated) => {
                 let sleep = emulated.sleep(&setup.schedule, place.stage);
-                Compute::Asleep(SleepingStage::new(sleep, &stack, place.stage == 0, &settings, setup.device))
+                let first = place.stage == 0;
+                let stage = SleepingStage::new(sleep, &stack, first, &settings, setup.device);
+                Compute::Asleep(stage)
             }
         };
+
         compute.recall(memories);
 
         Ok(PlaceState {
@@ -122,11 +132,24 @@ impl PlaceState {
         }
 
         let at = |delay| version(self.sync, step, delay);
-        let of_table =
-            |of| schedule.ends(self.place.stage).find(|end| *end == of).map(|end| at(schedule.table_delay(end)));
+        let of_table = |of| {
+            schedule
+                .ends(self.place.stage)
+                .find(|end| *end == of)
+                .map(|end| at(schedule.table_delay(end)))
+        };
         let own = at(schedule.delays[self.place.stage]);
-        let at = UsedVersions { own, input: of_table(TableEnd::Input), output: of_table(TableEnd::Output) };
-        self.compute.forward(MicrobatchId { step, microbatch }, at, held(&self.versions, table), input)
+        let at = UsedVersions {
+            own,
+            input: of_table(TableEnd::Input),
+            output: of_table(TableEnd::Output),
+        };
+        self.compute.forward(
+            MicrobatchId { step, microbatch },
+            at,
+            held(&self.versions, table),
+            input,
+        )
     }
 
     /// Forward of a microbatch of an evaluation, at the newest versions.
@@ -142,6 +165,7 @@ impl PlaceState {
         if context.setup.ends_evaluation(action.microbatch) {
             stage.end_evaluation();
         }
+
         Ok(output)
     }
 
@@ -155,6 +179,7 @@ impl PlaceState {
                 break;
             }
         }
+
         Ok(Error::NotFinite { tensor, step, place: self.place, data: String::new() })
     }
 }

@@ -1,4 +1,5 @@
-//! What is done around each action. A new observer is a [`Probe`] in a file of its own and a line in [`Probes::new`].
+//! What is done around each action. A new observer is a [`Probe`] in a file of its own and a line
+//! in [`Probes::new`].
 
 use std::sync::Arc;
 
@@ -23,7 +24,8 @@ pub(super) trait Probe {
     fn end(&mut self, _action: &Action) {}
 }
 
-/// The probes of a device. The clock is the innermost one: it does not count the others' time as an action's.
+/// The probes of a device. The clock is the innermost one: it does not count the others' time as an
+/// action's.
 pub(super) struct Probes {
     list: Vec<Box<dyn Probe>>,
     clock: Clock,
@@ -32,7 +34,10 @@ pub(super) struct Probes {
 impl Probes {
     /// Log, heartbeat and faults on purpose around the clock.
     pub(super) fn new(clock: Clock, gate: &Arc<Gate>, faults: Faults) -> Probes {
-        Probes { list: vec![Box::new(Log), Box::new(Beating(Arc::clone(gate))), Box::new(faults)], clock }
+        Probes {
+            list: vec![Box::new(Log), Box::new(Beating(Arc::clone(gate))), Box::new(faults)],
+            clock,
+        }
     }
 
     pub(super) fn begin(&mut self, action: &Action, place: &mut PlaceState) -> Result<()> {

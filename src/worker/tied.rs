@@ -22,15 +22,20 @@ use crate::wire::Wire;
 pub(super) struct TiedTable {
     table: Table,
     reduction: Option<Reduction>,
-    /// How old the version is that steps use of this copy: with the newest one, if the embedding uses it.
+    /// How old the version is that steps use of this copy: with the newest one, if the embedding
+    /// uses it.
     delay: usize,
 }
 
 impl TiedTable {
     /// That of a rank, if its stages use one.
     pub(super) fn of_rank(setup: &Setup, rank: usize) -> Result<Option<TiedTable>> {
-        let ends: Vec<TableEnd> =
-            setup.grid.held(rank).iter().flat_map(|place| setup.schedule.ends(place.stage)).collect();
+        let ends: Vec<TableEnd> = setup
+            .grid
+            .held(rank)
+            .iter()
+            .flat_map(|place| setup.schedule.ends(place.stage))
+            .collect();
         if ends.is_empty() {
             return Ok(None);
         }
@@ -44,15 +49,21 @@ impl TiedTable {
         let held = schedule.tables_held(setup.grid.device_of(rank));
         let older = setup.older_weights(&layout, delay)?;
         let kind = setup.config.precision.kind();
-        let joins = setup.grid.held(rank).into_iter().find(|place| place.stage == schedule.joiner());
-        let waiting = joins.map_or(Ok(Vec::new()), |place| setup.waiting_parts(&layout, place.replica))?;
+        let joins =
+            setup.grid.held(rank).into_iter().find(|place| place.stage == schedule.joiner());
+        let waiting =
+            joins.map_or(Ok(Vec::new()), |place| setup.waiting_parts(&layout, place.replica))?;
 
-        let mut table = Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?;
+        let mut table =
+            Table::new(layout, initial, held, ends, optimizer, kind, setup.master(delay))?;
         if schedule.tie == Tie::Head && setup.master(delay) == Master::Always {
             table = table.unpredicted(TableEnd::Output)?;
         }
+
         let mut table = table.starting_at(setup.start());
-        older.iter().try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
+        older
+            .iter()
+            .try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
         waiting.into_iter().for_each(|(step, part)| table.keep(TableEnd::Input, step, part));
         Ok(Some(TiedTable { table, reduction: None, delay }))
     }
@@ -72,7 +83,8 @@ impl Worker {
         table.ok_or_else(|| Error::Internal(format!("{action} finds no table")))
     }
 
-    /// The step's parts of the table's gradient are complete here: kept on the joiner's device, else sent there.
+    /// The step's parts of the table's gradient are complete here: kept on the joiner's device,
+    /// else sent there.
     pub(super) fn close_part(&mut self, action: &Action) -> Result<()> {
         let joins = action.stage == self.context.setup.schedule.joiner();
         for end in self.context.setup.schedule.ends(action.stage) {
@@ -83,6 +95,7 @@ impl Worker {
                 _ => self.table(action)?.keep(end, action.step, part),
             }
         }
+
         Ok(())
     }
 
@@ -106,6 +119,7 @@ impl Worker {
             let part = twin.receive(header)?.f_view([-1])?;
             self.table(action)?.keep(other, action.step, part);
         }
+
         // Without a twin the other end is on this device, and has closed its part already.
         let here = self.table(action)?.has(other, action.step);
         if here { Ok(()) } else { Err(Error::Internal(format!("{action} finds no part"))) }
@@ -123,6 +137,7 @@ impl Worker {
         if let (Some(group), Some(table)) = (group, &mut self.table) {
             table.reduction = Some(group.all_reduce(action.step, whole)?);
         }
+
         Ok(())
     }
 
@@ -164,12 +179,14 @@ impl Worker {
             let tensor = "gradient of the tied embedding".to_owned();
             Error::NotFinite { tensor, step, place, data: String::new() }
         };
+
         if let Number::Known(norm) = norm
             && !norm.is_finite()
             && !skips
         {
             return Err(wrong(action.step));
         }
+
         if self.context.faults.hit(Fault::AlterTable, action) {
             self.table(action)?.versions_mut().alter(flip)?;
         }
@@ -180,9 +197,11 @@ impl Worker {
         if copies && setup.verifies_at(step) && !setup.schedule.sync.contains(step) {
             self.digest(&Action { step, ..*action })?;
         }
+
         if place != (Place { stage: self.context.setup.schedule.joiner(), replica: 0 }) {
             return Ok(());
         }
+
         let step = action.step;
         self.deferred.defer(step, norm, move |norm| match norm.is_finite() || skips {
             true => Ok(Some(Report::TableNorm { step, norm })),
@@ -192,7 +211,11 @@ impl Worker {
 
     pub(super) fn await_table(&mut self, action: &Action) -> Result<()> {
         let newest = self.table(action)?.newest();
-        if newest > action.step { Ok(()) } else { Err(Error::Internal(format!("{action} finds version {newest}"))) }
+        if newest > action.step {
+            Ok(())
+        } else {
+            Err(Error::Internal(format!("{action} finds version {newest}")))
+        }
     }
 
     pub(super) fn digest(&mut self, action: &Action) -> Result<()> {

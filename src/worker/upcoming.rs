@@ -8,8 +8,8 @@ use crate::error::Result;
 use crate::schedule::{Action, DeviceActions, Lookahead, Op};
 use crate::setup::Setup;
 
-/// The rest of the action list, of which the actions up to the next one that computes are taken ahead: the messages that
-/// those receive are expected while the one before them computes.
+/// The rest of the action list, of which the actions up to the next one that computes are taken
+/// ahead: the messages that those receive are expected while the one before them computes.
 pub(super) struct Upcoming<'a> {
     actions: DeviceActions<'a>,
     ahead: Lookahead,
@@ -25,7 +25,8 @@ impl<'a> Upcoming<'a> {
 }
 
 impl Worker {
-    /// The next action; none at the end of the list, or where the run is told to stop. Waits at the gate if it must.
+    /// The next action; none at the end of the list, or where the run is told to stop. Waits at the
+    /// gate if it must.
     pub(super) fn next_action(&mut self, upcoming: &mut Upcoming) -> Result<Option<Action>> {
         loop {
             let Upcoming { actions, ahead } = upcoming;
@@ -55,6 +56,7 @@ impl Worker {
                 self.stop = Some(step);
             }
         }
+
         Ok(())
     }
 

@@ -34,17 +34,21 @@ impl Writer {
                     Ok(written) => Report::Saved { place, step: snapshot.step, written },
                     Err(error) => Report::Failed { origin: place.to_string(), error },
                 };
+
                 if reports.send(report).is_err() {
                     return; // The run is being ended.
                 }
             }
         };
+
         let thread = std::thread::Builder::new().name("writer".into()).spawn(body);
-        let thread = thread.map_err(|error| Error::Internal(format!("no thread for checkpoints ({error})")))?;
+        let thread = thread
+            .map_err(|error| Error::Internal(format!("no thread for checkpoints ({error})")))?;
         Ok(Writer { snapshots, thread })
     }
 
-    /// Hands over a state that was `copied` in so much time; waits while the ones before are being written.
+    /// Hands over a state that was `copied` in so much time; waits while the ones before are being
+    /// written.
     ///
     /// # Errors
     /// If the thread is gone.
@@ -70,7 +74,9 @@ impl Worker {
         if self.context.mode.bench {
             return Ok(());
         }
-        // What is not finite must be known before it is saved; the copy waits for the device anyway.
+
+        // What is not finite must be known before it is saved; the copy waits for the device
+        // anyway.
         self.deferred.flush()?;
 
         let begun = Instant::now();
@@ -78,28 +84,40 @@ impl Worker {
         let (setup, schedule) = (&context.setup, &context.setup.schedule);
         let mut snapshot = Snapshot::new(place.place, action.step, setup.grid.replicas);
 
-        // Versions that are still used are saved where a run is stopped between sync points; at one there are none.
+        // Versions that are still used are saved where a run is stopped between sync points; at one
+        // there are none.
         let since = schedule.since(action.step);
         let saved = |delay| setup.versions_saved(since, action.step, delay);
         if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == 0) {
             let table = table.table();
             snapshot.add(table.layout(), table.flat(), table.optimizer())?;
-            snapshot.add_older(table.layout(), table.versions().used(saved(schedule.table_delay(TableEnd::Input))))?;
+            snapshot.add_older(
+                table.layout(),
+                table.versions().used(saved(schedule.table_delay(TableEnd::Input))),
+            )?;
         }
-        if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == schedule.joiner()) {
+
+        if let Some(table) = self.table.as_ref().filter(|_| place.place.stage == schedule.joiner())
+        {
             snapshot.add_parts(table.table().layout(), table.table().waiting())?;
         }
+
         let versions = &place.versions;
         snapshot.add(versions.layout(), versions.flat(), &place.optimizer)?;
-        snapshot.add_older(versions.layout(), versions.used(saved(schedule.delays[place.place.stage])))?;
+        snapshot.add_older(
+            versions.layout(),
+            versions.used(saved(schedule.delays[place.place.stage])),
+        )?;
 
         for (microbatch, states) in place.compute.remembered() {
             let rows = setup.train_rows(place.place.replica, microbatch);
             snapshot.remember(rows.start, states)?;
         }
+
         if context.faults.hit(Fault::DiskFull, action) {
             snapshot.fill_disk();
         }
+
         match &self.writer {
             Some(writer) => writer.save(snapshot, begun.elapsed()),
             None => Err(Error::Internal("nobody writes checkpoints".into())),

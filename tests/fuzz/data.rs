@@ -62,8 +62,11 @@ pub fn prepared(folder: &Path) -> Box<dyn Target> {
     let mut seeds = Vec::new();
     for tokenizer in [Tokenizer::Bytes, Tokenizer::Characters, Tokenizer::Words] {
         let out = folder.join(format!("{tokenizer:?}.tokens"));
-        let asked =
-            Request { tokenizer: Some(tokenizer), held_out: Some(0.2), ..request(text.clone(), folder, out.clone()) };
+        let asked = Request {
+            tokenizer: Some(tokenizer),
+            held_out: Some(0.2),
+            ..request(text.clone(), folder, out.clone())
+        };
         prepare(&asked).expect("a prepared file");
         seeds.push(vec![fs::read(&out).expect("a file"), vec![1]]);
     }
@@ -94,7 +97,8 @@ impl Target for PreparedFiles {
         if parts[1].first().is_some_and(|byte| byte % 2 == 1) && bytes.len() >= 32 {
             // The header's length follows a header that has become longer or shorter, in half of the cases.
             if parts[1][0] % 4 == 1
-                && let Some(end) = bytes.windows(3).rposition(|window| window == b"]}}" || window == b"\"]}")
+                && let Some(end) =
+                    bytes.windows(3).rposition(|window| window == b"]}}" || window == b"\"]}")
             {
                 let length = (end + 3).saturating_sub(24) as u64;
                 bytes[16..24].copy_from_slice(&length.to_le_bytes());
@@ -147,10 +151,13 @@ impl Target for Words {
 
     fn read(&mut self, parts: &[Vec<u8>]) -> Result<(), String> {
         let (text, list) = (self.folder.join("text.txt"), self.folder.join("list.txt"));
-        fs::write(&text, &parts[0]).and_then(|()| fs::write(&list, &parts[1])).map_err(|error| error.to_string())?;
+        fs::write(&text, &parts[0])
+            .and_then(|()| fs::write(&list, &parts[1]))
+            .map_err(|error| error.to_string())?;
         let how = parts[2].first().copied().unwrap_or_default();
         let tokenizer =
-            [Tokenizer::Bytes, Tokenizer::Characters, Tokenizer::Words, Tokenizer::Words][usize::from(how % 4)];
+            [Tokenizer::Bytes, Tokenizer::Characters, Tokenizer::Words, Tokenizer::Words]
+                [usize::from(how % 4)];
         let listed = tokenizer == Tokenizer::Words && how & 4 == 4;
         let config = DataConfig {
             path: Some(text.clone()),
@@ -160,7 +167,8 @@ impl Target for Words {
             held_out: HeldOut::Fraction(0.2),
             ..DataConfig::default()
         };
-        read(&config, &text).or_else(|problem| if problem.contains("list.txt") { Ok(()) } else { Err(problem) })
+        read(&config, &text)
+            .or_else(|problem| if problem.contains("list.txt") { Ok(()) } else { Err(problem) })
     }
 }
 
@@ -176,7 +184,9 @@ pub fn archive(folder: &Path) -> Box<dyn Target> {
 fn zipped(members: &[(&str, &[u8])], how: zip::CompressionMethod) -> Vec<u8> {
     let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in members {
-        writer.start_file(*name, SimpleFileOptions::default().compression_method(how)).expect("a member");
+        writer
+            .start_file(*name, SimpleFileOptions::default().compression_method(how))
+            .expect("a member");
         writer.write_all(bytes).expect("a member");
     }
     writer.finish().expect("an archive").into_inner()
@@ -185,7 +195,8 @@ fn zipped(members: &[(&str, &[u8])], how: zip::CompressionMethod) -> Vec<u8> {
 impl Target for Archives {
     fn seeds(&self) -> Vec<Parts> {
         let text = TEXT.repeat(8).into_bytes();
-        let (one, deflated, stored) = (&text[..], zip::CompressionMethod::Deflated, zip::CompressionMethod::Stored);
+        let (one, deflated, stored) =
+            (&text[..], zip::CompressionMethod::Deflated, zip::CompressionMethod::Stored);
         let wiki = |name| format!("wikitext-103/wiki.{name}.tokens");
         let (train, valid, test) = (wiki("train"), wiki("valid"), wiki("test"));
         vec![
@@ -220,7 +231,8 @@ impl Target for Archives {
         let _ = fs::remove_file(&out);
         let known = ["enwik8", "text8", "wikitext-103"];
         let name = known.into_iter().find(|name| name.as_bytes() == parts[1]).unwrap_or("enwik8");
-        let digest: String = Sha256::digest(&parts[0]).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest: String =
+            Sha256::digest(&parts[0]).iter().map(|byte| format!("{byte:02x}")).collect();
         let asked = Request {
             archive: Some(archive.clone()),
             sha256: Some(digest),
@@ -233,7 +245,8 @@ impl Target for Archives {
             Err(error) if name == "wikitext-103" || error.to_string().contains(name) => {}
             Err(error) => named(&error, Some(&archive))?,
         }
-        let found = fs::read_dir(&self.folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let found =
+            fs::read_dir(&self.folder).into_iter().flatten().flatten().map(|entry| entry.path());
         match found.into_iter().find(|path| *path != archive && *path != out) {
             None => Ok(()),
             Some(path) => Err(format!("{} was left", path.display())),

@@ -104,6 +104,9 @@ fn main() -> ExitCode {
         );
         outcome.findings.iter().for_each(|finding| ouroboros::say!("{finding}"));
     }
-    ouroboros::say!("fuzz: {:<14} {executions:>9} executions  {findings:>3} findings (seed {seed})", "in all");
+    ouroboros::say!(
+        "fuzz: {:<14} {executions:>9} executions  {findings:>3} findings (seed {seed})",
+        "in all"
+    );
     ExitCode::from(u8::from(findings > 0))
 }

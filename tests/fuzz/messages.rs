@@ -35,7 +35,18 @@ impl Target for Messages {
     }
 
     fn words(&self) -> Vec<&'static str> {
-        vec!["null", "{", "[", "\"Stop\"", "\"Digest\":", "\"Done\":", "\"Busy\":", "\"Heartbeat\":", "1e999", "-1"]
+        vec![
+            "null",
+            "{",
+            "[",
+            "\"Stop\"",
+            "\"Digest\":",
+            "\"Done\":",
+            "\"Busy\":",
+            "\"Heartbeat\":",
+            "1e999",
+            "-1",
+        ]
     }
 
     fn read(&mut self, parts: &[Vec<u8>]) -> Result<(), String> {
@@ -60,7 +71,8 @@ impl Target for Messages {
         }
         if let Ok(control) = serde_json::from_slice::<Control>(&parts[1]) {
             let again = serde_json::to_vec(&control).map_err(|error| error.to_string())?;
-            let read = serde_json::from_slice::<Control>(&again).map_err(|error| error.to_string())?;
+            let read =
+                serde_json::from_slice::<Control>(&again).map_err(|error| error.to_string())?;
             if read != control {
                 return Err(format!("{control:?} is read back as {read:?}"));
             }

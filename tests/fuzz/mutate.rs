@@ -33,8 +33,20 @@ const NUMBERS: [&str; 22] = [
 ];
 
 /// The same as they stand in binary files.
-const WORDS: [u64; 12] =
-    [0, 1, 7, 8, 255, 4096, u32::MAX as u64, 1 << 32, 1 << 40, i64::MAX as u64, u64::MAX - 7, u64::MAX];
+const WORDS: [u64; 12] = [
+    0,
+    1,
+    7,
+    8,
+    255,
+    4096,
+    u32::MAX as u64,
+    1 << 32,
+    1 << 40,
+    i64::MAX as u64,
+    u64::MAX - 7,
+    u64::MAX,
+];
 
 /// What is done to one part of an input; places are shares of its length.
 #[derive(Debug, Clone)]
@@ -92,7 +104,8 @@ impl Mutator {
             1 => (index(), index()).prop_map(|(other, at)| Mutation::Splice(other, at)),
         ];
         let mutations = prop::collection::vec((index(), mutation), 0..6);
-        let strategy = (index(), mutations).prop_map(|(seed, mutations)| Mutated { seed, mutations }).boxed();
+        let strategy =
+            (index(), mutations).prop_map(|(seed, mutations)| Mutated { seed, mutations }).boxed();
         Mutator { seeds, words, strategy }
     }
 
@@ -118,8 +131,12 @@ impl Mutator {
         match mutation {
             Mutation::Flip(at, bit) if length > 0 => bytes[within(at)] ^= 1 << (bit % 8),
             Mutation::Set(at, byte) if length > 0 => bytes[within(at)] = *byte,
-            Mutation::Insert(at, more) => drop(bytes.splice(place(at)..place(at), more.iter().copied())),
-            Mutation::Delete(at, count) => drop(bytes.drain(place(at)..(place(at) + count).min(length))),
+            Mutation::Insert(at, more) => {
+                drop(bytes.splice(place(at)..place(at), more.iter().copied()))
+            }
+            Mutation::Delete(at, count) => {
+                drop(bytes.drain(place(at)..(place(at) + count).min(length)))
+            }
             Mutation::Copy(from, count, to, times) => {
                 let piece = bytes[place(from)..(place(from) + count).min(length)].repeat(*times);
                 drop(bytes.splice(place(to)..place(to), piece));
@@ -143,17 +160,20 @@ impl Mutator {
             }
             Mutation::Short(at, number) if length >= 4 => {
                 let at = at.index(length - 3);
-                bytes[at..at + 4].copy_from_slice(&WORDS[number.index(WORDS.len())].to_le_bytes()[..4]);
+                bytes[at..at + 4]
+                    .copy_from_slice(&WORDS[number.index(WORDS.len())].to_le_bytes()[..4]);
             }
             Mutation::Lines(from, to) => {
-                let mut lines: Vec<Vec<u8>> = bytes.split(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
+                let mut lines: Vec<Vec<u8>> =
+                    bytes.split(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
                 let (from, to) = (from.index(lines.len()), to.index(lines.len()));
                 lines[to] = lines[from].clone();
                 *bytes = lines.join(&b'\n');
             }
             Mutation::Splice(other, at) => {
                 let other = &self.seeds[other.index(self.seeds.len())];
-                let rest = other.get(part).map_or(&[][..], |other| &other[at.index(other.len() + 1)..]);
+                let rest =
+                    other.get(part).map_or(&[][..], |other| &other[at.index(other.len() + 1)..]);
                 bytes.truncate(place(at));
                 bytes.extend_from_slice(rest);
             }

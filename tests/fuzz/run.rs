@@ -60,10 +60,13 @@ pub fn parent(name: &str, time: Duration, seed: u64, number: Option<&str>) -> Ou
         let (tried, made) = place(folder.path());
         outcome.executions += made;
         if let Err(how) = ended {
-            let again = format!("again: cargo test --test fuzz -- {name} --seed {seed} --number {tried}");
+            let again =
+                format!("again: cargo test --test fuzz -- {name} --seed {seed} --number {tried}");
             let said = std::fs::read_to_string(folder.path().join(FINDING)).unwrap_or_default();
             let said: Vec<&str> = said.lines().take(24).collect();
-            outcome.findings.push(format!("FINDING {name} {tried}: {how}\n{}\n{again}", said.join("\n")));
+            outcome
+                .findings
+                .push(format!("FINDING {name} {tried}: {how}\n{}\n{again}", said.join("\n")));
         }
         after = tried + 1;
         if number.is_some() {
@@ -107,18 +110,28 @@ fn watch(child: &mut Child, folder: &Path, end: Instant) -> Result<(), String> {
 fn place(folder: &Path) -> (u64, u64) {
     let mut words = [0u8; 16];
     let read = File::open(folder.join(PLACE)).and_then(|file| file.read_exact_at(&mut words, 0));
-    let word = |i: usize| u64::from_le_bytes(words[8 * i..8 * i + 8].try_into().expect("eight bytes"));
+    let word =
+        |i: usize| u64::from_le_bytes(words[8 * i..8 * i + 8].try_into().expect("eight bytes"));
     if read.is_ok() { (word(0), word(1)) } else { (0, 0) }
 }
 
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// Runs one target in this process, from an input on until it is told to end; or one input alone.
-pub fn child(name: &str, folder: &Path, seed: u64, number: Option<&str>, after: Option<&str>) -> ExitCode {
+pub fn child(
+    name: &str,
+    folder: &Path,
+    seed: u64,
+    number: Option<&str>,
+    after: Option<&str>,
+) -> ExitCode {
     std::panic::set_hook(Box::new(|info| {
         let trace = std::backtrace::Backtrace::force_capture().to_string();
-        let own: Vec<&str> =
-            trace.lines().filter(|line| line.contains("ouroboros") || line.contains("./src/")).take(12).collect();
+        let own: Vec<&str> = trace
+            .lines()
+            .filter(|line| line.contains("ouroboros") || line.contains("./src/"))
+            .take(12)
+            .collect();
         *PANIC.lock().expect("a text") = format!("{info}\n{}", own.join("\n"));
     }));
     tch::set_num_threads(1);
@@ -179,7 +192,12 @@ impl Trial {
         let mut bytes = [0u8; 32];
         bytes[..8].copy_from_slice(&seed.to_le_bytes());
         bytes[8..16].copy_from_slice(&number.to_le_bytes());
-        let config = Config { cases: 1, failure_persistence: None, max_shrink_iters: 400, ..Config::default() };
+        let config = Config {
+            cases: 1,
+            failure_persistence: None,
+            max_shrink_iters: 400,
+            ..Config::default()
+        };
         let rng = TestRng::from_seed(config.rng_algorithm, &bytes);
         let mut runner = TestRunner::new_with_rng(config, rng);
 
@@ -196,9 +214,10 @@ impl Trial {
         let this = this.into_inner();
         match found {
             Ok(()) => Ok(()),
-            Err(TestError::Fail(reason, mutated)) => {
-                Err(format!("{reason}\nleast input: {mutated:?}\n{}", shown(&this.mutator.apply(&mutated))))
-            }
+            Err(TestError::Fail(reason, mutated)) => Err(format!(
+                "{reason}\nleast input: {mutated:?}\n{}",
+                shown(&this.mutator.apply(&mutated))
+            )),
             Err(other) => Err(other.to_string()),
         }
     }
@@ -220,7 +239,9 @@ impl Trial {
         let bytes: usize = parts.iter().map(Vec::len).sum();
         let room = self.target.room(bytes) as u64;
         if taken > room {
-            return Err(format!("{taken} bytes were allocated for an input of {bytes}, more than {room}"));
+            return Err(format!(
+                "{taken} bytes were allocated for an input of {bytes}, more than {room}"
+            ));
         }
         self.outside()
     }
@@ -229,7 +250,8 @@ impl Trial {
     fn outside(&self) -> Result<(), String> {
         for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            if entry.path() != self.inside && ![PLACE, FINDING, END].iter().any(|own| name == *own) {
+            if entry.path() != self.inside && ![PLACE, FINDING, END].iter().any(|own| name == *own)
+            {
                 return Err(format!("{} was written outside of the folder", name.display()));
             }
         }

@@ -64,8 +64,11 @@ pub fn state(folder: &Path) -> Box<dyn Target> {
     let stopped = run_local(&setup, &run, coordinator, Mode::default());
     assert!(stopped.is_ok_and(|summary| summary.stopped), "the run goes on");
 
-    let states: Vec<PathBuf> =
-        fs::read_dir(run.join("checkpoints")).expect("states").flatten().map(|e| e.path()).collect();
+    let states: Vec<PathBuf> = fs::read_dir(run.join("checkpoints"))
+        .expect("states")
+        .flatten()
+        .map(|e| e.path())
+        .collect();
     let state = states[0].file_name().expect("a name").to_string_lossy().into_owned();
     let mut names: Vec<String> = fs::read_dir(&states[0])
         .expect("a state")
@@ -74,7 +77,12 @@ pub fn state(folder: &Path) -> Box<dyn Target> {
         .collect();
     // The manifest first; then the files that it tells of.
     names.sort_by_key(|name| (!name.ends_with("manifest.json"), name.clone()));
-    assert!(["memory", "older", "parts"].iter().all(|kind| names.iter().any(|name| name.contains(kind))), "{names:?}");
+    assert!(
+        ["memory", "older", "parts"]
+            .iter()
+            .all(|kind| names.iter().any(|name| name.contains(kind))),
+        "{names:?}"
+    );
     names.push("metrics.jsonl".to_owned());
     names.push("lock".to_owned());
     let files: Parts = names.iter().map(|name| fs::read(run.join(name)).expect("a file")).collect();
@@ -98,12 +106,18 @@ impl States {
                 if let Some(at) = manifest.find(&digest(bytes)) {
                     let size = format!("\"bytes\": {}", good.len());
                     if let Some(from) = manifest[..at].rfind(&size) {
-                        manifest.replace_range(from..from + size.len(), &format!("\"bytes\": {}", bytes.len()));
+                        manifest.replace_range(
+                            from..from + size.len(),
+                            &format!("\"bytes\": {}", bytes.len()),
+                        );
                     }
                 }
             }
         }
-        fs::write(self.run.join(&self.names[0]), if mended { manifest.as_bytes() } else { &parts[0] })
+        fs::write(
+            self.run.join(&self.names[0]),
+            if mended { manifest.as_bytes() } else { &parts[0] },
+        )
     }
 
     /// Goes on with the run, as far as a rank does before its first step.
@@ -116,7 +130,8 @@ impl States {
         drop(setup.other_texts());
         let stages = setup.grid.stages;
         for stage in 0..stages {
-            let (stack, layout, delay) = (setup.stack(stage), setup.layout(stage), setup.schedule.delays[stage]);
+            let (stack, layout, delay) =
+                (setup.stack(stage), setup.layout(stage), setup.schedule.delays[stage]);
             drop(setup.first_weights(&layout)?);
             setup.older_weights(&layout, delay)?;
             setup.optimizer(&layout, delay)?;
@@ -178,8 +193,8 @@ impl Target for States {
         let Err(error) = read else { return Ok(()) };
 
         let told = error.to_string();
-        let is_named =
-            matches!(error, ouroboros::error::Error::Config { .. }) || told.contains(&self.run.display().to_string());
+        let is_named = matches!(error, ouroboros::error::Error::Config { .. })
+            || told.contains(&self.run.display().to_string());
         if is_named || told.starts_with("data ") {
             return Ok(());
         }

@@ -23,8 +23,10 @@ fn text(part: &[u8]) -> String {
 fn files_of(folder: &str) -> Vec<Parts> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let files = fs::read_dir(folder).expect("a folder of the repository").flatten();
-    let mut paths: Vec<PathBuf> =
-        files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|e| e == "toml")).collect();
+    let mut paths: Vec<PathBuf> = files
+        .map(|file| file.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
+        .collect();
     paths.sort();
     paths.iter().map(|path| vec![fs::read(path).expect("a file")]).collect()
 }
@@ -115,14 +117,21 @@ impl Target for Configs {
         if let Err(error) = config.check() {
             return named(&error, None);
         }
-        let read = Config::parse(&config.to_toml(), &[]).map_err(|error| format!("written and read again: {error}"))?;
+        let read = Config::parse(&config.to_toml(), &[])
+            .map_err(|error| format!("written and read again: {error}"))?;
         if read.to_toml() != config.to_toml() {
-            return Err(format!("written and read again it is another:\n{}\n{}", config.to_toml(), read.to_toml()));
+            return Err(format!(
+                "written and read again it is another:\n{}\n{}",
+                config.to_toml(),
+                read.to_toml()
+            ));
         }
 
         // What is made of it takes as much as it asks for.
-        let small =
-            config.grid.stages <= 16 && config.microbatches <= 64 && config.model.layers <= 64 && config.slack <= 16;
+        let small = config.grid.stages <= 16
+            && config.microbatches <= 64
+            && config.model.layers <= 64
+            && config.slack <= 16;
         let delays = config.grid.delays.iter().flatten().all(|delay| *delay <= 64);
         if small && delays && config.batch <= 1 << 12 {
             config.data.path = Some(self.corpus.clone());
@@ -261,9 +270,23 @@ pub fn topology(folder: &Path) -> Box<dyn Target> {
         topology.check_hosts(&hosts)?;
         topology.check_grid(ouroboros::grid::Grid::line(4, 2))
     };
-    let words =
-        vec!["nodes = ", "devices = ", "[inside]\n", "[between]\n", "nan", "inf", "-1", "order = \"stage-major\"\n"];
-    Box::new(OneFile { path: folder.join("a.toml"), seeds: files_of("topology"), words, read, room: 4 << 20 })
+    let words = vec![
+        "nodes = ",
+        "devices = ",
+        "[inside]\n",
+        "[between]\n",
+        "nan",
+        "inf",
+        "-1",
+        "order = \"stage-major\"\n",
+    ];
+    Box::new(OneFile {
+        path: folder.join("a.toml"),
+        seeds: files_of("topology"),
+        words,
+        read,
+        room: 4 << 20,
+    })
 }
 
 /// A bench.json with what a profile is made of.
@@ -273,8 +296,25 @@ const PROFILE: &str = r#"{"rows": 8, "tokens_per_s": 41000.5, "stages": [
 
 pub fn profile(folder: &Path) -> Box<dyn Target> {
     let read = |path: &Path| EmulatedCompute::read(&path.display().to_string())?.check(2);
-    let words = vec!["null", "1e400", "-1", "[", "{", "}", "]", "\"stages\":", "\"rows\":", "\"forward_ms\":"];
-    Box::new(OneFile { path: folder.join("bench.json"), seeds: vec![vec![PROFILE.into()]], words, read, room: 4 << 20 })
+    let words = vec![
+        "null",
+        "1e400",
+        "-1",
+        "[",
+        "{",
+        "}",
+        "]",
+        "\"stages\":",
+        "\"rows\":",
+        "\"forward_ms\":",
+    ];
+    Box::new(OneFile {
+        path: folder.join("bench.json"),
+        seeds: vec![vec![PROFILE.into()]],
+        words,
+        read,
+        room: 4 << 20,
+    })
 }
 
 pub fn study(folder: &Path) -> Box<dyn Target> {
@@ -312,5 +352,11 @@ pub fn study(folder: &Path) -> Box<dyn Target> {
         "inf",
         "-1",
     ];
-    Box::new(OneFile { path: studies.join("a.toml"), seeds: files_of("studies"), words, read, room: 1 << 30 })
+    Box::new(OneFile {
+        path: studies.join("a.toml"),
+        seeds: files_of("studies"),
+        words,
+        read,
+        room: 1 << 30,
+    })
 }

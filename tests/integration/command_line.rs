@@ -17,7 +17,10 @@ fn program(args: &[&str]) -> Finished {
 #[test]
 fn schedules_show_delays_and_speed_up() {
     for (args, expected) in [
-        (&["--grid", "4x1", "-m", "1"][..], ["delays            3 2 1 0", "ideal speed-up    4.00 of 4"]),
+        (
+            &["--grid", "4x1", "-m", "1"][..],
+            ["delays            3 2 1 0", "ideal speed-up    4.00 of 4"],
+        ),
         (
             &["--grid", "11x1", "-m", "8"][..],
             ["delays            2 2 1 1 1 1 1 1 1 1 0", "ideal speed-up    11.00 of 11"],
@@ -28,7 +31,10 @@ fn schedules_show_delays_and_speed_up() {
         ),
         (
             &["--grid", "4x1", "-m", "1", "--tie", "fresh"][..],
-            ["ideal speed-up    2.00 of 4 devices", "before a drain    2.11 over the 30 steps up to a sync point"],
+            [
+                "ideal speed-up    2.00 of 4 devices",
+                "before a drain    2.11 over the 30 steps up to a sync point",
+            ],
         ),
         (
             &["--grid", "4x1", "-m", "1", "--tie", "head"][..],
@@ -63,7 +69,9 @@ fn train_eval_and_generate() {
     let args = folder.train("out", &["eval.every=3", "steps=6"], &["--grid", "2x1"]);
     let finished = program(&slices(&args)).expect_code(0);
     assert!(finished.stdout.contains("entropy floor"), "{finished}");
-    for file in ["config.toml", "metrics.jsonl", "log/rank-0.log", "checkpoints/step-6/manifest.json"] {
+    for file in
+        ["config.toml", "metrics.jsonl", "log/rank-0.log", "checkpoints/step-6/manifest.json"]
+    {
         assert!(folder.path("out").join(file).exists(), "{file}{finished}");
     }
     let last_eval = |text: &str| {
@@ -76,14 +84,19 @@ fn train_eval_and_generate() {
     // The same held-out text in other batches: the same loss to the digits shown.
     assert!((shown_loss(&finished) / last_eval(&metrics) - 1.0).abs() < 2e-6, "{finished}");
     let generate = |seed: &str| {
-        program(&["generate", &out, "--prompt", "ban", "--tokens", "40", "--seed", seed]).expect_code(0).stdout
+        program(&["generate", &out, "--prompt", "ban", "--tokens", "40", "--seed", seed])
+            .expect_code(0)
+            .stdout
     };
     assert!(generate("1").starts_with("ban"));
     assert_eq!(generate("1"), generate("1"));
     assert_ne!(generate("1"), generate("2"));
     program(&["eval", &out, "--set", "data.sequence=9"]).expect_code(2);
     for (set, expected) in [
-        ("model.layers=3", "of a saved model only mem_len, clamp_len and same_length can be changed"),
+        (
+            "model.layers=3",
+            "of a saved model only mem_len, clamp_len and same_length can be changed",
+        ),
         ("data.tokenizer=characters", "the model was trained on bytes"),
     ] {
         let finished = program(&["eval", &out, "--set", set]).expect_code(2);
@@ -93,7 +106,10 @@ fn train_eval_and_generate() {
     let text = std::fs::read_to_string(&manifest).unwrap();
     std::fs::write(&manifest, text.replace("\"format\": 4", "\"format\": 1")).unwrap();
     let finished = program(&["eval", &out]).expect_code(6);
-    assert!(finished.stderr.contains("format 1 is not known to this version, which reads 4"), "{finished}");
+    assert!(
+        finished.stderr.contains("format 1 is not known to this version, which reads 4"),
+        "{finished}"
+    );
     std::fs::write(&manifest, text).unwrap();
     program(&["eval", &folder.text("nothing")]).expect_code(6);
     std::fs::write(folder.path("out/checkpoints/step-6/stage-1.safetensors"), b"short").unwrap();
@@ -114,9 +130,17 @@ fn every_model_is_evaluated_and_continued() {
     let words = ["data.tokenizer=words", "data.min_count=2", "data.synthetic=20000"];
     let table: [(Vec<&str>, &str, &str); 4] = [
         ([&xl[..], &["data.synthetic=2000"]].concat(), "bits per byte", "ban"),
-        (["data.tokenizer=characters", "data.synthetic=20000"].to_vec(), "bits per character", "ban"),
+        (
+            ["data.tokenizer=characters", "data.synthetic=20000"].to_vec(),
+            "bits per character",
+            "ban",
+        ),
         ([&xl[..], &words[..], &["model.cutoffs=[20, 60]"]].concat(), "perplexity", "ban: lo"),
-        ([&words[..], &["model.cutoffs=[30]", "model.div_val=4"]].concat(), "perplexity", "ban: lo\nker: nonsense"),
+        (
+            [&words[..], &["model.cutoffs=[30]", "model.div_val=4"]].concat(),
+            "perplexity",
+            "ban: lo\nker: nonsense",
+        ),
     ];
     for (i, (sets, measure, prompt)) in table.iter().enumerate() {
         let folder = Folder::new();
@@ -124,13 +148,17 @@ fn every_model_is_evaluated_and_continued() {
         let grid = ["--grid", ["1x1", "2x1", "3x1", "2x2"][i]];
         program(&slices(&folder.train("out", &sets, &grid))).expect_code(0);
         let metrics = std::fs::read_to_string(folder.path("out/metrics.jsonl")).unwrap();
-        let last: serde_json::Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        let last: serde_json::Value =
+            serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
         assert_eq!(last.get("eval_ppl").is_some(), *measure == "perplexity", "{last}");
         assert_eq!(last.get("eval_bpc").is_some(), *measure != "perplexity", "{last}");
         let out = folder.text("out");
         let finished = program(&["eval", &out]).expect_code(0);
         assert!(finished.stdout.contains(measure), "{measure}{finished}");
-        assert!((shown_loss(&finished) / last["eval_loss"].as_f64().unwrap() - 1.0).abs() < 2e-6, "{last}{finished}");
+        assert!(
+            (shown_loss(&finished) / last["eval_loss"].as_f64().unwrap() - 1.0).abs() < 2e-6,
+            "{last}{finished}"
+        );
         let generate = |more: &[&str]| {
             let args = [&["generate", &out, "--prompt", prompt, "--tokens", "30"], more].concat();
             program(&args).expect_code(0).stdout
@@ -147,12 +175,16 @@ fn every_model_is_evaluated_and_continued() {
 fn a_prompt_must_be_of_the_vocabulary() {
     let folder = Folder::new();
     std::fs::write(folder.path("tiny.toml"), TINY.replace("synthetic = 4000\n", "")).unwrap();
-    std::fs::write(folder.path("words.txt"), "ban: a few words and no other, ban.\n".repeat(100)).unwrap();
+    std::fs::write(folder.path("words.txt"), "ban: a few words and no other, ban.\n".repeat(100))
+        .unwrap();
     let path = format!("data.path={}", folder.text("words.txt"));
     program(&slices(&folder.train("out", &["data.tokenizer=words", &path], &[]))).expect_code(0);
     let out = folder.text("out");
     let finished = program(&["generate", &out, "--prompt", "ban: qwerty"]).expect_code(2);
-    assert!(finished.stderr.contains("`--prompt`: found the word `qwerty` is not in the vocabulary"), "{finished}");
+    assert!(
+        finished.stderr.contains("`--prompt`: found the word `qwerty` is not in the vocabulary"),
+        "{finished}"
+    );
     std::fs::remove_file(folder.path("out/checkpoints/step-6/vocabulary.json")).unwrap();
     program(&["eval", &out]).expect_code(6);
 }
@@ -164,7 +196,10 @@ fn doctor_tells_what_is_here() {
         assert!(finished.stdout.contains(word), "{word}{finished}");
     }
     let finished = run(mpirun(3, &["doctor"]), LIMIT).expect_code(0);
-    assert!(finished.stdout.contains("ranks       3") && finished.stdout.contains("rank 2"), "{finished}");
+    assert!(
+        finished.stdout.contains("ranks       3") && finished.stdout.contains("rank 2"),
+        "{finished}"
+    );
     assert_eq!(finished.stdout.matches("MPI library").count(), 1, "{finished}");
 }
 
@@ -176,24 +211,41 @@ fn bad_input_is_told_once_before_training() {
     std::fs::write(folder.path("short.txt"), b"short").unwrap();
     std::fs::write(folder.path("binary.txt"), b"words \xff\n").unwrap();
     let binary = folder.text("binary.txt");
-    let (missing, empty, short) = (folder.text("missing.txt"), folder.text("empty.txt"), folder.text("short.txt"));
+    let (missing, empty, short) =
+        (folder.text("missing.txt"), folder.text("empty.txt"), folder.text("short.txt"));
     let held = |path: &str| format!("data.held_out={path}");
     let table: Vec<(Vec<String>, i32, &str)> = vec![
         (vec!["modle.layers=3".into()], 2, "`modle`: found an unknown key"),
-        (vec!["steps=ten".into()], 2, "`steps`: found invalid type: string \"ten\"; expected a whole number"),
+        (
+            vec!["steps=ten".into()],
+            2,
+            "`steps`: found invalid type: string \"ten\"; expected a whole number",
+        ),
         (vec!["grid.stages=7".into()], 2, "`grid.stages`: found 7; at most model.layers = 6"),
-        (vec!["batch=13".into(), "microbatches=2".into()], 2, "`batch`: found 13; must be a multiple"),
+        (
+            vec!["batch=13".into(), "microbatches=2".into()],
+            2,
+            "`batch`: found 13; must be a multiple",
+        ),
         (
             vec!["grid.stages=3".into(), "grid.delays=[1, 1, 0]".into()],
             2,
             "`grid.delays`: found [1, 1, 0]; stage 0 needs at least 2",
         ),
         (
-            vec!["model.arch=transformer-xl".into(), "model.mem_len=8".into(), "data.order=shuffled".into()],
+            vec![
+                "model.arch=transformer-xl".into(),
+                "model.mem_len=8".into(),
+                "data.order=shuffled".into(),
+            ],
             2,
             "`model.mem_len`: found 8 with data.order = \"shuffled\"; a memory of shuffled windows means nothing",
         ),
-        (vec!["model.mem_len=8".into()], 2, "`model.mem_len`: found 8; only model.arch = \"transformer-xl\" has it"),
+        (
+            vec!["model.mem_len=8".into()],
+            2,
+            "`model.mem_len`: found 8; only model.arch = \"transformer-xl\" has it",
+        ),
         (
             vec!["grid.stages=2".into(), "grid.placement=ring".into()],
             2,
@@ -209,9 +261,21 @@ fn bad_input_is_told_once_before_training() {
             2,
             "`model.embedding_width`: found 8, and a head_width of 16; a tied table has one width",
         ),
-        (vec!["model.cutoffs=[100, 300]".into()], 2, "`model.cutoffs`: found [100, 300]; rising numbers above 0"),
-        (vec!["model.div_val=2".into()], 2, "`model.div_val`: found 2; means something with model.cutoffs only"),
-        (vec!["data.min_count=2".into()], 2, "`data.min_count`: found 2; only data.tokenizer = \"words\" has it"),
+        (
+            vec!["model.cutoffs=[100, 300]".into()],
+            2,
+            "`model.cutoffs`: found [100, 300]; rising numbers above 0",
+        ),
+        (
+            vec!["model.div_val=2".into()],
+            2,
+            "`model.div_val`: found 2; means something with model.cutoffs only",
+        ),
+        (
+            vec!["data.min_count=2".into()],
+            2,
+            "`data.min_count`: found 2; only data.tokenizer = \"words\" has it",
+        ),
         (
             vec!["data.tokenizer=words".into(), "data.synthetic=20000".into(), held(&short)],
             3,
@@ -244,7 +308,10 @@ fn a_world_of_another_size_is_refused_once() {
     let folder = Folder::new();
     let args = folder.train("out", &[], &["--grid", "2x2"]);
     let finished = run(mpirun(3, &slices(&args)), LIMIT).expect_code(2);
-    assert!(finished.stderr.contains("`grid`: found 2x2 = 4 devices and 3 ranks; run mpirun -n 4"), "{finished}");
+    assert!(
+        finished.stderr.contains("`grid`: found 2x2 = 4 devices and 3 ranks; run mpirun -n 4"),
+        "{finished}"
+    );
     assert_eq!(finished.errors().len(), 1, "{finished}");
     let args = folder.train("out", &[], &["--oracle"]);
     let finished = run(mpirun(2, &slices(&args)), LIMIT).expect_code(2);
@@ -257,10 +324,12 @@ fn a_folder_that_cannot_be_written_is_told_before_training() {
     std::fs::write(folder.path("file"), b"").unwrap();
     for (command, ranks) in [(0, 1), (2, 2)] {
         let args = folder.train("file/out", &[], &["--grid", "2x1"]);
-        let program = if command == 0 { ouroboros(&slices(&args)) } else { mpirun(ranks, &slices(&args)) };
+        let program =
+            if command == 0 { ouroboros(&slices(&args)) } else { mpirun(ranks, &slices(&args)) };
         let finished = run(program, LIMIT).expect_code(2);
         assert!(
-            finished.stderr.contains("setting `--out`") && finished.stderr.contains("choose another folder"),
+            finished.stderr.contains("setting `--out`")
+                && finished.stderr.contains("choose another folder"),
             "{finished}"
         );
         assert_eq!(finished.errors().len(), 1, "{finished}");
@@ -277,11 +346,17 @@ fn a_loss_that_is_not_finite_writes_nothing() {
     let sets = ["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.weight_decay=0"];
     for ranks in [1, 2] {
         let args = folder.train("out", &sets, &["--grid", "2x1"]);
-        let finished =
-            run(if ranks == 1 { ouroboros(&slices(&args)) } else { mpirun(2, &slices(&args)) }, LIMIT).expect_code(5);
+        let finished = run(
+            if ranks == 1 { ouroboros(&slices(&args)) } else { mpirun(2, &slices(&args)) },
+            LIMIT,
+        )
+        .expect_code(5);
         assert_eq!(finished.errors().len(), 1, "{finished}");
         let line = finished.errors()[0].to_owned();
-        assert!(line.contains("not finite: ") && line.contains(" at step ") && line.contains("stage "), "{finished}");
+        assert!(
+            line.contains("not finite: ") && line.contains(" at step ") && line.contains("stage "),
+            "{finished}"
+        );
         assert_eq!(std::fs::read(&shard).unwrap(), good, "{finished}");
     }
 }
@@ -292,11 +367,13 @@ fn weights_set_aside_by_an_interrupted_run_are_handled() {
     let folder = Folder::new();
     let args = folder.train("out", &[], &[]);
     program(&slices(&args)).expect_code(0);
-    let (last, old) = (folder.path("out/checkpoints/step-6"), folder.path("out/checkpoints/step-6.old"));
+    let (last, old) =
+        (folder.path("out/checkpoints/step-6"), folder.path("out/checkpoints/step-6.old"));
     std::fs::rename(&last, &old).unwrap();
     std::fs::create_dir_all(folder.path("out/checkpoints/step-6.tmp")).unwrap();
     // A failing run brings the earlier weights back; one that succeeds replaces them.
-    program(&slices(&folder.train("out", &["optimizer.lr=1e30", "optimizer.weight_decay=0"], &[]))).expect_code(5);
+    program(&slices(&folder.train("out", &["optimizer.lr=1e30", "optimizer.weight_decay=0"], &[])))
+        .expect_code(5);
     assert!(last.join("manifest.json").exists() && !old.exists());
     std::fs::create_dir_all(&old).unwrap();
     std::fs::write(old.join("stale"), b"x").unwrap();
@@ -321,8 +398,12 @@ fn a_drill_that_cannot_happen_is_refused() {
 
 #[test]
 fn usage_errors_have_code_2() {
-    for args in [&["fly"][..], &["train"][..], &["train", "x.toml", "--grid", "2"][..], &["train", "no-such.toml"][..]]
-    {
+    for args in [
+        &["fly"][..],
+        &["train"][..],
+        &["train", "x.toml", "--grid", "2"][..],
+        &["train", "no-such.toml"][..],
+    ] {
         program(args).expect_code(2);
     }
     program(&["--help"]).expect_code(0);
@@ -342,7 +423,8 @@ fn the_oracles_old_name_is_understood() {
 fn configs_are_valid() {
     for entry in std::fs::read_dir("configs").unwrap().flatten() {
         let path = entry.path();
-        let config = Config::load(&path, &[], None).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let config = Config::load(&path, &[], None)
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let here = config.data.path.as_ref().is_none_or(|path| path.exists());
         if !here {
             eprintln!("skipped: the text of {} is not here", path.display());
@@ -377,14 +459,25 @@ fn recipes_fit_three_four_and_five_stages() {
         let source = Source { name: name.into(), sha256: String::new(), how: String::new() };
         let path = folder.path("text.tokens");
         // By Zipf's law, so that the clusters have the shares that they have in a text.
-        let rank = |i: u32| (f64::from(i % 1000) / 1000.0 * f64::from(count as u32).ln()).exp() as u32 - 1;
+        let rank =
+            |i: u32| (f64::from(i % 1000) / 1000.0 * f64::from(count as u32).ln()).exp() as u32 - 1;
         let width = if count > 65_536 { 4 } else { 1 };
-        let tokens =
-            |n: u32| -> Vec<u8> { (0..n).flat_map(|i| rank(i).to_le_bytes().into_iter().take(width)).collect() };
+        let tokens = |n: u32| -> Vec<u8> {
+            (0..n).flat_map(|i| rank(i).to_le_bytes().into_iter().take(width)).collect()
+        };
         let _ = std::fs::remove_file(&path);
-        write(&path, source, &vocabulary, vec![("train", tokens(100_000)), ("valid", tokens(20_000))]).unwrap();
-        for (stages, placement) in [(3, "line"), (4, "line"), (5, "line"), (3, "ring"), (4, "ring"), (5, "ring")] {
-            let sets = [format!("data.path={}", path.display()), format!("grid.placement={placement}")];
+        write(
+            &path,
+            source,
+            &vocabulary,
+            vec![("train", tokens(100_000)), ("valid", tokens(20_000))],
+        )
+        .unwrap();
+        for (stages, placement) in
+            [(3, "line"), (4, "line"), (5, "line"), (3, "ring"), (4, "ring"), (5, "ring")]
+        {
+            let sets =
+                [format!("data.path={}", path.display()), format!("grid.placement={placement}")];
             let load = |name: &str| {
                 let file = Path::new("configs").join(name).with_extension("toml");
                 let config = Config::load(&file, &sets, Some(Grid::line(stages, 1))).unwrap();
@@ -395,26 +488,40 @@ fn recipes_fit_three_four_and_five_stages() {
             // The same with Muon.
             let muon = load(&format!("{name}-muon"));
             assert_eq!(muon.optimizer.common.kind, OptimizerKind::Muon);
-            assert_eq!(Config { name: name.into(), optimizer: config.optimizer.clone(), ..muon }, config);
-            let setup = Setup::new(config).unwrap_or_else(|error| panic!("{name} {stages} {placement}: {error}"));
+            assert_eq!(
+                Config { name: name.into(), optimizer: config.optimizer.clone(), ..muon },
+                config
+            );
+            let setup = Setup::new(config)
+                .unwrap_or_else(|error| panic!("{name} {stages} {placement}: {error}"));
             let found = setup.parameters();
             assert!(found.abs_diff(parameters) < parameters / 20, "{name}: {found} parameters");
             // Enough microbatches that no gradient is older than one update.
-            assert!(setup.schedule.delays.iter().all(|delay| *delay <= 1), "{name}: {:?}", setup.schedule.delays);
+            assert!(
+                setup.schedule.delays.iter().all(|delay| *delay <= 1),
+                "{name}: {:?}",
+                setup.schedule.delays
+            );
             // The dearest device has at most one layer more than its share, or than the head and a layer of each of
             // its stages, which cannot be cut.
             let (costs, last) = (ouroboros::model::costs(&setup.dimensions), stages - 1);
             let stage = |k: usize| {
-                let ends = if k == 0 { costs.embedding } else { 0.0 } + if k == last { costs.head } else { 0.0 };
+                let ends = if k == 0 { costs.embedding } else { 0.0 }
+                    + if k == last { costs.head } else { 0.0 };
                 setup.partition[k].len() as f64 * costs.block + ends
             };
-            let device = |d: usize| (d..stages).step_by(setup.grid.devices()).map(stage).sum::<f64>();
+            let device =
+                |d: usize| (d..stages).step_by(setup.grid.devices()).map(stage).sum::<f64>();
             let devices: Vec<f64> = (0..setup.grid.devices()).map(device).collect();
             let most = devices.iter().copied().fold(0.0, f64::max);
             let share = devices.iter().sum::<f64>() / devices.len() as f64;
             let doubled = stages - setup.grid.devices();
             let least = share.max(costs.head + costs.block * (1 + doubled) as f64);
-            assert!(most < least + costs.block, "{name} {stages} {placement}: {:?}", setup.partition);
+            assert!(
+                most < least + costs.block,
+                "{name} {stages} {placement}: {:?}",
+                setup.partition
+            );
         }
     }
 }

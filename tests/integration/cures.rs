@@ -32,7 +32,8 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     cover("slack", format!("slack={slack}"));
     if draw.one_in(4) {
         let least = |k: usize| (slack * (stages - 1 - k)).div_ceil(microbatches);
-        let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
+        let delays: Vec<String> =
+            (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
         cover("delays by hand", format!("grid.delays=[{}]", delays.join(", ")));
     }
 
@@ -61,7 +62,10 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     }
     if kind == "soap" {
         let sides = ["both", "smaller"][draw.below(2)];
-        cover(if sides == "both" { "both sides" } else { "smaller side" }, format!("optimizer.soap_sides={sides}"));
+        cover(
+            if sides == "both" { "both sides" } else { "smaller side" },
+            format!("optimizer.soap_sides={sides}"),
+        );
         cover("refreshes", format!("optimizer.soap_every={}", [1, 2, 3, 7][draw.below(4)]));
         if draw.one_in(4) {
             cover("long sides", "optimizer.soap_limit=16".into());
@@ -202,9 +206,22 @@ fn predicted_runs_that_are_stopped_end_as_if_they_had_not_been() {
         &["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=24", "eval.every=7"],
         &["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"],
         &["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"],
-        &["grid.stages=3", "steps=24", "model.tie=none", "optimizer.kind=muon", "optimizer.predict_scale=0.5"],
+        &[
+            "grid.stages=3",
+            "steps=24",
+            "model.tie=none",
+            "optimizer.kind=muon",
+            "optimizer.predict_scale=0.5",
+        ],
         &["grid.stages=3", "steps=24", "model.tie=head"],
-        &["grid.stages=4", "grid.placement=ring", "steps=31", "precision=bf16", "model.tie=head", "recompute=true"],
+        &[
+            "grid.stages=4",
+            "grid.placement=ring",
+            "steps=31",
+            "precision=bf16",
+            "model.tie=head",
+            "recompute=true",
+        ],
     ] {
         stopped_again_and_again(&[&predict, more].concat());
     }
@@ -227,7 +244,8 @@ fn a_state_without_the_keys_goes_on_as_it_began() {
     assert!(goes_on(&[]) == goes_on(&off));
 
     let manifest = Checkpoint::newest(out.path()).unwrap().unwrap().path.join("manifest.json");
-    let mut value: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&manifest).unwrap()).unwrap();
+    let mut value: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&manifest).unwrap()).unwrap();
     let optimizer = value["config"]["optimizer"].as_object_mut().unwrap();
     for key in ["predict", "predict_scale", "lead"] {
         assert!(optimizer.remove(key).is_some(), "{key} is not saved");
@@ -261,7 +279,8 @@ fn a_prediction_is_felt_where_it_is_first_used() {
     let keys = ["grid.stages=2", "microbatches=2", "model.tie=none", "steps=8"];
     let losses = |more: &[&str]| as_threads(&tiny(&[&keys, more].concat())).losses();
     let off = ["optimizer.predict=off", "optimizer.lead=off"];
-    let (plain, predicted) = (losses(&off), losses(&["optimizer.predict=update", "optimizer.lead=off"]));
+    let (plain, predicted) =
+        (losses(&off), losses(&["optimizer.predict=update", "optimizer.lead=off"]));
     assert_eq!(plain[..2], predicted[..2]);
     assert_ne!(plain[2], predicted[2]);
     // They are what is done where nothing is said; without delays there is nothing to cure.

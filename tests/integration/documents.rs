@@ -11,10 +11,11 @@ use crate::harness::{ouroboros, run};
 
 /// All of them, each with its text.
 fn documents() -> Vec<(PathBuf, String)> {
-    let mut paths: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "benches/README.md", "scripts/slurm/README.md"]
-        .into_iter()
-        .map(PathBuf::from)
-        .collect();
+    let mut paths: Vec<PathBuf> =
+        ["README.md", "CONTRIBUTING.md", "benches/README.md", "scripts/slurm/README.md"]
+            .into_iter()
+            .map(PathBuf::from)
+            .collect();
     let docs = std::fs::read_dir("docs").unwrap().flatten().map(|entry| entry.path());
     paths.extend(docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")));
     paths.sort();
@@ -33,10 +34,14 @@ fn calls(text: &str) -> Vec<(bool, Vec<String>)> {
     let mut found = Vec::new();
     for line in lines.filter(|line| !line.trim_start().starts_with('#')) {
         let (code, comment) = line.split_once(" #").unwrap_or((line, ""));
-        let words: Vec<String> = code.split_whitespace().map(|word| word.trim_matches('"').to_owned()).collect();
-        let is_program =
-            |word: &String| word == "ouroboros" || (word.ends_with("release/ouroboros") && !word.contains('='));
-        let Some(at) = words.iter().position(is_program) else { continue };
+        let words: Vec<String> =
+            code.split_whitespace().map(|word| word.trim_matches('"').to_owned()).collect();
+        let is_program = |word: &String| {
+            word == "ouroboros" || (word.ends_with("release/ouroboros") && !word.contains('='))
+        };
+        let image = ["docker", "apptainer", "kubectl"].iter().any(|tool| code.starts_with(tool));
+        let found_at = words.iter().position(is_program).filter(|_| !image);
+        let Some(at) = found_at else { continue };
         found.push((comment.trim().ends_with("runs"), words[at + 1..].to_vec()));
     }
     found
@@ -86,13 +91,18 @@ fn every_config_loads() {
 /// A path in back quotes that begins with a folder of the repository.
 #[test]
 fn every_path_is_there() {
-    let roots = ["src/", "docs/", "scripts/", "configs/", "studies/", "tests/", "benches/", "topology/"];
+    let roots =
+        ["src/", "docs/", "scripts/", "configs/", "studies/", "tests/", "benches/", "topology/"];
     let mut seen = BTreeSet::new();
     for (path, text) in documents() {
         let outside: String = text.split("```").step_by(2).collect();
         for quoted in outside.split('`').skip(1).step_by(2) {
-            let named = quoted.split([' ', ':', '\n']).find(|word| roots.iter().any(|root| word.starts_with(root)));
-            let Some(named) = named.filter(|named| !named.contains(['*', '{']) && !named.contains("NAME")) else {
+            let named = quoted
+                .split([' ', ':', '\n'])
+                .find(|word| roots.iter().any(|root| word.starts_with(root)));
+            let Some(named) =
+                named.filter(|named| !named.contains(['*', '{']) && !named.contains("NAME"))
+            else {
                 continue;
             };
             assert!(Path::new(named).exists(), "{}: `{named}` is not there", path.display());
@@ -119,14 +129,17 @@ fn every_link_holds() {
             }
             seen += 1;
             let (file, heading) = target.split_once('#').unwrap_or((target, ""));
-            let linked = if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
+            let linked =
+                if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
             assert!(linked.exists(), "{}: {target} leads nowhere", path.display());
             if heading.is_empty() {
                 continue;
             }
             let text = std::fs::read_to_string(&linked).unwrap();
-            let headings =
-                text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
+            let headings = text
+                .lines()
+                .filter(|line| line.starts_with('#'))
+                .map(|line| line.trim_start_matches('#').trim());
             assert!(
                 headings.map(anchor).any(|found| found == heading),
                 "{}: {target} has no such heading",
@@ -146,8 +159,13 @@ fn every_kind_of_error_is_on_the_page() {
     for text in source.split("#[error(").skip(1) {
         let text = text.split('"').nth(1).unwrap();
         // What comes before the first value, or between the first two.
-        let fixed = text.split(['{', '}']).step_by(2).map(|part| part.trim_matches([' ', ':', ';', '`', ',']));
-        let Some(fixed) = fixed.map(|part| part.split(['(', ';']).next().unwrap().trim()).find(|part| part.len() > 3)
+        let fixed = text
+            .split(['{', '}'])
+            .step_by(2)
+            .map(|part| part.trim_matches([' ', ':', ';', '`', ',']));
+        let Some(fixed) = fixed
+            .map(|part| part.split(['(', ';']).next().unwrap().trim())
+            .find(|part| part.len() > 3)
         else {
             continue;
         };

@@ -19,9 +19,16 @@ const FUNCTIONS: &str = r#"
 fn shell(folder: &Folder, script: &str) -> Finished {
     // Whatever it has started ends with it.
     let mut command = Command::new("timeout");
-    command.args(["-k", "2", "50", "bash", "-c", &format!("{FUNCTIONS}\n{script}")]).current_dir(folder.path(""));
-    command.env("B", env!("CARGO_BIN_EXE_ouroboros")).env("M", "mpirun --bind-to none --oversubscribe -n");
-    command.env("LONG", LONG).env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command
+        .args(["-k", "2", "50", "bash", "-c", &format!("{FUNCTIONS}\n{script}")])
+        .current_dir(folder.path(""));
+    command
+        .env("B", env!("CARGO_BIN_EXE_ouroboros"))
+        .env("M", "mpirun --bind-to none --oversubscribe -n");
+    command
+        .env("LONG", LONG)
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     run(command, LIMIT)
 }
 
@@ -41,11 +48,15 @@ fn last_step(folder: &Folder, out: &str) -> u64 {
 fn field_f01() {
     let folder = Folder::new();
     for (out, sink) in [("pipe", "| head -1"), ("full", "> /dev/full"), ("closed", ">&-")] {
-        shell(&folder, &format!("$B train tiny.toml --set steps=300 --out {out} {sink}")).expect_code(0);
+        shell(&folder, &format!("$B train tiny.toml --set steps=300 --out {out} {sink}"))
+            .expect_code(0);
         assert_eq!(last_step(&folder, out), 300, "{out}");
     }
-    assert!(text(&folder.path("pipe/log/rank-0.log")).contains("standard output cannot be written"));
-    let short = shell(&folder, "$B schedule --grid 8x1 --rows 4000 --steps 400 | head -2").expect_code(0);
+    assert!(
+        text(&folder.path("pipe/log/rank-0.log")).contains("standard output cannot be written")
+    );
+    let short =
+        shell(&folder, "$B schedule --grid 8x1 --rows 4000 --steps 400 | head -2").expect_code(0);
     assert!(short.stderr.is_empty() && short.stdout.lines().count() == 2, "{short}");
     let full = shell(&folder, "$B schedule > /dev/full").expect_code(2);
     assert!(full.stderr.contains("error: standard output cannot be written"), "{full}");
@@ -53,7 +64,8 @@ fn field_f01() {
     shell(&folder, "$B --help | head -1; $B train --help > /dev/full").expect_code(0);
 
     // Ctrl-C reaches whoever reads as well.
-    shell(&folder, "timeout -s INT 5 $B train tiny.toml $LONG --out both 2>&1 | sleep 1").expect_code(124);
+    shell(&folder, "timeout -s INT 5 $B train tiny.toml $LONG --out both 2>&1 | sleep 1")
+        .expect_code(124);
     assert!(folder.path("both/checkpoints").read_dir().unwrap().count() == 1);
 }
 
@@ -61,10 +73,13 @@ fn field_f01() {
 #[test]
 fn field_f02() {
     let folder = Folder::new();
-    let stopped = shell(&folder, "timeout 4 $B train tiny.toml --grid 2x1 $LONG --out a").expect_code(124);
-    assert!(stopped.stdout.contains("stopped at step ") && stopped.errors().is_empty(), "{stopped}");
-    let twice =
-        "$B train tiny.toml --grid 2x1 $LONG --out b & began b; kill -TERM $!; kill -TERM $!; kill -INT $!; wait $!";
+    let stopped =
+        shell(&folder, "timeout 4 $B train tiny.toml --grid 2x1 $LONG --out a").expect_code(124);
+    assert!(
+        stopped.stdout.contains("stopped at step ") && stopped.errors().is_empty(),
+        "{stopped}"
+    );
+    let twice = "$B train tiny.toml --grid 2x1 $LONG --out b & began b; kill -TERM $!; kill -TERM $!; kill -INT $!; wait $!";
     let stopped = shell(&folder, twice).expect_code(75);
     assert!(stopped.stdout.contains("again in 2 s or later: ends at once"), "{stopped}");
 
@@ -80,16 +95,22 @@ fn field_f12() {
     let folder = Folder::new();
     for limit in ["-1", "nan", "inf", "1e300", "soon"] {
         for option in ["max-minutes", "stop-margin"] {
-            let refused = shell(&folder, &format!("$B train tiny.toml --out a --{option}={limit}")).expect_code(2);
+            let refused = shell(&folder, &format!("$B train tiny.toml --out a --{option}={limit}"))
+                .expect_code(2);
             assert!(refused.stderr.contains(&format!("--{option}")), "{refused}");
             assert!(refused.stderr.contains("write a number from 0 to"), "{refused}");
         }
     }
     assert!(!folder.path("a").exists());
-    for (end, why) in [("1000000000", "s ago"), ("18446744073709551615", "too far"), ("soon", "is no number")] {
+    for (end, why) in
+        [("1000000000", "s ago"), ("18446744073709551615", "too far"), ("soon", "is no number")]
+    {
         let train = format!("SLURM_JOB_END_TIME={end} $B train tiny.toml --out {end}");
         let done = shell(&folder, &train).expect_code(0);
-        assert!(done.stdout.contains("note: SLURM_JOB_END_TIME") && done.stdout.contains(why), "{done}");
+        assert!(
+            done.stdout.contains("note: SLURM_JOB_END_TIME") && done.stdout.contains(why),
+            "{done}"
+        );
     }
 }
 
@@ -101,14 +122,16 @@ fn field_f13() {
     let refused = shell(&folder, &format!("ulimit -f 400; $B train tiny.toml --out a {wide}"));
     assert!(refused.code == Some(7), "{refused}");
     assert!(
-        refused.stderr.contains("cannot be written (File too large") && refused.stderr.contains("--resume"),
+        refused.stderr.contains("cannot be written (File too large")
+            && refused.stderr.contains("--resume"),
         "{refused}"
     );
     std::fs::write(folder.path("text"), vec![b'x'; 1 << 20]).unwrap();
     let refused = shell(&folder, "ulimit -f 100; $B data prepare text --dir .").expect_code(3);
     assert!(refused.stderr.contains("text.tokens: cannot be written (File too large"), "{refused}");
     assert!(!folder.path("text.tokens").exists(), "{refused}");
-    let refused = shell(&folder, "ulimit -f 8; $B train tiny.toml --out b --set steps=300").expect_code(7);
+    let refused =
+        shell(&folder, "ulimit -f 8; $B train tiny.toml --out b --set steps=300").expect_code(7);
     assert!(refused.stderr.contains("b/metrics.jsonl: cannot be written"), "{refused}");
 }
 
@@ -117,13 +140,15 @@ fn field_f13() {
 fn field_f15() {
     let folder = Folder::new();
     for signal in ["HUP", "USR2", "XCPU"] {
-        let script =
-            format!("$B train tiny.toml --grid 2x1 $LONG --out {signal} & began {signal}; kill -{signal} $!; wait $!");
+        let script = format!(
+            "$B train tiny.toml --grid 2x1 $LONG --out {signal} & began {signal}; kill -{signal} $!; wait $!"
+        );
         let stopped = shell(&folder, &script).expect_code(75);
         assert!(stopped.stdout.contains(&format!("SIG{signal} at this process")), "{stopped}");
     }
     // While the program is being loaded, and with a signal that is ignored.
-    let early = "$B train tiny.toml --grid 2x1 $LONG --out early & caught $!; kill -USR1 $!; wait $!";
+    let early =
+        "$B train tiny.toml --grid 2x1 $LONG --out early & caught $!; kill -USR1 $!; wait $!";
     assert!(shell(&folder, early).expect_code(75).stdout.contains("SIGUSR1 at this process"));
     let nohup = "trap '' HUP; $B train tiny.toml --grid 2x1 --out nohup --max-minutes 0.05 $LONG & began nohup; kill -HUP $!; wait $!";
     assert!(shell(&folder, nohup).expect_code(75).stdout.contains("--max-minutes"));
@@ -142,42 +167,62 @@ fn field_f03() {
     write("grown.txt", "one two two three three three\n".repeat(300));
     let words = "--set data.tokenizer=words --set data.sequence=8 --set eval.every=3";
     let train = |text: &str, more: &str| {
-        format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml --out a --set data.path={text} {words} {more}")
+        format!(
+            "sed -i /synthetic/d tiny.toml; $B train tiny.toml --out a --set data.path={text} {words} {more}"
+        )
     };
     shell(&folder, &train("a.txt", "")).expect_code(0);
-    let resumed = |text: &str, more: &str| shell(&folder, &train(text, &format!("--resume --set steps=8 {more}")));
+    let resumed = |text: &str, more: &str| {
+        shell(&folder, &train(text, &format!("--resume --set steps=8 {more}")))
+    };
 
     let refused = resumed("frequent.txt", "").expect_code(3);
     let told = "word number 0 is `one` in the text's vocabulary and `three` in that of";
     assert!(refused.stderr.contains(told), "{refused}");
     write("more.txt", "one two two three three three four\n".repeat(200));
     let refused = resumed("more.txt", "").expect_code(3);
-    assert!(refused.stderr.contains("is `four` in the text's vocabulary and `one` in that of"), "{refused}");
+    assert!(
+        refused.stderr.contains("is `four` in the text's vocabulary and `one` in that of"),
+        "{refused}"
+    );
 
     // Copies, so that each goes on from the same state.
     for (text, more, note) in [
         ("a.txt", "", None),
         ("same.txt", "", Some("note: the training text is another than before")),
         ("grown.txt", "", Some("note: the training text is another than before")),
-        ("a.txt", "--set data.held_out=same.txt", Some("note: the held-out text is another than before")),
+        (
+            "a.txt",
+            "--set data.held_out=same.txt",
+            Some("note: the held-out text is another than before"),
+        ),
         ("a.txt", "--set data.order=streams", Some("note: data.order is another than before")),
     ] {
-        let script = format!("rm -rf b; cp -r a b; {}", train(text, &format!("--resume --set steps=8 {more}")));
+        let script = format!(
+            "rm -rf b; cp -r a b; {}",
+            train(text, &format!("--resume --set steps=8 {more}"))
+        );
         let done = shell(&folder, &script.replace("--out a", "--out b")).expect_code(0);
-        let found = done.stdout.lines().find(|line| line.starts_with("note: ") && line.contains("another"));
+        let found =
+            done.stdout.lines().find(|line| line.starts_with("note: ") && line.contains("another"));
         assert!(
-            note.is_none() == found.is_none() && done.stdout.contains(note.unwrap_or("resuming at step 6")),
+            note.is_none() == found.is_none()
+                && done.stdout.contains(note.unwrap_or("resuming at step 6")),
             "{done}"
         );
     }
 
     let characters = "--set data.tokenizer=characters --set data.sequence=8";
-    let train =
-        |text: &str, more: &str| format!("$B train tiny.toml --out c --set data.path={text} {characters} {more}");
+    let train = |text: &str, more: &str| {
+        format!("$B train tiny.toml --out c --set data.path={text} {characters} {more}")
+    };
     shell(&folder, &train("a.txt", "")).expect_code(0);
     write("upper.txt", "ONE two two three three three\n".repeat(200));
     let refused = shell(&folder, &train("upper.txt", "--resume")).expect_code(3);
-    assert!(refused.stderr.contains("character number 2 is `E` in the text's vocabulary and `e`"), "{refused}");
+    assert!(
+        refused.stderr.contains("character number 2 is `E` in the text's vocabulary and `e`"),
+        "{refused}"
+    );
 }
 
 /// Ranks that read different texts or vocabularies.
@@ -202,7 +247,10 @@ fn field_f04() {
         ("frequency", ["a b b\n", "a a b\n"], "words", "vocabulary"),
     ] {
         let refused = ranks(name, texts, tokenizer).expect_code(2);
-        assert!(refused.stderr.contains(&format!("another {what} on rank 1 than on rank 0")), "{refused}");
+        assert!(
+            refused.stderr.contains(&format!("another {what} on rank 1 than on rank 0")),
+            "{refused}"
+        );
     }
     ranks("same", ["a b c\n", "a b c\n"], "words").expect_code(0);
 }
@@ -211,12 +259,12 @@ fn field_f04() {
 #[test]
 fn field_f05() {
     let folder = Folder::new();
-    let program =
-        "mkdir -p $OMPI_COMM_WORLD_RANK; cd $OMPI_COMM_WORLD_RANK; $B train ../tiny.toml --grid 2x1 --out run";
+    let program = "mkdir -p $OMPI_COMM_WORLD_RANK; cd $OMPI_COMM_WORLD_RANK; $B train ../tiny.toml --grid 2x1 --out run";
     std::fs::write(folder.path("program"), program).unwrap();
     let refused = shell(&folder, "$M 2 bash program").expect_code(2);
     assert!(
-        refused.stderr.contains("rank 1: setting `--out`") && refused.stderr.contains("all nodes share"),
+        refused.stderr.contains("rank 1: setting `--out`")
+            && refused.stderr.contains("all nodes share"),
         "{refused}"
     );
     assert!(!folder.path("0/run/checkpoints").exists(), "{refused}");
@@ -242,8 +290,9 @@ fn field_f06() {
     assert!(alone.code == Some(75) && alone.errors().is_empty(), "{alone}");
     // No step has taken the time of the pause.
     let metrics = text(&folder.path("b/metrics.jsonl"));
-    let longest =
-        metrics.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step_s"].as_f64());
+    let longest = metrics.lines().filter_map(|line| {
+        serde_json::from_str::<serde_json::Value>(line).unwrap()["step_s"].as_f64()
+    });
     assert!(longest.fold(0.0, f64::max) < 4.0);
 }
 
@@ -271,7 +320,11 @@ fn field_f07() {
     let same = "$B data prepare one --out q & $B data prepare two --out q; a=$?; wait $!; echo codes $a $?";
     let done = shell(&folder, same).expect_code(0);
     assert!(done.stdout.contains("codes 3 0") || done.stdout.contains("codes 0 3"), "{done}");
-    assert!(done.stderr.contains("another process has made it meanwhile") || done.stderr.contains("made of"), "{done}");
+    assert!(
+        done.stderr.contains("another process has made it meanwhile")
+            || done.stderr.contains("made of"),
+        "{done}"
+    );
 }
 
 /// Two runs in one folder.
@@ -282,7 +335,10 @@ fn field_f08() {
         &folder,
         "$B train tiny.toml --out a $LONG & began a; $B train tiny.toml --out a --set seed=2; code=$?; kill -KILL $!; exit $code",
     );
-    assert!(refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    assert!(
+        refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"),
+        "{refused}"
+    );
     // A dead run's lock does not hold.
     shell(&folder, "$B train tiny.toml --out a").expect_code(0);
     let refused = shell(
@@ -290,7 +346,10 @@ fn field_f08() {
         "$M 2 $B train tiny.toml --out b --grid 2x1 $LONG --max-minutes 0.15 & began b
          $B train tiny.toml --out b --set seed=2; code=$?; wait $!; exit $code",
     );
-    assert!(refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"), "{refused}");
+    assert!(
+        refused.code == Some(2) && refused.stderr.contains("writes into it; wait for its end"),
+        "{refused}"
+    );
     let init = "$B train tiny.toml --out c $LONG & began c; $B init tiny.toml --out c; code=$?; kill $!; exit $code";
     let refused = shell(&folder, init);
     assert!(refused.code == Some(2) && refused.stderr.contains("writes into it"), "{refused}");
@@ -306,8 +365,9 @@ fn field_f09() {
     shell(&folder, train).expect_code(75);
     let oldest = |name: &str| -> Vec<u64> {
         let entries = std::fs::read_dir(folder.path(name).join("checkpoints")).unwrap().flatten();
-        let mut steps: Vec<u64> =
-            entries.map(|e| e.file_name().to_string_lossy().trim_start_matches("step-").parse().unwrap()).collect();
+        let mut steps: Vec<u64> = entries
+            .map(|e| e.file_name().to_string_lossy().trim_start_matches("step-").parse().unwrap())
+            .collect();
         steps.sort_unstable();
         steps
     };
@@ -334,7 +394,12 @@ fn field_f10() {
     let train = |list: &str, out: &str| {
         std::fs::write(folder.path("list"), list).unwrap();
         let words = "--set data.tokenizer=words --set data.vocabulary=list --set data.path=text --set data.sequence=8";
-        shell(&folder, &format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml --out {out} {words} --set steps=30"))
+        shell(
+            &folder,
+            &format!(
+                "sed -i /synthetic/d tiny.toml; $B train tiny.toml --out {out} {words} --set steps=30"
+            ),
+        )
     };
     let plain = train("the\ncat\nsaw\ndog\n<unk>\n", "plain").expect_code(0);
     for (list, out) in [
@@ -361,7 +426,9 @@ fn field_f11() {
     let text = ["few words here\n".repeat(7), "long line ".repeat(10_000), "\n".into()].concat();
     std::fs::write(folder.path("text"), text).unwrap();
     let words = "--set data.tokenizer=words --set data.path=text --set data.sequence=8 --set data.held_out=0.05";
-    let done = shell(&folder, &format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml {words}")).expect_code(0);
+    let done =
+        shell(&folder, &format!("sed -i /synthetic/d tiny.toml; $B train tiny.toml {words}"))
+            .expect_code(0);
     assert!(done.stdout.contains("text: 19,0"), "{done}");
     assert!(done.stdout.contains(" words to train on, 1,00"), "{done}");
 }
@@ -381,7 +448,9 @@ fn field_f14() {
         "$B data prepare enwik8 --archive pipe --sha256 00".to_owned(),
         "$B bench tiny.toml --emulated-compute pipe".to_owned(),
     ] {
-        let script = format!("sed -i /synthetic/d tiny.toml; [ -e pipe ] || mkfifo pipe; timeout 10 {command}");
+        let script = format!(
+            "sed -i /synthetic/d tiny.toml; [ -e pipe ] || mkfifo pipe; timeout 10 {command}"
+        );
         let refused = shell(&folder, &script);
         assert!(refused.code == Some(2) || refused.code == Some(3), "{refused}");
         assert!(refused.stderr.contains("a pipe, not a file"), "{refused}");
@@ -412,20 +481,33 @@ fn field_f16() {
     ];
     let largest = [i64::MAX, (1 << 51) + 1];
     for (key, value) in keys.iter().flat_map(|key| largest.map(|value| (key, value))) {
-        let refused = shell(&folder, &format!("timeout 20 $B train tiny.toml --set {key}={value}")).expect_code(2);
-        assert!(refused.stderr.contains(&format!("setting `{key}`: found {value}; more than")), "{refused}");
+        let refused = shell(&folder, &format!("timeout 20 $B train tiny.toml --set {key}={value}"))
+            .expect_code(2);
+        assert!(
+            refused.stderr.contains(&format!("setting `{key}`: found {value}; more than")),
+            "{refused}"
+        );
     }
-    for refused in ["--set grid.delays=[9223372036854775807]", "--set grid.layers_per_stage=[9223372036854775807]"] {
-        let refused = shell(&folder, &format!("timeout 20 $B train tiny.toml {refused}")).expect_code(2);
+    for refused in [
+        "--set grid.delays=[9223372036854775807]",
+        "--set grid.layers_per_stage=[9223372036854775807]",
+    ] {
+        let refused =
+            shell(&folder, &format!("timeout 20 $B train tiny.toml {refused}")).expect_code(2);
         assert!(refused.stderr.contains("setting `grid."), "{refused}");
     }
-    for options in
-        ["--slack 9223372036854775807", "--microbatches 4294967297", "--grid 99999999x2", "--steps 4294967297"]
-    {
+    for options in [
+        "--slack 9223372036854775807",
+        "--microbatches 4294967297",
+        "--grid 99999999x2",
+        "--steps 4294967297",
+    ] {
         let refused = shell(&folder, &format!("timeout 20 $B schedule {options}")).expect_code(2);
         assert!(refused.stderr.contains("error: "), "{refused}");
     }
-    for (out, more) in [("a", "--grid 2x1"), ("b", "--oracle"), ("c", "--grid 2x1 --set schedule=1f1b")] {
+    for (out, more) in
+        [("a", "--grid 2x1"), ("b", "--oracle"), ("c", "--grid 2x1 --set schedule=1f1b")]
+    {
         let script = format!(
             "timeout -s KILL 20 $B train tiny.toml --set steps=1000000000000 --max-minutes 0.01 --out {out} {more}"
         );
@@ -438,11 +520,15 @@ fn field_f16() {
 #[test]
 fn field_f17() {
     let folder = Folder::new();
-    std::fs::write(folder.path("held"), &text(Path::new("tests/data/declaration.txt"))[..1003]).unwrap();
+    std::fs::write(folder.path("held"), &text(Path::new("tests/data/declaration.txt"))[..1003])
+        .unwrap();
     let evals = |out: &str| -> Vec<(f64, u64)> {
         let metrics = text(&folder.path(out).join("metrics.jsonl"));
-        let lines = metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        lines.filter_map(|line| Some((line["eval_loss"].as_f64()?, line["eval_tokens"].as_u64()?))).collect()
+        let lines =
+            metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines
+            .filter_map(|line| Some((line["eval_loss"].as_f64()?, line["eval_tokens"].as_u64()?)))
+            .collect()
     };
     let streams = "--set model.arch=transformer-xl --set model.mem_len=8 --set eval.batch=12";
     for (name, more) in [("windows", ""), ("streams", streams)] {
@@ -455,12 +541,19 @@ fn field_f17() {
             let out = format!("{name}{grid}");
             shell(&folder, &format!("{train} --grid {grid} --out {out}")).expect_code(0);
             let found = evals(&out);
-            assert_eq!(found.iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(), [1002, 1002], "{out}");
+            assert_eq!(
+                found.iter().map(|(_, tokens)| *tokens).collect::<Vec<_>>(),
+                [1002, 1002],
+                "{out}"
+            );
             if first.is_empty() {
                 first.clone_from(&found);
             }
             for ((loss, _), (expected, _)) in found.iter().zip(&first) {
-                assert!((loss / expected - 1.0).abs() < 1e-6, "{out}: {loss} instead of {expected}");
+                assert!(
+                    (loss / expected - 1.0).abs() < 1e-6,
+                    "{out}: {loss} instead of {expected}"
+                );
             }
         }
         let done = shell(&folder, &format!("$B eval {name}1x1")).expect_code(0);
@@ -498,7 +591,8 @@ fn field_f18() {
 #[test]
 fn field_messages() {
     let folder = Folder::new();
-    let refused = shell(&folder, "OUROBOROS_LOG=loud,=,x=7 $B train tiny.toml --out a").expect_code(2);
+    let refused =
+        shell(&folder, "OUROBOROS_LOG=loud,=,x=7 $B train tiny.toml --out a").expect_code(2);
     assert!(refused.stderr.contains("setting `OUROBOROS_LOG`: found loud,=,x=7"), "{refused}");
     std::fs::create_dir_all(folder.path("b/STOP")).unwrap();
     shell(&folder, "$B train tiny.toml --out b").expect_code(0);
@@ -526,11 +620,17 @@ fn field_messages() {
     assert!(refused.stderr.contains("write train tiny.toml --resume"), "{refused}");
 
     // What a file sets is taken out.
-    std::fs::write(folder.path("set.toml"), format!("{TINY}clip = 0.5\n[eval]\nevery = 2\n[checkpoint]\nevery = 2\n"))
-        .unwrap();
+    std::fs::write(
+        folder.path("set.toml"),
+        format!("{TINY}clip = 0.5\n[eval]\nevery = 2\n[checkpoint]\nevery = 2\n"),
+    )
+    .unwrap();
     let none = "--set eval=none --set checkpoint.every=none --set optimizer.clip=none --set verify_every=none";
     let done = shell(&folder, &format!("$B train set.toml --out d {none}")).expect_code(0);
-    assert!(!done.stdout.contains("eval loss") && done.stdout.matches("saved").count() == 1, "{done}");
+    assert!(
+        !done.stdout.contains("eval loss") && done.stdout.matches("saved").count() == 1,
+        "{done}"
+    );
     let config = text(&folder.path("d/config.toml"));
     assert!(config.contains("clip = \"none\"") && !config.contains("[eval]"), "{config}");
     shell(&folder, "$B train d/config.toml --out e").expect_code(0);
@@ -539,15 +639,20 @@ fn field_messages() {
     // The variables of a launcher in a shell that launches nothing.
     let variables = "PMI_SIZE=4 PMI_RANK=0";
     let refused = shell(&folder, &format!("{variables} $B train tiny.toml --out c")).expect_code(2);
-    assert!(refused.stderr.contains("unset PMI_SIZE and PMI_RANK, or give --transport local"), "{refused}");
-    shell(&folder, &format!("{variables} $B train tiny.toml --out c --transport local")).expect_code(0);
+    assert!(
+        refused.stderr.contains("unset PMI_SIZE and PMI_RANK, or give --transport local"),
+        "{refused}"
+    );
+    shell(&folder, &format!("{variables} $B train tiny.toml --out c --transport local"))
+        .expect_code(0);
     shell(&folder, &format!("{variables} $B train tiny.toml --out c --oracle")).expect_code(0);
     shell(&folder, "PMI_SIZE=1 PMI_RANK=0 $B train tiny.toml --out c").expect_code(0);
 
     // Names that are not UTF-8.
     let odd = "printf 'text %.0s' $(seq 2000) > $'t\\xff'; $B data prepare $'t\\xff' --dir $'d\\xff' && $B train tiny.toml --out $'r\\xff'";
     shell(&folder, odd).expect_code(0);
-    shell(&folder, "$M 2 $B train tiny.toml --grid 2x1 --out $'r\\xff' --resume --set steps=9").expect_code(0);
+    shell(&folder, "$M 2 $B train tiny.toml --grid 2x1 --out $'r\\xff' --resume --set steps=9")
+        .expect_code(0);
 }
 
 /// A run's folder that has come from elsewhere may have links in it: nothing is written through them.
@@ -586,13 +691,19 @@ fn links_in_a_run_folder_are_not_followed() {
     // A file of a state may be none of its folder.
     let manifest = folder.path("a/checkpoints/step-18/manifest.json");
     let good = text(&manifest);
-    std::fs::rename(folder.path("a/checkpoints/step-18/stage-0.safetensors"), outside.join("stage-0.safetensors"))
-        .unwrap();
-    let escaped = good.replace("\"stage-0.safetensors\"", "\"../../../outside/stage-0.safetensors\"");
+    std::fs::rename(
+        folder.path("a/checkpoints/step-18/stage-0.safetensors"),
+        outside.join("stage-0.safetensors"),
+    )
+    .unwrap();
+    let escaped =
+        good.replace("\"stage-0.safetensors\"", "\"../../../outside/stage-0.safetensors\"");
     std::fs::write(&manifest, escaped).unwrap();
     let refused = shell(&folder, "$B eval a/checkpoints/step-18").expect_code(6);
     assert!(
-        refused.stderr.contains("the file `../../../outside/stage-0.safetensors` is none of its folder"),
+        refused
+            .stderr
+            .contains("the file `../../../outside/stage-0.safetensors` is none of its folder"),
         "{refused}"
     );
 }

@@ -56,7 +56,10 @@ impl Made {
         );
         std::fs::write(path.join("driver.c"), source).unwrap();
         let mut command = Command::new("cc");
-        command.args(["-shared", "-fPIC", "-o"]).arg(path.join("libcuda.so")).arg(path.join("driver.c"));
+        command
+            .args(["-shared", "-fPIC", "-o"])
+            .arg(path.join("libcuda.so"))
+            .arg(path.join("driver.c"));
         assert!(command.status().unwrap().success());
         path
     }
@@ -71,7 +74,9 @@ fn torch_has_cuda() -> bool {
 fn with(mut command: Command, driver: &Path) -> Finished {
     // Before what else the loader is told: a module's MPI, for one.
     let also = std::env::var("LD_LIBRARY_PATH").map_or(String::new(), |path| format!(":{path}"));
-    command.env("LD_LIBRARY_PATH", format!("{}{also}", driver.display())).env_remove("CUDA_VISIBLE_DEVICES");
+    command
+        .env("LD_LIBRARY_PATH", format!("{}{also}", driver.display()))
+        .env_remove("CUDA_VISIBLE_DEVICES");
     run(command, LIMIT)
 }
 
@@ -92,7 +97,10 @@ fn a_driver_without_devices_or_too_old_is_told() {
     let old = driver(&folder, 12040, 1);
     if torch_has_cuda() {
         let found = with(ouroboros(&slices(&args)), &old).expect_code(2);
-        one_error(&found, "the driver is too old: it serves CUDA 12.4, and this libtorch needs 13.0");
+        one_error(
+            &found,
+            "the driver is too old: it serves CUDA 12.4, and this libtorch needs 13.0",
+        );
         // It can be done without.
         let auto = folder.train("out", &["device=auto", "steps=2"], &[]);
         with(ouroboros(&slices(&auto)), &old).expect_code(0);
@@ -106,7 +114,10 @@ fn a_stub_of_the_driver_is_told() {
     let stub = Made { version: 13000, devices: 1, init: 34, slices: false }.built(&folder);
     let args = folder.train("out", &["device=cuda"], &[]);
     let found = with(ouroboros(&slices(&args)), &stub).expect_code(2);
-    let expected = format!("{}/libcuda.so is CUDA's stub of the driver", stub.canonicalize().unwrap().display());
+    let expected = format!(
+        "{}/libcuda.so is CUDA's stub of the driver",
+        stub.canonicalize().unwrap().display()
+    );
     one_error(&found, &expected);
 }
 
@@ -120,8 +131,17 @@ fn a_model_that_does_not_fit_is_told() {
     let full = driver(&folder, 13000, 1);
     let args = folder.train("out", &["device=cuda"], &[]);
     let found = with(ouroboros(&slices(&args)), &full).expect_code(2);
-    one_error(&found, "MiB predicted for stage 0, replica 0, 2048 MiB left of the GPU, of which 2458 stay free");
-    let huge = ["device=cuda", "model.layers=400", "model.d_model=8192", "model.heads=64", "model.d_ff=32768"];
+    one_error(
+        &found,
+        "MiB predicted for stage 0, replica 0, 2048 MiB left of the GPU, of which 2458 stay free",
+    );
+    let huge = [
+        "device=cuda",
+        "model.layers=400",
+        "model.d_model=8192",
+        "model.heads=64",
+        "model.d_ff=32768",
+    ];
     let args = folder.train("out", &huge, &[]);
     let found = with(ouroboros(&slices(&args)), &full).expect_code(2);
     one_error(
@@ -150,10 +170,17 @@ fn ranks_and_devices_must_fit() {
     let folder = Folder::new();
     let (one, two) = (driver(&folder, 13000, 1), driver(&folder, 13000, 2));
     let ranks = |count: usize, grid: &str, driver: &Path, sets: &[&str], more: &[&str]| {
-        let args = folder.train("out", &[&["device=cuda"], sets].concat(), &[&["--grid", grid], more].concat());
+        let args = folder.train(
+            "out",
+            &[&["device=cuda"], sets].concat(),
+            &[&["--grid", grid], more].concat(),
+        );
         with(mpirun(count, &slices(&args)), driver)
     };
-    one_error(&ranks(3, "3x1", &two, &[], &[]).expect_code(2), "3 ranks on this host, which has 2 GPUs");
+    one_error(
+        &ranks(3, "3x1", &two, &[], &[]).expect_code(2),
+        "3 ranks on this host, which has 2 GPUs",
+    );
     let shared = ranks(2, "2x1", &one, &[], &[]).expect_code(2);
     one_error(
         &shared,

@@ -43,7 +43,8 @@ impl Draw {
     }
 
     pub fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % bound
     }
 
@@ -162,7 +163,14 @@ pub struct Finished {
 impl fmt::Display for Finished {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tail = |text: &str| {
-            text.lines().rev().take(40).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
+            text.lines()
+                .rev()
+                .take(40)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<Vec<_>>()
+                .join("\n")
         };
         let late = if self.timed_out { " and was ended for running too long" } else { "" };
         write!(
@@ -200,7 +208,9 @@ pub fn ouroboros(args: &[&str]) -> Command {
 /// The program under mpirun.
 pub fn mpirun(ranks: usize, args: &[&str]) -> Command {
     let mut command = Command::new("mpirun");
-    command.args(["-n", &ranks.to_string(), "--oversubscribe", env!("CARGO_BIN_EXE_ouroboros")]).args(args);
+    command
+        .args(["-n", &ranks.to_string(), "--oversubscribe", env!("CARGO_BIN_EXE_ouroboros")])
+        .args(args);
     // Build machines often run as root, which Open MPI refuses otherwise.
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command
@@ -298,16 +308,26 @@ pub fn slices(args: &[String]) -> Vec<&str> {
 pub const LIMIT: u64 = 60;
 
 /// Starts a program, sends a signal once it has made some steps, and waits for its end.
-pub fn signalled(command: Command, metrics: &Path, signal: &str, whom: impl Fn(u32) -> String) -> Finished {
+pub fn signalled(
+    command: Command,
+    metrics: &Path,
+    signal: &str,
+    whom: impl Fn(u32) -> String,
+) -> Finished {
     let lines = || std::fs::read_to_string(metrics).unwrap_or_default().lines().count();
     let before = lines();
     std::thread::scope(|scope| {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let runner = scope.spawn(move || run_telling(command, LIMIT, |id| sender.send(id).unwrap()));
+        let runner =
+            scope.spawn(move || run_telling(command, LIMIT, |id| sender.send(id).unwrap()));
         let id = receiver.recv().unwrap();
         let started = Instant::now();
         while lines() < before + 20 {
-            assert!(started.elapsed() < Duration::from_secs(30), "no steps in {}", metrics.display());
+            assert!(
+                started.elapsed() < Duration::from_secs(30),
+                "no steps in {}",
+                metrics.display()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         let status = Command::new("kill").args([signal, &whom(id)]).status().unwrap();

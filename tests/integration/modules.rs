@@ -11,7 +11,9 @@ fn source(path: &str) -> PathBuf {
 fn declared() -> Vec<String> {
     let text = fs::read_to_string(source("lib.rs")).unwrap();
     let name = |line: &str| {
-        let rest = ["pub mod ", "pub(crate) mod ", "mod "].iter().find_map(|start| line.strip_prefix(start))?;
+        let rest = ["pub mod ", "pub(crate) mod ", "mod "]
+            .iter()
+            .find_map(|start| line.strip_prefix(start))?;
         Some(rest.strip_suffix(';')?.to_owned())
     };
     text.lines().filter_map(name).collect()
@@ -69,7 +71,10 @@ fn violations(modules: &[(String, Vec<(String, String)>)]) -> Vec<String> {
         let below: Vec<&String> = modules[i + 1..].iter().map(|(name, _)| name).collect();
         for (file, text) in texts {
             let wrong = used(text).into_iter().filter(|name| below.contains(&name));
-            found.extend(wrong.map(|name| format!("{file} uses {name}, which stands below it in src/lib.rs")));
+            found
+                .extend(wrong.map(|name| {
+                    format!("{file} uses {name}, which stands below it in src/lib.rs")
+                }));
         }
     }
     found
@@ -81,7 +86,8 @@ fn a_module_uses_only_what_stands_above_it() {
         let text = |file: PathBuf| (file.display().to_string(), fs::read_to_string(&file).unwrap());
         files(module).into_iter().map(text).collect()
     };
-    let modules: Vec<_> = declared().into_iter().map(|module| (module.clone(), texts(&module))).collect();
+    let modules: Vec<_> =
+        declared().into_iter().map(|module| (module.clone(), texts(&module))).collect();
     assert!(modules.len() > 30, "{modules:?}");
     let found = violations(&modules);
     assert!(found.is_empty(), "{}", found.join("\n"));
@@ -90,8 +96,14 @@ fn a_module_uses_only_what_stands_above_it() {
 #[test]
 fn a_violation_would_be_seen() {
     let file = |text: &str| vec![("file".to_owned(), text.to_owned())];
-    let modules = |top: &str| [("top".to_owned(), file(top)), ("low".to_owned(), file("use crate::top;"))];
-    for wrong in ["use crate::low::Thing;", "use crate::{top, low};", "use crate::{low::{A, B}};", "crate::low::f()"] {
+    let modules =
+        |top: &str| [("top".to_owned(), file(top)), ("low".to_owned(), file("use crate::top;"))];
+    for wrong in [
+        "use crate::low::Thing;",
+        "use crate::{top, low};",
+        "use crate::{low::{A, B}};",
+        "crate::low::f()",
+    ] {
         assert_eq!(violations(&modules(wrong)).len(), 1, "{wrong}");
     }
     for right in ["use crate::lowly;", "use crate::{top::{low, B}};", "use super::low;"] {
@@ -106,7 +118,8 @@ fn every_module_is_in_the_map() {
     // A row has one name or two, each before a gap.
     let named = |module: &String| {
         let starts = |cell: &str| cell.trim_start().split("  ").next() == Some(module.as_str());
-        map.iter().any(|row| starts(row) || row.split("  ").map(str::trim).any(|cell| cell == module))
+        map.iter()
+            .any(|row| starts(row) || row.split("  ").map(str::trim).any(|cell| cell == module))
     };
     let missing: Vec<String> = declared().into_iter().filter(|module| !named(module)).collect();
     assert!(missing.is_empty(), "not in the map of src/lib.rs: {missing:?}");

@@ -31,17 +31,25 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     let replicas = [1, 1, 2, 2, 3][draw.below(5)];
     let microbatches = [1, 1, 2, 4][draw.below(4)];
     let steps = 6 + draw.below(5);
-    cover(["one replica", "replicas", "replicas"][replicas - 1], format!("grid.replicas={replicas}"));
-    cover(if stages == LAYERS { "K = layers" } else { "K < layers" }, format!("grid.stages={stages}"));
+    cover(
+        ["one replica", "replicas", "replicas"][replicas - 1],
+        format!("grid.replicas={replicas}"),
+    );
+    cover(
+        if stages == LAYERS { "K = layers" } else { "K < layers" },
+        format!("grid.stages={stages}"),
+    );
     cover(if microbatches > 1 { "m > 1" } else { "m = 1" }, format!("microbatches={microbatches}"));
     cover("steps", format!("steps={steps}"));
-    let kind = ["decoupled", "decoupled", "decoupled", "1f1b", "gpipe", "sequential"][draw.below(6)];
+    let kind =
+        ["decoupled", "decoupled", "decoupled", "1f1b", "gpipe", "sequential"][draw.below(6)];
     cover(kind, format!("schedule={kind}"));
     let slack = [1, 1, 2, 3][draw.below(4)];
     cover(if slack > 1 { "slack" } else { "no slack" }, format!("slack={slack}"));
     if kind == "decoupled" && draw.one_in(4) {
         let least = |k: usize| (slack * (stages - 1 - k)).div_ceil(microbatches);
-        let delays: Vec<String> = (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
+        let delays: Vec<String> =
+            (0..stages).map(|k| (least(k) + draw.below(3)).to_string()).collect();
         cover("hand-made delays", format!("grid.delays=[{}]", delays.join(", ")));
     }
     let tie = ["aligned", "head", "fresh", "none"][draw.below(4)];
@@ -136,8 +144,13 @@ fn draw_xl(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'stat
     cover("transformer-xl", "model.arch=transformer-xl");
     cover("transformer-xl", "data.held_out=0.3");
     let mem_len = [0, 4, 8, 8, 13][draw.below(5)];
-    let names =
-        ["no memory", "memory shorter than a segment", "memory of a segment", "", "memory longer than a segment"];
+    let names = [
+        "no memory",
+        "memory shorter than a segment",
+        "memory of a segment",
+        "",
+        "memory longer than a segment",
+    ];
     let name = names[match mem_len {
         0 => 0,
         4 => 1,
@@ -269,7 +282,8 @@ fn numbers_that_are_read_later_are_the_same() {
         let (sets, _) = drawn(number);
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
         let setup = tiny(&sets);
-        let setup = Arc::new(Setup { readback: Readback::Deferred, ..Arc::into_inner(setup).unwrap() });
+        let setup =
+            Arc::new(Setup { readback: Readback::Deferred, ..Arc::into_inner(setup).unwrap() });
         let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
         assert_eq!(grid.lines, oracle.lines, "metrics of configuration {number}: {sets:?}");
         assert!(grid.weights == oracle.weights, "weights of configuration {number}: {sets:?}");
@@ -402,10 +416,16 @@ fn the_oracle_evaluates_without_a_sync_point() {
     let keys = ["grid.stages=3", "steps=12", "optimizer.predict=update", "eval.tokens=80"];
     let lines = |more: &[&str]| by_oracle(&tiny(&[&keys, more].concat())).lines;
     let of = |lines: &[serde_json::Value], key: &str| -> Vec<(u64, f64)> {
-        lines.iter().filter_map(|line| Some((line["step"].as_u64()?, line.get(key)?.as_f64()?))).collect()
+        lines
+            .iter()
+            .filter_map(|line| Some((line["step"].as_u64()?, line.get(key)?.as_f64()?)))
+            .collect()
     };
-    let (rare, often, drained) =
-        (lines(&["eval.every=100"]), lines(&["eval.every=3", "eval.drain=false"]), lines(&["eval.every=3"]));
+    let (rare, often, drained) = (
+        lines(&["eval.every=100"]),
+        lines(&["eval.every=3", "eval.drain=false"]),
+        lines(&["eval.every=3"]),
+    );
     assert_eq!(of(&rare, "loss"), of(&often, "loss"));
     assert_ne!(of(&rare, "loss"), of(&drained, "loss"));
 
@@ -420,7 +440,8 @@ fn the_oracle_evaluates_without_a_sync_point() {
 #[test]
 fn long_delays_do_not_fill_the_links() {
     for tie in ["model.tie=fresh", "model.tie=aligned", "model.tie=head"] {
-        let setup = tiny(&["grid.stages=2", "microbatches=4", "grid.delays=[9, 0]", "steps=16", tie]);
+        let setup =
+            tiny(&["grid.stages=2", "microbatches=4", "grid.delays=[9, 0]", "steps=16", tie]);
         assert_eq!(as_threads(&setup), by_oracle(&setup), "{tie}");
     }
 }
@@ -434,7 +455,11 @@ fn machinery_does_not_change_numbers() {
     for recompute in ["recompute=true", "recompute=blocks"] {
         assert_eq!(as_threads(&tiny(&[&keys[..], &[recompute]].concat())), plain);
     }
-    assert_eq!(as_threads(&tiny(&[&keys[..], &["slack=2"]].concat())), plain, "ceil(2 q / 4) = ceil(q / 4) here");
+    assert_eq!(
+        as_threads(&tiny(&[&keys[..], &["slack=2"]].concat())),
+        plain,
+        "ceil(2 q / 4) = ceil(q / 4) here"
+    );
     // Rounding on the wire does.
     assert_ne!(as_threads(&tiny(&[&keys[..], &["wire=bf16"]].concat())), plain);
     let replicas = as_threads(&tiny(&["grid.replicas=2"]));

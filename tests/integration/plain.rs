@@ -46,22 +46,27 @@ fn a_synchronous_grid_agrees_with_a_plain_loop() {
     let grid = as_threads(&setup).losses();
     let plain = plain_loop(12);
     for (t, (a, b)) in grid.iter().zip(&plain).enumerate() {
-        assert!((a / b - 1.0).abs() < 2e-5, "step {t}: {a} on the grid, {b} in the loop\n{grid:?}\n{plain:?}");
+        assert!(
+            (a / b - 1.0).abs() < 2e-5,
+            "step {t}: {a} on the grid, {b} in the loop\n{grid:?}\n{plain:?}"
+        );
     }
 }
 
 /// One stage with a tied table is plain training of a tied model with one leaf for both uses.
 #[test]
 fn a_tied_model_on_one_device_is_plain_training() {
-    let sets = ["optimizer.kind=sgd", "optimizer.clip=1e9", "steps=8", "optimizer.weight_decay=0.0"];
+    let sets =
+        ["optimizer.kind=sgd", "optimizer.clip=1e9", "steps=8", "optimizer.weight_decay=0.0"];
     for tie in ["model.tie=aligned", "model.tie=fresh"] {
         let setup = tiny(&[&sets[..], &[tie]].concat());
         let config = &setup.config;
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
         let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
         let parameters = ouroboros::model::parameters(&setup.dimensions);
-        let leaf =
-            |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true);
+        let leaf = |p: &Parameter| {
+            Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true)
+        };
         let mut values: Vec<Tensor> = parameters.iter().map(leaf).collect();
         let mut momenta: Vec<Tensor> = values.iter().map(Tensor::zeros_like).collect();
         let mut losses = Vec::new();
@@ -86,7 +91,10 @@ fn a_tied_model_on_one_device_is_plain_training() {
         }
         assert_eq!(grid[..2], losses[..2]);
         // It is the tie that is tested: without one the second loss differs already.
-        assert_ne!(as_threads(&tiny(&[&sets[..], &["model.tie=none"]].concat())).losses()[1], losses[1]);
+        assert_ne!(
+            as_threads(&tiny(&[&sets[..], &["model.tie=none"]].concat())).losses()[1],
+            losses[1]
+        );
     }
 }
 
@@ -95,10 +103,20 @@ fn a_tied_model_on_one_device_is_plain_training() {
 #[test]
 fn a_fresh_head_follows_its_formula() {
     const E: usize = 2;
-    let sets =
-        ["grid.stages=2", "grid.delays=[2, 0]", "optimizer.kind=sgd", "optimizer.momentum=0.0", "optimizer.clip=1e9"];
-    let more =
-        ["optimizer.weight_decay=0.0", "optimizer.schedule=constant", "steps=10", "sync_at=[6]", "model.tie=head"];
+    let sets = [
+        "grid.stages=2",
+        "grid.delays=[2, 0]",
+        "optimizer.kind=sgd",
+        "optimizer.momentum=0.0",
+        "optimizer.clip=1e9",
+    ];
+    let more = [
+        "optimizer.weight_decay=0.0",
+        "optimizer.schedule=constant",
+        "steps=10",
+        "sync_at=[6]",
+        "model.tie=head",
+    ];
     let setup = tiny(&[&sets[..], &more].concat());
     let config = &setup.config;
     let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
@@ -115,7 +133,8 @@ fn a_fresh_head_follows_its_formula() {
         let late = sync.max(t.saturating_sub(E));
         let leaf = |n: usize, i: usize| versions[n][i].copy().set_requires_grad(true);
         let (input, head) = (leaf(late, 0), leaf(t, 0));
-        let own: Vec<Tensor> = (1..parameters.len()).map(|i| leaf(if i < first { late } else { t }, i)).collect();
+        let own: Vec<Tensor> =
+            (1..parameters.len()).map(|i| leaf(if i < first { late } else { t }, i)).collect();
 
         let batch = batches.train(t, 0..config.batch);
         let weights = model.weights(&own, &[input.shallow_clone()], &[head.shallow_clone()]);
@@ -149,7 +168,9 @@ fn plain_loop(steps: usize) -> Vec<f64> {
     let mut weights: Vec<Tensor> = model
         .parameters()
         .iter()
-        .map(|p| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true))
+        .map(|p| {
+            Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true)
+        })
         .collect();
     let zeros = || weights.iter().map(|w| w.zeros_like().to_kind(Kind::Double)).collect::<Vec<_>>();
     let (mut first, mut second) = (zeros(), zeros());
@@ -164,7 +185,11 @@ fn plain_loop(steps: usize) -> Vec<f64> {
         // The rule of the config by hand: two steps of warm-up, then half a cosine to 0.
         let lr = match t {
             0 | 1 => config.optimizer.common.lr * (t + 1) as f64 / 2.0,
-            _ => config.optimizer.common.lr * 0.5 * (1.0 + (std::f64::consts::PI * (t - 2) as f64 / 10.0).cos()),
+            _ => {
+                config.optimizer.common.lr
+                    * 0.5
+                    * (1.0 + (std::f64::consts::PI * (t - 2) as f64 / 10.0).cos())
+            }
         };
         let n = (t + 1) as i32;
         weights = weights
@@ -196,7 +221,9 @@ fn a_gradient_computed_by_hand() {
     let layout = Layout::new(stack.parameters());
     let mut flat = layout.initial(5).unwrap();
     for entry in &layout.entries {
-        if entry.parameter.name.ends_with("out.weight") || entry.parameter.name.ends_with("down.weight") {
+        if entry.parameter.name.ends_with("out.weight")
+            || entry.parameter.name.ends_with("down.weight")
+        {
             slice_mut(&mut flat)[entry.offset..entry.offset + entry.parameter.count()].fill(0.0);
         }
     }
@@ -207,18 +234,23 @@ fn a_gradient_computed_by_hand() {
             .map(|v| f64::from(*v))
             .collect::<Vec<f64>>()
     };
-    let (tokens, positions, matrix) = (value("embedding.tokens"), value("embedding.positions"), value("head.weight"));
+    let (tokens, positions, matrix) =
+        (value("embedding.tokens"), value("embedding.positions"), value("head.weight"));
     let inputs: [i64; 8] = [3, 7, 3, 250, 7, 7, 0, 12];
     let targets: [i64; 8] = [7, 3, 250, 1, 7, 0, 12, 3];
 
     let n = inputs.len() as f64;
-    let (mut expected_loss, mut d_matrix, mut d_tokens) = (0.0, vec![0.0; vocabulary * d], vec![0.0; vocabulary * d]);
+    let (mut expected_loss, mut d_matrix, mut d_tokens) =
+        (0.0, vec![0.0; vocabulary * d], vec![0.0; vocabulary * d]);
     for (i, (x, y)) in inputs.iter().zip(targets).enumerate() {
-        let e: Vec<f64> = (0..d).map(|c| tokens[*x as usize * d + c] + positions[i % sequence * d + c]).collect();
+        let e: Vec<f64> =
+            (0..d).map(|c| tokens[*x as usize * d + c] + positions[i % sequence * d + c]).collect();
         let mean = e.iter().sum::<f64>() / d as f64;
-        let deviation = (e.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64 + 1e-5).sqrt();
+        let deviation =
+            (e.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64 + 1e-5).sqrt();
         let normal: Vec<f64> = e.iter().map(|v| (v - mean) / deviation).collect();
-        let logits: Vec<f64> = (0..vocabulary).map(|v| (0..d).map(|c| matrix[v * d + c] * normal[c]).sum()).collect();
+        let logits: Vec<f64> =
+            (0..vocabulary).map(|v| (0..d).map(|c| matrix[v * d + c] * normal[c]).sum()).collect();
         let total: f64 = logits.iter().map(|l| l.exp()).sum();
         expected_loss -= (logits[y as usize].exp() / total).ln() / n;
         let mut d_normal = vec![0.0; d];
@@ -229,9 +261,13 @@ fn a_gradient_computed_by_hand() {
                 d_normal[c] += d_logit * matrix[v * d + c];
             }
         }
-        let (a, b) = (d_normal.iter().sum::<f64>(), d_normal.iter().zip(&normal).map(|(g, z)| g * z).sum::<f64>());
+        let (a, b) = (
+            d_normal.iter().sum::<f64>(),
+            d_normal.iter().zip(&normal).map(|(g, z)| g * z).sum::<f64>(),
+        );
         for c in 0..d {
-            d_tokens[*x as usize * d + c] += (d_normal[c] - a / d as f64 - normal[c] * b / d as f64) / deviation;
+            d_tokens[*x as usize * d + c] +=
+                (d_normal[c] - a / d as f64 - normal[c] * b / d as f64) / deviation;
         }
     }
 
@@ -242,14 +278,17 @@ fn a_gradient_computed_by_hand() {
     let slot = MicrobatchId { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
     let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
-    let output = stage.forward(slot, UsedVersions { own: 0, input: None, output: None }, held, input).unwrap();
+    let output = stage
+        .forward(slot, UsedVersions { own: 0, input: None, output: None }, held, input)
+        .unwrap();
     let Output::Loss(found) = output else { panic!("the last stage gives a loss") };
     let found = found.now().unwrap();
     assert!((found - expected_loss).abs() < 1e-5, "{found} {expected_loss}");
     assert!(stage.backward(slot, held, None, &mut |_| Ok(())).unwrap().is_none());
     let gradient = slice(versions.gradient(0)).to_vec();
     for (name, expected) in [("head.weight", d_matrix), ("embedding.tokens", d_tokens)] {
-        let offset = layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap().offset;
+        let offset =
+            layout.entries.iter().find(|entry| entry.parameter.name == name).unwrap().offset;
         let largest = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));
         for (i, e) in expected.iter().enumerate() {
             let found = f64::from(gradient[offset + i]);

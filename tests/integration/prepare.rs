@@ -31,25 +31,37 @@ fn serve(name: &'static str, content: Vec<u8>, broken: usize, ranges_work: bool)
     Server { address, ranges }
 }
 
-fn answer(mut stream: TcpStream, name: &str, content: &[u8], broken: bool, ranges_work: bool) -> String {
+fn answer(
+    mut stream: TcpStream,
+    name: &str,
+    content: &[u8],
+    broken: bool,
+    ranges_work: bool,
+) -> String {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let request = lines.next().unwrap().unwrap();
-    let headers: Vec<String> = lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
-    let range = headers.iter().find_map(|line| line.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+    let headers: Vec<String> =
+        lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
+    let range = headers
+        .iter()
+        .find_map(|line| line.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
     if request != format!("GET /pub/{name} HTTP/1.1") {
-        let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let _ = stream
+            .write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return request;
     }
     let asked = range.as_deref().filter(|_| ranges_work);
     let start: usize = asked.map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
     if asked.is_some() && start >= content.len() {
-        let _ =
-            stream.write_all(b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let _ = stream.write_all(
+            b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        );
         return range.unwrap_or_default();
     }
     let rest = &content[start..];
     let status = if asked.is_some() { "206 Partial Content" } else { "200 OK" };
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
+    let head =
+        format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len());
     let _ = stream.write_all(head.as_bytes());
     let _ = stream.write_all(if broken { &rest[..rest.len() / 2] } else { rest });
     range.unwrap_or_default()
@@ -84,8 +96,10 @@ fn prepare(folder: &Folder, args: &[&str]) -> Finished {
 }
 
 fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -103,7 +117,9 @@ fn a_broken_download_goes_on_where_it_ended() {
     assert_eq!(names(&folder.path("data")), ["enwik8.zip.part"]);
     let finished = prepare(&folder, &args).expect_code(0);
     assert!(
-        finished.stdout.contains("train 90,000, valid 5,000, test 5,000 tokens of a vocabulary of 256"),
+        finished
+            .stdout
+            .contains("train 90,000, valid 5,000, test 5,000 tokens of a vocabulary of 256"),
         "{finished}"
     );
     assert_eq!(*server.ranges.lock().unwrap(), ["".to_owned(), format!("{}-", archive.len() / 2)]);
@@ -126,14 +142,23 @@ fn a_broken_download_goes_on_where_it_ended() {
     let sets = [format!("data.path={prepared}"), "data.held_out=valid".to_owned()];
     let mut sets: Vec<&str> = sets.iter().map(String::as_str).collect();
     sets.push("eval.tokens=2000");
-    std::fs::write(folder.path("tiny.toml"), crate::harness::TINY.replace("synthetic = 4000\n", "")).unwrap();
-    let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--grid", "2x1"]))), 60).expect_code(0);
+    std::fs::write(
+        folder.path("tiny.toml"),
+        crate::harness::TINY.replace("synthetic = 4000\n", ""),
+    )
+    .unwrap();
+    let finished =
+        run(ouroboros(&slices(&folder.train("out", &sets, &["--grid", "2x1"]))), 60).expect_code(0);
     assert!(finished.stdout.contains("bits per byte"), "{finished}");
-    let test = run(ouroboros(&["eval", &folder.text("out"), "--set", "data.held_out=test"]), 60).expect_code(0);
+    let test = run(ouroboros(&["eval", &folder.text("out"), "--set", "data.held_out=test"]), 60)
+        .expect_code(0);
     assert!(test.stdout.contains("scored          4,999 of 5,000 tokens"), "{test}");
     sets.push("data.tokenizer=characters");
     let finished = run(ouroboros(&slices(&folder.train("other", &sets, &[]))), 60).expect_code(3);
-    assert!(finished.stderr.contains("prepared with tokenizer `bytes`, the config has `characters`"), "{finished}");
+    assert!(
+        finished.stderr.contains("prepared with tokenizer `bytes`, the config has `characters`"),
+        "{finished}"
+    );
 }
 
 /// A server without ranges sends everything again; a part that is whole already is only checked.
@@ -141,12 +166,15 @@ fn a_broken_download_goes_on_where_it_ended() {
 fn every_server_ends_in_the_same_file() {
     let archive = zip(&[("text8", &noise(10_000))]);
     let digest = sha256(&archive);
-    for (have, ranges_work) in [(archive.len() / 3, false), (archive.len(), true), (archive.len(), false)] {
+    for (have, ranges_work) in
+        [(archive.len() / 3, false), (archive.len(), true), (archive.len(), false)]
+    {
         let folder = Folder::new();
         std::fs::create_dir(folder.path("data")).unwrap();
         std::fs::write(folder.path("data/text8.zip.part"), &archive[..have]).unwrap();
         let server = serve("text8.zip", archive.clone(), 0, ranges_work);
-        prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest]).expect_code(0);
+        prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest])
+            .expect_code(0);
         assert_eq!(*server.ranges.lock().unwrap(), [format!("{have}-")]);
         assert_eq!(std::fs::read(folder.path("data/text8.zip")).unwrap(), archive);
         assert_eq!(names(&folder.path("data")), ["text8.tokens", "text8.zip"]);
@@ -161,12 +189,14 @@ fn an_altered_archive_is_refused_and_removed() {
     archive[place] ^= 1;
     let folder = Folder::new();
     let server = serve("text8.zip", archive.clone(), 0, true);
-    let finished = prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest]).expect_code(3);
+    let finished = prepare(&folder, &["text8", "--mirror", &server.address, "--sha256", &digest])
+        .expect_code(3);
     assert!(finished.stderr.contains("the file is altered, or only a part of it"), "{finished}");
     assert!(names(&folder.path("data")).is_empty());
     std::fs::write(folder.path("half.zip"), &archive[..place]).unwrap();
     // Without --sha256 the digest is that of the well-known archive.
-    let finished = prepare(&folder, &["text8", "--archive", &folder.text("half.zip")]).expect_code(3);
+    let finished =
+        prepare(&folder, &["text8", "--archive", &folder.text("half.zip")]).expect_code(3);
     assert!(finished.stderr.contains("not a6640522afe85d19"), "{finished}");
     let missing = prepare(&folder, &["wikitext-103", "--mirror", &server.address]).expect_code(3);
     assert!(missing.stderr.contains("wikitext-103-v1.zip: the server answers 404"), "{missing}");
@@ -181,7 +211,9 @@ fn the_other_corpora_are_cut_and_tokenised_as_usual() {
     let args = ["text8", "--archive", &folder.text("text8.zip"), "--sha256", &sha256(&text8)];
     let finished = prepare(&folder, &args).expect_code(0);
     assert!(
-        finished.stdout.contains("train 18,000, valid 1,000, test 1,000 tokens of a vocabulary of 27"),
+        finished
+            .stdout
+            .contains("train 18,000, valid 1,000, test 1,000 tokens of a vocabulary of 27"),
         "{finished}"
     );
 
@@ -197,7 +229,10 @@ fn the_other_corpora_are_cut_and_tokenised_as_usual() {
     assert!(finished.stderr.contains("data wikitext-103 (valid): the word `<unk>` is not in the vocabulary, which has no `<unk>`; give --min-count 2"), "{finished}");
     assert_eq!(names(&folder.path("data")), ["text8.tokens"]);
     let finished = prepare(&folder, &[&args[..], &["--min-count", "2"]].concat()).expect_code(0);
-    assert!(finished.stdout.contains("train 13, valid 4, test 3 tokens of a vocabulary of 4"), "{finished}");
+    assert!(
+        finished.stdout.contains("train 13, valid 4, test 3 tokens of a vocabulary of 4"),
+        "{finished}"
+    );
     assert_eq!(names(&folder.path("data")), ["text8.tokens", "wikitext-103.tokens"]);
 }
 
@@ -206,10 +241,18 @@ fn a_text_of_ones_own_is_prepared_too() {
     let folder = Folder::new();
     std::fs::write(folder.path("own.txt"), "some words and more words\n".repeat(200)).unwrap();
     let text = folder.text("own.txt");
-    let finished = prepare(&folder, &[&text, "--tokenizer", "words", "--held-out", "0.1"]).expect_code(0);
-    assert!(finished.stdout.contains("train 960, valid 120, test 120 tokens of a vocabulary of 5"), "{finished}");
+    let finished =
+        prepare(&folder, &[&text, "--tokenizer", "words", "--held-out", "0.1"]).expect_code(0);
+    assert!(
+        finished.stdout.contains("train 960, valid 120, test 120 tokens of a vocabulary of 5"),
+        "{finished}"
+    );
     let table: [(&[&str], i32, &str); 5] = [
-        (&[&text, "--mirror", "http://x"], 2, "`--mirror`: found given; is for enwik8, text8, wikitext-103 only"),
+        (
+            &[&text, "--mirror", "http://x"],
+            2,
+            "`--mirror`: found given; is for enwik8, text8, wikitext-103 only",
+        ),
         (&[&text, "--held-out", "0.7"], 2, "`--held-out`: found 0.7"),
         (&[&text, "--min-count", "3"], 2, "`--min-count`: found 3; is for --tokenizer words only"),
         (&["enwik9"], 3, "enwik9: cannot be read"),
@@ -225,7 +268,8 @@ fn a_text_of_ones_own_is_prepared_too() {
         assert_eq!(names(&folder.path("data")), ["own.txt.tokens"]);
     }
     std::fs::write(folder.path("bad.txt"), b"good \xff\xfe bad\n".repeat(50)).unwrap();
-    let finished = prepare(&folder, &[&folder.text("bad.txt"), "--tokenizer", "words"]).expect_code(3);
+    let finished =
+        prepare(&folder, &[&folder.text("bad.txt"), "--tokenizer", "words"]).expect_code(3);
     assert!(finished.stderr.contains("bad.txt: no UTF-8 at byte 5"), "{finished}");
     assert_eq!(names(&folder.path("data")), ["own.txt.tokens"]);
 }
@@ -259,7 +303,10 @@ fn an_archive_is_unpacked_within_bounds() {
         std::fs::write(folder.path("a.zip"), &archive).unwrap();
         let args = ["text8", "--archive", &folder.text("a.zip"), "--sha256", &sha256(&archive)];
         let finished = prepare(&folder, &args).expect_code(3);
-        assert!(finished.stderr.contains(problem) && finished.stderr.contains("a.zip"), "{problem}: {finished}");
+        assert!(
+            finished.stderr.contains(problem) && finished.stderr.contains("a.zip"),
+            "{problem}: {finished}"
+        );
         assert_eq!(names(&folder.path("data")), [""; 0], "{problem}");
     }
 }

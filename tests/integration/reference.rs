@@ -40,7 +40,8 @@ fn distance(found: &Tensor, expected: &[f64]) -> f64 {
 
 #[test]
 fn a_transformer_xl_layer_is_what_its_definition_says() {
-    let cases: Vec<Case> = serde_json::from_str(include_str!("../reference/transformer_xl.json")).unwrap();
+    let cases: Vec<Case> =
+        serde_json::from_str(include_str!("../reference/transformer_xl.json")).unwrap();
     assert_eq!(cases.len(), 6);
     for (kind, bound) in [(Kind::Double, 1e-10), (Kind::Float, 1e-5)] {
         for (number, case) in cases.iter().enumerate() {
@@ -63,13 +64,15 @@ fn a_transformer_xl_layer_is_what_its_definition_says() {
             let number = number as f64;
             let leaf = |seed, shape: &[i64]| values(seed, shape, kind).set_requires_grad(true);
             let shapes = stack.parameters().iter().enumerate();
-            let weights: Vec<Tensor> = shapes.map(|(n, p)| leaf(1.0 + n as f64 + 0.1 * number, &p.shape)).collect();
+            let weights: Vec<Tensor> =
+                shapes.map(|(n, p)| leaf(1.0 + n as f64 + 0.1 * number, &p.shape)).collect();
             let x = leaf(0.3 + number, &[B, T, D]);
             // What a layer remembers is its last input.
             let mut memory = Memory::new(config.mem_len);
             if case.memory > 0 {
                 let before = values(0.7 + number, &[B, case.memory as i64, D], kind);
-                let _ = tch::no_grad(|| stack.forward(&weights, &before, &mut memory, None)).unwrap();
+                let _ =
+                    tch::no_grad(|| stack.forward(&weights, &before, &mut memory, None)).unwrap();
             }
             let y = stack.forward(&weights, &x, &mut memory, None).unwrap();
             (&y * values(0.9 + number, &[B, T, D], kind)).sum(kind).backward();

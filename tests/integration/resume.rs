@@ -22,9 +22,13 @@ const XL: [&str; 6] = [
 ];
 
 fn setup(sets: &[&str]) -> Setup {
-    let sets: Vec<String> =
-        ["checkpoint.every=2", "checkpoint.keep_last=9"].iter().chain(sets).map(|set| set.to_string()).collect();
-    Setup::new(Config::parse(TINY, &sets).unwrap()).unwrap_or_else(|error| panic!("{sets:?}: {error}"))
+    let sets: Vec<String> = ["checkpoint.every=2", "checkpoint.keep_last=9"]
+        .iter()
+        .chain(sets)
+        .map(|set| set.to_string())
+        .collect();
+    Setup::new(Config::parse(TINY, &sets).unwrap())
+        .unwrap_or_else(|error| panic!("{sets:?}: {error}"))
 }
 
 fn state(out: &Path, step: usize) -> Checkpoint {
@@ -39,11 +43,15 @@ fn goes_on(sets: &[&str]) {
     let steps = setup(sets).config.steps;
     for start in (2..steps).step_by(2) {
         let rest = TempDir::new().unwrap();
-        std::fs::copy(whole.path().join("metrics.jsonl"), rest.path().join("metrics.jsonl")).unwrap();
+        std::fs::copy(whole.path().join("metrics.jsonl"), rest.path().join("metrics.jsonl"))
+            .unwrap();
         trained(setup(sets).resume(state(whole.path(), start)).unwrap(), rest.path(), false);
         assert_eq!(Outcome::read(rest.path()).lines, outcome.lines, "{sets:?} from {start}");
         for step in (start + 1..=steps).filter(|step| step % 2 == 0 || *step == steps) {
-            assert!(files(rest.path(), step) == files(whole.path(), step), "{sets:?} from {start}: step {step}");
+            assert!(
+                files(rest.path(), step) == files(whole.path(), step),
+                "{sets:?} from {start}: step {step}"
+            );
         }
     }
 }
@@ -52,8 +60,20 @@ fn goes_on(sets: &[&str]) {
 fn a_run_that_goes_on_is_the_run_that_was_not_stopped() {
     goes_on(&[]);
     goes_on(&["grid.stages=3", "grid.replicas=2", "microbatches=2", "eval.every=3", "steps=8"]);
-    goes_on(&["grid.stages=4", "schedule=1f1b", "microbatches=3", "optimizer.kind=sgd", "model.tie=none"]);
-    goes_on(&["grid.stages=4", "grid.placement=ring", "model.tie=fresh", "model.dropout=0.2", "recompute=true"]);
+    goes_on(&[
+        "grid.stages=4",
+        "schedule=1f1b",
+        "microbatches=3",
+        "optimizer.kind=sgd",
+        "model.tie=none",
+    ]);
+    goes_on(&[
+        "grid.stages=4",
+        "grid.placement=ring",
+        "model.tie=fresh",
+        "model.dropout=0.2",
+        "recompute=true",
+    ]);
     let xl = |more: &[&'static str]| goes_on(&[&XL[..], more].concat());
     xl(&["grid.stages=3", "microbatches=2", "eval.every=4"]);
     xl(&["grid.stages=2", "grid.replicas=2", "microbatches=3", "recompute=true", "wire=bf16"]);
@@ -114,28 +134,39 @@ fn a_state_goes_to_another_grid_and_back() {
 /// A rank is killed in the middle; what was saved goes on by itself, and ends as if nothing had happened.
 #[test]
 fn a_killed_run_is_resumed() {
-    let sets = ["checkpoint.every=10", "steps=40", "eval.every=20", "grid.stages=2", "grid.replicas=2"];
+    let sets =
+        ["checkpoint.every=10", "steps=40", "eval.every=20", "grid.stages=2", "grid.replicas=2"];
     let folder = Folder::new();
     run(ouroboros(&slices(&folder.train("whole", &sets, &[]))), LIMIT).expect_code(0);
     let killed = folder.train("out", &sets, &["--resume", "--inject", "crash@1,1:33"]);
     let finished = run(mpirun(4, &slices(&killed)), LIMIT);
     assert!(!finished.timed_out && finished.code != Some(0), "{finished}");
     assert!(finished.stdout.contains("no checkpoint in"), "{finished}");
-    let finished = run(mpirun(4, &slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
+    let finished =
+        run(mpirun(4, &slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
     assert!(
-        finished.stdout.contains("resuming at step 30 from ") || finished.stdout.contains("resuming at step 20 from ")
+        finished.stdout.contains("resuming at step 30 from ")
+            || finished.stdout.contains("resuming at step 20 from ")
     );
     let (whole, out) = (folder.path("whole"), folder.path("out"));
     assert_eq!(Outcome::read(&out).lines, Outcome::read(&whole).lines, "{finished}");
     assert!(files(&out, 40) == files(&whole, 40), "{finished}");
-    let finished = run(mpirun(4, &slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
-    assert!(finished.stdout.contains("nothing is left to do: all 40 steps are made, and saved"), "{finished}");
+    let finished =
+        run(mpirun(4, &slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
+    assert!(
+        finished.stdout.contains("nothing is left to do: all 40 steps are made, and saved"),
+        "{finished}"
+    );
 }
 
 #[test]
 fn old_states_are_removed_and_some_are_kept() {
     let out = TempDir::new().unwrap();
-    trained(setup(&["steps=12", "checkpoint.keep_last=2", "checkpoint.keep_every=6"]), out.path(), false);
+    trained(
+        setup(&["steps=12", "checkpoint.keep_last=2", "checkpoint.keep_every=6"]),
+        out.path(),
+        false,
+    );
     let mut left: Vec<_> = std::fs::read_dir(out.path().join("checkpoints"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -154,8 +185,16 @@ fn broken_states_are_told_and_passed_over() {
         ("truncated", |f| truncate(&f.join("stage-1.safetensors"), 100), "100 bytes instead of"),
         ("empty", |f| truncate(&f.join("stage-0.first.safetensors"), 0), "0 bytes instead of"),
         ("a bit", |f| flip(&f.join("stage-1.second.safetensors")), "its digest is "),
-        ("no shard", |f| std::fs::remove_file(f.join("stage-0.safetensors")).unwrap(), "No such file"),
-        ("no manifest", |f| std::fs::remove_file(f.join("manifest.json")).unwrap(), "No such file or directory"),
+        (
+            "no shard",
+            |f| std::fs::remove_file(f.join("stage-0.safetensors")).unwrap(),
+            "No such file",
+        ),
+        (
+            "no manifest",
+            |f| std::fs::remove_file(f.join("manifest.json")).unwrap(),
+            "No such file or directory",
+        ),
         ("half a manifest", |f| truncate(&f.join("manifest.json"), 200), "EOF while parsing"),
         (
             "a newer format",
@@ -170,14 +209,17 @@ fn broken_states_are_told_and_passed_over() {
         let state = folder.path("out/checkpoints/step-6");
         damage(&state);
         let path = state.to_str().unwrap();
-        let finished = run(ouroboros(&slices(&folder.train("new", &sets, &["--resume", path]))), LIMIT).expect_code(6);
+        let finished =
+            run(ouroboros(&slices(&folder.train("new", &sets, &["--resume", path]))), LIMIT)
+                .expect_code(6);
         let told = finished.errors();
         assert!(
             told.len() == 1 && (told[0].contains(expected) || told[0].contains("is missing")),
             "{name}: {finished}"
         );
         std::fs::create_dir_all(folder.path("out/checkpoints/step-8.tmp")).unwrap();
-        let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
+        let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT)
+            .expect_code(0);
         assert!(finished.stdout.contains("resuming at step 4 from"), "{name}: {finished}");
         assert!(finished.stderr.contains("looking for an older one"), "{name}: {finished}");
     }
@@ -203,7 +245,8 @@ fn edit(path: &Path, old: &str, new: &str) {
 #[test]
 fn another_run_is_refused_by_name() {
     let folder = Folder::new();
-    run(ouroboros(&slices(&folder.train("out", &["checkpoint.every=2"], &[]))), LIMIT).expect_code(0);
+    run(ouroboros(&slices(&folder.train("out", &["checkpoint.every=2"], &[]))), LIMIT)
+        .expect_code(0);
     for (set, expected) in [
         ("model.d_model=32", "setting `model.d_model`: found 32; "),
         ("model.layers=4", "setting `model.layers`: found 4; "),
@@ -215,8 +258,12 @@ fn another_run_is_refused_by_name() {
         ("data.tokenizer=characters", "setting `data.tokenizer`: found characters; "),
         ("steps=3", "setting `steps`: found 3; "),
     ] {
-        let finished = run(ouroboros(&slices(&folder.train("out", &[set], &["--resume"]))), LIMIT).expect_code(2);
-        assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{set}: {finished}");
+        let finished = run(ouroboros(&slices(&folder.train("out", &[set], &["--resume"]))), LIMIT)
+            .expect_code(2);
+        assert!(
+            finished.errors().len() == 1 && finished.errors()[0].contains(expected),
+            "{set}: {finished}"
+        );
         assert!(finished.errors()[0].contains("/step-6 "), "{finished}");
     }
     // A longer run, another rate of dropout and another kind of tie are the same run.
@@ -234,8 +281,12 @@ fn other_bases_of_soap_are_refused_by_name() {
         ("optimizer.soap_limit=16", "setting `optimizer.soap_limit`: found 16; "),
     ] {
         let sets = [&soap[..], &[set]].concat();
-        let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(2);
-        assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{set}: {finished}");
+        let finished = run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT)
+            .expect_code(2);
+        assert!(
+            finished.errors().len() == 1 && finished.errors()[0].contains(expected),
+            "{set}: {finished}"
+        );
     }
 
     // A limit that no side reaches shapes the same state.

@@ -8,11 +8,14 @@ use ouroboros::metrics::Summary;
 use ouroboros::setup::Setup;
 use tempfile::TempDir;
 
-use crate::harness::{Folder, LIMIT, Outcome, TINY, child, files, mpirun, ouroboros, run, signalled, slices, trained};
+use crate::harness::{
+    Folder, LIMIT, Outcome, TINY, child, files, mpirun, ouroboros, run, signalled, slices, trained,
+};
 
 pub fn setup(sets: &[&str]) -> Setup {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
-    Setup::new(Config::parse(TINY, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"))).unwrap()
+    Setup::new(Config::parse(TINY, &sets).unwrap_or_else(|error| panic!("{sets:?}: {error}")))
+        .unwrap()
 }
 
 pub fn leg(setup: Setup, out: &Path, oracle: bool, stop: bool) -> Summary {
@@ -47,25 +50,70 @@ pub fn stopped_again_and_again(sets: &[&str]) {
         assert!(!pieces.path().join("STOP").exists());
         assert!(legs < 50, "{sets:?}");
     }
-    let synchronous = sets.iter().any(|set| set.starts_with("schedule=")) || sets.contains(&"model.tie=fresh");
-    assert!(legs > 2 && (between > 0) != synchronous, "{sets:?}: {legs} legs, {between} stops between sync points");
+    let synchronous =
+        sets.iter().any(|set| set.starts_with("schedule=")) || sets.contains(&"model.tie=fresh");
+    assert!(
+        legs > 2 && (between > 0) != synchronous,
+        "{sets:?}: {legs} legs, {between} stops between sync points"
+    );
     let (found, expected) = (ends(pieces.path(), steps), ends(whole.path(), steps));
     assert!(found == expected || sets.contains(&"model.tie=fresh"), "{sets:?}: {legs} legs");
 }
 
 #[test]
 fn a_stopped_run_goes_on_as_if_it_had_not_been() {
-    let xl: &[&str] = &["model.arch=transformer-xl", "model.mem_len=12", "data.synthetic=2200", "data.held_out=0.3"];
+    let xl: &[&str] = &[
+        "model.arch=transformer-xl",
+        "model.mem_len=12",
+        "data.synthetic=2200",
+        "data.held_out=0.3",
+    ];
     stopped_again_and_again(&["grid.stages=3", "steps=31", "model.dropout=0.1"]);
-    stopped_again_and_again(&["grid.stages=4", "grid.replicas=2", "microbatches=2", "steps=24", "eval.every=7"]);
-    stopped_again_and_again(&["grid.stages=4", "grid.placement=ring", "steps=31", "checkpoint.every=7"]);
-    stopped_again_and_again(&["grid.stages=3", "schedule=1f1b", "microbatches=3", "steps=17", "model.tie=none"]);
-    stopped_again_and_again(&["grid.stages=2", "grid.delays=[3, 1]", "steps=31", "model.tie=none", "recompute=true"]);
+    stopped_again_and_again(&[
+        "grid.stages=4",
+        "grid.replicas=2",
+        "microbatches=2",
+        "steps=24",
+        "eval.every=7",
+    ]);
+    stopped_again_and_again(&[
+        "grid.stages=4",
+        "grid.placement=ring",
+        "steps=31",
+        "checkpoint.every=7",
+    ]);
+    stopped_again_and_again(&[
+        "grid.stages=3",
+        "schedule=1f1b",
+        "microbatches=3",
+        "steps=17",
+        "model.tie=none",
+    ]);
+    stopped_again_and_again(&[
+        "grid.stages=2",
+        "grid.delays=[3, 1]",
+        "steps=31",
+        "model.tie=none",
+        "recompute=true",
+    ]);
     stopped_again_and_again(&["grid.stages=3", "grid.replicas=2", "steps=24", "precision=bf16"]);
-    stopped_again_and_again(&["grid.stages=4", "grid.replicas=2", "steps=31", "eval.every=7", "model.tie=head"]);
-    stopped_again_and_again(&["grid.stages=4", "grid.placement=ring", "steps=31", "model.tie=head"]);
+    stopped_again_and_again(&[
+        "grid.stages=4",
+        "grid.replicas=2",
+        "steps=31",
+        "eval.every=7",
+        "model.tie=head",
+    ]);
+    stopped_again_and_again(&[
+        "grid.stages=4",
+        "grid.placement=ring",
+        "steps=31",
+        "model.tie=head",
+    ]);
     stopped_again_and_again(&["grid.stages=1", "grid.delays=[2]", "steps=24", "model.tie=head"]);
-    stopped_again_and_again(&[xl, &["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=22"]].concat());
+    stopped_again_and_again(
+        &[xl, &["grid.stages=3", "grid.replicas=2", "microbatches=2", "steps=22"]].concat(),
+    );
 }
 
 /// Under the paper's tie a stop is a sync point, for the grid and for the oracle alike.
@@ -98,10 +146,22 @@ fn a_stop_is_a_sync_point_of_a_fresh_tie() {
 fn another_grid_goes_on_from_a_stop() {
     for (before, other) in [
         (&["grid.stages=3"][..], &["grid.stages=4", "grid.replicas=2", "microbatches=2"][..]),
-        (&["grid.stages=4", "model.tie=head"], &["grid.stages=3", "grid.placement=ring", "model.tie=head"]),
-        (&["grid.stages=4", "grid.replicas=2", "model.tie=head"], &["grid.stages=2", "model.tie=aligned"]),
-        (&["grid.stages=3", "grid.replicas=2", "model.tie=head"], &["grid.stages=3", "model.tie=head"]),
-        (&["grid.stages=3", "model.tie=head"], &["grid.stages=3", "grid.replicas=2", "model.tie=head"]),
+        (
+            &["grid.stages=4", "model.tie=head"],
+            &["grid.stages=3", "grid.placement=ring", "model.tie=head"],
+        ),
+        (
+            &["grid.stages=4", "grid.replicas=2", "model.tie=head"],
+            &["grid.stages=2", "model.tie=aligned"],
+        ),
+        (
+            &["grid.stages=3", "grid.replicas=2", "model.tie=head"],
+            &["grid.stages=3", "model.tie=head"],
+        ),
+        (
+            &["grid.stages=3", "model.tie=head"],
+            &["grid.stages=3", "grid.replicas=2", "model.tie=head"],
+        ),
     ] {
         let steps = ["steps=20"];
         let out = TempDir::new().unwrap();
@@ -109,7 +169,12 @@ fn another_grid_goes_on_from_a_stop() {
         let [threads, oracle] = [false, true].map(|oracle| {
             let saved = Checkpoint::newest(out.path()).unwrap().unwrap();
             let rest = TempDir::new().unwrap();
-            leg(setup(&[other, &steps].concat()).resume(saved).unwrap(), rest.path(), oracle, false);
+            leg(
+                setup(&[other, &steps].concat()).resume(saved).unwrap(),
+                rest.path(),
+                oracle,
+                false,
+            );
             ends(rest.path(), 20)
         });
         assert!(threads == oracle, "{before:?} to {other:?}");
@@ -122,12 +187,16 @@ fn waiting_parts_are_shared_out_anew() {
     use ouroboros::params::Layout;
     let sets = ["grid.stages=3", "model.tie=head", "steps=20"];
     let out = TempDir::new().unwrap();
-    assert!(leg(setup(&[&sets[..], &["grid.replicas=2"]].concat()), out.path(), false, true).stopped);
+    assert!(
+        leg(setup(&[&sets[..], &["grid.replicas=2"]].concat()), out.path(), false, true).stopped
+    );
     let saved = || Checkpoint::newest(out.path()).unwrap().unwrap();
-    let resumed = |replicas: &str| setup(&[&sets[..], &[replicas]].concat()).resume(saved()).unwrap();
+    let resumed =
+        |replicas: &str| setup(&[&sets[..], &[replicas]].concat()).resume(saved()).unwrap();
     let layout = Layout::new(&ouroboros::model::table(&resumed("grid.replicas=1").dimensions));
 
-    let parts = |replicas: &str, replica| resumed(replicas).waiting_parts(&layout, replica).unwrap();
+    let parts =
+        |replicas: &str, replica| resumed(replicas).waiting_parts(&layout, replica).unwrap();
     let (first, second) = (parts("grid.replicas=2", 0), parts("grid.replicas=2", 1));
     let (alone, other) = (parts("grid.replicas=1", 0), parts("grid.replicas=3", 1));
     assert_eq!(alone.len(), 2, "as many as the delay");
@@ -150,11 +219,15 @@ fn a_signal_stops_all_ranks_with_code_75() {
     // To the launcher, which passes it on; to one rank; and to threads of one process.
     let launched = || mpirun(4, &slices(&args));
     let first = signalled(launched(), &metrics, "-USR1", |id| id.to_string()).expect_code(75);
-    assert!(first.stdout.contains("SIGUSR1 at stage ") && first.stdout.contains("stopped at step "), "{first}");
+    assert!(
+        first.stdout.contains("SIGUSR1 at stage ") && first.stdout.contains("stopped at step "),
+        "{first}"
+    );
     assert!(first.errors().is_empty(), "{first}");
     let second = signalled(launched(), &metrics, "-TERM", |id| child(id, 2)).expect_code(75);
     assert!(second.stdout.contains("SIGTERM at stage "), "{second}");
-    let third = signalled(ouroboros(&slices(&args)), &metrics, "-INT", |id| id.to_string()).expect_code(75);
+    let third =
+        signalled(ouroboros(&slices(&args)), &metrics, "-INT", |id| id.to_string()).expect_code(75);
     assert!(
         third.stdout.contains(
             "SIGINT at this process (again in 2 s or later: ends at once, unsaved): the run stops and saves at step "
@@ -173,10 +246,14 @@ fn deadlines_stop_a_run() {
     let args = folder.train("a", &long, &["--max-minutes", "0.02"]);
     let finished = run(ouroboros(&slices(&args)), LIMIT).expect_code(75);
     assert!(finished.stdout.contains("--max-minutes 0.02: the run stops"), "{finished}");
-    let end = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() + 62;
+    let end =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() + 62;
     let args = folder.train("b", &long, &["--stop-margin", "60"]);
     let mut command = mpirun(2, &slices(&args));
     command.env("SLURM_JOB_END_TIME", end.to_string());
     let finished = run(command, LIMIT).expect_code(75);
-    assert!(finished.stdout.contains("the end of the batch job is 60 s away: the run stops"), "{finished}");
+    assert!(
+        finished.stdout.contains("the end of the batch job is 60 s away: the run stops"),
+        "{finished}"
+    );
 }

@@ -48,10 +48,12 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     let folder = Folder::new();
     let finished = study(&folder, STUDY, &[]).expect_code(0);
     // Searched: three variants at two rates; then one more seed each, and half of the steps of the reference.
-    let made = |finished: &Finished| finished.stdout.lines().filter(|line| line.contains("-seed")).count();
+    let made =
+        |finished: &Finished| finished.stdout.lines().filter(|line| line.contains("-seed")).count();
     assert_eq!(made(&finished), 3 * 2 + 3 + 2, "{finished}");
     assert!(
-        finished.stdout.contains("tiny: 11 runs of ") || finished.stdout.contains("tiny: 10 runs of "),
+        finished.stdout.contains("tiny: 11 runs of ")
+            || finished.stdout.contains("tiny: 10 runs of "),
         "{finished}"
     );
 
@@ -63,29 +65,46 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     assert_eq!(variants[1]["delays"], serde_json::json!([1, 1, 0]));
     assert_eq!((&variants[2]["predict"], &variants[2]["lead"]), (&"update".into(), &"one".into()));
     for row in variants {
-        let losses: Vec<f64> = row["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect();
-        assert!(losses.len() == 2 && losses.iter().all(|loss| (1.0..6.0).contains(loss)), "{losses:?}");
-        assert!((row["loss"]["mean"].as_f64().unwrap() - (losses[0] + losses[1]) / 2.0).abs() < 1e-12);
+        let losses: Vec<f64> =
+            row["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect();
+        assert!(
+            losses.len() == 2 && losses.iter().all(|loss| (1.0..6.0).contains(loss)),
+            "{losses:?}"
+        );
+        assert!(
+            (row["loss"]["mean"].as_f64().unwrap() - (losses[0] + losses[1]) / 2.0).abs() < 1e-12
+        );
     }
     let pair = |row: &serde_json::Value, i: usize| row["losses"][i].as_f64().unwrap();
-    let difference =
-        (pair(&variants[1], 0) - pair(&variants[0], 0) + pair(&variants[1], 1) - pair(&variants[0], 1)) / 2.0;
+    let difference = (pair(&variants[1], 0) - pair(&variants[0], 0) + pair(&variants[1], 1)
+        - pair(&variants[0], 1))
+        / 2.0;
     assert!((variants[1]["difference"]["mean"].as_f64().unwrap() - difference).abs() < 1e-12);
     assert!(variants[1]["tax"]["mean"].as_f64().unwrap() > 0.0);
     // Of two rates, each is at an edge; a tax below or above those of the reference's own runs is marked as a guess.
     let table = fs::read_to_string(folder.path("out/tiny.md")).unwrap();
-    assert!(variants.iter().all(|row| row["rate_at_edge"] == true) && table.contains("\n*: the lowest"), "{table}");
+    assert!(
+        variants.iter().all(|row| row["rate_at_edge"] == true) && table.contains("\n*: the lowest"),
+        "{table}"
+    );
     let measured = 1.0..=2.0;
     let tax = variants[1]["tax_of_best"]["mean"].as_f64().unwrap();
     assert_eq!(variants[1]["tax_of_best"]["extrapolated"], !measured.contains(&tax), "{table}");
-    assert!(fs::read_to_string(folder.path("out/tiny.md")).unwrap().contains("| predict and lead | 3x1 | 1,1,0 |"));
+    assert!(
+        fs::read_to_string(folder.path("out/tiny.md"))
+            .unwrap()
+            .contains("| predict and lead | 3x1 | 1,1,0 |")
+    );
 
     // Curves: evaluations on the way, which are no sync points, and at the end.
     for row in variants {
         let curve = row["curve"].as_array().unwrap();
         let tokens: Vec<u64> = curve.iter().map(|point| point[0].as_u64().unwrap()).collect();
         assert_eq!(tokens, [3, 6, 8].map(|steps| steps * 24 * 8), "{row}");
-        assert!((curve[2][1].as_f64().unwrap() - row["loss"]["mean"].as_f64().unwrap()).abs() < 1e-12, "{row}");
+        assert!(
+            (curve[2][1].as_f64().unwrap() - row["loss"]["mean"].as_f64().unwrap()).abs() < 1e-12,
+            "{row}"
+        );
     }
     let picture = fs::read_to_string(folder.path("out/tiny.svg")).unwrap();
     assert!(
@@ -104,21 +123,26 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     let expected = 79.5 / 76.5 / tax.as_f64().unwrap();
     assert!((speed_up["over_1f1b"].as_f64().unwrap() - expected).abs() < 1e-9, "{speed_up}");
     let beside = &variants[2]["beside"];
-    let difference = variants[2]["loss"]["mean"].as_f64().unwrap() - variants[1]["loss"]["mean"].as_f64().unwrap();
+    let difference = variants[2]["loss"]["mean"].as_f64().unwrap()
+        - variants[1]["loss"]["mean"].as_f64().unwrap();
     assert_eq!(beside[0], "delayed");
     assert!((beside[1]["mean"].as_f64().unwrap() - difference).abs() < 1e-12, "{beside}");
     assert!(table.contains("\npredict and lead less delayed: "), "{table}");
 
     // What is made stays made; a run that is missing is made again, with the same result.
     let gone = fs::read_dir(folder.path("out/runs")).unwrap().flatten();
-    let gone = gone.map(|entry| entry.path()).find(|path| path.to_str().unwrap().contains("delayed")).unwrap();
+    let gone = gone
+        .map(|entry| entry.path())
+        .find(|path| path.to_str().unwrap().contains("delayed"))
+        .unwrap();
     fs::remove_dir_all(gone).unwrap();
     let again = study(&folder, STUDY, &[]).expect_code(0);
     assert_eq!(made(&again), 1, "{again}");
     assert_eq!(findings(&folder), first);
 
     // A folder of another study; goals are no part of what its runs are.
-    let refused = study(&folder, &STUDY.replace("optimizer.lead=one", "optimizer.lead=delay"), &[]).expect_code(2);
+    let refused = study(&folder, &STUDY.replace("optimizer.lead=one", "optimizer.lead=delay"), &[])
+        .expect_code(2);
     assert!(refused.errors()[0].contains("holds runs of another `predict and lead`"), "{refused}");
     let config = fs::read_to_string(folder.path("tiny.toml")).unwrap();
     fs::write(folder.path("tiny.toml"), config.replace("heads = 2", "heads = 4")).unwrap();
@@ -127,7 +151,8 @@ fn variants_are_compared_at_their_best_rates_over_paired_seeds() {
     fs::write(folder.path("tiny.toml"), config).unwrap();
 
     // More rates are the same study: what is made stays made.
-    let more = study(&folder, &STUDY.replace("[1e-3, 1e-2]", "[1e-3, 3e-3, 1e-2]"), &[]).expect_code(0);
+    let more =
+        study(&folder, &STUDY.replace("[1e-3, 1e-2]", "[1e-3, 3e-3, 1e-2]"), &[]).expect_code(0);
     assert!((3..=8).contains(&made(&more)), "{more}");
 }
 
@@ -145,7 +170,11 @@ fn goals_and_quotes_are_checked() {
     study(&folder, STUDY, &["--check"]).expect_code(0);
     for (from, to, expected) in [
         ("goal_tax = 100.0", "goal_tax = 0.001", "missed: predict and lead: a token tax of "),
-        ("goal_speed_up = 0.01", "goal_speed_up = 99.0", "missed: predict and lead: a speed-up over 1F1B of "),
+        (
+            "goal_speed_up = 0.01",
+            "goal_speed_up = 99.0",
+            "missed: predict and lead: a speed-up over 1F1B of ",
+        ),
     ] {
         let strict = STUDY.replace(from, to);
         let missed = study(&folder, &strict, &["--check"]).expect_code(1);
@@ -164,7 +193,10 @@ fn goals_and_quotes_are_checked() {
     }
     say("");
     let absent = study(&folder, STUDY, &["--check"]).expect_code(2);
-    assert!(absent.errors()[0].contains("`quoted`") && absent.errors()[0].contains("no table between"), "{absent}");
+    assert!(
+        absent.errors()[0].contains("`quoted`") && absent.errors()[0].contains("no table between"),
+        "{absent}"
+    );
 }
 
 #[test]
@@ -178,14 +210,22 @@ fn a_study_that_compares_nothing_is_refused() {
             "against = \"synchron\"\n[[",
             "`variant.delayed.against`: found no reference",
         ),
-        ("\"schedule=1f1b\"", "\"schedule=1f1b\", \"steps=9\"", "found another steps than variant synchronous"),
+        (
+            "\"schedule=1f1b\"",
+            "\"schedule=1f1b\", \"steps=9\"",
+            "found another steps than variant synchronous",
+        ),
         ("\"schedule=1f1b\"", "\"schedule=1f2b\"", "unknown variant `1f2b`"),
         ("name = \"delayed\"", "name = \"synchronous\"", "found twice"),
         (", \"eval.every=3\", \"eval.drain=false\", \"eval.tokens=80\"", "", "`eval`: found none"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "`seeds`: found 1 twice"),
         ("rates = [1e-3, 1e-2]", "rates = [1e-3, 1e-3]", "`rates`: found 0.001 twice"),
         ("shares = [0.5, 1.0]", "shares = [0.5, 0.5]", "`shares`: found 0.5 twice"),
-        ("beside = \"delayed\"", "rates = []", "`variant.predict and lead.rates`: found an empty list"),
+        (
+            "beside = \"delayed\"",
+            "rates = []",
+            "`variant.predict and lead.rates`: found an empty list",
+        ),
         (
             "update = 4.5\nagainst = \"synchronous\"",
             "update = 4.5",
@@ -194,9 +234,21 @@ fn a_study_that_compares_nothing_is_refused() {
         ("update = 1.5", "update = -1.5", "`time.update`: found -1.5"),
         ("beside = \"delayed\"", "update = -1.0", "`variant.predict and lead.update`: found -1"),
         ("update = 1.5", "profile = \"none.json\"", "none.json; cannot be read"),
-        ("update = 1.5", "rows = 7", "`time.rows`: found 7; must be a multiple of microbatches = 2"),
-        ("beside = \"delayed\"", "beside = \"nobody\"", "`variant.predict and lead.beside`: found nobody"),
-        ("beside = \"delayed\"", "goal_not_worse = true", "than what? name another variant in `beside`"),
+        (
+            "update = 1.5",
+            "rows = 7",
+            "`time.rows`: found 7; must be a multiple of microbatches = 2",
+        ),
+        (
+            "beside = \"delayed\"",
+            "beside = \"nobody\"",
+            "`variant.predict and lead.beside`: found nobody",
+        ),
+        (
+            "beside = \"delayed\"",
+            "goal_not_worse = true",
+            "than what? name another variant in `beside`",
+        ),
         (
             "\"schedule=1f1b\"]",
             "\"schedule=1f1b\"]\ngoal_tax = 2.0",
@@ -207,27 +259,44 @@ fn a_study_that_compares_nothing_is_refused() {
         let folder = Folder::new();
         assert!(STUDY.contains(from), "{from}");
         let finished = study(&folder, &STUDY.replace(from, to), &[]).expect_code(2);
-        assert!(finished.errors().len() == 1 && finished.errors()[0].contains(expected), "{expected}{finished}");
+        assert!(
+            finished.errors().len() == 1 && finished.errors()[0].contains(expected),
+            "{expected}{finished}"
+        );
         assert!(!folder.path("out").exists(), "runs before {expected}");
     }
 
     let folder = Folder::new();
-    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e-3, -1.0]"), &[]).expect_code(2);
-    assert!(finished.stderr.contains("lr-1") && finished.stderr.contains("`optimizer.lr`: found -1"), "{finished}");
+    let finished =
+        study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e-3, -1.0]"), &[])
+            .expect_code(2);
+    assert!(
+        finished.stderr.contains("lr-1") && finished.stderr.contains("`optimizer.lr`: found -1"),
+        "{finished}"
+    );
 }
 
 #[test]
 fn a_rate_that_diverges_is_no_candidate() {
     let folder = Folder::new();
-    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30, 1e-3]"), &[]).expect_code(0);
-    assert!(finished.stdout.lines().filter(|line| line.contains(" diverged ")).count() == 3, "{finished}");
+    let finished =
+        study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30, 1e-3]"), &[])
+            .expect_code(0);
+    assert!(
+        finished.stdout.lines().filter(|line| line.contains(" diverged ")).count() == 3,
+        "{finished}"
+    );
     for row in findings(&folder)["variants"].as_array().unwrap() {
         assert_eq!(row["rate"].as_f64(), Some(1e-3), "{row}");
     }
 
     let folder = Folder::new();
-    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30]"), &[]).expect_code(2);
-    assert!(finished.errors()[0].contains("`variant.synchronous`: found a loss that diverges"), "{finished}");
+    let finished = study(&folder, &STUDY.replace("rates = [1e-3, 1e-2]", "rates = [1e30]"), &[])
+        .expect_code(2);
+    assert!(
+        finished.errors()[0].contains("`variant.synchronous`: found a loss that diverges"),
+        "{finished}"
+    );
 }
 
 /// Whoever kills a study kills its runs, and the study goes on with the same result.
@@ -239,7 +308,10 @@ fn a_killed_study_leaves_nothing_behind_and_goes_on() {
     let folder = Folder::new();
     fs::write(folder.path("study.toml"), STUDY).unwrap();
     let (file, out) = (folder.text("study.toml"), folder.text("out"));
-    let mut begun = ouroboros(&["study", &file, "--out", &out]).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let mut begun = ouroboros(&["study", &file, "--out", &out])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
     let children = || {
         let of = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("cmdline")).ok();
         let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(of);
@@ -252,7 +324,8 @@ fn a_killed_study_leaves_nothing_behind_and_goes_on() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
     };
-    let complete = || fs::read_dir(folder.path("out/runs")).map_or(0, |runs| runs.flatten().count());
+    let complete =
+        || fs::read_dir(folder.path("out/runs")).map_or(0, |runs| runs.flatten().count());
     until("no run begins", &|| children() > 0 && complete() > 3);
     begun.kill().unwrap();
     begun.wait().unwrap();
@@ -266,7 +339,8 @@ fn a_killed_study_leaves_nothing_behind_and_goes_on() {
 #[test]
 fn shipped_studies_run_in_a_short_form() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut paths: Vec<_> = fs::read_dir(root.join("studies")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<_> =
+        fs::read_dir(root.join("studies")).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
     assert_eq!(paths.len(), 9);
 
@@ -275,8 +349,13 @@ fn shipped_studies_run_in_a_short_form() {
         if let Some(document) = &plan.quoted {
             let text = fs::read_to_string(plan.folder.join(document)).unwrap();
             let quoted = text.split_once(&format!("<!-- study {} -->", plan.name)).unwrap().1;
-            let rows =
-                quoted.split_once("<!-- end -->").unwrap().0.lines().filter(|line| line.starts_with("| ")).count();
+            let rows = quoted
+                .split_once("<!-- end -->")
+                .unwrap()
+                .0
+                .lines()
+                .filter(|line| line.starts_with("| "))
+                .count();
             assert_eq!(rows, 1 + plan.variants().count(), "{}", plan.name);
         }
 
@@ -312,11 +391,17 @@ fn shipped_studies_run_in_a_short_form() {
         assert_eq!(rows.len(), plan.variants().count(), "{finished}");
         for (row, variant) in rows.iter().zip(plan.variants()) {
             assert_eq!(row["name"], variant.name.as_str());
-            let late = row["delays"].as_array().unwrap().iter().any(|delay| delay.as_u64() != Some(0));
-            assert!(!late || !variant.is_reference(), "{} is a reference with delays", variant.name);
+            let late =
+                row["delays"].as_array().unwrap().iter().any(|delay| delay.as_u64() != Some(0));
+            assert!(
+                !late || !variant.is_reference(),
+                "{} is a reference with delays",
+                variant.name
+            );
             assert!(row["loss"]["mean"].as_f64().unwrap() > 0.0, "{row}");
         }
-        let goals = plan.variants().any(|variant| variant.goal_tax.is_some() || variant.goal_not_worse);
+        let goals =
+            plan.variants().any(|variant| variant.goal_tax.is_some() || variant.goal_not_worse);
         assert!(goals || name == "k11", "{name}");
     }
 }

@@ -51,9 +51,6 @@ pub struct Incoming {
 
 impl Outgoing {
     /// Starts to send a message; `permit` is given back when its tensor has left.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn start(
         links: &SimpleCommunicator,
         to: usize,
@@ -67,14 +64,12 @@ impl Outgoing {
         if header.payload_elsewhere {
             return Ok(Outgoing { header: first, tensor: None, permit: None });
         }
+
         let second = raw::send(address(links, to, tag + 1), tensor)?;
         Ok(Outgoing { header: first, tensor: Some(second), permit: Some(permit) })
     }
 
     /// True when the whole message has left.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn advance(&mut self) -> MpiResult<bool> {
         if let Some(tensor) = &mut self.tensor
             && tensor.test()?.is_some()
@@ -88,9 +83,6 @@ impl Outgoing {
 
 impl Incoming {
     /// Posts the first receive of a neighbour's messages.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn start(links: &SimpleCommunicator, inbox: Inbox) -> MpiResult<Incoming> {
         let header = raw::receive_header(address(links, inbox.from, tag(inbox.content)))?;
         Ok(Incoming { inbox, header, tensor: None, held: None, deserted: false })
@@ -107,21 +99,16 @@ impl Incoming {
     }
 
     /// Takes back the receive of a header that nobody will send.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn stop(self) -> MpiResult<()> {
         self.header.cancel()
     }
 
     /// True if anything moved.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn advance(&mut self, links: &SimpleCommunicator) -> MpiResult<bool> {
         if self.deserted {
             return Ok(false);
         }
+
         if let Some(arrival) = self.held.take() {
             return Ok(self.hand_over(arrival));
         }
@@ -137,7 +124,8 @@ impl Incoming {
         }
 
         let Some(words) = self.header.test()? else { return Ok(false) };
-        let header = Header::decode(*words).ok_or_else(|| format!("rank {from} sent something that is no message"))?;
+        let header = Header::decode(*words)
+            .ok_or_else(|| format!("rank {from} sent something that is no message"))?;
         if header.values().is_none_or(|values| values > self.inbox.largest) {
             return Err(format!("rank {from} tells of a larger message than any: {header}"));
         }
@@ -148,8 +136,8 @@ impl Incoming {
             return Ok(true);
         }
 
-        let room =
-            Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu)).map_err(|error| error.to_string())?;
+        let room = Tensor::f_empty(header.shape, (header.wire.kind(), Device::Cpu))
+            .map_err(|error| error.to_string())?;
         self.tensor = Some((header, raw::receive(address(links, from, tag + 1), room)?));
         Ok(true)
     }

@@ -1,4 +1,5 @@
-//! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of it.
+//! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of
+//! it.
 
 mod raw;
 mod permits;
@@ -33,15 +34,18 @@ pub use shared_memory::SHARED_NAME;
 /// How long MPI_Abort may take before the process ends by itself.
 const ABORT_TIME: Duration = Duration::from_secs(3);
 
-/// The size of the world and this rank, as the launcher's environment tells before MPI has started (Open MPI's mpirun,
-/// launchers that speak PMI, srun with PMIx); `None` when not under a launcher.
+/// The size of the world and this rank, as the launcher's environment tells before MPI has started
+/// (Open MPI's mpirun, launchers that speak PMI, srun with PMIx); `None` when not under a launcher.
 pub fn launched() -> Option<(usize, usize)> {
     launcher().map(|(_, size, rank)| (size, rank))
 }
 
 /// The variables of a launcher: the size of its world and this rank.
-const VARIABLES: [[&str; 2]; 3] =
-    [["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"], ["PMI_SIZE", "PMI_RANK"], ["SLURM_NTASKS", "PMIX_RANK"]];
+const VARIABLES: [[&str; 2]; 3] = [
+    ["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"],
+    ["PMI_SIZE", "PMI_RANK"],
+    ["SLURM_NTASKS", "PMIX_RANK"],
+];
 
 /// The variables by which a launcher tells of itself, and what they say.
 pub fn launcher() -> Option<([&'static str; 2], usize, usize)> {
@@ -49,7 +53,8 @@ pub fn launcher() -> Option<([&'static str; 2], usize, usize)> {
     VARIABLES.into_iter().find_map(|names| Some((names, number(names[0])?, number(names[1])?)))
 }
 
-/// Whether mpirun itself has started this process; the others' variables also stand in the shells of batch jobs.
+/// Whether mpirun itself has started this process; the others' variables also stand in the shells
+/// of batch jobs.
 pub fn by_mpirun() -> bool {
     launcher().is_some_and(|(names, ..)| names == VARIABLES[0])
 }
@@ -100,17 +105,20 @@ impl World {
             .spawn(move || progress::run(&started, &receiver, waiting))
             .map_err(|error| Error::Internal(format!("no thread for MPI ({error})")))?;
         let identity = identity.recv().ok().flatten();
-        let identity = identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
+        let identity =
+            identity.ok_or_else(|| Error::Internal("MPI could not be started".into()))?;
         let (card, recorder) = Card::new(&identity.host);
         Ok(World { identity, commands, waiters, thread, card, recorder })
     }
 
-    /// Meets the ranks of this host, which tell for one that dies what it was doing. All ranks must call this.
+    /// Meets the ranks of this host, which tell for one that dies what it was doing. All ranks must
+    /// call this.
     ///
     /// # Errors
     /// If the driver is gone.
     pub fn meet(&self) -> Result<Neighbours> {
-        let bytes = serde_json::to_vec(&self.card).map_err(|error| Error::Internal(error.to_string()))?;
+        let bytes =
+            serde_json::to_vec(&self.card).map_err(|error| Error::Internal(error.to_string()))?;
         let cards: std::result::Result<Vec<Card>, _> =
             self.all_gather(bytes)?.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
         let cards = cards.map_err(|error| Error::Internal(error.to_string()))?;
@@ -141,12 +149,9 @@ impl World {
         answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))
     }
 
-    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the reports of all ranks.
-    /// `gradients` are the values of the gradient of each place that this rank holds, for memory that its replicas share. All
-    /// ranks must call this.
-    ///
-    /// # Errors
-    /// What MPI reports.
+    /// The ports of this rank, whose steps before `limit` may be begun at once, and on rank 0 the
+    /// reports of all ranks. `gradients` are the values of the gradient of each place that this
+    /// rank holds, for memory that its replicas share. All ranks must call this.
     pub fn connect(
         &self,
         grid: Grid,
@@ -154,26 +159,10 @@ impl World {
         limit: usize,
         gradients: &[usize],
     ) -> Result<(Ports, Option<Receiver<Report>>)> {
-        let Wanted { capacity, largest, joiner, wire, stall } = *wanted;
         let held = grid.held(self.identity.rank);
-        let mut inboxes = Vec::new();
-        let mut link = |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
-            let peer = peer?;
-            let (sender, inbox) = sync_channel(capacity);
-            inboxes.push(Inbox { from: grid.rank(peer), content, largest, sender });
-            let commands = self.commands.clone();
-            let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
-            Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
-        };
-        let mut places: Vec<Endpoints> = Vec::new();
-        for place in &held {
-            places.push(Endpoints {
-                upstream: link(*place, grid.upstream(*place), Content::Activation),
-                downstream: link(*place, grid.downstream(*place), Content::Gradient),
-                twin: link(*place, grid.twin(*place), if place.stage == joiner { Content::Part } else { Content::Sum }),
-                group: None,
-            });
-        }
+        let (mut places, inboxes) = self.links(grid, wanted);
+        let Wanted { wire, stall, .. } = *wanted;
+
         let (reports, received) = match self.identity.rank {
             0 => {
                 let (sender, receiver) = channel();
@@ -181,19 +170,35 @@ impl World {
             }
             _ => (None, None),
         };
+
         // Every rank makes as many communicators as the one that holds most places.
         let slots = (0..grid.size()).map(|rank| grid.held(rank).len()).max().unwrap_or(1);
-        let group = |slot: usize| Some(Group { color: held.get(slot)?.stage as i32, values: *gradients.get(slot)? });
+        let group = |slot: usize| {
+            Some(Group { color: held.get(slot)?.stage as i32, values: *gradients.get(slot)? })
+        };
         let groups = (0..slots).map(group).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
-        let (gate, waiters) = (Gate::new(limit, &self.identity.host, self.recorder.clone()), self.waiters.clone());
+        let (gate, waiters) =
+            (Gate::new(limit, &self.identity.host, self.recorder.clone()), self.waiters.clone());
         let gate = Arc::new(gate.on_wait(move |waits| waiters.tell(waits)));
-        self.command(Request::Connect { groups, key, wire, inboxes, reports, gate: Arc::clone(&gate), stall, reply })?;
-        let connected = answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
+        self.command(Request::Connect {
+            groups,
+            key,
+            wire,
+            inboxes,
+            reports,
+            gate: Arc::clone(&gate),
+            stall,
+            reply,
+        })?;
+        let connected =
+            answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         let memories = connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
         if grid.replicas > 1 {
-            for (slot, ((place, ends), memory)) in held.iter().zip(&mut places).zip(memories).enumerate() {
+            for (slot, ((place, ends), memory)) in
+                held.iter().zip(&mut places).zip(memories).enumerate()
+            {
                 let (commands, waiters) = (self.commands.clone(), self.waiters.clone());
                 ends.group = Some(Box::new(MpiGroup {
                     place: *place,
@@ -205,7 +210,36 @@ impl World {
                 }));
             }
         }
+
         Ok((Ports { places, reports: self.reporter(), gate, transfers: None }, received))
+    }
+
+    /// The links of the places that this rank holds, and where what arrives over them goes.
+    fn links(&self, grid: Grid, wanted: &Wanted) -> (Vec<Endpoints>, Vec<Inbox>) {
+        let Wanted { capacity, largest, joiner, .. } = *wanted;
+        let mut inboxes = Vec::new();
+        let mut link =
+            |me: Place, peer: Option<Place>, content: Content| -> Option<Box<dyn Link>> {
+                let peer = peer?;
+                let (sender, inbox) = sync_channel(capacity);
+                inboxes.push(Inbox { from: grid.rank(peer), content, largest, sender });
+
+                let commands = self.commands.clone();
+                let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
+                Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
+            };
+
+        let mut places = Vec::new();
+        for place in grid.held(self.identity.rank) {
+            let of_table = if place.stage == joiner { Content::Part } else { Content::Sum };
+            places.push(Endpoints {
+                upstream: link(place, grid.upstream(place), Content::Activation),
+                downstream: link(place, grid.downstream(place), Content::Gradient),
+                twin: link(place, grid.twin(place), of_table),
+                group: None,
+            });
+        }
+        (places, inboxes)
     }
 
     /// Reaches all ranks' gates; on rank 0, once the grid is connected.
@@ -220,7 +254,8 @@ impl World {
     pub fn reporter(&self) -> Reporter {
         let commands = self.commands.clone();
         Reporter::new(move |report| {
-            let bytes = serde_json::to_vec(&report).map_err(|error| Error::Internal(error.to_string()))?;
+            let bytes =
+                serde_json::to_vec(&report).map_err(|error| Error::Internal(error.to_string()))?;
             let gone = |_| Error::Internal("the MPI thread is gone".into());
             commands.send(Request::Report(bytes)).map_err(gone)
         })
@@ -230,8 +265,8 @@ impl World {
     pub fn abort(&self, code: u8) -> ! {
         self.retire();
         let _ = self.command(Request::Abort(i32::from(code)));
-        // The driver ends the process. If it is held up in a collective call, end without it: the launcher sees the
-        // exit code and ends the others.
+        // The driver ends the process. If it is held up in a collective call, end without it: the
+        // launcher sees the exit code and ends the others.
         std::thread::park_timeout(ABORT_TIME);
         std::process::exit(i32::from(code))
     }
@@ -278,8 +313,10 @@ impl Link for MpiLink {
             Err(TryRecvError::Empty) => self.waiters.during(|| self.inbox.recv()).ok(),
             other => other.ok(),
         };
-        let arrival = arrival.ok_or_else(|| self.lost(format!("{} waits for {expected}", self.me)))?;
-        let (found, tensor) = arrival.map_err(|e| self.lost(format!("{} waits for {expected} ({e})", self.me)))?;
+        let arrival =
+            arrival.ok_or_else(|| self.lost(format!("{} waits for {expected}", self.me)))?;
+        let (found, tensor) =
+            arrival.map_err(|e| self.lost(format!("{} waits for {expected} ({e})", self.me)))?;
         checked(self.peer, self.me, expected, found)?;
         Ok(tensor)
     }
@@ -303,6 +340,7 @@ impl MpiGroup {
             peer,
             doing: format!("the gradient of step {step} is reduced ({error})"),
         };
+
         let (reply, done) = channel();
         self.commands
             .send(Request::Reduce { slot: self.slot, flat, work, reply })
@@ -314,6 +352,7 @@ impl MpiGroup {
                 Err(TryRecvError::Empty) => waiters.during(|| done.recv()).ok(),
                 other => other.ok(),
             };
+
             answer.ok_or_else(|| lost("the MPI thread is gone".to_owned()))?.map_err(lost)
         }))
     }

@@ -1,4 +1,5 @@
-//! Room for messages: bounds what is under way on a link, so that a fast sender cannot fill the memory.
+//! Room for messages: bounds what is under way on a link, so that a fast sender cannot fill the
+//! memory.
 
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -26,7 +27,8 @@ impl Permits {
     pub fn acquire(&self) -> Permit {
         let (count, changed) = &*self.0;
         let guard = count.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut guard = changed.wait_while(guard, |n| *n == 0).unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut guard =
+            changed.wait_while(guard, |n| *n == 0).unwrap_or_else(|poisoned| poisoned.into_inner());
         *guard -= 1;
         drop(guard);
         Permit(self.clone())

@@ -1,16 +1,17 @@
-//! The thread that owns MPI. It alone calls MPI, so messages move while the compute thread computes, and one level of
-//! thread support (funneled) is enough.
+//! The thread that owns MPI. It alone calls MPI, so messages move while the compute thread
+//! computes, and one level of thread support (funneled) is enough.
 //!
 //! ```text
 //! compute thread --- commands: send, all-reduce, report ---> driver ---> MPI
 //!                <-- inbox of each link, done-signals ------        <---
 //! ```
 //!
-//! A receive of the next header is always posted on every link; the tensor's receive is posted as soon as its header is
-//! there, before anybody asks for it. When nothing moves the driver sleeps on its command queue, longer every time, so a
-//! waiting rank does not burn a core; a command wakes it at once. How long depends on who waits: the compute thread says so
-//! before it does ([`Waiters`]), and while it computes the driver, which often shares its core, looks up only now and then,
-//! most rarely when nothing is under way that needs it. A rank alone has nothing to look for.
+//! A receive of the next header is always posted on every link; the tensor's receive is posted as
+//! soon as its header is there, before anybody asks for it. When nothing moves the driver sleeps on
+//! its command queue, longer every time, so a waiting rank does not burn a core; a command wakes it
+//! at once. How long depends on who waits: the compute thread says so before it does ([`Waiters`]),
+//! and while it computes the driver, which often shares its core, looks up only now and then, most
+//! rarely when nothing is under way that needs it. A rank alone has nothing to look for.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -136,26 +137,34 @@ pub struct Identity {
 }
 
 /// The body of the driver's thread.
-pub fn run(started: &Sender<Option<Identity>>, commands: &Receiver<Request>, waiting: Arc<AtomicUsize>) {
+pub fn run(
+    started: &Sender<Option<Identity>>,
+    commands: &Receiver<Request>,
+    waiting: Arc<AtomicUsize>,
+) {
     let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
         let _ = started.send(None);
         return;
     };
+
     let world = universe.world();
     let host = mpi::environment::processor_name().unwrap_or_default();
     let local = {
         let neighbours = world.split_shared(world.rank());
         Local { rank: neighbours.rank() as usize, ranks: neighbours.size() as usize }
     };
-    let identity = Identity { rank: world.rank() as usize, size: world.size() as usize, host, local };
+
+    let identity =
+        Identity { rank: world.rank() as usize, size: world.size() as usize, host, local };
     let rank = identity.rank;
-    // Sums are added up here, beside the computing thread. Libtorch takes a thread's number over when it is first asked
-    // for: now, before the worker has set its own.
+    // Sums are added up here, beside the computing thread. Libtorch takes a thread's number over
+    // when it is first asked for: now, before the worker has set its own.
     tch::set_num_threads(1);
     tch::get_num_threads();
     if started.send(Some(identity)).is_err() {
         return;
     }
+
     let mut driver = ProgressEngine::new(world, rank, waiting);
     let finished = driver.serve(commands);
     drop(driver);
@@ -214,10 +223,13 @@ impl ProgressEngine {
             let sleep = pause(idle, self.waiting.load(Ordering::Relaxed) > 0, self.under_way());
             let command = match self.grids {
                 // Nothing can arrive before the grid is connected, nor at a rank alone.
-                _ if self.world.size() == 1 => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                _ if self.world.size() == 1 => {
+                    commands.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                }
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => commands.recv_timeout(sleep),
             };
+
             let mut moved = command.is_ok();
             match command {
                 Ok(Request::Finish(reply)) => {
@@ -228,10 +240,12 @@ impl ProgressEngine {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
+
             match self.advance() {
                 Ok(any) => moved |= any,
                 Err(error) => self.fail(&error),
             }
+
             idle = if moved { 0 } else { idle.saturating_add(1) };
             self.check_rank_0();
         }
@@ -241,7 +255,10 @@ impl ProgressEngine {
     fn under_way(&self) -> bool {
         let reduces = || self.grids.iter().flat_map(|grids| &grids.reducers).any(Reducer::busy);
         let arrives = || self.incoming.iter().any(Incoming::arrives);
-        self.outgoing.values().any(|queue| !queue.is_empty()) || !self.notes.is_empty() || arrives() || reduces()
+        self.outgoing.values().any(|queue| !queue.is_empty())
+            || !self.notes.is_empty()
+            || arrives()
+            || reduces()
     }
 
     /// Ends the run if rank 0, which would ask why nothing moves, is silent itself.
@@ -249,6 +266,7 @@ impl ProgressEngine {
         if self.rank == 0 || self.heard.elapsed() < self.patience {
             return;
         }
+
         let Some(gate) = self.gate.as_ref().filter(|gate| !gate.ended()) else { return };
         let beat = gate.heartbeat.beat();
         if beat.since > self.patience.as_secs_f64() {
@@ -258,6 +276,7 @@ impl ProgressEngine {
                 beat.actions.last().map_or("none", String::as_str),
                 beat.since
             );
+
             show(None, &Error::Hang { seconds: self.patience.as_secs_f64(), place, what });
             gate.heartbeat.close();
             std::thread::sleep(GRACE / 10);
@@ -269,19 +288,23 @@ impl ProgressEngine {
         if self.failure.is_some() && !matches!(command, Request::Abort(_)) {
             return; // Dropping the command tells whoever waits for its answer.
         }
+
         let result = match command {
             Request::AllGather { bytes, reply } => {
                 let _ = reply.send(all_gather(&self.world, &bytes));
                 Ok(())
             }
+
             Request::Connect { groups, key, wire, inboxes, reports, gate, stall, reply } => {
                 (self.reports, self.gate) = (reports, Some(gate));
                 // One after the other, so that one of them speaks.
-                self.patience = stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
+                self.patience =
+                    stall + GRACE + GRACE.mul_f64(self.rank as f64 / self.world.size() as f64);
                 self.heard = Awake::now();
                 let _ = reply.send(self.connect(&groups, key, wire, inboxes));
                 Ok(())
             }
+
             Request::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
             Request::Reduce { slot, flat, work, reply } => self.reduce(slot, flat, work, reply),
             Request::Report(bytes) => self.report(bytes),
@@ -289,6 +312,7 @@ impl ProgressEngine {
             Request::Abort(code) => self.world.abort(code),
             Request::Wake | Request::Finish(_) => Ok(()),
         };
+
         if let Err(error) = result {
             self.fail(&error);
         }
@@ -303,7 +327,8 @@ impl ProgressEngine {
     ) -> MpiResult<Vec<Option<Tensor>>> {
         let mut reducers = Vec::new();
         for group in groups {
-            let color = group.as_ref().map_or(Color::undefined(), |group| Color::with_value(group.color));
+            let color =
+                group.as_ref().map_or(Color::undefined(), |group| Color::with_value(group.color));
             let made = self.world.split_by_color_with_key(color, key);
             if let Some(group) = group {
                 let made = made.ok_or("no communicator for the replica group")?;
@@ -311,27 +336,44 @@ impl ProgressEngine {
                 reducers.push(Reducer::new(made, wire, group.values)?);
             }
         }
+
         let memories = reducers.iter().map(Reducer::memory).collect();
         let grids = Grids { links: self.world.duplicate(), reducers };
         raw::return_errors(&grids.links)?;
         for inbox in inboxes {
             self.incoming.push(Incoming::start(&grids.links, inbox)?);
         }
+
         self.grids = Some(grids);
         Ok(memories)
     }
 
     fn links(&self) -> MpiResult<&SimpleCommunicator> {
-        self.grids.as_ref().map(|grids| &grids.links).ok_or_else(|| "the grid is not connected".to_owned())
+        self.grids
+            .as_ref()
+            .map(|grids| &grids.links)
+            .ok_or_else(|| "the grid is not connected".to_owned())
     }
 
-    fn send(&mut self, to: usize, header: &Header, tensor: Tensor, permit: Permit) -> MpiResult<()> {
+    fn send(
+        &mut self,
+        to: usize,
+        header: &Header,
+        tensor: Tensor,
+        permit: Permit,
+    ) -> MpiResult<()> {
         let outgoing = Outgoing::start(self.links()?, to, header, tensor, permit)?;
         self.outgoing.entry(to).or_default().push_back(outgoing);
         Ok(())
     }
 
-    fn reduce(&mut self, slot: usize, flat: Tensor, work: Work, reply: Sender<MpiResult<()>>) -> MpiResult<()> {
+    fn reduce(
+        &mut self,
+        slot: usize,
+        flat: Tensor,
+        work: Work,
+        reply: Sender<MpiResult<()>>,
+    ) -> MpiResult<()> {
         let grids = self.grids.as_mut().ok_or("the grid is not connected")?;
         grids.reducers[slot].push(flat, work, reply);
         Ok(())
@@ -363,12 +405,13 @@ impl ProgressEngine {
             let bytes = serde_json::to_vec(&report).map_err(|error| error.to_string())?;
             return self.report(bytes);
         }
+
         Ok(())
     }
 
     fn deliver(&mut self, bytes: &[u8]) -> MpiResult<()> {
-        let report =
-            serde_json::from_slice(bytes).map_err(|error| format!("a report that cannot be read ({error})"))?;
+        let report = serde_json::from_slice(bytes)
+            .map_err(|error| format!("a report that cannot be read ({error})"))?;
         if let Some(reports) = &self.reports {
             let _ = reports.send(report); // A coordinator that is gone has said why.
         }
@@ -381,29 +424,37 @@ impl ProgressEngine {
         if self.failure.is_some() {
             return Ok(false); // What was under way is lost; only the end is waited for.
         }
+
         let Some(grids) = &mut self.grids else { return Ok(false) };
         for incoming in &mut self.incoming {
             moved |= incoming.advance(&grids.links)?;
         }
-        // Only the oldest to every rank: each question lets MPI look everywhere, and messages leave about in order.
+
+        // Only the oldest to every rank: each question lets MPI look everywhere, and messages leave
+        // about in order.
         for queue in self.outgoing.values_mut() {
             while let Some(outgoing) = queue.front_mut() {
                 if !outgoing.advance()? {
                     break;
                 }
+
                 queue.pop_front();
                 moved = true;
             }
         }
+
         for reducer in &mut grids.reducers {
             moved |= reducer.advance()?;
         }
+
         while let Some(pending) = self.notes.front_mut() {
             if pending.test()?.is_none() {
                 break;
             }
+
             self.notes.pop_front();
         }
+
         if self.rank == 0 {
             while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_REPORT)? {
                 self.deliver(&bytes)?;
@@ -412,10 +463,13 @@ impl ProgressEngine {
         } else {
             while let Some(bytes) = raw::poll_bytes(self.links()?, TAG_CONTROL)? {
                 let control = serde_json::from_slice(&bytes);
-                self.on_control(control.map_err(|error| format!("a control that cannot be read ({error})"))?)?;
+                self.on_control(
+                    control.map_err(|error| format!("a control that cannot be read ({error})"))?,
+                )?;
                 moved = true;
             }
         }
+
         Ok(moved)
     }
 
@@ -424,44 +478,52 @@ impl ProgressEngine {
         if self.failure.is_some() {
             return;
         }
+
         self.failure = Some(error.to_owned());
         tracing::error!(error, "MPI");
         for incoming in self.incoming.drain(..) {
             incoming.fail(error);
         }
+
         for reducer in self.grids.iter_mut().flat_map(|grids| &mut grids.reducers) {
             reducer.fail(error);
         }
+
         self.outgoing.clear();
         if let Some(gate) = &self.gate {
             gate.apply(Control::Shutdown);
         }
+
         if let Some(reports) = self.reports.take() {
             let error = Error::Transport(error.to_owned());
             let _ = reports.send(Report::Failed { origin: format!("rank {}", self.rank), error });
         }
     }
 
-    /// Everything that was sent is on its way, and all that rank 0 has to tell is heard, before the headers that nobody
-    /// will send are taken back.
+    /// Everything that was sent is on its way, and all that rank 0 has to tell is heard, before the
+    /// headers that nobody will send are taken back.
     fn finish(&mut self) {
         let busy = |driver: &ProgressEngine| {
             let told = driver.gate.as_ref().is_none_or(|gate| gate.ended());
             !(told && driver.outgoing.values().all(VecDeque::is_empty) && driver.notes.is_empty())
         };
+
         while self.failure.is_none() && busy(self) {
             match self.advance() {
                 Ok(true) => {}
                 Ok(false) => std::thread::sleep(SHORTEST_SLEEP),
                 Err(error) => self.fail(&error),
             }
+
             self.check_rank_0();
         }
+
         for incoming in self.incoming.drain(..) {
             if let Err(error) = incoming.stop() {
                 tracing::warn!(error, "a posted receive cannot be taken back");
             }
         }
+
         self.grids = None;
     }
 }
@@ -475,11 +537,15 @@ fn all_gather(world: &SimpleCommunicator, bytes: &[u8]) -> Vec<Vec<u8>> {
     if longest == 0 {
         return vec![Vec::new(); size];
     }
+
     let mut mine = bytes.to_vec();
     mine.resize(longest, 0);
     let mut all = vec![0u8; longest * size];
     world.all_gather_into(&mine[..], &mut all[..]);
-    all.chunks(longest).zip(lengths).map(|(chunk, length)| chunk[..length as usize].to_vec()).collect()
+    all.chunks(longest)
+        .zip(lengths)
+        .map(|(chunk, length)| chunk[..length as usize].to_vec())
+        .collect()
 }
 
 #[cfg(test)]
@@ -497,8 +563,8 @@ mod tests {
     use crate::comm::Content;
     use crate::schedule::Pass;
 
-    /// MPI starts once in a process, so a test of it gets one of its own: this program with only that test, for a minute at
-    /// most.
+    /// MPI starts once in a process, so a test of it gets one of its own: this program with only
+    /// that test, for a minute at most.
     fn alone(name: &str, test: impl FnOnce()) {
         if std::env::var_os("OUROBOROS_ALONE").is_some() {
             return test();
@@ -518,7 +584,11 @@ mod tests {
 
         let status = process.wait().unwrap();
         let text = std::fs::read_to_string(log.path()).unwrap();
-        assert!(status.success() && text.contains("1 passed"), "{status} after {:?}\n{text}", started.elapsed());
+        assert!(
+            status.success() && text.contains("1 passed"),
+            "{status} after {:?}\n{text}",
+            started.elapsed()
+        );
     }
 
     fn header(step: usize) -> Header {
@@ -551,7 +621,8 @@ mod tests {
             let ((sender, inbox), (reporter, reports)) = (sync_channel(4), channel());
             let gate = Arc::new(Gate::new(3, "here", None));
             let (reply, connected) = channel();
-            let inboxes = vec![Inbox { from: 0, content: Content::Activation, largest: 1 << 20, sender }];
+            let inboxes =
+                vec![Inbox { from: 0, content: Content::Activation, largest: 1 << 20, sender }];
             let connect = Request::Connect {
                 groups: vec![Some(Group { color: 0, values: 0 })],
                 key: 0,
@@ -571,7 +642,8 @@ mod tests {
             self.commands.send(command).unwrap();
         }
 
-        /// Wakes the driver, which in a world of one sleeps until it is told something, until `there` gives a value.
+        /// Wakes the driver, which in a world of one sleeps until it is told something, until
+        /// `there` gives a value.
         fn until<T>(&self, mut there: impl FnMut() -> Option<T>) -> T {
             for _ in 0..1000 {
                 if let Some(value) = there() {
@@ -608,7 +680,10 @@ mod tests {
             for work in [Work::Both, Work::Reduce, Work::Gather] {
                 let (reply, summed) = channel();
                 lonely.send(Request::Reduce { slot: 0, flat: tensor.shallow_clone(), work, reply });
-                assert!(lonely.until(|| summed.try_recv().ok()).is_ok(), "the sum of one is itself");
+                assert!(
+                    lonely.until(|| summed.try_recv().ok()).is_ok(),
+                    "the sum of one is itself"
+                );
             }
 
             let report = Report::TableNorm { step: 7, norm: 0.5 };
@@ -639,8 +714,13 @@ mod tests {
             lonely.send(Request::Send { to: 0, header, tensor, permit });
 
             let report = lonely.until(|| lonely.reports.try_recv().ok());
-            let Report::Failed { error: Error::Transport(text), .. } = report else { panic!("{report:?}") };
-            assert!(text.contains("rank 0 tells of a larger message than any: activation 4.0"), "{text}");
+            let Report::Failed { error: Error::Transport(text), .. } = report else {
+                panic!("{report:?}")
+            };
+            assert!(
+                text.contains("rank 0 tells of a larger message than any: activation 4.0"),
+                "{text}"
+            );
             let (reply, finished) = channel();
             lonely.send(Request::Finish(reply));
             finished.recv().unwrap();
@@ -648,14 +728,17 @@ mod tests {
         });
     }
 
-    /// An error of the transport reaches everybody who waits: the coordinator, links, sums, the gate.
+    /// An error of the transport reaches everybody who waits: the coordinator, links, sums, the
+    /// gate.
     #[test]
     fn whoever_waits_hears_of_a_failure() {
         alone("whoever_waits_hears_of_a_failure", || {
             let (lonely, driver) = Lonely::start();
             lonely.send(Request::Report(b"no report".to_vec()));
             let report = lonely.until(|| lonely.reports.try_recv().ok());
-            let Report::Failed { origin, error: Error::Transport(text) } = report else { panic!("{report:?}") };
+            let Report::Failed { origin, error: Error::Transport(text) } = report else {
+                panic!("{report:?}")
+            };
             assert_eq!(origin, "rank 0");
             assert!(text.contains("a report that cannot be read"), "{text}");
 

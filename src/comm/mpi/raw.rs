@@ -1,6 +1,7 @@
 //! Non-blocking MPI calls that own their buffers. The only file that calls MPI by its C names.
 //!
-//! Every call here must be made on the thread that initialised MPI (`Threading::Funneled`); the types are not `Send`.
+//! Every call here must be made on the thread that initialised MPI (`Threading::Funneled`); the
+//! types are not `Send`.
 
 use std::ffi::{c_char, c_int, c_void};
 
@@ -14,7 +15,8 @@ use crate::comm::Header;
 /// An MPI error as text.
 pub type MpiResult<T> = Result<T, String>;
 
-/// An operation under way and the buffer that it reads or writes; the buffer comes back when it is complete.
+/// An operation under way and the buffer that it reads or writes; the buffer comes back when it is
+/// complete.
 pub struct Pending<B> {
     request: ffi::MPI_Request,
     buffer: Option<B>,
@@ -22,9 +24,6 @@ pub struct Pending<B> {
 
 impl<B> Pending<B> {
     /// The buffer, once, if the operation is complete; never waits.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn test(&mut self) -> MpiResult<Option<B>> {
         let mut flag: c_int = 0;
         // SAFETY: a request of this thread; a completed one is set to MPI_REQUEST_NULL by the call.
@@ -33,9 +32,6 @@ impl<B> Pending<B> {
     }
 
     /// Takes back a receive that nothing will match any more.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn cancel(mut self) -> MpiResult<()> {
         // SAFETY: a live receive request of this thread, cancelled and then completed.
         unsafe {
@@ -49,7 +45,8 @@ impl<B> Pending<B> {
 
 impl<B> Drop for Pending<B> {
     fn drop(&mut self) {
-        // MPI may still write there: better lost than freed. Happens only when the run is being ended by an error.
+        // MPI may still write there: better lost than freed. Happens only when the run is being
+        // ended by an error.
         std::mem::forget(self.buffer.take());
     }
 }
@@ -63,18 +60,12 @@ pub struct Address<'a> {
 }
 
 /// Makes errors of this communicator come back as values instead of ending the process.
-///
-/// # Errors
-/// What MPI reports.
 pub fn return_errors(comm: &SimpleCommunicator) -> MpiResult<()> {
     // SAFETY: a valid communicator and a predefined handler.
     ok(unsafe { ffi::MPI_Comm_set_errhandler(comm.as_raw(), ffi::RSMPI_ERRORS_RETURN) })
 }
 
 /// Sends a header.
-///
-/// # Errors
-/// What MPI reports.
 pub fn send_header(to: Address, header: &Header) -> MpiResult<Pending<Box<[i64; Header::WORDS]>>> {
     let buffer = Box::new(header.encode());
     let data = buffer.as_ptr().cast::<c_void>();
@@ -84,31 +75,24 @@ pub fn send_header(to: Address, header: &Header) -> MpiResult<Pending<Box<[i64; 
 }
 
 /// Sends bytes.
-///
-/// # Errors
-/// What MPI reports.
 pub fn send_bytes(to: Address, buffer: Vec<u8>) -> MpiResult<Pending<Vec<u8>>> {
-    // SAFETY: the heap block of `buffer` does not move with the Vec and lives until the send is complete.
+    // SAFETY: the heap block of `buffer` does not move with the Vec and lives until the send is
+    // complete.
     let request = unsafe { isend(to, buffer.as_ptr().cast(), buffer.len(), ffi::RSMPI_UINT8_T)? };
     Ok(Pending { request, buffer: Some(buffer) })
 }
 
 /// Sends the values of a contiguous tensor on the CPU, f32 or bf16.
-///
-/// # Errors
-/// What MPI reports.
 pub fn send(to: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
     let tensor = tensor.f_contiguous().map_err(|error| error.to_string())?;
     let kind = datatype(&tensor)?;
-    // SAFETY: contiguous, so `numel` values lie at `data_ptr`; the handle in the Pending keeps the storage alive.
+    // SAFETY: contiguous, so `numel` values lie at `data_ptr`; the handle in the Pending keeps the
+    // storage alive.
     let request = unsafe { isend(to, tensor.data_ptr(), tensor.numel(), kind)? };
     Ok(Pending { request, buffer: Some(tensor) })
 }
 
 /// Posts the receive of a header.
-///
-/// # Errors
-/// What MPI reports.
 pub fn receive_header(from: Address) -> MpiResult<Pending<Box<[i64; Header::WORDS]>>> {
     let mut buffer = Box::new([0i64; Header::WORDS]);
     let data = buffer.as_mut_ptr().cast::<c_void>();
@@ -117,18 +101,17 @@ pub fn receive_header(from: Address) -> MpiResult<Pending<Box<[i64; Header::WORD
     Ok(Pending { request, buffer: Some(buffer) })
 }
 
-/// Posts a receive into a contiguous tensor on the CPU, f32 or bf16, that nobody else touches until it is complete.
-///
-/// # Errors
-/// What MPI or libtorch reports.
+/// Posts a receive into a contiguous tensor on the CPU, f32 or bf16, that nobody else touches until
+/// it is complete.
 pub fn receive(from: Address, tensor: Tensor) -> MpiResult<Pending<Tensor>> {
     if !tensor.is_contiguous() {
         return Err("a receive into a tensor with holes".to_owned());
     }
+
     let kind = datatype(&tensor)?;
-    // SAFETY: contiguous, with room for `numel` values at `data_ptr`; the handle in the Pending keeps the storage alive,
-    // and the caller keeps others off it: it is fresh, or a slice of a gradient that is being reduced, which the schedule
-    // guards.
+    // SAFETY: contiguous, with room for `numel` values at `data_ptr`; the handle in the Pending
+    // keeps the storage alive, and the caller keeps others off it: it is fresh, or a slice of a
+    // gradient that is being reduced, which the schedule guards.
     let request = unsafe { irecv(from, tensor.data_ptr(), tensor.numel(), kind)? };
     Ok(Pending { request, buffer: Some(tensor) })
 }
@@ -145,13 +128,10 @@ fn datatype(tensor: &Tensor) -> MpiResult<ffi::MPI_Datatype> {
 }
 
 /// A message of bytes with this tag from anybody, if one is there.
-///
-/// # Errors
-/// What MPI reports.
 pub fn poll_bytes(comm: &SimpleCommunicator, tag: c_int) -> MpiResult<Option<Vec<u8>>> {
     let (mut flag, mut count): (c_int, c_int) = (0, 0);
-    // SAFETY: every out-parameter is a live local; the matched message is received at once, with the length that MPI
-    // gives for it.
+    // SAFETY: every out-parameter is a live local; the matched message is received at once, with
+    // the length that MPI gives for it.
     unsafe {
         let mut message: ffi::MPI_Message = std::mem::zeroed();
         let mut status: ffi::MPI_Status = std::mem::zeroed();
@@ -160,10 +140,17 @@ pub fn poll_bytes(comm: &SimpleCommunicator, tag: c_int) -> MpiResult<Option<Vec
         if flag == 0 {
             return Ok(None);
         }
+
         ok(ffi::MPI_Get_count(&status, ffi::RSMPI_UINT8_T, &mut count))?;
         let mut bytes = vec![0u8; count as usize];
         let data = bytes.as_mut_ptr().cast::<c_void>();
-        ok(ffi::MPI_Mrecv(data, count, ffi::RSMPI_UINT8_T, &mut message, ffi::RSMPI_STATUS_IGNORE))?;
+        ok(ffi::MPI_Mrecv(
+            data,
+            count,
+            ffi::RSMPI_UINT8_T,
+            &mut message,
+            ffi::RSMPI_STATUS_IGNORE,
+        ))?;
         Ok(Some(bytes))
     }
 }
@@ -177,11 +164,14 @@ unsafe fn isend(
 ) -> MpiResult<ffi::MPI_Request> {
     let (mut request, count) = (null(), c_count(count)?);
     // SAFETY: the caller's promise.
-    let code = unsafe { ffi::MPI_Isend(data, count, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request) };
+    let code = unsafe {
+        ffi::MPI_Isend(data, count, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request)
+    };
     ok(code).map(|()| request)
 }
 
-/// SAFETY for the caller: there is room for `count` values of `kind` at `data` until the request is complete.
+/// SAFETY for the caller: there is room for `count` values of `kind` at `data` until the request is
+/// complete.
 unsafe fn irecv(
     from: Address,
     data: *mut c_void,
@@ -190,13 +180,23 @@ unsafe fn irecv(
 ) -> MpiResult<ffi::MPI_Request> {
     let (mut request, count) = (null(), c_count(count)?);
     // SAFETY: the caller's promise.
-    let code =
-        unsafe { ffi::MPI_Irecv(data, count, kind, from.rank as c_int, from.tag, from.comm.as_raw(), &mut request) };
+    let code = unsafe {
+        ffi::MPI_Irecv(
+            data,
+            count,
+            kind,
+            from.rank as c_int,
+            from.tag,
+            from.comm.as_raw(),
+            &mut request,
+        )
+    };
     ok(code).map(|()| request)
 }
 
 fn c_count(count: usize) -> MpiResult<c_int> {
-    c_int::try_from(count).map_err(|_| format!("a message of {count} values, more than MPI can count"))
+    c_int::try_from(count)
+        .map_err(|_| format!("a message of {count} values, more than MPI can count"))
 }
 
 fn null() -> ffi::MPI_Request {

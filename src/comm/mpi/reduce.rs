@@ -1,6 +1,7 @@
-//! The all-reduce of a replica group, and its halves. Every member owns one range of a gradient and adds it up, in the order
-//! of the replicas, so the sum is the same for every run, every R and every transport; and it moves as few bytes as any
-//! all-reduce can. Several chunks are under way at once, each a slice of every range:
+//! The all-reduce of a replica group, and its halves. Every member owns one range of a gradient and
+//! adds it up, in the order of the replicas, so the sum is the same for every run, every R and
+//! every transport; and it moves as few bytes as any all-reduce can. Several chunks are under way
+//! at once, each a slice of every range:
 //!
 //! ```text
 //! gradient   [ range of replica 0 | range of 1 | range of 2 ]        chunk n: slice n of each
@@ -11,11 +12,12 @@
 //! gather             slice 1 --> replicas 0 and 2              slice 0 <-- replica 0     slice 2 <-- replica 2
 //! ```
 //!
-//! On one host the gradients lie in memory that all members see (`shared`): the messages are empty then, and say the same. The
-//! first is "this chunk is complete here, and may be written", the second "your values are read, and mine are in your buffer".
+//! On one host the gradients lie in memory that all members see (`shared`): the messages are empty
+//! then, and say the same. The first is "this chunk is complete here, and may be written", the
+//! second "your values are read, and mine are in your buffer".
 //!
-//! With `wire = "bf16"` slices travel in half the bytes: the sum is `round(round(g_0) + round(g_1) + ...)`, added in f32,
-//! and every member holds the rounded one.
+//! With `wire = "bf16"` slices travel in half the bytes: the sum is `round(round(g_0) + round(g_1)
+//! + ...)`, added in f32, and every member holds the rounded one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -31,16 +33,19 @@ use super::raw::{self, MpiResult, Pending};
 use super::shared_memory::Shared;
 use crate::wire::Wire;
 
-/// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such chunks are under way: what comes
-/// from the other replicas is kept beside the gradient, and must not be a second one. Several, because a chunk crosses the
-/// link twice, and on a busy link each crossing begins with a wait.
+/// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such chunks
+/// are under way: what comes from the other replicas is kept beside the gradient, and must not be a
+/// second one. Several, because a chunk crosses the link twice, and on a busy link each crossing
+/// begins with a wait.
 pub const CHUNK: usize = 1 << 19;
 pub const CHUNKS_UNDER_WAY: usize = 4;
 
-/// Values that are added up at once where all members see them, so that the sum is written out of the cache.
+/// Values that are added up at once where all members see them, so that the sum is written out of
+/// the cache.
 const BLOCK: usize = 1 << 15;
 
-/// The all-reduces of one replica group, one after the other, chunk by chunk; all members cut them alike.
+/// The all-reduces of one replica group, one after the other, chunk by chunk; all members cut them
+/// alike.
 pub struct Reducer {
     group: SimpleCommunicator,
     replicas: usize,
@@ -86,7 +91,8 @@ struct Chunk {
     /// The slice of each replica's range.
     slices: Vec<Range<usize>>,
     tags: [i32; 2],
-    /// What is on its way out; what the other replicas have of the slice of this one, while it comes in and afterwards.
+    /// What is on its way out; what the other replicas have of the slice of this one, while it
+    /// comes in and afterwards.
     sends: VecDeque<Pending<Tensor>>,
     receives: VecDeque<(usize, Pending<Tensor>)>,
     arrived: Vec<Option<Tensor>>,
@@ -96,11 +102,8 @@ struct Chunk {
 }
 
 impl Reducer {
-    /// The reducer of a group whose ranks are numbered by replica, with memory for a gradient of so many values if all can see
-    /// it. All members must call this.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// The reducer of a group whose ranks are numbered by replica, with memory for a gradient of so
+    /// many values if all can see it. All members must call this.
     pub fn new(group: SimpleCommunicator, wire: Wire, values: usize) -> MpiResult<Reducer> {
         let (replicas, me) = (group.size() as usize, group.rank() as usize);
         let (jobs, chunks, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
@@ -112,6 +115,7 @@ impl Reducer {
                 None
             }
         };
+
         Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, chunks, started: 0, spare })
     }
 
@@ -141,9 +145,6 @@ impl Reducer {
     }
 
     /// True if anything moved.
-    ///
-    /// # Errors
-    /// What MPI reports.
     pub fn advance(&mut self) -> MpiResult<bool> {
         let mut moved = false;
         let mut i = 0;
@@ -156,9 +157,13 @@ impl Reducer {
                 i += 1;
             }
         }
-        while may_start(self.chunks.front().map(|chunk| chunk.number), self.started) && self.start_part()? {
+
+        while may_start(self.chunks.front().map(|chunk| chunk.number), self.started)
+            && self.start_part()?
+        {
             moved = true;
         }
+
         while self.jobs.front().is_some_and(|job| job.over == job.chunks) {
             if let Some(job) = self.jobs.pop_front() {
                 let _ = job.reply.send(Ok(()));
@@ -166,12 +171,15 @@ impl Reducer {
                 moved = true;
             }
         }
+
         Ok(moved)
     }
 
     /// Begins the next chunk, if there is one.
     fn start_part(&mut self) -> MpiResult<bool> {
-        let Some(number) = self.jobs.iter().position(|job| job.started < job.chunks) else { return Ok(false) };
+        let Some(number) = self.jobs.iter().position(|job| job.started < job.chunks) else {
+            return Ok(false);
+        };
         let job = &mut self.jobs[number];
         let slices = slices_of(job.flat.numel(), job.started, self.replicas);
         job.started += 1;
@@ -193,13 +201,19 @@ impl Reducer {
             buffers: Vec::new(),
             gathering: false,
         };
+
         let mine = chunk.slices[self.me].clone();
         for other in self.others().filter(|_| scatters) {
             if !mine.is_empty() {
-                let room = if shared { nothing()? } else { self.room(mine.len(), &mut chunk.buffers)? };
-                chunk.receives.push_back((other, raw::receive(address(&self.group, other, chunk.tags[0]), room)?));
+                let room =
+                    if shared { nothing()? } else { self.room(mine.len(), &mut chunk.buffers)? };
+                chunk.receives.push_back((
+                    other,
+                    raw::receive(address(&self.group, other, chunk.tags[0]), room)?,
+                ));
             }
         }
+
         fence(Ordering::Release);
         for other in self.others().filter(|_| scatters) {
             let slice = chunk.slices[other].clone();
@@ -208,6 +222,7 @@ impl Reducer {
                 chunk.sends.push_back(raw::send(address(&self.group, other, chunk.tags[0]), out)?);
             }
         }
+
         self.chunks.push_back(chunk);
         Ok(true)
     }
@@ -223,7 +238,9 @@ impl Reducer {
         let largest = slice_len(self.replicas) as i64;
         let whole = match self.spare.pop() {
             Some(whole) => whole,
-            None => Tensor::f_empty([largest], (self.wire.kind(), tch::Device::Cpu)).map_err(text)?,
+            None => {
+                Tensor::f_empty([largest], (self.wire.kind(), tch::Device::Cpu)).map_err(text)?
+            }
         };
         let room = whole.f_narrow(0, 0, count as i64).map_err(text)?;
         buffers.push(whole);
@@ -241,25 +258,30 @@ impl Reducer {
     fn advance_part(&mut self, i: usize) -> MpiResult<bool> {
         let chunk = &mut self.chunks[i];
         let mut moved = false;
-        // Only the oldest of each: every question lets MPI look everywhere, and the answers come about in order.
+        // Only the oldest of each: every question lets MPI look everywhere, and the answers come
+        // about in order.
         while let Some(send) = chunk.sends.front_mut() {
             if send.test()?.is_none() {
                 break;
             }
+
             chunk.sends.pop_front();
             moved = true;
         }
+
         while let Some((other, receive)) = chunk.receives.front_mut() {
             let Some(values) = receive.test()? else { break };
             chunk.arrived[*other] = Some(values);
             chunk.receives.pop_front();
             moved = true;
         }
+
         // A slice must have left before its sum is written over it.
         if !chunk.gathering && chunk.sends.is_empty() && chunk.receives.is_empty() {
             self.gather(i)?;
             moved = true;
         }
+
         Ok(moved)
     }
 
@@ -275,7 +297,9 @@ impl Reducer {
         let out = match shared {
             Some(offset) => {
                 let slice = offset + mine.start..offset + mine.end;
-                self.shared.iter().try_for_each(|shared| work_in_place(shared, slice.clone(), work))?;
+                self.shared
+                    .iter()
+                    .try_for_each(|shared| work_in_place(shared, slice.clone(), work))?;
                 nothing()?
             }
             None => {
@@ -285,9 +309,11 @@ impl Reducer {
                     Work::Gather => self.wire.round(&mut sum).map_err(text)?,
                     _ => add_in_order(&sum, self.me, &arrived, self.wire).map_err(text)?,
                 }
+
                 if work == Work::Reduce { nothing()? } else { self.packed(&sum)? }
             }
         };
+
         drop(arrived);
         let mut buffers = Vec::new();
         self.spare.append(&mut self.chunks[i].buffers);
@@ -301,20 +327,27 @@ impl Reducer {
             if slice.is_empty() {
                 continue;
             }
+
             let into = match self.wire {
                 _ if shared.is_some() => nothing()?,
                 Wire::F32 => view(&flat, &slice)?,
                 Wire::Bf16 => self.room(slice.len(), &mut buffers)?,
             };
+
             let from = address(&self.group, other, self.chunks[i].tags[1]);
             let receive = raw::receive(from, into)?;
             self.chunks[i].receives.push_back((other, receive));
         }
+
         self.chunks[i].buffers = buffers;
         for other in self.others().filter(|_| !mine.is_empty()) {
-            let send = raw::send(address(&self.group, other, self.chunks[i].tags[1]), out.shallow_clone())?;
+            let send = raw::send(
+                address(&self.group, other, self.chunks[i].tags[1]),
+                out.shallow_clone(),
+            )?;
             self.chunks[i].sends.push_back(send);
         }
+
         Ok(())
     }
 
@@ -328,14 +361,17 @@ impl Reducer {
                 let Some(values) = values else { continue };
                 view(&job.flat, &chunk.slices[other])?.f_copy_(&values).map_err(text)?;
             }
+
             self.spare.append(&mut chunk.buffers);
         }
+
         Ok(())
     }
 }
 
-/// Whether chunk `next` may start beside those under way, of which `oldest` is the first. Chunks may end out of order, so their
-/// count says nothing: two with the same tags must never meet, or a rank could take the sums of one for the other's.
+/// Whether chunk `next` may start beside those under way, of which `oldest` is the first. Chunks
+/// may end out of order, so their count says nothing: two with the same tags must never meet, or a
+/// rank could take the sums of one for the other's.
 fn may_start(oldest: Option<usize>, next: usize) -> bool {
     oldest.is_none_or(|oldest| next - oldest < CHUNKS_UNDER_WAY)
 }
@@ -356,7 +392,8 @@ fn chunks_of(len: usize, replicas: usize) -> usize {
     len.div_ceil(replicas).div_ceil(slice_len(replicas))
 }
 
-/// A chunk of a buffer: a slice of every replica's range, of which the last ones may be shorter, or empty.
+/// A chunk of a buffer: a slice of every replica's range, of which the last ones may be shorter, or
+/// empty.
 fn slices_of(len: usize, chunk: usize, replicas: usize) -> Vec<Range<usize>> {
     let slice = |replica| {
         let range = owned(len, replica, replicas);
@@ -375,26 +412,35 @@ fn view(flat: &Tensor, slice: &Range<usize>) -> MpiResult<Tensor> {
     flat.f_narrow(0, slice.start as i64, slice.len() as i64).map_err(text)
 }
 
-/// Adds up the members' values of one's slice where they lie, and writes the sum to all of them; or one of both.
+/// Adds up the members' values of one's slice where they lie, and writes the sum to all of them; or
+/// one of both.
 fn work_in_place(shared: &Shared, values: Range<usize>, work: Work) -> MpiResult<()> {
     fence(Ordering::Acquire);
     for start in values.clone().step_by(BLOCK) {
         let length = BLOCK.min(values.end - start);
-        let mut views: Vec<Option<Tensor>> = shared.views(start, length)?.into_iter().map(Some).collect();
+        let mut views: Vec<Option<Tensor>> =
+            shared.views(start, length)?.into_iter().map(Some).collect();
         let Some(sum) = views[shared.me()].take() else { continue };
         if work != Work::Gather {
             add_in_order(&sum, shared.me(), &views, Wire::F32).map_err(text)?;
         }
+
         if work != Work::Reduce {
             views.iter_mut().flatten().try_for_each(|other| other.f_copy_(&sum)).map_err(text)?;
         }
     }
+
     fence(Ordering::Release);
     Ok(())
 }
 
 /// `own = ((g_0 + g_1) + ...)`, where g_me is `own` and the others have arrived.
-fn add_in_order(own: &Tensor, me: usize, arrived: &[Option<Tensor>], wire: Wire) -> Result<(), tch::TchError> {
+fn add_in_order(
+    own: &Tensor,
+    me: usize,
+    arrived: &[Option<Tensor>],
+    wire: Wire,
+) -> Result<(), tch::TchError> {
     let mut own = own.shallow_clone();
     wire.round(&mut own)?;
     let mut before: Option<Tensor> = None;
@@ -404,12 +450,15 @@ fn add_in_order(own: &Tensor, me: usize, arrived: &[Option<Tensor>], wire: Wire)
             Some(sum) => sum.f_add(&values.f_to_kind(Kind::Float)?)?,
         });
     }
+
     if let Some(before) = before {
         let _ = own.f_add_(&before)?;
     }
+
     for values in arrived[me..].iter().flatten() {
         let _ = own.f_add_(&values.f_to_kind(Kind::Float)?)?;
     }
+
     wire.round(&mut own)
 }
 
@@ -432,14 +481,19 @@ mod tests {
     /// The chunks' slices of a replica are the range that it owns, and the ranges are the buffer.
     #[test]
     fn slices_cover_what_a_replica_owns() {
-        for (len, replicas) in [(10, 3), (1, 4), (0, 2), (1000, 44), (5 * CHUNK + 7, 3), (2 * CHUNK, 2)] {
+        for (len, replicas) in
+            [(10, 3), (1, 4), (0, 2), (1000, 44), (5 * CHUNK + 7, 3), (2 * CHUNK, 2)]
+        {
             let mut end = 0;
             for replica in 0..replicas {
                 let range = owned(len, replica, replicas);
                 assert_eq!(range.start, end);
                 for chunk in 0..chunks_of(len, replicas) {
                     let slice = slices_of(len, chunk, replicas)[replica].clone();
-                    assert!(slice.start == end && slice.len() <= slice_len(replicas), "{len} {chunk} {slice:?}");
+                    assert!(
+                        slice.start == end && slice.len() <= slice_len(replicas),
+                        "{len} {chunk} {slice:?}"
+                    );
                     end = slice.end;
                 }
                 assert_eq!(range.end, end, "{len} values, replica {replica} of {replicas}");
@@ -448,8 +502,8 @@ mod tests {
         }
     }
 
-    /// Several blocks, in the middle of the buffers: the sum stands in all of them, and nothing else has changed; of the first
-    /// half alone in that of its owner.
+    /// Several blocks, in the middle of the buffers: the sum stands in all of them, and nothing
+    /// else has changed; of the first half alone in that of its owner.
     #[test]
     fn sums_are_written_to_all_members() {
         for halves in [&[Work::Both][..], &[Work::Reduce, Work::Gather], &[Work::Reduce]] {
@@ -462,9 +516,14 @@ mod tests {
         let (length, slice) = (3 * BLOCK, 7..2 * BLOCK + 12);
         let buffers: Vec<Tensor> = values
             .iter()
-            .map(|value| Tensor::from_slice(&(0..length).map(|i| value * (1.0 + i as f32)).collect::<Vec<_>>()))
+            .map(|value| {
+                Tensor::from_slice(
+                    &(0..length).map(|i| value * (1.0 + i as f32)).collect::<Vec<_>>(),
+                )
+            })
             .collect();
-        let before: Vec<Vec<f32>> = buffers.iter().map(|buffer| Vec::try_from(buffer).unwrap()).collect();
+        let before: Vec<Vec<f32>> =
+            buffers.iter().map(|buffer| Vec::try_from(buffer).unwrap()).collect();
         let shared = Shared::of(1, buffers.iter().map(Tensor::shallow_clone).collect());
         halves.iter().for_each(|work| work_in_place(&shared, slice.clone(), *work).unwrap());
         for (member, (buffer, before_here)) in buffers.iter().zip(&before).enumerate() {
@@ -483,7 +542,8 @@ mod tests {
         let values = [1e8f32, 1.0, -1e8, 0.5];
         let expected = ((values[0] + values[1]) + values[2]) + values[3];
         for me in 0..4 {
-            let arrived: Vec<_> = (0..4).map(|r| (r != me).then(|| Tensor::from_slice(&[values[r]]))).collect();
+            let arrived: Vec<_> =
+                (0..4).map(|r| (r != me).then(|| Tensor::from_slice(&[values[r]]))).collect();
             let own = Tensor::from_slice(&[values[me]]);
             add_in_order(&own, me, &arrived, Wire::F32).unwrap();
             assert_eq!(own, Tensor::from_slice(&[expected]), "replica {me}");

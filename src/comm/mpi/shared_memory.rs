@@ -1,5 +1,5 @@
-//! The gradients of a replica group whose members are all on one host, in memory that all of them see: a sum is made where it
-//! belongs, and nothing travels.
+//! The gradients of a replica group whose members are all on one host, in memory that all of them
+//! see: a sum is made where it belongs, and nothing travels.
 //!
 //! ```text
 //!                 replica 0        replica 1          each has its own buffer, and sees all others
@@ -7,9 +7,9 @@
 //! slice 1       [ g_0 ........ ] [ g_1 ........ ]     replica 1 writes g_0 + g_1 into both
 //! ```
 //!
-//! Who may touch a slice, and when, is said by messages; see `reduce`. The memory has no name in any file system: a member finds
-//! another's through its process. Where that fails (another host, another container, too little address space) there is none,
-//! and the values travel.
+//! Who may touch a slice, and when, is said by messages; see `reduce`. The memory has no name in
+//! any file system: a member finds another's through its process. Where that fails (another host,
+//! another container, too little address space) there is none, and the values travel.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions, read_link};
@@ -39,33 +39,39 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Room for as many values of every member, zeros; none if not all of them can see it. All members must call this.
-    ///
-    /// # Errors
-    /// What libtorch reports.
+    /// Room for as many values of every member, zeros; none if not all of them can see it. All
+    /// members must call this.
     pub fn new(group: &SimpleCommunicator, values: usize) -> MpiResult<Option<Shared>> {
         let (me, replicas) = (group.rank() as usize, group.size() as usize);
         if values == 0 {
             return Ok(None);
         }
+
         if group.split_shared(group.rank()).size() != group.size() {
             tracing::info!("the replicas of a stage are on several hosts: gradients travel");
             return Ok(None);
         }
-        // A file that may not be so long ends the process; address space is needed for more than the others' gradients.
+
+        // A file that may not be so long ends the process; address space is needed for more than
+        // the others' gradients.
         let limits = [Resource::As, Resource::Fsize].map(|resource| getrlimit(resource).current);
         let token = token(me);
-        let own = limits.iter().all(Option::is_none).then(|| memory(values * VALUE, token)).flatten();
+        let own =
+            limits.iter().all(Option::is_none).then(|| memory(values * VALUE, token)).flatten();
         let number = own.as_ref().map_or(-1, |file| i64::from(file.as_raw_fd()));
         let mut cards = vec![0i64; CARD * replicas];
         group.all_gather_into(&[i64::from(std::process::id()), number, token][..], &mut cards[..]);
-        let maps: Option<Vec<MmapMut>> = cards.chunks(CARD).map(|card| seen(card, values * VALUE)).collect();
+        let maps: Option<Vec<MmapMut>> =
+            cards.chunks(CARD).map(|card| seen(card, values * VALUE)).collect();
         let (mut all, mine) = (false, maps.is_some());
         group.all_reduce_into(&mine, &mut all, SystemOperation::logical_and());
         let Some(maps) = maps.filter(|_| all) else {
-            tracing::info!("the replicas of a stage do not see each other's memory: gradients travel");
+            tracing::info!(
+                "the replicas of a stage do not see each other's memory: gradients travel"
+            );
             return Ok(None);
         };
+
         tracing::info!(replicas, "gradients are added up in shared memory");
         let buffers = maps.into_iter().map(|map| tensor(map, values)).collect::<MpiResult<_>>()?;
         Ok(Some(Shared { me, buffers }))
@@ -83,27 +89,30 @@ impl Shared {
 
     /// Where a tensor begins in this member's buffer, if it lies there.
     pub fn offset(&self, flat: &Tensor) -> Option<usize> {
-        let (own, bytes) = (self.buffers[self.me].data_ptr().addr(), self.buffers[self.me].numel() * VALUE);
+        let (own, bytes) =
+            (self.buffers[self.me].data_ptr().addr(), self.buffers[self.me].numel() * VALUE);
         let offset = flat.data_ptr().addr().checked_sub(own).filter(|offset| *offset < bytes)?;
         Some(offset / VALUE)
     }
 
     /// The same values of every member, by replica.
-    ///
-    /// # Errors
-    /// What libtorch reports.
     pub fn views(&self, start: usize, length: usize) -> MpiResult<Vec<Tensor>> {
-        let view = |buffer: &Tensor| buffer.f_narrow(0, start as i64, length as i64).map_err(|e| e.to_string());
+        let view = |buffer: &Tensor| {
+            buffer.f_narrow(0, start as i64, length as i64).map_err(|e| e.to_string())
+        };
         self.buffers.iter().map(view).collect()
     }
 }
 
-/// What a member tells of its memory: process, number of the file there, and a token that is in the file's name.
+/// What a member tells of its memory: process, number of the file there, and a token that is in the
+/// file's name.
 const CARD: usize = 3;
 
-/// A number by which a process of this host, with its own number, is told from those of other containers.
+/// A number by which a process of this host, with its own number, is told from those of other
+/// containers.
 fn token(me: usize) -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_nanos() as i64).wrapping_mul(1 << 8) ^ me as i64
 }
 
@@ -113,7 +122,8 @@ fn name(token: i64) -> String {
 
 /// Memory of this process that others can find.
 fn memory(bytes: usize, token: i64) -> Option<File> {
-    let file = memfd_create(CString::new(name(token)).ok()?, MemfdFlags::CLOEXEC).ok().map(File::from)?;
+    let file =
+        memfd_create(CString::new(name(token)).ok()?, MemfdFlags::CLOEXEC).ok().map(File::from)?;
     // All of it at once, so that there is no lack of memory later, where no error could tell it.
     fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).ok()?;
     Some(file)
@@ -130,16 +140,22 @@ fn seen(card: &[i64], bytes: usize) -> Option<MmapMut> {
     {
         return None;
     }
-    // SAFETY: the file has this length, and nobody cuts it: it has no name, and the members only map it.
+
+    // SAFETY: the file has this length, and nobody cuts it: it has no name, and the members only
+    // map it.
     unsafe { MmapOptions::new().len(bytes).map_mut(&file).ok() }
 }
 
-/// A flat buffer over mapped memory, which stays until the process ends: nobody can tell when the last tensor over it does.
+/// A flat buffer over mapped memory, which stays until the process ends: nobody can tell when the
+/// last tensor over it does.
 fn tensor(map: MmapMut, values: usize) -> MpiResult<Tensor> {
     let bytes = Box::leak(Box::new(map));
-    // SAFETY: the mapping has `values` f32 at a page's begin and is never given back. All members write into it, but never the
-    // same values at once: `reduce` lets one replica have a slice at a time.
-    let tensor = unsafe { Tensor::f_from_blob(bytes.as_ptr(), &[values as i64], &[1], Kind::Float, Device::Cpu) };
+    // SAFETY: the mapping has `values` f32 at a page's begin and is never given back. All members
+    // write into it, but never the same values at once: `reduce` lets one replica have a slice at a
+    // time.
+    let tensor = unsafe {
+        Tensor::f_from_blob(bytes.as_ptr(), &[values as i64], &[1], Kind::Float, Device::Cpu)
+    };
     tensor.map_err(|error| error.to_string())
 }
 

@@ -1,7 +1,9 @@
-//! NCCL's functions, out of the library that was found, with the types of its binding; and communicators made of them.
+//! NCCL's functions, out of the library that was found, with the types of its binding; and
+//! communicators made of them.
 //!
-//! The binding's own loader does not know the name that Python's package gives the library, so the functions are looked up
-//! here. Result codes are read as numbers: a newer library may have more of them than the binding.
+//! The binding's own loader does not know the name that Python's package gives the library, so the
+//! functions are looked up here. Result codes are read as numbers: a newer library may have more of
+//! them than the binding.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -15,7 +17,8 @@ use crate::error::{Error, Result};
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
 
-/// The head of `ncclConfig_t`, which is as old as what is used here (2.17); NCCL takes any older form by its size.
+/// The head of `ncclConfig_t`, which is as old as what is used here (2.17); NCCL takes any older
+/// form by its size.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -34,12 +37,15 @@ const UNDEFINED: c_int = c_int::MIN;
 const MAGIC: u32 = 0xcafe_beef;
 const CONFIG_VERSION: u32 = 21700;
 
-type Move = unsafe extern "C" fn(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, CUstream) -> c_int;
+type Move =
+    unsafe extern "C" fn(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, CUstream) -> c_int;
 
 /// The functions, as nccl.h declares them.
 pub struct Api {
     get_unique_id: Symbol<unsafe extern "C" fn(*mut ncclUniqueId) -> c_int>,
-    init: Symbol<unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut Config) -> c_int>,
+    init: Symbol<
+        unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut Config) -> c_int,
+    >,
     async_error: Symbol<unsafe extern "C" fn(ncclComm_t, *mut c_int) -> c_int>,
     send: Symbol<Move>,
     receive: Symbol<Move>,
@@ -60,8 +66,9 @@ pub struct Api {
     last_error: Symbol<unsafe extern "C" fn(ncclComm_t) -> *const c_char>,
 }
 
-/// A group of devices that talk to each other, as one of them has it. It is never taken down: at the end of a good run all
-/// its work is done, and at the end of a bad one taking it down in order could wait for ever.
+/// A group of devices that talk to each other, as one of them has it. It is never taken down: at
+/// the end of a good run all its work is done, and at the end of a bad one taking it down in order
+/// could wait for ever.
 pub struct Communicator {
     raw: ncclComm_t,
 }
@@ -99,6 +106,7 @@ impl Api {
                     .map_err(|error| format!("NCCL has no {} ({error})", $name))?
             };
         }
+
         Ok(Api {
             get_unique_id: function!("ncclGetUniqueId"),
             init: function!("ncclCommInitRankConfig"),
@@ -114,9 +122,6 @@ impl Api {
     }
 
     /// A name for a communicator to be, for its members.
-    ///
-    /// # Errors
-    /// What NCCL reports.
     pub fn unique_id(&self) -> Result<Vec<u8>> {
         let mut id = ncclUniqueId { internal: [0; 128] };
         // SAFETY: room for one id.
@@ -125,17 +130,23 @@ impl Api {
         Ok(id.internal.iter().map(|byte| *byte as u8).collect())
     }
 
-    /// Joins a communicator, and waits until all its members have; `most_ctas` of its kernels take part of the device at most.
+    /// Joins a communicator, and waits until all its members have; `most_ctas` of its kernels take
+    /// part of the device at most.
     ///
-    /// Its calls come back when they are made, by themselves: one that does not block starts a thread of NCCL's for each.
-    ///
-    /// # Errors
-    /// What NCCL reports.
-    pub fn join(&self, id: &[u8], me: usize, members: usize, most_ctas: i32) -> Result<Communicator> {
+    /// Its calls come back when they are made, by themselves: one that does not block starts a
+    /// thread of NCCL's for each.
+    pub fn join(
+        &self,
+        id: &[u8],
+        me: usize,
+        members: usize,
+        most_ctas: i32,
+    ) -> Result<Communicator> {
         let mut unique = ncclUniqueId { internal: [0; 128] };
         if id.len() != unique.internal.len() {
             return Err(Error::Internal(format!("an id of NCCL has {} bytes", id.len())));
         }
+
         unique.internal.iter_mut().zip(id).for_each(|(to, from)| *to = *from as c_char);
         let mut config = Config {
             size: size_of::<Config>(),
@@ -148,18 +159,18 @@ impl Api {
             net_name: std::ptr::null(),
             split_share: UNDEFINED,
         };
+
         let mut raw: ncclComm_t = std::ptr::null_mut();
         // SAFETY: room for one communicator; NCCL copies the id and the config before it returns.
-        let code = unsafe { (self.init)(&raw mut raw, members as c_int, unique, me as c_int, &raw mut config) };
+        let code = unsafe {
+            (self.init)(&raw mut raw, members as c_int, unique, me as c_int, &raw mut config)
+        };
         let communicator = Communicator { raw };
         self.checked(code, Some(&communicator), "ncclCommInitRankConfig")?;
         Ok(communicator)
     }
 
     /// What has gone wrong with a communicator meanwhile.
-    ///
-    /// # Errors
-    /// That.
     pub fn check(&self, communicator: &Communicator) -> Result<()> {
         match self.state(communicator)? {
             SUCCESS | IN_PROGRESS => Ok(()),
@@ -179,14 +190,17 @@ impl Api {
         if code == SUCCESS {
             return Ok(());
         }
+
         let raw = communicator.map_or(std::ptr::null_mut(), |communicator| communicator.raw);
-        // SAFETY: both give strings of their own that end with a zero; the second takes a null communicator.
+        // SAFETY: both give strings of their own that end with a zero; the second takes a null
+        // communicator.
         let (what, last) = unsafe { ((self.error_string)(code), (self.last_error)(raw)) };
         let text = |string: *const c_char| match string.is_null() {
             true => String::new(),
             // SAFETY: as above.
             false => unsafe { CStr::from_ptr(string) }.to_string_lossy().trim().to_owned(),
         };
+
         Err(Error::Device(format!("NCCL answers {call} with \"{}\" {}", text(what), text(last))))
     }
 
@@ -195,7 +209,8 @@ impl Api {
     /// # Errors
     /// What NCCL reports, and those of `put`.
     pub fn grouped(&self, on: &Communicator, put: impl FnOnce() -> Result<()>) -> Result<()> {
-        // SAFETY: a group is open on this thread until its end, which is reached whatever `put` comes to.
+        // SAFETY: a group is open on this thread until its end, which is reached whatever `put`
+        // comes to.
         let code = unsafe { (self.group_start)() };
         self.checked(code, Some(on), "ncclGroupStart")?;
         let result = put();
@@ -208,11 +223,8 @@ impl Api {
     /// Puts a transfer on a stream.
     ///
     /// # Safety
-    /// It must be memory of the communicator's device that stays until the stream has come past this; and unless it is
-    /// only sent nobody else may touch it before.
-    ///
-    /// # Errors
-    /// What NCCL reports.
+    /// It must be memory of the communicator's device that stays until the stream has come past
+    /// this; and unless it is only sent nobody else may touch it before.
     pub unsafe fn put(
         &self,
         transfer: Transfer,
@@ -227,15 +239,20 @@ impl Api {
                 Transfer::To(member) => {
                     ((self.send)(address, count, kind, member as c_int, on.raw, stream), "ncclSend")
                 }
-                Transfer::From(member) => {
-                    ((self.receive)(address, count, kind, member as c_int, on.raw, stream), "ncclRecv")
-                }
+                Transfer::From(member) => (
+                    (self.receive)(address, count, kind, member as c_int, on.raw, stream),
+                    "ncclRecv",
+                ),
                 Transfer::Sum => {
                     let sum = ncclRedOp_t::ncclSum;
-                    ((self.all_reduce)(address, address, count, kind, sum, on.raw, stream), "ncclAllReduce")
+                    (
+                        (self.all_reduce)(address, address, count, kind, sum, on.raw, stream),
+                        "ncclAllReduce",
+                    )
                 }
             }
         };
+
         self.checked(code, Some(on), call)
     }
 }
@@ -252,7 +269,10 @@ mod tests {
         let api = Api::load().unwrap();
         let error = api.checked(4, None, "a test").unwrap_err();
         assert_eq!(error.exit_code(), 4);
-        assert!(error.to_string().contains("NCCL answers a test with \"invalid argument"), "{error}");
+        assert!(
+            error.to_string().contains("NCCL answers a test with \"invalid argument"),
+            "{error}"
+        );
         assert_eq!(size_of::<Config>(), 48);
     }
 }

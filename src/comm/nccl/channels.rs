@@ -1,4 +1,5 @@
-//! Which channels a grid has, and which a rank takes part in: arithmetic only, the same on every rank.
+//! Which channels a grid has, and which a rank takes part in: arithmetic only, the same on every
+//! rank.
 
 use crate::grid::{Grid, Place};
 
@@ -23,13 +24,14 @@ pub struct Channel {
     pub members: Vec<usize>,
 }
 
-/// All channels of a grid in one order, in which every rank joins those that are its own: nobody then waits for somebody who
-/// waits for him. `tied` says whether tables are exchanged.
+/// All channels of a grid in one order, in which every rank joins those that are its own: nobody
+/// then waits for somebody who waits for him. `tied` says whether tables are exchanged.
 pub fn channels(grid: Grid, tied: bool) -> Vec<Channel> {
     let mut all = Vec::new();
     let mut pair = |purpose, from: Place, to: Option<Place>| {
         all.extend(to.map(|to| Channel { purpose, members: vec![grid.rank(from), grid.rank(to)] }));
     };
+
     for place in grid.places() {
         pair(Purpose::Down(place), place, grid.downstream(place));
         pair(Purpose::Up(place), place, grid.upstream(place));
@@ -37,6 +39,7 @@ pub fn channels(grid: Grid, tied: bool) -> Vec<Channel> {
             pair(Purpose::Twin(place), place, grid.twin(place));
         }
     }
+
     if grid.replicas > 1 {
         all.extend((0..grid.stages).map(|stage| Channel {
             purpose: Purpose::Group(stage),
@@ -55,20 +58,25 @@ mod tests {
     fn a_line_has_two_channels_a_link() {
         let grid = Grid::line(3, 2);
         let all = channels(grid, true);
-        let count = |wanted: fn(&Purpose) -> bool| all.iter().filter(|channel| wanted(&channel.purpose)).count();
+        let count = |wanted: fn(&Purpose) -> bool| {
+            all.iter().filter(|channel| wanted(&channel.purpose)).count()
+        };
         assert_eq!(count(|purpose| matches!(purpose, Purpose::Down(_))), 4);
         assert_eq!(count(|purpose| matches!(purpose, Purpose::Up(_))), 4);
         assert_eq!(count(|purpose| matches!(purpose, Purpose::Twin(_))), 4);
         assert_eq!(count(|purpose| matches!(purpose, Purpose::Group(_))), 3);
-        let down = all.iter().find(|channel| channel.purpose == Purpose::Down(Place { stage: 1, replica: 1 })).unwrap();
+        let down = all
+            .iter()
+            .find(|channel| channel.purpose == Purpose::Down(Place { stage: 1, replica: 1 }))
+            .unwrap();
         let rank = |stage| grid.rank(Place { stage, replica: 1 });
         assert_eq!(down.members, [rank(1), rank(2)]);
         assert!(channels(grid, false).len() == all.len() - 4);
         assert!(channels(Grid::line(1, 1), true).is_empty());
     }
 
-    /// Streams that could share one of the device's 32 queues would wait for each other: a channel has one and NCCL two of its own,
-    /// beside libtorch's and those of the set-up.
+    /// Streams that could share one of the device's 32 queues would wait for each other: a channel
+    /// has one and NCCL two of its own, beside libtorch's and those of the set-up.
     #[test]
     fn every_stream_has_a_queue_of_its_own() {
         for (stages, replicas, placement) in [

@@ -1,5 +1,6 @@
-//! Whether hosts and devices of a grid can wait for each other for ever, where any action may wait for all that its device has been
-//! asked for: a model of them all, on which the real links and groups do what real schedules say.
+//! Whether hosts and devices of a grid can wait for each other for ever, where any action may wait
+//! for all that its device has been asked for: a model of them all, on which the real links and
+//! groups do what real schedules say.
 //!
 //! ```text
 //! host      a thread a rank: its action list; waits for headers, and after every computation for its whole device
@@ -8,10 +9,11 @@
 //! stuck     every host waits, and no work can be done
 //! ```
 //!
-//! A send is taken to end by itself, as it does while NCCL's buffers hold it (4 MiB a channel). A larger one stays on its device until its
-//! receiver comes to it in the order of the schedule; two neighbours that both wait for their whole device just then, each with such a
-//! send to the other, are beyond this model, and what could make them wait so is kept out by other means: kernels are loaded before
-//! the first step, and a GPU keeps a reserve of memory.
+//! A send is taken to end by itself, as it does while NCCL's buffers hold it (4 MiB a channel). A
+//! larger one stays on its device until its receiver comes to it in the order of the schedule; two
+//! neighbours that both wait for their whole device just then, each with such a send to the other,
+//! are beyond this model, and what could make them wait so is kept out by other means: kernels are
+//! loaded before the first step, and a GPU keeps a reserve of memory.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -38,7 +40,8 @@ struct Work {
     done: bool,
 }
 
-/// What it is. Transfers are told apart by their channel, among all of the grid, and by their number.
+/// What it is. Transfers are told apart by their channel, among all of the grid, and by their
+/// number.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Doing {
     Something,
@@ -51,7 +54,9 @@ impl Doing {
     fn transfer(self) -> Option<(usize, usize)> {
         match self {
             Doing::Something => None,
-            Doing::Sends(transfer) | Doing::Receives(transfer) | Doing::Sums(transfer) => Some(transfer),
+            Doing::Sends(transfer) | Doing::Receives(transfer) | Doing::Sums(transfer) => {
+                Some(transfer)
+            }
         }
     }
 }
@@ -85,13 +90,18 @@ fn number(queue: Queue) -> usize {
 impl State {
     fn put(&mut self, rank: usize, queue: Queue, doing: Doing) -> usize {
         let (line, work) = ((rank, number(queue)), self.work.len());
-        let needs = self.last.insert(line, work).into_iter().chain(self.follows.remove(&line).into_iter().flatten());
+        let needs = self
+            .last
+            .insert(line, work)
+            .into_iter()
+            .chain(self.follows.remove(&line).into_iter().flatten());
         let needs = needs.collect();
         self.work.push(Work { rank, needs, doing, done: false });
         self.open.push(work);
         if let Some(transfer) = doing.transfer() {
             self.ends.entry(transfer).or_default().push(work);
         }
+
         self.changes += 1;
         self.waiting = 0;
         work
@@ -100,8 +110,9 @@ impl State {
     /// Does all work that can be done.
     fn work(&mut self, members: &[usize]) {
         loop {
-            let free =
-                |state: &State, work: usize| state.work[work].needs.iter().all(|before| state.work[*before].done);
+            let free = |state: &State, work: usize| {
+                state.work[work].needs.iter().all(|before| state.work[*before].done)
+            };
             let can = |state: &State, work: usize| match state.work[work].doing {
                 Doing::Something | Doing::Sends(_) => free(state, work),
                 Doing::Receives(transfer) | Doing::Sums(transfer) => {
@@ -109,10 +120,13 @@ impl State {
                     ends.len() == members[transfer.0] && ends.iter().all(|end| free(state, *end))
                 }
             };
-            let now: Vec<usize> = self.open.iter().copied().filter(|work| can(self, *work)).collect();
+
+            let now: Vec<usize> =
+                self.open.iter().copied().filter(|work| can(self, *work)).collect();
             if now.is_empty() {
                 return;
             }
+
             now.iter().for_each(|work| self.work[*work].done = true);
             let State { open, work, .. } = self;
             open.retain(|number| !work[*number].done);
@@ -159,15 +173,18 @@ impl World {
                 self.changed.notify_all();
                 return Ok(found);
             }
+
             if seen != Some(state.changes) {
                 seen = Some(state.changes);
                 state.waiting += 1;
             }
+
             state.stuck |= state.waiting == state.live;
             if state.stuck {
                 self.changed.notify_all();
                 return Err(Error::Internal("every host waits".into()));
             }
+
             self.changed.notify_all();
             state = self.changed.wait(state).unwrap();
         }
@@ -193,7 +210,9 @@ impl Queues for ModelQueues {
     }
 
     fn follow(&self, queue: Queue, mark: &usize) -> Result<()> {
-        self.world.change(|state| state.follows.entry((self.rank, number(queue))).or_default().push(*mark));
+        self.world.change(|state| {
+            state.follows.entry((self.rank, number(queue))).or_default().push(*mark)
+        });
         Ok(())
     }
 
@@ -220,6 +239,7 @@ impl ModelCarrier {
             let transfer = (channel, *asked);
             state.put(rank, queue, doing(transfer));
         });
+
         Ok(())
     }
 }
@@ -231,11 +251,24 @@ impl Carrier<ModelQueues> for ModelCarrier {
         self.put(channel, queues, queue, Doing::Sends)
     }
 
-    fn receive(&self, channel: usize, _: &Tensor, queues: &ModelQueues, queue: Queue) -> Result<()> {
+    fn receive(
+        &self,
+        channel: usize,
+        _: &Tensor,
+        queues: &ModelQueues,
+        queue: Queue,
+    ) -> Result<()> {
         self.put(channel, queues, queue, Doing::Receives)
     }
 
-    fn sum(&self, channel: usize, _: &Tensor, _: Option<&Tensor>, queues: &ModelQueues, queue: Queue) -> Result<()> {
+    fn sum(
+        &self,
+        channel: usize,
+        _: &Tensor,
+        _: Option<&Tensor>,
+        queues: &ModelQueues,
+        queue: Queue,
+    ) -> Result<()> {
         self.put(channel, queues, queue, Doing::Sums)
     }
 
@@ -313,29 +346,46 @@ struct Host<'a> {
 }
 
 impl<'a> Host<'a> {
-    fn new(world: &'a Arc<World>, schedule: &'a Schedule, replicas: usize, rank: usize, hasty: bool) -> Host<'a> {
+    fn new(
+        world: &'a Arc<World>,
+        schedule: &'a Schedule,
+        replicas: usize,
+        rank: usize,
+        hasty: bool,
+    ) -> Host<'a> {
         let (grid, tied) = (schedule.grid(replicas), schedule.tie != Tie::Untied);
         let mine = |(_, channel): &(usize, &Channel)| channel.members.contains(&rank);
-        let (numbers, own): (Vec<usize>, Vec<Channel>) =
-            world.channels.iter().enumerate().filter(mine).map(|(number, channel)| (number, channel.clone())).unzip();
+        let (numbers, own): (Vec<usize>, Vec<Channel>) = world
+            .channels
+            .iter()
+            .enumerate()
+            .filter(mine)
+            .map(|(number, channel)| (number, channel.clone()))
+            .unzip();
         let queues = ModelQueues { world: Arc::clone(world), rank, own: 0 };
         let fabric = Shared::new(Fabric::new(queues, ModelCarrier(numbers), own.len()).unwrap());
 
         let headers = |out, back: Option<Purpose>| -> Option<Box<dyn Link>> {
             Some(Box::new(Headers { world: Arc::clone(world), out, back: back? }))
         };
+
         let ends = |place| Endpoints {
             upstream: headers(Purpose::Up(place), grid.upstream(place).map(Purpose::Down)),
             downstream: headers(Purpose::Down(place), grid.downstream(place).map(Purpose::Up)),
-            twin: headers(Purpose::Twin(place), grid.twin(place).filter(|_| tied).map(Purpose::Twin)),
+            twin: headers(
+                Purpose::Twin(place),
+                grid.twin(place).filter(|_| tied).map(Purpose::Twin),
+            ),
             group: (replicas > 1).then(|| Box::new(Nobody) as Box<dyn ReplicaGroup>),
         };
+
         let beside: Vec<Endpoints> = grid.held(rank).into_iter().map(ends).collect();
         let reductions = beside.iter().map(|_| Vec::new()).collect();
         let travel = Travel { grid, rank, device: Device::Cpu, wire: Wire::F32, tied };
         let made = |link| -> Box<dyn Link> {
             if hasty { Box::new(Hasty { link, posted: VecDeque::new() }) } else { Box::new(link) }
         };
+
         let places = over(beside, travel, &own, &fabric, made).unwrap();
         Host { world, schedule, rank, grid, places, reductions, table: None }
     }
@@ -352,7 +402,15 @@ impl<'a> Host<'a> {
 
     fn header(content: Content, action: &Action) -> Header {
         let Action { pass, step, microbatch, .. } = *action;
-        Header { content, pass, step, microbatch, shape: [1, 1, 1], wire: Wire::F32, payload_elsewhere: false }
+        Header {
+            content,
+            pass,
+            step,
+            microbatch,
+            shape: [1, 1, 1],
+            wire: Wire::F32,
+            payload_elsewhere: false,
+        }
     }
 
     fn ends(&mut self, action: &Action) -> &mut Endpoints {
@@ -362,12 +420,18 @@ impl<'a> Host<'a> {
 
     fn expect(&mut self, action: &Action) -> Result<()> {
         match action.op {
-            Op::RecvActivation => {
-                self.ends(action).upstream.as_mut().unwrap().prepare(Host::header(Content::Activation, action))
-            }
-            Op::RecvGradient => {
-                self.ends(action).downstream.as_mut().unwrap().prepare(Host::header(Content::Gradient, action))
-            }
+            Op::RecvActivation => self
+                .ends(action)
+                .upstream
+                .as_mut()
+                .unwrap()
+                .prepare(Host::header(Content::Activation, action)),
+            Op::RecvGradient => self
+                .ends(action)
+                .downstream
+                .as_mut()
+                .unwrap()
+                .prepare(Host::header(Content::Gradient, action)),
             _ => Ok(()),
         }
     }
@@ -375,33 +439,45 @@ impl<'a> Host<'a> {
     /// Work on the device; then all that it has been asked for is waited for.
     fn computes(&self) -> Result<()> {
         self.world.change(|state| state.put(self.rank, Queue::Compute, Doing::Something));
-        let done = |state: &mut State| state.open.iter().all(|work| state.work[*work].rank != self.rank).then_some(());
+        let done = |state: &mut State| {
+            state.open.iter().all(|work| state.work[*work].rank != self.rank).then_some(())
+        };
         self.world.wait(done)
     }
 
     fn sums(&mut self, action: &Action) -> Result<Option<Reduction>> {
         let value = Tensor::zeros([1], (Type::Float, Device::Cpu));
-        self.ends(action).group.as_mut().map(|group| group.all_reduce(action.step, value)).transpose()
+        self.ends(action)
+            .group
+            .as_mut()
+            .map(|group| group.all_reduce(action.step, value))
+            .transpose()
     }
 
     fn execute(&mut self, action: &Action) -> Result<()> {
         let slot = action.stage / self.grid.devices();
         let send = |link: &mut Option<Box<dyn Link>>, content| {
-            link.as_mut().unwrap().send(Host::header(content, action), Tensor::zeros([1], (Type::Float, Device::Cpu)))
+            link.as_mut()
+                .unwrap()
+                .send(Host::header(content, action), Tensor::zeros([1], (Type::Float, Device::Cpu)))
         };
+
         let receive = |link: &mut Option<Box<dyn Link>>, content| {
             link.as_mut().unwrap().receive(Host::header(content, action)).map(|_| ())
         };
+
         match action.op {
             Op::Load | Op::AwaitTable | Op::Digest => Ok(()),
             Op::Forward | Op::Save => self.computes(),
             Op::Backward => {
                 self.computes()?;
-                if action.pass == Pass::Train && action.microbatch + 1 == self.schedule.microbatches {
+                if action.pass == Pass::Train && action.microbatch + 1 == self.schedule.microbatches
+                {
                     let bucket = self.sums(action)?;
                     self.reductions[slot].extend(bucket);
                     self.computes()?;
                 }
+
                 Ok(())
             }
             Op::RecvActivation => receive(&mut self.ends(action).upstream, Content::Activation),
@@ -418,7 +494,8 @@ impl<'a> Host<'a> {
                 self.computes()
             }
             Op::Part => {
-                let away = action.stage != self.schedule.joiner() && self.ends(action).twin.is_some();
+                let away =
+                    action.stage != self.schedule.joiner() && self.ends(action).twin.is_some();
                 let ends: Vec<TableEnd> = self.schedule.ends(action.stage).collect();
                 let mut parts = ends.iter().filter(|_| away);
                 parts.try_for_each(|_| send(&mut self.ends(action).twin, Content::Part))
@@ -452,6 +529,7 @@ fn ends_well(schedule: &Schedule, replicas: usize, hasty: bool) -> bool {
         world.change(|state| state.live -= 1);
         result.is_ok()
     };
+
     std::thread::scope(|scope| {
         let hosts: Vec<_> = (0..grid.size()).map(|rank| scope.spawn(move || host(rank))).collect();
         hosts.into_iter().all(|host| host.join().unwrap())
@@ -462,14 +540,18 @@ fn schedule(kind: ScheduleKind, stages: usize, microbatches: usize, steps: usize
     Schedule::new(kind, stages, microbatches, 1, SyncPoints::ends(steps))
 }
 
-/// The model sees what it is there to see: a receive that is asked for before the computation that its sender needs.
+/// The model sees what it is there to see: a receive that is asked for before the computation that
+/// its sender needs.
 #[test]
 fn what_is_asked_for_too_early_is_seen() {
-    for (kind, microbatches) in
-        [(ScheduleKind::Sequential, 1), (ScheduleKind::OneForwardOneBackward, 1), (ScheduleKind::Gpipe, 2)]
-    {
+    for (kind, microbatches) in [
+        (ScheduleKind::Sequential, 1),
+        (ScheduleKind::OneForwardOneBackward, 1),
+        (ScheduleKind::Gpipe, 2),
+    ] {
         assert!(!ends_well(&schedule(kind, 2, microbatches, 2), 1, true), "{kind:?}");
     }
+
     // At a sync point.
     let mut decoupled = schedule(ScheduleKind::Decoupled, 3, 2, 8);
     decoupled.sync.at = [4].into();

@@ -29,8 +29,8 @@ pub(super) struct Travel {
     pub tied: bool,
 }
 
-/// What the places of a rank talk through: `headers` and the fabric, whose channels are those of the rank, in this order. `made` makes a
-/// link of one over the fabric.
+/// What the places of a rank talk through: `headers` and the fabric, whose channels are those of
+/// the rank, in this order. `made` makes a link of one over the fabric.
 ///
 /// # Errors
 /// If a link has no channel.
@@ -48,11 +48,15 @@ where
 {
     let Travel { grid, rank, device, wire, tied } = travel;
     let find = |purpose| own.iter().position(|channel| channel.purpose == purpose);
-    let link = |headers: Option<Box<dyn Link>>, out: Purpose, back: Option<Purpose>| -> Result<Option<Box<dyn Link>>> {
+    let link = |headers: Option<Box<dyn Link>>,
+                out: Purpose,
+                back: Option<Purpose>|
+     -> Result<Option<Box<dyn Link>>> {
         let Some(headers) = headers else { return Ok(None) };
         let (Some(out), Some(back)) = (find(out), back.and_then(find)) else {
             return Err(Error::Internal("a link without channels".into()));
         };
+
         let (fabric, rooms) = (fabric.clone(), VecDeque::new());
         Ok(Some(made(FabricLink { headers, fabric, out, back, device, rooms })))
     };
@@ -62,8 +66,16 @@ where
         let group = find(Purpose::Group(place.stage)).filter(|_| ends.group.is_some());
         let group = group.map(|channel| FabricGroup { fabric: fabric.clone(), channel, wire });
         places.push(Endpoints {
-            upstream: link(ends.upstream, Purpose::Up(place), grid.upstream(place).map(Purpose::Down))?,
-            downstream: link(ends.downstream, Purpose::Down(place), grid.downstream(place).map(Purpose::Up))?,
+            upstream: link(
+                ends.upstream,
+                Purpose::Up(place),
+                grid.upstream(place).map(Purpose::Down),
+            )?,
+            downstream: link(
+                ends.downstream,
+                Purpose::Down(place),
+                grid.downstream(place).map(Purpose::Up),
+            )?,
             twin: match tied {
                 true => link(ends.twin, Purpose::Twin(place), grid.twin(place).map(Purpose::Twin))?,
                 false => None,
@@ -71,6 +83,7 @@ where
             group: group.map(|group| Box::new(group) as Box<dyn ReplicaGroup>),
         });
     }
+
     Ok(places)
 }
 
@@ -148,11 +161,14 @@ where
         if self.rooms.is_empty() {
             self.prepare(expected)?;
         }
+
         let room = match self.rooms.pop_front() {
             Some((header, room)) if header == expected => room,
             other => {
                 let found = other.map_or("nothing".to_owned(), |(header, _)| header.to_string());
-                return Err(Error::Internal(format!("{expected} is received where {found} is expected")));
+                return Err(Error::Internal(format!(
+                    "{expected} is received where {found} is expected"
+                )));
             }
         };
 
@@ -181,6 +197,7 @@ where
             Wire::F32 => flat.shallow_clone(),
             Wire::Bf16 => self.wire.pack(&flat)?,
         };
+
         let done = self.fabric.lock().sum(self.channel, packed.shallow_clone())?;
         let (fabric, channel, wire) = (self.fabric.clone(), self.channel, self.wire);
         Ok(Reduction::new(move || {
@@ -188,6 +205,7 @@ where
             if wire == Wire::Bf16 {
                 flat.f_copy_(&packed)?;
             }
+
             Ok(())
         }))
     }

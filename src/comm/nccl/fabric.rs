@@ -1,7 +1,8 @@
 //! The order of transfers on a device, and who holds their memory meanwhile.
 //!
-//! Every channel (one direction of a link, or a replica group) has a queue of its own, so transfers overlap with compute and
-//! with each other. The order between queues, right whatever the device does first:
+//! Every channel (one direction of a link, or a replica group) has a queue of its own, so transfers
+//! overlap with compute and with each other. The order between queues, right whatever the device
+//! does first:
 //!
 //! ```text
 //! send       compute:  ... makes x |a|                    channel:  follows a | send x | b |      x is held until b has passed
@@ -14,12 +15,14 @@
 //!            channel:            follows a | sum in place | b |       the gradient is held until b has passed
 //! ```
 //!
-//! Room for a receive may be made long before it is posted: `a` is then early, and the transfer overlaps with the compute between,
-//! although the host has asked for that compute first. It must: a receive that is posted cannot end before its sender has sent, which
-//! may need what that very compute makes; and whatever then waits for the whole device (libtorch giving memory back to the driver, a
-//! kernel that is loaded) waits for ever. So all transfers of a rank are put on their queues by one thread in the order of its action
-//! list, which is the same for the same place of every replica, and at every moment all work of a device can be done without any
-//! that a host would only ask for later (`deadlock` has the proof by example).
+//! Room for a receive may be made long before it is posted: `a` is then early, and the transfer
+//! overlaps with the compute between, although the host has asked for that compute first. It must:
+//! a receive that is posted cannot end before its sender has sent, which may need what that very
+//! compute makes; and whatever then waits for the whole device (libtorch giving memory back to the
+//! driver, a kernel that is loaded) waits for ever. So all transfers of a rank are put on their
+//! queues by one thread in the order of its action list, which is the same for the same place of
+//! every replica, and at every moment all work of a device can be done without any that a host
+//! would only ask for later (`deadlock` has the proof by example).
 
 use std::collections::VecDeque;
 
@@ -31,29 +34,28 @@ pub trait Carrier<Q: Queues> {
     type Buffer;
 
     /// Puts the sending of a buffer on a channel's queue.
-    ///
-    /// # Errors
-    /// What the library reports.
     fn send(&self, channel: usize, buffer: &Self::Buffer, queues: &Q, queue: Queue) -> Result<()>;
 
     /// Puts the receiving of a buffer on a channel's queue.
-    ///
-    /// # Errors
-    /// What the library reports.
-    fn receive(&self, channel: usize, buffer: &Self::Buffer, queues: &Q, queue: Queue) -> Result<()>;
+    fn receive(
+        &self,
+        channel: usize,
+        buffer: &Self::Buffer,
+        queues: &Q,
+        queue: Queue,
+    ) -> Result<()>;
 
     /// Memory that the sum of a buffer needs besides, if any.
-    ///
-    /// # Errors
-    /// What the device reports.
-    fn scratch(&self, _channel: usize, _buffer: &Self::Buffer, _queues: &Q) -> Result<Option<Self::Buffer>> {
+    fn scratch(
+        &self,
+        _channel: usize,
+        _buffer: &Self::Buffer,
+        _queues: &Q,
+    ) -> Result<Option<Self::Buffer>> {
         Ok(None)
     }
 
     /// Puts the sum of a buffer over the channel's members, in place, on its queue.
-    ///
-    /// # Errors
-    /// What the library reports.
     fn sum(
         &self,
         channel: usize,
@@ -64,25 +66,16 @@ pub trait Carrier<Q: Queues> {
     ) -> Result<()>;
 
     /// Compute has come to where it needs a channel's oldest sum.
-    ///
-    /// # Errors
-    /// What the device reports.
     fn wanted(&self, _channel: usize, _queues: &Q) -> Result<()> {
         Ok(())
     }
 
     /// Everything is done.
-    ///
-    /// # Errors
-    /// What the device reports.
     fn done(&self) -> Result<()> {
         Ok(())
     }
 
     /// What has gone wrong meanwhile.
-    ///
-    /// # Errors
-    /// That.
     fn check(&self) -> Result<()>;
 }
 
@@ -116,11 +109,9 @@ pub struct Fabric<Q: Queues, C: Carrier<Q>> {
 
 impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     /// So many channels.
-    ///
-    /// # Errors
-    /// What the device reports.
     pub fn new(mut queues: Q, carrier: C, channels: usize) -> Result<Fabric<Q, C>> {
-        let channels = (0..channels).map(|_| Ok((queues.add()?, VecDeque::new()))).collect::<Result<_>>()?;
+        let channels =
+            (0..channels).map(|_| Ok((queues.add()?, VecDeque::new()))).collect::<Result<_>>()?;
         Ok(Fabric { queues, carrier, channels })
     }
 
@@ -132,7 +123,13 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         Ok(queue)
     }
 
-    fn hold(&mut self, channel: usize, done: Q::Mark, buffer: C::Buffer, scratch: Option<C::Buffer>) {
+    fn hold(
+        &mut self,
+        channel: usize,
+        done: Q::Mark,
+        buffer: C::Buffer,
+        scratch: Option<C::Buffer>,
+    ) {
         self.channels[channel].1.push_back(Held { done, _buffers: [Some(buffer), scratch] });
     }
 
@@ -144,16 +141,15 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
                 if !self.queues.passed(&first.done)? {
                     break;
                 }
+
                 held.pop_front();
             }
         }
+
         Ok(())
     }
 
     /// Sends what compute has made.
-    ///
-    /// # Errors
-    /// What device or library report.
     pub fn send(&mut self, channel: usize, buffer: C::Buffer) -> Result<()> {
         self.sweep()?;
         let queue = self.behind_compute(channel)?;
@@ -164,18 +160,16 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     }
 
     /// Memory that nobody has used yet, for a receive that is posted now or later.
-    ///
-    /// # Errors
-    /// What the device reports.
     pub fn room(&mut self, buffer: C::Buffer) -> Result<Room<Q::Mark, C::Buffer>> {
         Ok(Room { free: self.queues.mark(Queue::Compute)?, buffer })
     }
 
     /// Posts a receive.
-    ///
-    /// # Errors
-    /// What device or library report.
-    pub fn post(&mut self, channel: usize, room: Room<Q::Mark, C::Buffer>) -> Result<Posted<Q::Mark, C::Buffer>> {
+    pub fn post(
+        &mut self,
+        channel: usize,
+        room: Room<Q::Mark, C::Buffer>,
+    ) -> Result<Posted<Q::Mark, C::Buffer>> {
         self.sweep()?;
         let Room { free, buffer } = room;
         let queue = self.channels[channel].0;
@@ -185,9 +179,6 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     }
 
     /// What a receive brings, for compute from now on.
-    ///
-    /// # Errors
-    /// What the device reports.
     pub fn take(&mut self, posted: Posted<Q::Mark, C::Buffer>) -> Result<C::Buffer> {
         let Posted { done, buffer } = posted;
         self.queues.follow(Queue::Compute, &done)?;
@@ -195,9 +186,6 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     }
 
     /// Starts the sum of a buffer over the channel's members, in place; gives the mark behind it.
-    ///
-    /// # Errors
-    /// What device or library report.
     pub fn sum(&mut self, channel: usize, buffer: C::Buffer) -> Result<Q::Mark> {
         self.sweep()?;
         // Before the mark of what compute has done so far: libtorch may fill it there.
@@ -210,26 +198,17 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
     }
 
     /// Compute from now on comes after the oldest sum of a channel, whose mark is `done`.
-    ///
-    /// # Errors
-    /// What the device reports.
     pub fn wait(&self, channel: usize, done: &Q::Mark) -> Result<()> {
         self.carrier.wanted(channel, &self.queues)?;
         self.queues.follow(Queue::Compute, done)
     }
 
     /// What has gone wrong meanwhile.
-    ///
-    /// # Errors
-    /// That.
     pub fn check(&self) -> Result<()> {
         self.carrier.check()
     }
 
     /// Whether every channel has done what was asked of it.
-    ///
-    /// # Errors
-    /// What device or library report.
     pub fn settled(&mut self) -> Result<bool> {
         self.sweep()?;
         let settled = self.channels.iter().all(|(_, held)| held.is_empty());
@@ -257,7 +236,8 @@ mod tests {
         follows: Vec<(Queue, usize)>,
         /// Work that the host has seen done.
         seen: BTreeSet<usize>,
-        /// Buffer, work when its memory was got, work when it was given back and what had been seen by then.
+        /// Buffer, work when its memory was got, work when it was given back and what had been seen
+        /// by then.
         got: Vec<usize>,
         freed: Vec<Option<(usize, BTreeSet<usize>)>>,
         chance: u64,
@@ -297,26 +277,37 @@ mod tests {
             found
         }
 
-        /// What could go wrong: a transfer beside work on the same memory, under this name or another.
+        /// What could go wrong: a transfer beside work on the same memory, under this name or
+        /// another.
         fn faults(&self) -> Vec<String> {
             let mut faults = Vec::new();
-            let ordered =
-                |one: usize, other: usize| self.before(other).contains(&one) || self.before(one).contains(&other);
+            let ordered = |one: usize, other: usize| {
+                self.before(other).contains(&one) || self.before(one).contains(&other)
+            };
             for (transfer, (_, doing, _)) in self.work.iter().enumerate() {
                 let Doing::Moves(buffer) = doing else { continue };
                 for (work, (_, other, _)) in self.work.iter().enumerate() {
-                    if matches!(other, Doing::Makes(of) | Doing::Uses(of) if of == buffer) && !ordered(transfer, work) {
+                    if matches!(other, Doing::Makes(of) | Doing::Uses(of) if of == buffer)
+                        && !ordered(transfer, work)
+                    {
                         faults.push(format!("{other:?} beside the transfer"));
                     }
-                    // The memory may have been anybody's before it was got, and may be after it is given back.
-                    let earlier = work < self.got[*buffer] && !self.before(transfer).contains(&work);
+                    // The memory may have been anybody's before it was got, and may be after it is
+                    // given back.
+                    let earlier =
+                        work < self.got[*buffer] && !self.before(transfer).contains(&work);
                     let later = match &self.freed[*buffer] {
                         Some((when, seen)) => {
-                            work >= *when && !seen.contains(&transfer) && !self.before(work).contains(&transfer)
+                            work >= *when
+                                && !seen.contains(&transfer)
+                                && !self.before(work).contains(&transfer)
                         }
                         None => false,
                     };
-                    if self.work[work].0 == Queue::Compute && *other != Doing::Mark && (earlier || later) {
+                    if self.work[work].0 == Queue::Compute
+                        && *other != Doing::Mark
+                        && (earlier || later)
+                    {
                         faults.push(format!("{other:?} in memory of the transfer of {buffer}"));
                     }
                 }
@@ -376,7 +367,10 @@ mod tests {
         /// Now and then; then everything before it is done too.
         fn passed(&self, mark: &usize) -> Result<bool> {
             let mut model = self.0.borrow_mut();
-            model.chance = model.chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            model.chance = model
+                .chance
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let passed = model.seen.contains(mark) || (model.chance >> 33).is_multiple_of(3);
             if passed {
                 let before = model.before(*mark);
@@ -392,17 +386,34 @@ mod tests {
     impl Carrier<ModelQueues> for ModelCarrier {
         type Buffer = Rc<Memory>;
 
-        fn send(&self, _: usize, buffer: &Rc<Memory>, queues: &ModelQueues, queue: Queue) -> Result<()> {
+        fn send(
+            &self,
+            _: usize,
+            buffer: &Rc<Memory>,
+            queues: &ModelQueues,
+            queue: Queue,
+        ) -> Result<()> {
             queues.0.borrow_mut().put(queue, Doing::Moves(buffer.number));
             Ok(())
         }
 
-        fn receive(&self, channel: usize, buffer: &Rc<Memory>, queues: &ModelQueues, queue: Queue) -> Result<()> {
+        fn receive(
+            &self,
+            channel: usize,
+            buffer: &Rc<Memory>,
+            queues: &ModelQueues,
+            queue: Queue,
+        ) -> Result<()> {
             self.send(channel, buffer, queues, queue)
         }
 
         /// As deterministic libtorch gives memory: filled.
-        fn scratch(&self, _: usize, _: &Rc<Memory>, queues: &ModelQueues) -> Result<Option<Rc<Memory>>> {
+        fn scratch(
+            &self,
+            _: usize,
+            _: &Rc<Memory>,
+            queues: &ModelQueues,
+        ) -> Result<Option<Rc<Memory>>> {
             let scratch = Memory::new(&queues.0);
             scratch.put(Doing::Makes);
             Ok(Some(Rc::new(scratch)))
@@ -431,8 +442,8 @@ mod tests {
         (model, fabric)
     }
 
-    /// What a middle stage of several replicas does, with receives posted a step before they are taken, and memory that is
-    /// given back as soon as the host has no use for it.
+    /// What a middle stage of several replicas does, with receives posted a step before they are
+    /// taken, and memory that is given back as soon as the host has no use for it.
     #[test]
     fn no_transfer_meets_other_work_on_its_memory() {
         for chance in 0..20 {
@@ -492,11 +503,13 @@ mod tests {
             let posted = fabric.post(0, room).unwrap();
             posted.buffer.put(Doing::Uses);
         }));
-        // A receive into memory that is got only after its mark: compute may still be at work there, under another name.
+        // A receive into memory that is got only after its mark: compute may still be at work
+        // there, under another name.
         assert!(faulty(|model, fabric| {
             let free = fabric.queues.mark(Queue::Compute).unwrap();
             Memory::new(model).put(Doing::Makes);
-            let posted = fabric.post(0, Room { free, buffer: Rc::new(Memory::new(model)) }).unwrap();
+            let posted =
+                fabric.post(0, Room { free, buffer: Rc::new(Memory::new(model)) }).unwrap();
             fabric.take(posted).unwrap().put(Doing::Uses);
         }));
         // A sum that is not waited for.

@@ -5,8 +5,9 @@
 //!            header ──MPI───► receiver        on the host: what the message is, as everywhere; a wrong one is named
 //! ```
 //!
-//! The receiver makes room for a message as soon as the schedule says that it comes, asks for it when its turn has come, and takes
-//! it when the header has come and is right. Nobody's host waits for a device.
+//! The receiver makes room for a message as soon as the schedule says that it comes, asks for it
+//! when its turn has come, and takes it when the header has come and is right. Nobody's host waits
+//! for a device.
 //!
 //! ```text
 //! api        NCCL's functions, communicators
@@ -51,9 +52,9 @@ use crate::grid::Grid;
 use crate::params::to_host;
 use crate::wire::Wire;
 
-/// Parts of a device that a channel's kernels take at most (blocks of threads). A link moves one message, for which one is enough,
-/// and a receive that waits for its sender keeps a multiprocessor from the products beside it; a group sums while the backward
-/// still computes.
+/// Parts of a device that a channel's kernels take at most (blocks of threads). A link moves one
+/// message, for which one is enough, and a receive that waits for its sender keeps a multiprocessor
+/// from the products beside it; a group sums while the backward still computes.
 const LINK_CTAS: i32 = 1;
 const GROUP_CTAS: i32 = 16;
 
@@ -80,7 +81,10 @@ struct Joined {
 fn part(tensor: &Tensor, values: Range<usize>) -> Result<DeviceMemory> {
     let whole = device_memory(tensor)?;
     if values.end > whole.count {
-        return Err(Error::Internal(format!("values up to {} of {} are to travel", values.end, whole.count)));
+        return Err(Error::Internal(format!(
+            "values up to {} of {} are to travel",
+            values.end, whole.count
+        )));
     }
     let address = whole.address.wrapping_byte_add(values.start * tensor.kind().elt_size_in_bytes());
     Ok(DeviceMemory { address, count: values.len(), ..whole })
@@ -93,9 +97,17 @@ fn device_memory(tensor: &Tensor) -> Result<DeviceMemory> {
         Kind::BFloat16 => ncclDataType_t::ncclBfloat16,
         other => return Err(Error::Internal(format!("{other:?} does not travel"))),
     };
+
     match tensor.is_contiguous() && tensor.device().is_cuda() {
-        true => Ok(DeviceMemory { address: tensor.data_ptr().cast::<c_void>(), count: tensor.numel(), kind }),
-        false => Err(Error::Internal(format!("a tensor on {:?} cannot travel as it is", tensor.device()))),
+        true => Ok(DeviceMemory {
+            address: tensor.data_ptr().cast::<c_void>(),
+            count: tensor.numel(),
+            kind,
+        }),
+        false => Err(Error::Internal(format!(
+            "a tensor on {:?} cannot travel as it is",
+            tensor.device()
+        ))),
     }
 }
 
@@ -109,12 +121,18 @@ impl Nccl {
         queue: Queue,
     ) -> Result<()> {
         queues.bind()?;
-        // SAFETY: `span` has looked at the tensor, which `Fabric` holds until the queue has come past this: what is sent nobody
-        // changes; what is received is new, and given to nobody whose work does not follow the queue; and a gradient is
-        // touched by nobody before its sum has been waited for.
+        // SAFETY: `span` has looked at the tensor, which `Fabric` holds until the queue has come
+        // past this: what is sent nobody changes; what is received is new, and given to nobody
+        // whose work does not follow the queue; and a gradient is touched by nobody before its sum
+        // has been waited for.
         unsafe {
             let stream = queues.stream(queue).cu_stream();
-            self.api.put(transfer, device_memory(buffer)?, &self.joined[channel].communicator, stream)
+            self.api.put(
+                transfer,
+                device_memory(buffer)?,
+                &self.joined[channel].communicator,
+                stream,
+            )
         }
     }
 
@@ -135,7 +153,8 @@ impl Nccl {
         let others = || (0..members).filter(|member| *member != me);
         let put = |transfer, span: DeviceMemory| match span.count {
             0 => Ok(()),
-            // SAFETY: as in `put`, for parts of buffer and scratch, both of which `Fabric` holds; parts do not overlap.
+            // SAFETY: as in `put`, for parts of buffer and scratch, both of which `Fabric` holds;
+            // parts do not overlap.
             _ => unsafe { self.api.put(transfer, span, communicator, stream) },
         };
 
@@ -146,6 +165,7 @@ impl Nccl {
                 put(Transfer::From(other), part(scratch, at..at + own.len())?)
             })
         })?;
+
         ordered::sum(buffer, scratch, me, members, self.index, stream)?;
         self.api.grouped(communicator, || {
             others().try_for_each(|other| {
@@ -159,11 +179,23 @@ impl Nccl {
 impl Carrier<CudaQueues> for Nccl {
     type Buffer = Tensor;
 
-    fn send(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
+    fn send(
+        &self,
+        channel: usize,
+        buffer: &Tensor,
+        queues: &CudaQueues,
+        queue: Queue,
+    ) -> Result<()> {
         self.put(Transfer::To(self.joined[channel].other), channel, buffer, queues, queue)
     }
 
-    fn receive(&self, channel: usize, buffer: &Tensor, queues: &CudaQueues, queue: Queue) -> Result<()> {
+    fn receive(
+        &self,
+        channel: usize,
+        buffer: &Tensor,
+        queues: &CudaQueues,
+        queue: Queue,
+    ) -> Result<()> {
         self.put(Transfer::From(self.joined[channel].other), channel, buffer, queues, queue)
     }
 
@@ -188,6 +220,7 @@ impl Carrier<CudaQueues> for Nccl {
             Some(scratch) => self.ordered_sum(channel, buffer, scratch, queues, queue),
             None => self.put(Transfer::Sum, channel, buffer, queues, queue),
         };
+
         self.times.around(channel, queues, queue, sum)
     }
 
@@ -229,10 +262,8 @@ pub struct Connection<'a> {
     pub exchange: &'a dyn Fn(Vec<u8>) -> Result<Vec<Vec<u8>>>,
 }
 
-/// Ports whose values travel by NCCL, and whose headers by the given ones. All ranks must call this.
-///
-/// # Errors
-/// What NCCL, the driver or the exchange report, and members that do not come.
+/// Ports whose values travel by NCCL, and whose headers by the given ones. All ranks must call
+/// this.
 pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
     let Connection { grid, rank, index, wire, tied, .. } = *connection;
     let api = Api::load().map_err(Error::Device)?;
@@ -240,11 +271,15 @@ pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
     let (fabric, own) = connected(api, named, connection)?;
 
     if !connection.deterministic {
-        let receives = |channel: &&Channel| !matches!(channel.purpose, Purpose::Group(_)) && channel.members[1] == rank;
+        let receives = |channel: &&Channel| {
+            !matches!(channel.purpose, Purpose::Group(_)) && channel.members[1] == rank
+        };
         let waiting = own.iter().filter(receives).count() as i32;
         context::leave_multiprocessors(waiting * LINK_CTAS)?;
     }
-    let (shared, travel) = (Shared::new(fabric), Travel { grid, rank, device: Device::Cuda(index), wire, tied });
+
+    let (shared, travel) =
+        (Shared::new(fabric), Travel { grid, rank, device: Device::Cuda(index), wire, tied });
     let places = ends::over(ports.places, travel, &own, &shared, |link| Box::new(link))?;
     Ok(Ports { places, transfers: Some(Arc::new(shared)), ..ports })
 }
@@ -263,19 +298,30 @@ fn named(api: &Api, connection: &Connection) -> Result<Vec<(Channel, Vec<u8>)>> 
     let bytes = serde_json::to_vec(&named).map_err(|error| Error::Internal(error.to_string()))?;
     let read = |bytes: &Vec<u8>| serde_json::from_slice::<Vec<(usize, Vec<u8>)>>(bytes);
     let told: std::result::Result<Vec<_>, _> = exchange(bytes)?.iter().map(read).collect();
-    let told = told.map_err(|error| Error::Internal(format!("ids of NCCL that cannot be read ({error})")))?;
+    let told = told
+        .map_err(|error| Error::Internal(format!("ids of NCCL that cannot be read ({error})")))?;
 
     let mut own = Vec::new();
-    for (number, channel) in all.into_iter().enumerate().filter(|(_, channel)| channel.members.contains(&rank)) {
+    for (number, channel) in
+        all.into_iter().enumerate().filter(|(_, channel)| channel.members.contains(&rank))
+    {
         let id = told.iter().flatten().find(|(of, _)| *of == number).map(|(_, id)| id.clone());
-        own.push((channel, id.ok_or_else(|| Error::Internal(format!("nobody has named channel {number}")))?));
+        own.push((
+            channel,
+            id.ok_or_else(|| Error::Internal(format!("nobody has named channel {number}")))?,
+        ));
     }
+
     Ok(own)
 }
 
-/// Joins all communicators and lets their members meet, on a thread of its own: NCCL's calls wait for the other members, however long
-/// that takes. Afterwards none does.
-fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) -> Result<(Cuda, Vec<Channel>)> {
+/// Joins all communicators and lets their members meet, on a thread of its own: NCCL's calls wait
+/// for the other members, however long that takes. Afterwards none does.
+fn connected(
+    api: Api,
+    named: Vec<(Channel, Vec<u8>)>,
+    connection: &Connection,
+) -> Result<(Cuda, Vec<Channel>)> {
     let Connection { rank, index, patience, .. } = *connection;
     // NCCL rounds a sum of bf16 after every addition; of two there is only one.
     let ordered = connection.deterministic || connection.wire == Wire::Bf16;
@@ -286,6 +332,7 @@ fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) 
     let body = move || {
         let _ = done.send(meet(api, named, rank, index, ordered, &counted)); // Nobody listens any more if it was too late.
     };
+
     let thread = std::thread::Builder::new().name("nccl set-up".into()).spawn(body);
     thread.map_err(|error| Error::Internal(format!("no thread for NCCL's set-up ({error})")))?;
 
@@ -293,7 +340,9 @@ fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) 
     loop {
         match result.recv_timeout(patience.min(Duration::from_secs(1))) {
             Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => return Err(Error::Internal("a panic in NCCL's set-up".into())),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::Internal("a panic in NCCL's set-up".into()));
+            }
             Err(RecvTimeoutError::Timeout) => {}
         }
 
@@ -310,9 +359,10 @@ fn connected(api: Api, named: Vec<(Channel, Vec<u8>)>, connection: &Connection) 
     }
 }
 
-/// Joins the communicators, channel by channel; then lets the members of every channel meet. NCCL connects two devices when the first
-/// message between them is asked for, and only when both ends have done so; until then the host waits in that call. Later a receive
-/// may be posted before the sender can have anything to send: the hosts must not have to wait for each other then.
+/// Joins the communicators, channel by channel; then lets the members of every channel meet. NCCL
+/// connects two devices when the first message between them is asked for, and only when both ends
+/// have done so; until then the host waits in that call. Later a receive may be posted before the
+/// sender can have anything to send: the hosts must not have to wait for each other then.
 fn meet(
     api: Api,
     named: Vec<(Channel, Vec<u8>)>,
@@ -330,7 +380,12 @@ fn meet(
         let me = members.iter().position(|member| *member == rank).unwrap_or_default();
         let most = if matches!(purpose, Purpose::Group(_)) { GROUP_CTAS } else { LINK_CTAS };
         let communicator = api.join(&id, me, members.len(), most)?;
-        joined.push(Joined { communicator, me, members: members.len(), other: usize::from(me == 0) });
+        joined.push(Joined {
+            communicator,
+            me,
+            members: members.len(),
+            other: usize::from(me == 0),
+        });
         own.push(channel);
         steps.fetch_add(1, Ordering::Relaxed);
     }
@@ -353,10 +408,13 @@ fn meet(
                 let _ = to_host(&fabric.take(posted)?)?;
             }
         }
+
         while !fabric.settled()? {
             std::thread::sleep(LOOK);
         }
+
         steps.fetch_add(1, Ordering::Relaxed);
     }
+
     Ok((fabric, own))
 }

@@ -1,5 +1,6 @@
-//! A sum over a group in the order of its members, as the oracle makes it, of which NCCL only carries the values: its own sums of more
-//! than two have an order that depends on the topology, and round bf16 after every addition.
+//! A sum over a group in the order of its members, as the oracle makes it, of which NCCL only
+//! carries the values: its own sums of more than two have an order that depends on the topology,
+//! and round bf16 after every addition.
 //!
 //! ```text
 //! member 1 of 3     buffer  [ slice 0 | slice 1 | slice 2 ]
@@ -41,22 +42,29 @@ pub fn place(len: usize, other: usize, me: usize) -> usize {
 }
 
 /// Puts the sum of this member's slice on a stream.
-///
-/// # Errors
-/// What the driver reports, or values of a kind that does not travel.
-pub fn sum(buffer: &Tensor, scratch: &Tensor, me: usize, members: usize, index: usize, stream: CUstream) -> Result<()> {
+pub fn sum(
+    buffer: &Tensor,
+    scratch: &Tensor,
+    me: usize,
+    members: usize,
+    index: usize,
+    stream: CUstream,
+) -> Result<()> {
     let own = slice(buffer.numel(), me, members);
     if own.is_empty() {
         return Ok(());
     }
+
     let entry = match buffer.kind() {
         Kind::Float => "sum_f32",
         Kind::BFloat16 => "sum_bf16",
         other => return Err(Error::Internal(format!("a sum of {other:?}"))),
     };
+
     let kernel = kept(index, &SOURCE, entry)?;
 
-    let mut own_at = buffer.data_ptr() as u64 + (own.start * buffer.kind().elt_size_in_bytes()) as u64;
+    let mut own_at =
+        buffer.data_ptr() as u64 + (own.start * buffer.kind().elt_size_in_bytes()) as u64;
     let (mut others, mut count) = (scratch.data_ptr() as u64, own.len() as u64);
     let (mut me, mut members) = (me as u32, members as u32);
     let arguments: &mut [*mut c_void] = &mut [
@@ -66,8 +74,10 @@ pub fn sum(buffer: &Tensor, scratch: &Tensor, me: usize, members: usize, index: 
         (&raw mut members).cast(),
         (&raw mut count).cast(),
     ];
-    // SAFETY: the arguments are those of the kernel's declaration. The slice lies in the buffer; the scratch has `count` values of every
-    // other member (`scratch`), of the same kind. Both are held until the stream has come past this, and follow what is put on it before.
+
+    // SAFETY: the arguments are those of the kernel's declaration. The slice lies in the buffer;
+    // the scratch has `count` values of every other member (`scratch`), of the same kind. Both are
+    // held until the stream has come past this, and follow what is put on it before.
     unsafe { kernel.launch(count, stream, arguments) }
 }
 
@@ -95,14 +105,16 @@ mod tests {
         assert_eq!([0, 2, 3].map(|other| place(10, other, 1)), [0, 10, 20]);
     }
 
-    /// A group as NCCL would serve it, with the kernel compiled for the processor: the bits of sums in the order of the members, on
-    /// all of them.
+    /// A group as NCCL would serve it, with the kernel compiled for the processor: the bits of sums
+    /// in the order of the members, on all of them.
     #[test]
     fn sums_have_the_order_of_the_members() {
         type Sum = unsafe extern "C" fn(*mut c_void, *const c_void, u32, u32, u64);
         let folder = tempfile::tempdir().unwrap();
         let library = for_processor(&SOURCE, folder.path());
-        for (kind, entry, len) in [(Kind::Float, "sum_f32", 1000), (Kind::BFloat16, "sum_bf16", 517)] {
+        for (kind, entry, len) in
+            [(Kind::Float, "sum_f32", 1000), (Kind::BFloat16, "sum_bf16", 517)]
+        {
             // SAFETY: the type is that of the source's declaration, whatever the values are.
             let kernel: Symbol<Sum> = unsafe { library.get(entry.as_bytes()) }.unwrap();
             let members = 3;
@@ -111,23 +123,28 @@ mod tests {
                 at.sin().to_kind(kind)
             };
             let before: Vec<Tensor> = (0..members).map(wave).collect();
-            let expected =
-                before[1..].iter().fold(before[0].to_kind(Kind::Float), |sum, part| sum + part.to_kind(Kind::Float));
+            let expected = before[1..]
+                .iter()
+                .fold(before[0].to_kind(Kind::Float), |sum, part| sum + part.to_kind(Kind::Float));
 
             let mut slices = Vec::new();
             for me in 0..members {
                 let own = slice(len as usize, me, members);
-                let of =
-                    |member: usize| before[member].narrow(0, own.start as i64, own.len() as i64).contiguous().copy();
+                let of = |member: usize| {
+                    before[member].narrow(0, own.start as i64, own.len() as i64).contiguous().copy()
+                };
                 let mine = of(me);
-                let scratch = Tensor::zeros([scratch(len as usize, me, members) as i64], (kind, Device::Cpu));
+                let scratch =
+                    Tensor::zeros([scratch(len as usize, me, members) as i64], (kind, Device::Cpu));
                 for other in (0..members).filter(|other| *other != me) {
                     let at = place(own.len(), other, me) as i64;
                     scratch.narrow(0, at, own.len() as i64).copy_(&of(other));
                 }
                 let (pointer, count) = (mine.data_ptr().cast(), own.len() as u64);
                 // SAFETY: the slice has `count` values, the scratch as many of every other member.
-                unsafe { kernel(pointer, scratch.data_ptr().cast(), me as u32, members as u32, count) };
+                unsafe {
+                    kernel(pointer, scratch.data_ptr().cast(), me as u32, members as u32, count)
+                };
                 slices.push(mine);
             }
             assert_eq!(Tensor::cat(&slices, 0), expected.to_kind(kind), "{entry}");

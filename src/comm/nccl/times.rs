@@ -1,5 +1,6 @@
-//! How long sums over replicas take on the device, and how long compute waits for them: measured with marks that tell the
-//! time, where the log is at `debug` (OUROBOROS_LOG). `scripts/gpu-check.sh` reads it.
+//! How long sums over replicas take on the device, and how long compute waits for them: measured
+//! with marks that tell the time, where the log is at `debug` (OUROBOROS_LOG).
+//! `scripts/gpu-check.sh` reads it.
 
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
@@ -30,9 +31,6 @@ impl Times {
     }
 
     /// Measures what `sum` puts on a channel's queue.
-    ///
-    /// # Errors
-    /// Its own, or the driver's.
     pub fn around(
         &self,
         channel: usize,
@@ -44,9 +42,11 @@ impl Times {
         if kept.closed.len() >= KEPT {
             return sum();
         }
+
         if kept.base.is_none() {
             kept.base = Some(mark(queues.stream(Queue::Compute))?);
         }
+
         let begun = mark(queues.stream(queue))?;
         sum()?;
         let ended = mark(queues.stream(queue))?;
@@ -55,9 +55,6 @@ impl Times {
     }
 
     /// Compute has come to where it needs the oldest sum of a channel.
-    ///
-    /// # Errors
-    /// The driver's.
     pub fn wanted(&self, channel: usize, queues: &CudaQueues) -> Result<()> {
         let Some(Ok(mut kept)) = self.0.as_ref().map(Mutex::lock) else { return Ok(()) };
         if let Some((begun, ended)) = kept.open.get_mut(&channel).and_then(VecDeque::pop_front) {
@@ -68,9 +65,6 @@ impl Times {
     }
 
     /// Tells the log, when all is done.
-    ///
-    /// # Errors
-    /// The driver's.
     pub fn tell(&self) -> Result<()> {
         let Some(Ok(kept)) = self.0.as_ref().map(Mutex::lock) else { return Ok(()) };
         let Some(base) = &kept.base else { return Ok(()) };
@@ -80,11 +74,18 @@ impl Times {
             for (at, event) in at.iter_mut().zip(times) {
                 *at = f64::from(base.elapsed_ms(event).map_err(lost)?);
             }
+
             let [begun, ended, wanted] = at;
             took += ended - begun;
             waited += f64::max(0.0, ended - wanted.max(begun));
         }
-        tracing::debug!(sums = kept.closed.len(), took_ms = took, waited_ms = waited, "sums over replicas");
+
+        tracing::debug!(
+            sums = kept.closed.len(),
+            took_ms = took,
+            waited_ms = waited,
+            "sums over replicas"
+        );
         Ok(())
     }
 }
