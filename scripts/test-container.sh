@@ -47,12 +47,9 @@ fi
 if ! PATH=$PATH:/usr/sbin type -P debootstrap >/dev/null; then
     apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends debootstrap
 fi
-# Where this machine gets its packages, so does the new one.
-mirror=$(sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb .*\(http[^ ]*\) .*/\1/p' /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | head -n 1)
-
 # base FOLDER: the smallest Debian.
 base() {
-    PATH=$PATH:/usr/sbin debootstrap --variant=minbase --include=ca-certificates bookworm "$1" "$mirror" >"$work/log" 2>&1 || { tail "$work/log" >&2; exit 1; }
+    PATH=$PATH:/usr/sbin debootstrap --variant=minbase --include=ca-certificates bookworm "$1" ${MIRROR:-} >"$work/log" 2>&1 || { tail "$work/log" >&2; exit 1; }
     cp /etc/resolv.conf "$1/etc/"
     cp -r /etc/apt/apt.conf.d/. "$1/etc/apt/apt.conf.d/"
 }
