@@ -51,6 +51,9 @@ fi
 base() {
     PATH=$PATH:/usr/sbin debootstrap --variant=minbase --include=ca-certificates bookworm "$1" ${MIRROR:-} >"$work/log" 2>&1 || { tail "$work/log" >&2; exit 1; }
     cp /etc/resolv.conf "$1/etc/"
+    # The certificates that this machine trusts, as behind a proxy.
+    cp -r /usr/local/share/ca-certificates/. "$1/usr/local/share/ca-certificates/"
+    cp -L /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"
     cp -r /etc/apt/apt.conf.d/. "$1/etc/apt/apt.conf.d/"
 }
 
