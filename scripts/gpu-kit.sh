@@ -69,8 +69,8 @@ libraries "$kit/bin/ouroboros" "$kit/bin/mpirun" "$kit"/openmpi3/*.so
 pmix=$(ldd "$plugins/mca_pmix_ext3x.so" 2>/dev/null | awk '/libpmix/ { print $3 }')
 if [ -n "$pmix" ]; then
     folder=$(dirname "$(readlink -f "$pmix")")
-    for components in "$folder/pmix" "$folder"/pmix2/lib/pmix; do
-        compgen -G "$components/*.so" >/dev/null && cp -L "$components"/*.so "$kit/pmix/pmix/"
+    for beside in "$folder/pmix" "$folder/pmix2/lib/pmix"; do
+        if compgen -G "$beside/*.so" >/dev/null; then cp -L "$beside"/*.so "$kit/pmix/pmix/"; fi
     done
 fi
 

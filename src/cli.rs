@@ -128,36 +128,15 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
-        let TrainArgs {
-            config,
-            grid,
-            transport,
-            topology,
-            self_test,
-            oracle,
-            out,
-            set,
-            resume,
-            inject,
-            ..
-        } = self;
-        let (max_minutes, stop_margin) = (self.max_minutes, self.stop_margin);
-        let limits = Limits { max_minutes, margin_s: stop_margin };
-        let mode = Mode { inject, signals: true, limits, ..Mode::default() };
-        let resume = resume.map(Option::unwrap_or_default);
-        let self_test = self_test || topology.is_some();
+        let limits = Limits { max_minutes: self.max_minutes, margin_s: self.stop_margin };
+        let mode = Mode { inject: self.inject, signals: true, limits, ..Mode::default() };
+
         Job {
-            config,
-            sets: set,
-            grid,
-            out,
-            transport,
-            topology,
-            self_test,
-            oracle,
-            resume,
-            mode,
-            steps: None,
+            self_test: self.self_test || self.topology.is_some(),
+            resume: self.resume.map(Option::unwrap_or_default),
+            oracle: self.oracle,
+            topology: self.topology,
+            ..Job::new(self.config, self.set, self.grid, self.out, self.transport, mode)
         }
     }
 }
@@ -193,23 +172,10 @@ impl BenchArgs {
     /// # Errors
     /// Times or a profile that cannot be used.
     pub fn job(self) -> Result<Job> {
-        let BenchArgs { config, grid, transport, out, set, steps, emulated_compute } = self;
-        let emulated = emulated_compute.as_deref().map(EmulatedCompute::read).transpose()?;
+        let emulated = self.emulated_compute.as_deref().map(EmulatedCompute::read).transpose()?;
         let mode = Mode { bench: true, emulated, ..Mode::default() };
-        let (topology, self_test, oracle, resume) = (None, false, false, None);
-        Ok(Job {
-            config,
-            sets: set,
-            grid,
-            out,
-            transport,
-            topology,
-            self_test,
-            oracle,
-            resume,
-            mode,
-            steps,
-        })
+        let job = Job::new(self.config, self.set, self.grid, self.out, self.transport, mode);
+        Ok(Job { steps: self.steps, ..job })
     }
 }
 

@@ -56,6 +56,7 @@ impl TimeKind {
             Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => {
                 TimeKind::Copies
             }
+
             Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => {
                 TimeKind::Table
             }
@@ -147,9 +148,11 @@ fn processor() -> [f64; 2] {
         let text = fs::read_to_string(task.join("schedstat")).ok()?;
         Some(text.split(' ').next()?.parse::<u64>().ok()? as f64 / 1e9)
     };
+
     let named = |task: &PathBuf| {
         fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "mpi")
     };
+
     let mut tasks =
         fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
     let mpi = tasks.find(named).and_then(|task| of(&task));
@@ -223,9 +226,11 @@ impl Clock {
                 Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => {
                     stage.copies += seconds
                 }
+
                 Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => {
                     stage.table += seconds
                 }
+
                 Op::RecvActivation
                 | Op::RecvGradient
                 | Op::RecvPart

@@ -92,6 +92,7 @@ impl SyncPoints {
         } else {
             self.warm_up.checked_sub(1).map(|last| last.min(t))
         };
+
         let end = Some(self.steps).filter(|end| *end <= t);
         let listed = self.at.range(..=t).next_back().copied();
         let periodic = self.periods.iter().map(|p| t / p * p);

@@ -73,6 +73,7 @@ impl Profile {
         if profile.device == Some(DeviceSetting::Cuda) {
             return Err("has the times of a GPU's host, which does not wait for the GPU".into());
         }
+
         let good = profile
             .stages
             .iter()
@@ -111,6 +112,7 @@ impl EmulatedCompute {
                 let remedy = format!(
                     "write forward,backward in milliseconds from 0 to {LONGEST_MS}, as in 10,20"
                 );
+
                 Err(Error::config(OPTION, text, remedy))
             }
             None => EmulatedCompute::of_file(Path::new(text)),

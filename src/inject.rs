@@ -118,6 +118,7 @@ impl fmt::Display for Injection {
             number(self.replica),
             number(self.step)
         )?;
+
         self.op.map_or(Ok(()), |op| write!(f, ":{}", op.code()))
     }
 }

@@ -444,6 +444,7 @@ impl Oracle {
             zeros(self.table.layout.len, setup.device)?,
             zeros(self.table.layout.len, setup.device)?,
         );
+
         let mut sums = Vec::new();
         for (stage, flat) in self.stages.iter().zip(&stages) {
             sums.extend(stage.layout.views(flat)?);

@@ -219,6 +219,7 @@ fn reduce(
                 "the sum over the replicas of stage {} is {found}, not {expected}",
                 place.stage
             );
+
             return Err(Error::SelfTest(text));
         }
 
@@ -265,6 +266,7 @@ fn check_halves(
         let part = |of: &Tensor| -> Result<Tensor> {
             to_host(&of.f_narrow(0, owned.start as i64, owned.len() as i64)?)
         };
+
         let reduced = same(&part(&flat)?, &part(&whole)?)?;
         group.gather(0, flat.shallow_clone())?.wait()?;
         if !reduced || !same(&to_host(&flat)?, &to_host(&whole)?)? {
@@ -273,6 +275,7 @@ fn check_halves(
                 "halves of a sum over {replicas} replicas of stage {} are {what} wrongly",
                 place.stage
             );
+
             return Err(Error::SelfTest(text));
         }
     }
@@ -286,6 +289,7 @@ pub fn report(measured: &[Measured], hosts: &[String], topology: Option<&Topolog
         "self-test: {:<34} {:<26} {:>11} {:>9}\n",
         "ranks", "hosts", "latency, us", "Gbit/s"
     );
+
     let mut notes = String::new();
     for one in measured {
         let ranks: Vec<String> = one.ranks.iter().map(ToString::to_string).collect();
@@ -294,6 +298,7 @@ pub fn report(measured: &[Measured], hosts: &[String], topology: Option<&Topolog
         } else {
             format!("link {}", ranks.join(" -> "))
         };
+
         let mut on: Vec<&str> = one.ranks.iter().map(|rank| hosts[*rank].as_str()).collect();
         on.dedup();
         let on = on.join(", ");
@@ -301,6 +306,7 @@ pub fn report(measured: &[Measured], hosts: &[String], topology: Option<&Topolog
             "           {what:<34} {on:<26} {:>11.0} {:>9.2}\n",
             one.latency_us, one.gbit_s
         ));
+
         if let Some(why) = slow(one, measured, hosts, topology) {
             notes.push_str(&format!("note: {what} on {on} is slow: {why}\n"));
         }

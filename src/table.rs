@@ -183,6 +183,7 @@ impl Table {
             let buffers = UpdateBuffers { gradient: &mut gradient, ..own };
             optimizer.update(buffers, &scalars)
         })?;
+
         norm.times(mean)
     }
 

@@ -82,6 +82,7 @@ impl Topology {
         if grid.size() <= room {
             return Ok(());
         }
+
         let found = format!("{grid} = {} devices", grid.size());
         Err(Error::config(
             "grid",

@@ -159,7 +159,8 @@ def bench(folder, million, steps, watch=None):
         except subprocess.TimeoutExpired:
             code = "timed out"
         finally:
-            end(process) if process.poll() is None else None
+            if process.poll() is None:
+                end(process)
         output.seek(0)
         assert code == 0, f"{code}: {tail(output.read())}"
 

@@ -222,6 +222,7 @@ fn entries(out: &Path) -> Vec<(usize, String, PathBuf)> {
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         Some((rest[..digits].parse().ok()?, rest[digits..].to_owned(), entry.path()))
     };
+
     fs::read_dir(out.join("checkpoints"))
         .into_iter()
         .flatten()
@@ -316,6 +317,7 @@ fn seen(path: &Path, bytes: u64) -> Result<()> {
                 let problem = format!(
                     "rank 0 does not see what its rank has written: {error}; do all nodes share the folder?"
                 );
+
                 return Err(Error::unwritten(path, problem));
             }
         }

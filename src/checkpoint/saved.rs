@@ -106,6 +106,7 @@ impl Checkpoint {
                 value["format"],
                 super::FORMAT
             );
+
             return Err(wrong(&problem));
         }
 
@@ -176,6 +177,7 @@ impl Checkpoint {
             ("data.sequence", old.data.sequence as u64, new.data.sequence as u64),
             ("seed", old.seed, new.seed),
         ];
+
         if let Some((setting, old, new)) = numbers.into_iter().find(|(_, old, new)| old != new) {
             return self.differs(setting, &old, &new);
         }
@@ -200,6 +202,7 @@ impl Checkpoint {
             let show = |value: &serde_json::Value| {
                 value.get(key).map_or("none".to_owned(), ToString::to_string)
             };
+
             if before.get(key) != now.get(key) {
                 return self.differs(&format!("model.{key}"), &show(&before), &show(&now));
             }
@@ -209,6 +212,7 @@ impl Checkpoint {
         if (old == Tie::Untied) != (new == Tie::Untied) {
             return self.differs("model.tie", &format!("{old:?}"), &format!("{new:?}"));
         }
+
         Ok(())
     }
 
@@ -237,6 +241,7 @@ impl Checkpoint {
                 format!("the config's model has no parameter {name}"),
             ));
         }
+
         let layout = Layout::new(parameters);
         layout.views(&self.flat(&ShardKind::Weights, &layout)?)
     }
@@ -382,6 +387,7 @@ impl Checkpoint {
                     rows.start,
                     rows.end - 1
                 );
+
                 Err(Error::checkpoint(&self.path, problem))
             }
         }
@@ -404,6 +410,7 @@ fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
             listed.tokenizer.word(),
             tokenizer.word()
         );
+
         return Err(Error::checkpoint(&file, problem));
     }
 

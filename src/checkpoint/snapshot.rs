@@ -121,9 +121,11 @@ impl Snapshot {
             let rename = |entry: &mut Entry| {
                 entry.parameter.name = part(&entry.parameter.name, step, self.place.replica)
             };
+
             named.entries.iter_mut().for_each(rename);
             self.copy(ShardKind::Parts, &named, values)?;
         }
+
         Ok(())
     }
 
@@ -134,9 +136,11 @@ impl Snapshot {
                 states.size(),
                 to_host(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?,
             );
+
             let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
             self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor))?;
         }
+
         Ok(())
     }
 

@@ -61,6 +61,7 @@ impl fmt::Display for Header {
             Content::Part => "part of the table's gradient",
             Content::Sum => "gradient of the table",
         };
+
         let pass = if self.pass == Pass::Eval { " of evaluation" } else { "" };
         write!(
             f,

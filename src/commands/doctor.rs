@@ -49,6 +49,7 @@ fn libtorch(lines: &mut Vec<String>, advice: &mut Vec<String>) {
         yes(tch::utils::has_openmp()),
         yes(tch::utils::has_mkl())
     ));
+
     if let Err(error) = runtime::check_libtorch() {
         advice.push(error.to_string());
     }
@@ -64,6 +65,7 @@ fn gpus(lines: &mut Vec<String>, advice: &mut Vec<String>) {
                 "GPU driver  serves CUDA {major}.{minor}; {} devices to be seen",
                 driver.gpus.len()
             ));
+
             for gpu in &driver.gpus {
                 let (gib, (major, minor)) = (gpu.bytes as f64 / f64::from(1 << 30), gpu.capability);
                 lines.push(format!(
@@ -120,6 +122,7 @@ fn machine(lines: &mut Vec<String>, advice: &mut Vec<String>) {
     let free = memory.lines().find_map(|line| {
         line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse().ok()
     });
+
     let free: Option<u64> = free;
     let free_text =
         free.map_or("unknown".into(), |kib| format!("{:.1} GiB", kib as f64 / f64::from(1 << 20)));

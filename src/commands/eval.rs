@@ -35,6 +35,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         config.eval_sequence(),
         &checkpoint.vocabulary,
     )?;
+
     let (sum, scored) = loss_sum(&model, &weights, &config, &text)?;
     let loss = sum / scored as f64;
     say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);

@@ -39,6 +39,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
     } else {
         config.data.sequence - 1
     };
+
     let memory = Memory::new(config.model.mem_len + more);
     let mut reader = Reader { model, weights, memory, read: 0, config: &config };
     let mut rng = random::sampling(args.seed);

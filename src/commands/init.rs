@@ -38,6 +38,7 @@ pub fn init(args: &InitArgs) -> Result<()> {
         setup.pipeline(0),
         shards,
     );
+
     say!("{}", checkpoint::complete(&out, &manifest, &setup.corpus.vocabulary)?.display());
     Ok(())
 }

@@ -43,6 +43,7 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         say!(
             "\nF = forward, B = backward, step.microbatch; * = followed by the update; . = idle\n"
         );
+
         put!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);
     }
 
@@ -57,6 +58,7 @@ fn times(text: &str) -> Result<Costs> {
             "write forward:backward:message, as in 1:2:0.1",
         )
     };
+
     let numbers: Vec<f64> =
         text.split(':').map(|n| n.parse().map_err(|_| wrong())).collect::<Result<_>>()?;
     match numbers[..] {

@@ -72,6 +72,7 @@ fn check_run(config: &Config) -> Result<()> {
         stall,
         "from 1 to a million seconds",
     )?;
+
     if config.on_nonfinite == OnNonfinite::Skip && config.model.mem_len > 0 {
         let remedy = "a memory would carry what is not finite into the next steps; take \"stop\" or model.mem_len = 0";
         return Err(Error::config("on_nonfinite", "skip", remedy));
@@ -107,6 +108,7 @@ fn check_evaluation(config: &Config) -> Result<()> {
             "the model has positions for data.sequence = {} tokens only",
             config.data.sequence
         );
+
         return Err(Error::config("eval.sequence", config.eval_sequence(), remedy));
     }
 

@@ -206,6 +206,7 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Error::config("CONFIG", path.display(), format!("cannot be read ({error})"))
         })?;
+
         let mut config = Config::parse(&text, sets).map_err(|error| match error {
             Error::Config { setting, found, remedy } if setting == "CONFIG" => {
                 Error::Config { setting, found: format!("{} {found}", path.display()), remedy }

@@ -114,6 +114,7 @@ fn written_otherwise(table: &mut toml::Table, set: &str, path: &str, message: &s
     let Some((_, expected)) = message.split_once(", expected ").filter(|_| key == path) else {
         return false;
     };
+
     if text.trim() == NONE {
         return remove(table, key);
     }

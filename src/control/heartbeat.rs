@@ -131,6 +131,7 @@ impl Heartbeat {
         {
             state.busy += now.since(state.since).as_secs_f64();
         }
+
         state.count += 1;
         (state.doing, state.since) = (doing, now);
     }

@@ -87,6 +87,7 @@ impl Neighbours {
             let file = card.path.as_deref().and_then(|path| File::open(path).ok());
             Neighbour { rank, process: card.process, recorder: file.map(FlightRecorder::new) }
         });
+
         // Processes of another container have numbers that mean nothing here.
         Neighbours {
             rank,

@@ -109,6 +109,7 @@ impl SignalWatch {
                         "error: {} again: ended at once; earlier checkpoints are intact",
                         name(signal)
                     );
+
                     let _ = emulate_default_handler(signal);
                 }
 

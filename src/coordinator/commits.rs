@@ -47,11 +47,13 @@ impl Commits {
         checkpoint::clear(out).map_err(|error| {
             Error::config("--out", out.display(), format!("cannot be cleared ({error})"))
         })?;
+
         let kept = if setup.resumed.is_some() {
             checkpoint::steps(out, setup.start())
         } else {
             Vec::new()
         };
+
         let (saving, longest) = (BTreeMap::new(), Duration::ZERO);
         let serial = checkpoint::next_serial(out);
         Ok(Commits { setup, out: out.to_owned(), saving, longest, serial, kept, newest: None })
@@ -84,6 +86,7 @@ impl Commits {
         let Some(Saving { mut files, copy_s, write_s, .. }) = self.saving.remove(&step) else {
             return Ok(None);
         };
+
         self.longest = self.longest.max(Duration::from_secs_f64(copy_s + write_s));
         files.sort_by(|a, b| (&a.kind, a.stage, &a.file).cmp(&(&b.kind, b.stage, &b.file)));
         let mib = files.iter().map(|file| file.bytes).sum::<u64>() as f64 / f64::from(1 << 20);

@@ -312,6 +312,7 @@ impl Coordinator {
             eval_bpc,
             eval_ppl: words.then(|| eval_loss.exp()),
         };
+
         self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;
 
         self.eval_loss = Some(eval_loss);
@@ -339,6 +340,7 @@ impl Coordinator {
                         "all {steps} steps are made; saved again, as a grid of {grid} does: {}",
                         again.display()
                     );
+
                     self.summary(Some(again))
                 }
                 None => {

@@ -199,6 +199,7 @@ impl Watchdog {
             } else {
                 format!("{}, silent", self.doing(rank))
             };
+
             let waits = if waits.is_empty() { "-".to_owned() } else { waits.join(", ") };
             out.push_str(&format!(
                 "\n{name:<26} {host:<16} {doing:<22} {since:>5.1} s  {waits:<12} {last}"

@@ -171,6 +171,7 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
             "name a text; a split needs a prepared file as data.path, and {} is none",
             config.name()
         );
+
         return Err(Error::data(path.display(), "data.held_out names no file", remedy));
     }
 
@@ -206,6 +207,7 @@ fn open_prepared(config: &DataConfig, path: &Path, known: Option<&Vocabulary>) -
             found.word(),
             config.tokenizer.word()
         );
+
         return Err(Error::data(
             path.display(),
             problem,

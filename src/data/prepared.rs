@@ -79,6 +79,7 @@ impl Prepared {
         let wrong = |problem: &str| {
             Error::data(path.display(), problem, "prepare it again: ouroboros data prepare")
         };
+
         let map = map(path)?;
         let (header, start) = read_header(&map).map_err(|problem| wrong(&problem))?;
         let sum = header.splits.iter().try_fold(0usize, |sum, split| sum.checked_add(split.tokens));

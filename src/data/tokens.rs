@@ -228,6 +228,7 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let wrong = |problem: String| {
         Error::data(path.display(), problem, "check the path, which is relative to this folder")
     };
+
     let file = files::open(path).map_err(|error| wrong(format!("cannot be opened ({error})")))?;
     let bytes = file.metadata().map_err(|error| wrong(error.to_string()))?.len();
     if bytes == 0 {

@@ -113,6 +113,7 @@ impl Vocabulary {
         let wrong = |problem: String| {
             Error::data(path, problem, "one word a line, each once, alone or with its count")
         };
+
         let mut tokens = Vec::new();
         for (i, line) in text.lines().enumerate() {
             match line.split_whitespace().collect::<Vec<_>>()[..] {

@@ -79,6 +79,7 @@ pub fn leave_multiprocessors(count: i32) -> Result<()> {
             CUBLASLT,
         )
     };
+
     carve_out(Some(count))
 }
 
@@ -97,6 +98,7 @@ fn carve_out(count: Option<i32>) -> Result<()> {
             optional,
         )
     };
+
     if let (Some(level), Some(before)) = (level, before) {
         // SAFETY: as in `warnings`.
         unsafe { level.write(before) };

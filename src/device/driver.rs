@@ -103,6 +103,7 @@ fn gpu(index: c_int) -> Result<Gpu, String> {
                 result::device::get_attribute(device, MAJOR)?,
                 result::device::get_attribute(device, MINOR)?,
             );
+
             (result::device::total_mem(device)? as u64, capability)
         };
 

@@ -59,6 +59,7 @@ pub fn load_torch_cuda() -> Result<i32, String> {
             load(&file)
                 .map_err(|error| format!("libtorch's CUDA half cannot be loaded ({error})"))?,
         );
+
         // tch panics where libtorch had looked for its CUDA half before it was there.
         match std::panic::catch_unwind(tch::utils::version_cudart) {
             Ok(version) if version > 0 => Ok((version / 1000) as i32),
@@ -218,6 +219,7 @@ fn nvrtc_beside(torch_lib: &Path, majors: &[i32]) -> Vec<PathBuf> {
                 .chain([torch_lib.join(&file)])
                 .filter_map(|path| path.canonicalize().ok()),
         );
+
         let hashed = |path: &PathBuf| path.to_string_lossy().ends_with(&format!(".so.{major}"));
         found.extend(files_like(Some(torch_lib), "libnvrtc-").into_iter().filter(hashed));
     }
@@ -235,6 +237,7 @@ fn files_like(folder: Option<&Path>, prefix: &str) -> Vec<PathBuf> {
             path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         name.starts_with(prefix) && name.contains(".so") && !name.contains(".alt.")
     };
+
     let mut found: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(wanted).collect();
     found.sort();
     found

@@ -115,6 +115,7 @@ impl Queues for CudaQueues {
                 .new_stream_with_priority(first)
                 .map_err(lost("cuStreamCreateWithPriority"))?,
         );
+
         Ok(Queue::Own(self.own.len() - 1))
     }
 

@@ -153,6 +153,7 @@ pub(super) fn same_folder(world: &World, out: &Path, owner: Option<&str>) -> Res
                 here.display(),
                 world.identity.host
             );
+
             let remedy = "rank 0 writes a folder of this name that is not seen here: choose one that all nodes share";
             return Err(Error::config("--out", found, remedy));
         }

@@ -80,6 +80,7 @@ pub(super) fn apart(world: &World, config: &Config, chosen: &ComputeDevice) -> R
             "`auto`, and rank {without} on {} has no GPU that can be used, others have",
             all[without].0
         );
+
         return Err(Error::config(
             "device",
             found,

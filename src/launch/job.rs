@@ -53,6 +53,20 @@ pub struct Job {
 }
 
 impl Job {
+    /// What every command says; the rest is as it is where nothing is said.
+    pub fn new(
+        config: PathBuf,
+        sets: Vec<String>,
+        grid: Option<Grid>,
+        out: Option<PathBuf>,
+        transport: Option<Transport>,
+        mode: Mode,
+    ) -> Job {
+        let (topology, self_test, oracle) = (None, false, false);
+        let (resume, steps) = (None, None);
+        Job { config, sets, grid, out, transport, topology, self_test, oracle, resume, mode, steps }
+    }
+
     /// The setup, and the machine that it is for if that is described.
     ///
     /// # Errors

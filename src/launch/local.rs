@@ -154,6 +154,7 @@ pub fn run_oracle(
             1,
             Ranks::Processes,
         );
+
         drop((received, controls));
         (
             oracle.join().unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))),

@@ -99,6 +99,7 @@ fn too_few_cores(threads: usize) -> Option<String> {
         ),
         None => String::new(),
     };
+
     (threads > cores).then(|| {
         format!("note: threads = {threads}, but this process may use {cores} cores{remedy}")
     })
@@ -135,6 +136,7 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
         thousands(steps as u64),
         thousands(read as u64)
     );
+
     if let Some(floor) = setup.corpus.floor {
         say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
     }

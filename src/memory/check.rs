@@ -27,6 +27,7 @@ pub fn check(setup: &Setup, ranks: Range<usize>, neighbours: &[(usize, String)])
             } else {
                 format!("{} ranks", all.len())
             };
+
             let (needed, left) = (mib(needed), mib(limit.left));
             return Err(Error::Memory(format!(
                 "{needed} MiB predicted for {who}, {left} MiB left of {}",
@@ -76,6 +77,7 @@ fn fits(setup: &Setup, ranks: Range<usize>, left: u64, bytes: u64, found: &str) 
     } else {
         format!("{} places", ranks.len())
     };
+
     let (needed, reserve) = (mib(needed), mib(reserve));
     Err(Error::Memory(format!(
         "{needed} MiB predicted for {who}, {found}, of which {reserve} stay free"

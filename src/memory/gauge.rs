@@ -67,9 +67,11 @@ impl Gauge {
                 } else {
                     String::new()
                 };
+
                 let of_others = touched(&smaps, SHARED_NAME).saturating_sub(*shared);
                 Some(status("VmHWM:")?.saturating_sub(start + of_others))
             }
+
             Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
         }
     }

@@ -42,6 +42,7 @@ fn of_process(text: &str, used: impl Fn(&str) -> Option<u64>) -> Vec<Limit> {
             .parse()
             .ok()
     };
+
     let limit = |key: &str, used_key: &str, name: &str| {
         let left = u64::saturating_sub(soft(key)?, used(used_key)?);
         Some(Limit { left, name: name.to_owned(), group: None })
@@ -71,6 +72,7 @@ fn of_groups(root: &Path, path: &str) -> Vec<Limit> {
         let used = |key: &str| {
             stat.lines().find_map(|line| line.strip_prefix(key)).and_then(number).unwrap_or(0)
         };
+
         let used = used("anon ") + used("shmem ");
         let name = format!("memory.max of the control group {group}");
         found.push(Limit { left: limit.saturating_sub(used), name, group: Some(group.to_owned()) });

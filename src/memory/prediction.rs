@@ -126,6 +126,7 @@ impl Prediction {
         } else {
             1
         };
+
         let messages = (1 + ahead) * neighbours.iter().flatten().count() as u64 * hidden;
         let per_token = match setup.config.recompute {
             Recompute::Layers => stack.block_per_token(),

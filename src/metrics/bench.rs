@@ -83,7 +83,8 @@ impl Device {
     }
 }
 
-/// The share of a device's time that is compute. What it was asked to sleep is its work, however late it was woken.
+/// The share of a device's time that is compute. What it was asked to sleep is its work, however
+/// late it was woken.
 fn busy(setup: &Setup, emulated: Option<&EmulatedCompute>, rank: usize, times: &Times) -> f64 {
     let Some(emulated) = emulated else { return times.fraction(TimeKind::Compute) };
     let asked = setup.grid.held(rank).into_iter().map(|place| {
@@ -211,11 +212,13 @@ impl Bench {
             "schedule predicts   {:.4} s from these times, {off:.3} of it",
             self.predicted_step_s
         );
+
         let _ = writeln!(
             text,
             "utilisation         {:.3}; speed-up {:.2}",
             self.utilisation, self.speed_up
         );
+
         let _ = writeln!(text, "tokens/s            {}", thousands(self.tokens_per_s as u64));
         text
     }

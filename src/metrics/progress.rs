@@ -38,6 +38,7 @@ impl Progress {
             let style = ProgressStyle::with_template(
                 "{bar:30} {pos}/{len}  {msg}  {elapsed} gone, {eta} left",
             );
+
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.with_position(start as u64)
         });

@@ -183,6 +183,7 @@ impl ModelConfig {
             ("model.embedding_width", self.embedding_width),
             ("model.head_width", self.head_width),
         ];
+
         for (setting, width) in widths {
             Error::unless_at_least_one(setting, width.unwrap_or(1))?;
         }
@@ -210,6 +211,7 @@ impl ModelConfig {
             let remedy = format!(
                 "{clusters} further clusters leave less than one value of a width of {narrowest}"
             );
+
             return Err(Error::config("model.div_val", self.div_val, remedy));
         }
 

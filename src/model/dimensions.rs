@@ -72,6 +72,7 @@ impl Dimensions {
             heads: model.heads as i64,
             d_head: model.d_head.unwrap_or(model.d_model / model.heads) as i64,
             d_ff: model.d_ff as i64,
+
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
             dropout: model.dropout,
@@ -81,9 +82,11 @@ impl Dimensions {
             project_all: model.project_all,
             embedding_width: model.embedding_width.unwrap_or(model.d_model) as i64,
             head_width: model.head_width.unwrap_or(model.d_model) as i64,
+
             embedding_std: model.embedding_std,
             tied: model.tie != Tie::Untied,
             architecture: model.architecture(),
+
             mem_len: model.mem_len as i64,
             clamp_len: model.clamp_len.filter(|clamp| *clamp > 0).map(|clamp| clamp as i64),
             same_length: model.same_length,

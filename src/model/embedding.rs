@@ -37,6 +37,7 @@ impl Embedding {
         if !cluster.projected {
             return Ok(rows);
         }
+
         Ok(rows.f_linear::<Tensor>(
             weights.next().expect("a projection for every table that has one"),
             None,
@@ -61,6 +62,7 @@ impl Embedding {
                 weights,
                 &tokens.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?,
             )?;
+
             let places = to_device(&places, rows.device())?;
             let all = match hidden.take() {
                 Some(all) => all,
@@ -90,6 +92,7 @@ impl Layer for Embedding {
             ["embedding.tokens", "embedding.projection"],
             Role::Table,
         );
+
         parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
         if self.d.architecture.positions == Positions::Learned {
             let shape = [self.d.sequence, self.d.d_model];

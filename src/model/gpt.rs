@@ -51,6 +51,7 @@ impl Block {
         let [qkv, qkv_bias, out, out_bias] = weights else {
             unreachable!("attention has four parameters")
         };
+
         let (b, t) = (x.size()[0], x.size()[1]);
         let heads =
             linear(x, qkv, Some(qkv_bias))?.f_view([b, t, 3, self.d.heads, self.d.d_head])?;
@@ -119,6 +120,7 @@ impl Layer for Block {
             Some(dropout) => dropout.apply(y, self.layer + 1, site),
             None => Ok(y),
         };
+
         let y = self.attention(&weights[2..6], &layer_norm(x, &weights[0], &weights[1])?)?;
         let x = x.f_add(&drop(y, 0)?)?;
         let y = Block::mlp(&weights[8..12], &layer_norm(&x, &weights[6], &weights[7])?)?;

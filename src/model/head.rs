@@ -55,6 +55,7 @@ impl Head {
                 d.d_model,
                 d.first_values.norm,
             ));
+
             parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
         }
 
@@ -88,6 +89,7 @@ impl Head {
                 d.first_values.head,
                 Role::Head,
             );
+
             parameters.push(rows);
             parameters.push(Parameter::vector("head.clusters.bias".into(), entries, Init::Zeros));
         }
@@ -203,6 +205,7 @@ impl Head {
                 &targets.f_index_select(0, &places)?.f_sub_scalar(cluster.start)?,
                 x.device(),
             )?;
+
             tails.push(own.f_cross_entropy_loss::<Tensor>(
                 &wanted,
                 None,

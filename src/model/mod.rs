@@ -194,19 +194,12 @@ impl Stack {
     /// of the table that the embedding uses and those that the head uses ([`table`]; none where the
     /// stack has no such end).
     pub fn weights(&self, own: &[Tensor], input: &[Tensor], output: &[Tensor]) -> Vec<Tensor> {
-        let head = self.head.as_ref().map_or(self.parameters.len(), |(_, uses)| uses.added.start);
-        let (mut own, mut input, mut output) = (own.iter(), input.iter(), output.iter());
-        let value = |(i, parameter): (usize, &Parameter)| {
-            let from = match parameter.tied {
-                false => &mut own,
-                true if i < head => &mut input,
-                true => &mut output,
-            };
-
-            from.next().expect("as many values as parameters").shallow_clone()
+        let value = |owner| match owner {
+            Owner::Own(number) => &own[number],
+            Owner::Table(TableEnd::Input, number) => &input[number],
+            Owner::Table(TableEnd::Output, number) => &output[number],
         };
-
-        self.parameters.iter().enumerate().map(value).collect()
+        self.owners().into_iter().map(|owner| value(owner).shallow_clone()).collect()
     }
 
     /// Whose each of the parameters is.
@@ -303,6 +296,7 @@ impl Stack {
                     0,
                     LayerRange { layers: i..end, first: before.iter().filter(|p| !p.tied).count() },
                 );
+
                 (held, end) = (0, i);
             }
         }

@@ -138,6 +138,7 @@ impl XlBlock {
             let distance = i + m - j;
             distance >= 0 && (!self.d.same_length || distance < limit)
         };
+
         let value = |seen| if seen { 0.0 } else { f64::NEG_INFINITY };
         (0..t)
             .flat_map(|i| (0..m + t).map(move |j| (i, j)))
@@ -157,6 +158,7 @@ impl XlBlock {
         let [query, key_value, position, u, v, out] = weights else {
             unreachable!("attention has six parameters")
         };
+
         let (b, t, l) = (x.size()[0], x.size()[1], context.size()[1]);
         let (h, w) = (self.d.heads, self.d.d_head);
         let (positions, mask) = self.constants(l - t, t, limit, x)?;
@@ -202,6 +204,7 @@ impl XlBlock {
             t,
             self.d.attention_width(),
         ])?;
+
         linear(&y, out, None)
     }
 
@@ -282,6 +285,7 @@ impl Layer for XlBlock {
                 limit,
                 dropout,
             )?;
+
             let x = x.f_add(&self.dropped(dropout, y, ATTENTION)?)?;
             let y = self.mlp(mlp, &norm2(&x)?, dropout)?;
             return Ok(x.f_add(&self.dropped(dropout, y, MLP)?)?);
@@ -305,6 +309,7 @@ impl Layer for XlBlock {
         } else {
             (4 * d + 3 * a, d + 2 * a)
         };
+
         let length = (self.d.mem_len + self.d.sequence) as usize;
         let scores = h * length;
         let masks = if self.d.dropout > 0.0 { 2 * d + 2 * f } else { 0 };

@@ -20,6 +20,7 @@ pub fn norm(flat: &Tensor, readback: Readback) -> Result<Number> {
         (Device::Cpu, Readback::Deferred) => {
             Ok(Number::Pending(Tensor::from(norm_of(slice(flat)))))
         }
+
         // What is computed with it on the way to the report is f64, as on the processor.
         _ => Ok(Number::Pending(
             flat.f_norm_scalaropt_dtype(2, Kind::Float)?.f_to_kind(Kind::Double)?,

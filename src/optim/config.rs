@@ -150,6 +150,7 @@ impl<'de> Deserialize<'de> for OptimizerConfig {
         let adamw = keys.take_if(kinds::OF_ADAMW.contains(&kind), |others| {
             set_aside(others, kinds::OF_ADAMW)
         })?;
+
         let sgd =
             keys.take_if(kinds::OF_SGD.contains(&kind), |others| set_aside(others, kinds::OF_SGD))?;
         let muon = keys
@@ -315,6 +316,7 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
             kinds.join(", "),
             config.common.kind
         );
+
         return Err(Error::config(format!("optimizer.{key}"), value, remedy));
     }
 

@@ -16,7 +16,10 @@ use crate::error::{Error, Result};
 use crate::number::Number;
 use crate::params::UpdateBuffers;
 
-const SOURCE: Source = Source { name: "update.cu", text: include_str!("update.cu") };
+const SOURCE: Source = Source {
+    name: "update.cu",
+    text: concat!(include_str!("../device/bf16.cu"), include_str!("update.cu")),
+};
 /// Buffers of state that the kernel takes.
 const STATE: usize = 2;
 
@@ -160,6 +163,7 @@ impl UpdateKernel {
                         tensor.kind(),
                         tensor.device()
                     );
+
                     return Err(Error::Internal(found));
                 }
 
@@ -184,6 +188,7 @@ impl UpdateKernel {
         let version_of = |kind| {
             version.filter(|version| version.kind() == kind).map_or(Ok(0), |it| here(it, kind))
         };
+
         let state_at = |number: usize| {
             let start = run.state.get(number);
             start.map_or(Ok(0), |start| at(&state[number].values, Kind::Float, *start, count))

@@ -237,11 +237,13 @@ impl Optimizer {
         let Some(kernel) = &self.kernel else {
             return Err(Error::Internal("an update without its kernel".into()));
         };
+
         let constants = self.rule.constants(&self.step(scalars, 1.0));
         kernel.update(&buffers, &self.config, scalars, &constants, &self.state, &self.runs)?;
         if self.batches.is_empty() {
             return Ok(());
         }
+
         self.matrices_unread(buffers, scalars)
     }
 
@@ -280,6 +282,7 @@ impl Optimizer {
             Tensor::f_ones([0i64; 0], options)?,
             Tensor::f_zeros([0i64; 0], (Kind::Bool, options.1))?,
         );
+
         // The weights of an update that is not made stay: those of the gradient are zeros.
         let target =
             Target { old: None, new: gradient, published: None, gradient, scale, made: Some(made) };
@@ -419,6 +422,7 @@ pub(crate) mod tests {
                 published: None,
                 gradient: &mut gradient,
             };
+
             optimizer.update(buffers, &scalars).unwrap();
         }
 
@@ -504,6 +508,7 @@ pub(crate) mod tests {
                     published,
                     gradient: &mut other,
                 };
+
                 unread.updates += 1;
                 unread.matrices_unread(buffers, &scalars(&norms[1])).unwrap();
 
@@ -681,6 +686,7 @@ pub(crate) mod tests {
             published: None,
             gradient: &mut gradient,
         };
+
         optimizer.update(buffers, &scalars).unwrap();
         let moved: Vec<f32> = layout.views(&weights).unwrap()[2]
             .sum_dim_intlist([1i64].as_slice(), false, None)
@@ -692,6 +698,7 @@ pub(crate) mod tests {
             [0.0; 9],
             "a vector is none of its business"
         );
+
         assert_eq!(slice(&optimizer.state()[0].values)[128 + 128 + 1], -1.0);
     }
 }

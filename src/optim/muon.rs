@@ -178,6 +178,7 @@ fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     TOLD.call_once(|| {
         tracing::warn!("Muon's products overflow in bf16: matrices for which they do take f32")
     });
+
     Ok(found.f_where_self(&good, &iterated(matrices, Precision::F32)?)?)
 }
 

@@ -43,10 +43,12 @@ pub fn baddbmm(
     if !suits(left, right) {
         return Ok(base.f_baddbmm(left, right, beta, alpha)?);
     }
+
     let mut product = convolutions(left, right)?;
     if alpha != 1.0 {
         product = product.f_mul_scalar_(alpha)?;
     }
+
     Ok(product.f_add_(&base.f_mul_scalar(beta)?)?)
 }
 

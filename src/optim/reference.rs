@@ -91,6 +91,7 @@ fn updates_of_whole_matrices_by_the_definition() {
                 published: None,
                 gradient: &mut gradient,
             };
+
             optimizer.update(buffers, &scalars).unwrap();
         }
 

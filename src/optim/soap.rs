@@ -442,6 +442,7 @@ impl Rule for Soap {
         let is_set = |values: &Tensor| {
             Ok::<_, Error>(values.numel() > 0 && values.f_any()?.f_int64_value(&[])? != 0)
         };
+
         let bases = || Side::ALL.into_iter().map(|side| &state[side.buffers()[1]]);
         for basis in bases() {
             self.begun |= is_set(&basis.values)?;

@@ -17,13 +17,6 @@ struct Constants {
     float of[8];
 };
 
-// The nearest bf16, ties to even; what is not a number stays so.
-static __device__ unsigned short bf16(float value) {
-    unsigned int bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
-    return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 // What every entry takes. `old` may be `updated`. The version that steps use is `published`, or `rounded` where it is bf16;
 // both are null where it is `updated` itself. A buffer of state that the rule does not have is null. `norm` is that of the sum.
 #define BUFFERS                                                                                                          \

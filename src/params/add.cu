@@ -9,8 +9,6 @@ struct alignas(16) Four {
     float of[4];
 };
 
-static __device__ float wide(unsigned short bits) { return __uint_as_float((unsigned int)bits << 16); }
-
 extern "C" __global__ void add_bf16(float *sum, const unsigned short *part, unsigned long long count) {
     const unsigned long long first = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;

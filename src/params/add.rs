@@ -8,7 +8,10 @@ use crate::device::compiler::Source;
 use crate::device::kernels::{Kernel, kept};
 use crate::error::Result;
 
-const SOURCE: Source = Source { name: "add.cu", text: include_str!("add.cu") };
+const SOURCE: Source = Source {
+    name: "add.cu",
+    text: concat!(include_str!("../device/bf16.cu"), include_str!("add.cu")),
+};
 /// Values that a thread takes at a time, and bytes that buffers must be aligned to for it.
 const EIGHT: u64 = 8;
 const ALIGNED: usize = 16;

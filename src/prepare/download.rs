@@ -36,6 +36,7 @@ pub fn digest(path: &Path) -> Result<String> {
     let wrong = |error: io::Error| {
         Error::data(path.display(), format!("cannot be read ({error})"), "check the file")
     };
+
     let mut file = files::open(path).map_err(wrong)?;
     let bar = bytes_bar(file.metadata().map_err(wrong)?.len(), "checking");
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
@@ -69,6 +70,7 @@ pub fn check(path: &Path, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
     }
+
     let problem =
         format!("SHA-256 is {found}, not {expected}: the file is altered, or only a part of it");
     Err(Error::data(

@@ -139,6 +139,7 @@ fn prepare_known(request: &Request, known: &Known) -> Result<PathBuf> {
         sha256: sha256.clone(),
         how: how(request, tokenizer)?,
     };
+
     if is_done(&out, &source)? {
         return Ok(out);
     }
@@ -163,6 +164,7 @@ fn prepare_file(request: &Request) -> Result<PathBuf> {
                 names.join(", "),
                 request.what.display()
             );
+
             return Err(Error::config(option, "given", remedy));
         }
     }
@@ -252,6 +254,7 @@ fn is_done(out: &Path, source: &Source) -> Result<bool> {
         "made of {} ({}) before, not of {} ({})",
         found.name, found.how, source.name, source.how
     );
+
     Err(Error::data(out.display(), problem, "remove it, or give another --out"))
 }
 
@@ -314,6 +317,7 @@ fn unpack(archive: &Path, known: &Known, tokenizer: Tokenizer) -> Result<Texts> 
     let wrong = |problem: String| {
         Error::data(archive.display(), problem, "fetch it again, or give another --archive")
     };
+
     let file = files::open(archive).map_err(|error| wrong(error.to_string()))?;
     let length = file.metadata().map_err(|error| wrong(error.to_string()))?.len();
     let mut zip = zip::ZipArchive::new(file)

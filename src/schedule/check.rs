@@ -131,6 +131,7 @@ impl<'a> Ledger<'a> {
         if held > bound {
             return Err(format!("{held} microbatches of activations held, {bound} allowed"));
         }
+
         self.table_is_there(action.step, true)?;
         self.version_is_there(action.step)
     }
@@ -141,9 +142,11 @@ impl<'a> Ledger<'a> {
         if self.backwards >= self.forwards {
             return Err("a backward before its forward".into());
         }
+
         if self.reduced.is_some() {
             return Err("a backward into a gradient that is being reduced".into());
         }
+
         if self.schedule.uses_table(self.stage) && action.step != self.parts {
             return Err(format!("a backward before the part of step {} is complete", self.parts));
         }
@@ -238,6 +241,7 @@ impl<'a> Ledger<'a> {
             self.schedule.sync.before(step),
             self.schedule.tables_held(self.schedule.grid(1).device(self.stage)),
         );
+
         for end in self.schedule.ends(self.stage) {
             let needed = version(sync, step, self.schedule.table_delay(end));
             if needed > self.tables {

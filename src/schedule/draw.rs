@@ -42,6 +42,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
         "versions held     {}",
         list(stages().map(|k| schedule.versions_held(k)).collect())
     );
+
     let _ = writeln!(
         out,
         "activations held  {}",
@@ -57,6 +58,7 @@ pub fn summary(schedule: &Schedule, replicas: usize, costs: Costs) -> Result<Str
         "before a drain    {:.2} over the {BEFORE_DRAIN} steps up to a sync point",
         ideal.before_drain
     );
+
     if replicas > 1 {
         let _ = writeln!(
             out,

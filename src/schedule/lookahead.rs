@@ -24,6 +24,7 @@ impl Lookahead {
         let Some(action) = self.ahead.pop_front().or_else(|| actions.next()) else {
             return Ok(None);
         };
+
         if !self.ahead.is_empty() || !action.op.computes() {
             return Ok(Some(action));
         }

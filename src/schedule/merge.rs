@@ -139,6 +139,7 @@ impl<'a> Merged<'a> {
             let gives = |a: &Action| {
                 matches!(a.op, Op::SendActivation | Op::SendGradient | Op::Part | Op::Reduce)
             };
+
             if self.stages[stage].peek().is_some_and(gives) {
                 return self.run(stage, self.clock[0]);
             }

@@ -207,9 +207,11 @@ impl SimState {
         let Some(message) = self.links.get(&(from, to, sent)).and_then(VecDeque::front) else {
             return Ok(None);
         };
+
         if message.action != (Action { stage: from.stage, op: sent, ..action }) {
             return Err(Violation(format!("{action} meets the message of {}", message.action)));
         }
+
         Ok(Some(message.arrives))
     }
 

@@ -133,6 +133,7 @@ impl Setup {
         let shown = |token: Option<&str>| {
             token.map_or("nothing".to_owned(), |token| format!("`{}`", token.escape_debug()))
         };
+
         let problem = format!(
             "{unit} number {number} is {} in the text's vocabulary and {} in that of {}",
             shown(here),

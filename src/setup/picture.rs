@@ -29,6 +29,7 @@ impl Setup {
             self.schedule.table_delay(TableEnd::Input),
             self.schedule.table_delay(TableEnd::Output),
         );
+
         if self.schedule.tie == Tie::Head && input > 0 {
             let applied = input + self.schedule.delays[0];
             out.push_str(&format!(

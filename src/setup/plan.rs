@@ -33,6 +33,7 @@ pub(super) fn check_counts(config: &Config) -> Result<()> {
         let remedy = format!("must be a multiple of grid.replicas = {replicas}");
         return Err(Error::config("eval.batch", streams, remedy));
     }
+
     Ok(())
 }
 
@@ -111,6 +112,7 @@ fn hand_made(config: &Config) -> Result<Option<Vec<Range<usize>>>> {
             config.grid.stages
         )));
     }
+
     let remedy =
         || format!("every number at least 1, together model.layers = {}", config.model.layers);
     partition::by_hand(counts, config.model.layers).map(Some).ok_or_else(|| wrong(remedy()))

@@ -75,6 +75,7 @@ impl Setup {
                 |name: &str, layout: &Layout| saved.flat(&ShardKind::State(name.into()), layout);
             optimizer.restore(saved.step(), of)?;
         }
+
         Ok(optimizer)
     }
 

@@ -37,6 +37,7 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), String> {
     let (Some(least), Some(middle)) = (losses.first(), losses.get(losses.len() / 2)) else {
         return Ok(());
     };
+
     let most = losses.last().copied().unwrap_or(*middle).min(middle + HEADROOM * (middle - least));
     let margin = ((most - least) * 0.05).max(1e-3);
 

@@ -178,6 +178,7 @@ fn against_references(rows: &mut [Row], plan: &Plan, best: &[f64], runs: &Runs) 
         let shares: Option<Vec<Share>> = shares.collect();
         rows[i].tax = shares.map(|shares| Tax::of(&shares));
     }
+
     Ok(())
 }
 
@@ -271,6 +272,7 @@ fn mean_curve(
             seeds.iter().map(|seed| seed.get(i).map(|(_, loss)| *loss)).collect();
         Some((step * tokens, Mean::of(&losses?).mean))
     };
+
     Ok(seeds[0].iter().enumerate().filter_map(|(i, (step, _))| mean(i, *step)).collect())
 }
 

@@ -254,6 +254,7 @@ impl Plan {
             reference.map_err(|remedy| {
                 Error::config(format!("{setting}.against"), "no reference", remedy)
             })?;
+
             check_list(&format!("{setting}.rates"), self.rates_of(variant))?;
             self.check_goals(variant, &setting)?;
             self.check_comparable(variant)?;
@@ -280,6 +281,7 @@ impl Plan {
         if !variant.is_reference() || delays.iter().all(|delay| *delay == 0) {
             return Ok(());
         }
+
         let found = format!("none, and delays {delays:?}");
         Err(Error::config(
             format!("{setting}.against"),

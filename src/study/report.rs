@@ -23,6 +23,7 @@ impl Findings {
             let wrong = |error| {
                 Error::config("--out", path.display(), format!("cannot be written ({error})"))
             };
+
             files::write(&path, text.as_bytes()).map_err(wrong)?;
         }
 
@@ -37,6 +38,7 @@ impl Findings {
             self.name,
             self.seeds.len()
         );
+
         curves::draw(&path, &title, &self.variants.iter().map(curve).collect::<Vec<_>>()).map_err(
             |error| Error::config("--out", path.display(), format!("cannot be written ({error})")),
         )
@@ -55,6 +57,7 @@ impl Findings {
         text.push_str(
             "| variant | grid | delays | rate | loss | difference | token tax | of the best |\n",
         );
+
         text.push_str("|---|---|---|---|---|---|---|---|\n");
         for row in &self.variants {
             let delays: Vec<String> = row.delays.iter().map(ToString::to_string).collect();
@@ -107,6 +110,7 @@ impl Findings {
             let speed_up = |of: fn(&SpeedUp) -> f64| {
                 row.speed_up.as_ref().map_or("-".into(), |s| format!("{:.2}", of(s)))
             };
+
             let _ = writeln!(
                 text,
                 "| {} | {rows} | {} | {} | {} | {} | {} | {} | {} |",

@@ -47,12 +47,14 @@ impl Runs {
                 plan.config(variant)?.to_toml(),
                 configs.join(format!("{}.toml", variant.folder())),
             );
+
             match fs::read_to_string(&kept) {
                 Ok(before) if before != text => {
                     let problem = format!(
                         "holds runs of another `{}`; choose another folder, or remove it",
                         variant.name
                     );
+
                     return Err(wrong(problem));
                 }
                 Ok(_) => {}
@@ -160,6 +162,7 @@ impl Runs {
             plan.name,
             self.jobs
         );
+
         Ok(())
     }
 
@@ -222,6 +225,7 @@ impl Runs {
         let wrong = |error: std::io::Error| {
             Error::config("--out", folder.display(), format!("cannot be written ({error})"))
         };
+
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).map_err(wrong)?;
         let log = folder.join("output.log");

@@ -145,6 +145,7 @@ impl TimeConfig {
         let rows = rows.ok_or_else(|| {
             wrong("does not tell its `rows`; measure it again with `ouroboros bench`".into())
         })?;
+
         if profile.stages.len() != schedule.stages {
             let (found, wanted) = (profile.stages.len(), schedule.stages);
             return Err(wrong(format!(
@@ -171,6 +172,7 @@ impl RowTimes {
             backward: stage.backward * b,
             ..*stage
         };
+
         let fault = |fault: Violation| Error::Internal(format!("schedule: {fault}"));
         step_time(schedule, self.stages.iter().map(of_microbatch).collect(), self.message)
             .map_err(fault)

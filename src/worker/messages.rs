@@ -34,7 +34,7 @@ impl Worker {
     }
 
     /// A message that a later action will receive.
-    pub(super) fn expect(&mut self, content: Content, action: &Action) -> Result<()> {
+    pub(super) fn prepare(&mut self, content: Content, action: &Action) -> Result<()> {
         let header = self.header(content, action);
         let PlaceState { ends, registers, .. } = self.place(action);
         let (end, _) = incoming(ends, registers, content);

@@ -363,6 +363,7 @@ impl Worker {
             ", rows {first} to {} of the batch, from the tokens {starts:?} of the text on",
             last - 1
         );
+
         Error::NotFinite { tensor, step, place, data }
     }
 }

@@ -83,6 +83,7 @@ impl PlaceState {
             kind,
             setup.master(delay),
         )?;
+
         let mut versions = versions.starting_at(setup.start());
         for (number, values) in setup.older_weights(&layout, delay)? {
             versions.recall(number, &values)?;
@@ -138,12 +139,14 @@ impl PlaceState {
                 .find(|end| *end == of)
                 .map(|end| at(schedule.table_delay(end)))
         };
+
         let own = at(schedule.delays[self.place.stage]);
         let at = UsedVersions {
             own,
             input: of_table(TableEnd::Input),
             output: of_table(TableEnd::Output),
         };
+
         self.compute.forward(
             MicrobatchId { step, microbatch },
             at,

@@ -111,6 +111,7 @@ fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTab
             &input,
             setup.hidden_wire(),
         )?;
+
         optimizer.rehearse(versions.gradient(0))?;
     }
 
@@ -129,6 +130,7 @@ fn warm_up(kind: Kind, device: Device) -> Result<()> {
         tie: Tie::Untied,
         ..ModelConfig::default()
     };
+
     let d = Dimensions::new(&model, 256, 64);
     let stack = Stack::new(&d, 0..1);
     let layout = Layout::new(stack.parameters());

@@ -63,8 +63,8 @@ impl Worker {
     /// Lets the links make ready for what an action will receive.
     fn look_at(&mut self, action: &Action) -> Result<()> {
         match action.op {
-            Op::RecvActivation => self.expect(Content::Activation, action),
-            Op::RecvGradient => self.expect(Content::Gradient, action),
+            Op::RecvActivation => self.prepare(Content::Activation, action),
+            Op::RecvGradient => self.prepare(Content::Gradient, action),
             _ => Ok(()),
         }
     }

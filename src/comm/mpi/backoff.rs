@@ -1,13 +1,13 @@
-//! How long the driver sleeps between two looks at MPI. It often shares the core of the thread that
-//! computes, so a look that finds nothing is time lost there; one that comes late holds up whoever
-//! waits.
+//! How long the progress engine sleeps between two looks at MPI. It often shares the core of the
+//! thread that computes, so a look that finds nothing is time lost there; one that comes late holds
+//! up whoever waits.
 
 use std::time::Duration;
 
 /// The first pause.
 pub const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
-/// While the compute thread waits: rounds without progress before the driver begins to sleep, and
-/// how long it sleeps at most.
+/// While the compute thread waits: rounds without progress before the progress engine begins to
+/// sleep, and how long it sleeps at most.
 const ROUNDS_AWAKE: u32 = 20;
 const LONGEST_SLEEP: Duration = Duration::from_micros(200);
 /// While it computes: every look takes it some 40 microseconds of the core (sleep, alarm and what
@@ -19,7 +19,7 @@ const LONGEST_SLEEP_UNDER_WAY: Duration = Duration::from_millis(1);
 const LONGEST_SLEEP_UNASKED: Duration = Duration::from_millis(8);
 
 /// How long to sleep after so many rounds without progress: `asked` if a thread waits for
-/// something, `under_way` if something moves only while the driver looks.
+/// something, `under_way` if something moves only while the progress engine looks.
 pub fn pause(idle: u32, asked: bool, under_way: bool) -> Duration {
     if asked {
         return SHORTEST_SLEEP.saturating_mul(idle.saturating_sub(ROUNDS_AWAKE)).min(LONGEST_SLEEP);

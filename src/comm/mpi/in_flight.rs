@@ -1,4 +1,4 @@
-//! Messages under way, out and in. Each is a small state machine that the driver advances.
+//! Messages under way, out and in. Each is a small state machine that the progress engine advances.
 
 use std::sync::mpsc::{SyncSender, TrySendError};
 

@@ -1,5 +1,5 @@
-//! The grid as MPI ranks: the handle of this rank's driver thread, and the links and groups made of
-//! it.
+//! The grid as MPI ranks: the handle of this rank's progress thread, and the links and groups made
+//! of it.
 
 mod raw;
 mod permits;
@@ -115,7 +115,7 @@ impl World {
     /// call this.
     ///
     /// # Errors
-    /// If the driver is gone.
+    /// If the progress engine is gone.
     pub fn meet(&self) -> Result<Neighbours> {
         let bytes =
             serde_json::to_vec(&self.card).map_err(|error| Error::Internal(error.to_string()))?;
@@ -142,7 +142,7 @@ impl World {
     /// Everybody's bytes, in the order of the ranks. All ranks must call this.
     ///
     /// # Errors
-    /// If the driver is gone.
+    /// If the progress engine is gone.
     pub fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
         let (reply, answer) = channel();
         self.command(Request::AllGather { bytes, reply })?;
@@ -176,6 +176,7 @@ impl World {
         let group = |slot: usize| {
             Some(Group { color: held.get(slot)?.stage as i32, values: *gradients.get(slot)? })
         };
+
         let groups = (0..slots).map(group).collect();
         let (reply, answer) = channel();
         let key = held[0].replica as i32;
@@ -192,6 +193,7 @@ impl World {
             stall,
             reply,
         })?;
+
         let connected =
             answer.recv().map_err(|_| Error::Internal("the MPI thread is gone".into()))?;
         let memories = connected.map_err(|error| Error::Internal(format!("MPI: {error}")))?;
@@ -239,6 +241,7 @@ impl World {
                 group: None,
             });
         }
+
         (places, inboxes)
     }
 
@@ -246,7 +249,7 @@ impl World {
     pub fn controls(&self) -> Controls {
         let commands = self.commands.clone();
         Controls::new(move |control| {
-            let _ = commands.send(Request::Control(control)); // A driver that is gone has said why.
+            let _ = commands.send(Request::Control(control)); // A progress engine that is gone has said why.
         })
     }
 
@@ -265,8 +268,8 @@ impl World {
     pub fn abort(&self, code: u8) -> ! {
         self.retire();
         let _ = self.command(Request::Abort(i32::from(code)));
-        // The driver ends the process. If it is held up in a collective call, end without it: the
-        // launcher sees the exit code and ends the others.
+        // The progress engine ends the process. If it is held up in a collective call, end without
+        // it: the launcher sees the exit code and ends the others.
         std::thread::park_timeout(ABORT_TIME);
         std::process::exit(i32::from(code))
     }
@@ -313,6 +316,7 @@ impl Link for MpiLink {
             Err(TryRecvError::Empty) => self.waiters.during(|| self.inbox.recv()).ok(),
             other => other.ok(),
         };
+
         let arrival =
             arrival.ok_or_else(|| self.lost(format!("{} waits for {expected}", self.me)))?;
         let (found, tensor) =

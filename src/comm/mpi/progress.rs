@@ -2,16 +2,17 @@
 //! computes, and one level of thread support (funneled) is enough.
 //!
 //! ```text
-//! compute thread --- commands: send, all-reduce, report ---> driver ---> MPI
+//! compute thread --- commands: send, all-reduce, report ---> progress engine ---> MPI
 //!                <-- inbox of each link, done-signals ------        <---
 //! ```
 //!
 //! A receive of the next header is always posted on every link; the tensor's receive is posted as
-//! soon as its header is there, before anybody asks for it. When nothing moves the driver sleeps on
-//! its command queue, longer every time, so a waiting rank does not burn a core; a command wakes it
-//! at once. How long depends on who waits: the compute thread says so before it does ([`Waiters`]),
-//! and while it computes the driver, which often shares its core, looks up only now and then, most
-//! rarely when nothing is under way that needs it. A rank alone has nothing to look for.
+//! soon as its header is there, before anybody asks for it. When nothing moves the progress engine
+//! sleeps on its command queue, longer every time, so a waiting rank does not burn a core; a
+//! command wakes it at once. How long depends on who waits: the compute thread says so before it
+//! does ([`Waiters`]), and while it computes the progress engine, which often shares its core,
+//! looks up only now and then, most rarely when nothing is under way that needs it. A rank alone
+//! has nothing to look for.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -43,7 +44,7 @@ const GRACE: Duration = Duration::from_secs(3);
 const TAG_REPORT: i32 = 9;
 const TAG_CONTROL: i32 = 10;
 
-/// How many threads of this rank wait for something that the driver brings.
+/// How many threads of this rank wait for something that the progress engine brings.
 #[derive(Clone)]
 pub struct Waiters {
     count: Arc<AtomicUsize>,
@@ -55,7 +56,7 @@ impl Waiters {
         Waiters { count, commands }
     }
 
-    /// Waits with `wait`, the driver being awake meanwhile.
+    /// Waits with `wait`, the progress engine being awake meanwhile.
     pub fn during<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.tell(true);
         let result = wait();
@@ -67,16 +68,17 @@ impl Waiters {
     pub fn tell(&self, waits: bool) {
         if waits {
             self.count.fetch_add(1, Ordering::Relaxed);
-            let _ = self.commands.send(Request::Wake); // A driver that is gone has nothing to bring.
+            let _ = self.commands.send(Request::Wake); // A progress engine that is gone has nothing to bring.
         } else {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
 
-/// What the other threads ask of the driver.
+/// What the other threads ask of the progress engine.
 pub enum Request {
-    /// Everybody's bytes, in the order of the ranks; all ranks must ask. Blocks the driver.
+    /// Everybody's bytes, in the order of the ranks; all ranks must ask. Blocks the progress
+    /// engine.
     AllGather {
         bytes: Vec<u8>,
         reply: Sender<Vec<Vec<u8>>>,
@@ -136,7 +138,7 @@ pub struct Identity {
     pub local: Local,
 }
 
-/// The body of the driver's thread.
+/// The body of the progress engine's thread.
 pub fn run(
     started: &Sender<Option<Identity>>,
     commands: &Receiver<Request>,
@@ -466,6 +468,7 @@ impl ProgressEngine {
                 self.on_control(
                     control.map_err(|error| format!("a control that cannot be read ({error})"))?,
                 )?;
+
                 moved = true;
             }
         }
@@ -603,7 +606,7 @@ mod tests {
         }
     }
 
-    /// A driver in a world of one rank, whose link ends at itself.
+    /// A progress engine in a world of one rank, whose link ends at itself.
     struct Lonely {
         commands: Sender<Request>,
         inbox: Receiver<super::super::in_flight::Arrival>,
@@ -642,8 +645,8 @@ mod tests {
             self.commands.send(command).unwrap();
         }
 
-        /// Wakes the driver, which in a world of one sleeps until it is told something, until
-        /// `there` gives a value.
+        /// Wakes the progress engine, which in a world of one sleeps until it is told something,
+        /// until `there` gives a value.
         fn until<T>(&self, mut there: impl FnMut() -> Option<T>) -> T {
             for _ in 0..1000 {
                 if let Some(value) = there() {

@@ -151,6 +151,7 @@ pub fn poll_bytes(comm: &SimpleCommunicator, tag: c_int) -> MpiResult<Option<Vec
             &mut message,
             ffi::RSMPI_STATUS_IGNORE,
         ))?;
+
         Ok(Some(bytes))
     }
 }
@@ -167,6 +168,7 @@ unsafe fn isend(
     let code = unsafe {
         ffi::MPI_Isend(data, count, kind, to.rank as c_int, to.tag, to.comm.as_raw(), &mut request)
     };
+
     ok(code).map(|()| request)
 }
 
@@ -191,6 +193,7 @@ unsafe fn irecv(
             &mut request,
         )
     };
+
     ok(code).map(|()| request)
 }
 

@@ -180,6 +180,7 @@ impl Reducer {
         let Some(number) = self.jobs.iter().position(|job| job.started < job.chunks) else {
             return Ok(false);
         };
+
         let job = &mut self.jobs[number];
         let slices = slices_of(job.flat.numel(), job.started, self.replicas);
         job.started += 1;
@@ -242,6 +243,7 @@ impl Reducer {
                 Tensor::f_empty([largest], (self.wire.kind(), tch::Device::Cpu)).map_err(text)?
             }
         };
+
         let room = whole.f_narrow(0, 0, count as i64).map_err(text)?;
         buffers.push(whole);
         Ok(room)

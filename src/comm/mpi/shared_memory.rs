@@ -69,6 +69,7 @@ impl Shared {
             tracing::info!(
                 "the replicas of a stage do not see each other's memory: gradients travel"
             );
+
             return Ok(None);
         };
 

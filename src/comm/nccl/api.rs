@@ -165,6 +165,7 @@ impl Api {
         let code = unsafe {
             (self.init)(&raw mut raw, members as c_int, unique, me as c_int, &raw mut config)
         };
+
         let communicator = Communicator { raw };
         self.checked(code, Some(&communicator), "ncclCommInitRankConfig")?;
         Ok(communicator)

@@ -113,6 +113,7 @@ impl State {
             let free = |state: &State, work: usize| {
                 state.work[work].needs.iter().all(|before| state.work[*before].done)
             };
+
             let can = |state: &State, work: usize| match state.work[work].doing {
                 Doing::Something | Doing::Sends(_) => free(state, work),
                 Doing::Receives(transfer) | Doing::Sums(transfer) => {

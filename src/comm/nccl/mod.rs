@@ -86,6 +86,7 @@ fn part(tensor: &Tensor, values: Range<usize>) -> Result<DeviceMemory> {
             values.end, whole.count
         )));
     }
+
     let address = whole.address.wrapping_byte_add(values.start * tensor.kind().elt_size_in_bytes());
     Ok(DeviceMemory { address, count: values.len(), ..whole })
 }
@@ -274,6 +275,7 @@ pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
         let receives = |channel: &&Channel| {
             !matches!(channel.purpose, Purpose::Group(_)) && channel.members[1] == rank
         };
+
         let waiting = own.iter().filter(receives).count() as i32;
         context::leave_multiprocessors(waiting * LINK_CTAS)?;
     }
@@ -386,6 +388,7 @@ fn meet(
             members: members.len(),
             other: usize::from(me == 0),
         });
+
         own.push(channel);
         steps.fetch_add(1, Ordering::Relaxed);
     }

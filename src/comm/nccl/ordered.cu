@@ -2,15 +2,9 @@
 // in place, and of those that the others have sent it, one after the other. The order is that of the oracle, so the bits are.
 
 static __device__ float wide(float value) { return value; }
-static __device__ float wide(unsigned short bits) { return __uint_as_float((unsigned int)bits << 16); }
 
 static __device__ void narrow(float sum, float *out) { *out = sum; }
-
-// The nearest bf16, ties to even; what is not a number stays so.
-static __device__ void narrow(float sum, unsigned short *out) {
-    const unsigned int bits = __float_as_uint(sum);
-    *out = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+static __device__ void narrow(float sum, unsigned short *out) { *out = bf16(sum); }
 
 template <class Value>
 static __device__ void sum(Value *own, const Value *others, unsigned int me, unsigned int members, unsigned long long count) {

@@ -21,7 +21,10 @@ use crate::device::compiler::Source;
 use crate::device::kernels::kept;
 use crate::error::{Error, Result};
 
-const SOURCE: Source = Source { name: "ordered.cu", text: include_str!("ordered.cu") };
+const SOURCE: Source = Source {
+    name: "ordered.cu",
+    text: concat!(include_str!("../../device/bf16.cu"), include_str!("ordered.cu")),
+};
 /// Slices begin at multiples of so many values: 256 bytes of bf16, as NCCL likes it.
 pub const ALIGN: usize = 128;
 

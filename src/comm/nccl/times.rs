@@ -86,6 +86,7 @@ impl Times {
             waited_ms = waited,
             "sums over replicas"
         );
+
         Ok(())
     }
 }
