@@ -9,6 +9,7 @@ use crate::data::Tokenizer;
 use crate::emulated_compute::EmulatedCompute;
 use crate::error::Result;
 use crate::grid::{Grid, Placement};
+use crate::hugging_face::{ExportRequest, ImportRequest, WeightType};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
 use crate::prepare::Request;
@@ -50,6 +51,10 @@ pub enum Command {
     /// Writes the weights that a training would begin with, for other programs to begin with the
     /// same.
     Init(InitArgs),
+    /// Makes a run of a model in a Hugging Face folder: GPT-2, Llama, Mistral, Qwen2, Qwen3.
+    Import(ImportArgs),
+    /// Makes a Hugging Face folder of saved weights.
+    Export(ExportArgs),
     /// Loss of saved weights on held-out text.
     Eval(EvalArgs),
     /// Continues a text with saved weights.
@@ -109,6 +114,10 @@ pub struct TrainArgs {
     /// beginning if there is none. With PATH: from that checkpoint or folder.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<Option<PathBuf>>,
+    /// Begin at step 0 with the weights of a checkpoint or a folder: those of `import`, or of another
+    /// training. A state that --resume finds goes before.
+    #[arg(long, value_name = "PATH")]
+    pub init: Option<PathBuf>,
     /// Stop and save, with exit code 75, before the run takes longer than this. So do SIGUSR1,
     /// SIGUSR2, SIGXCPU, SIGTERM, SIGINT, SIGHUP, a file STOP in the run's folder, and the end of a
     /// Slurm job.
@@ -134,6 +143,7 @@ impl TrainArgs {
         Job {
             self_test: self.self_test || self.topology.is_some(),
             resume: self.resume.map(Option::unwrap_or_default),
+            init: self.init,
             oracle: self.oracle,
             topology: self.topology,
             ..Job::new(self.config, self.set, self.grid, self.out, self.transport, mode)
@@ -192,6 +202,65 @@ pub struct InitArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The folder: config.json, and model.safetensors or shards with their index.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Folder of the run, which gets checkpoints/step-0 and config.toml.
+    #[arg(long, value_name = "RUN")]
+    pub out: PathBuf,
+}
+
+impl ImportArgs {
+    /// The request that is made.
+    pub fn request(self) -> ImportRequest {
+        let ImportArgs { folder, out } = self;
+        ImportRequest { folder, out }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// A folder of weights, or a run's folder (its newest weights).
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// The folder that is made.
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    /// The type of all weights [default: those of the folder that was imported, or f32].
+    #[arg(long, value_enum)]
+    pub dtype: Option<WeightType>,
+    /// Bytes of a file at most, as in 500MB or 5GB [default: one file].
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub shard_size: Option<u64>,
+}
+
+impl ExportArgs {
+    /// The request that is made.
+    pub fn request(self) -> ExportRequest {
+        let ExportArgs { run, to, dtype, shard_size } = self;
+        ExportRequest { run, to, dtype, shard: shard_size }
+    }
+}
+
+/// A number of bytes, with a unit of 1000 if wanted.
+fn bytes(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let scale = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 1,
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        unit => return Err(format!("`{unit}` is no unit: KB, MB or GB")),
+    };
+
+    match digits.parse::<u64>().ok().and_then(|number| number.checked_mul(scale)) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("write a whole number above 0 and a unit, as in 500MB".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct StudyArgs {
     /// A study, as in studies/.
     pub study: PathBuf,
@@ -228,9 +297,10 @@ pub struct EvalArgs {
 pub struct GenerateArgs {
     /// A folder of weights, or a run's folder (its newest weights).
     pub checkpoint: PathBuf,
-    /// The text to continue [default: the end of a line, or the first token of the vocabulary].
+    /// The text to continue; may be repeated, for texts that are continued together [default: the
+    /// end of a line, or the first token of the vocabulary].
     #[arg(long)]
-    pub prompt: Option<String>,
+    pub prompt: Vec<String>,
     /// Tokens to add.
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
@@ -243,6 +313,15 @@ pub struct GenerateArgs {
     /// Chooses among the fewest likeliest tokens that together have this probability.
     #[arg(long)]
     pub top_p: Option<f64>,
+    /// Chooses among tokens that are at least this times as likely as the likeliest only.
+    #[arg(long)]
+    pub min_p: Option<f64>,
+    /// Makes tokens that stand in the text less likely; 1 does not.
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Ends a text before this string; may be repeated.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// The same seed makes the same text.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,

@@ -41,6 +41,7 @@
 //! oracle     the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! study      what delay costs: variants over paired seeds, by the oracle
+//! generation  texts that grow                hugging_face  models in and out
 //! cli        what can be typed               commands    the short ones
 //! ```
 //!
@@ -94,5 +95,7 @@ mod worker;
 mod oracle;
 pub mod launch;
 pub mod study;
+pub mod generation;
+pub mod hugging_face;
 pub mod cli;
 pub mod commands;

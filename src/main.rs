@@ -10,7 +10,8 @@ use clap::error::ErrorKind;
 use ouroboros::cli::{self, Cli, Command, DataCommand};
 use ouroboros::error::{Error, Result};
 use ouroboros::{
-    commands, complain, console, control, device, failure, launch, prepare, runtime, study,
+    commands, complain, console, control, device, failure, hugging_face, launch, prepare, runtime,
+    study,
 };
 
 fn main() -> ExitCode {
@@ -71,6 +72,8 @@ fn run(command: Command) -> u8 {
         }
         Command::Study(args) => answer_code(|| study::study(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),
+        Command::Import(args) => answer(|| hugging_face::import(&args.request())),
+        Command::Export(args) => answer(|| hugging_face::export(&args.request())),
         Command::Eval(args) => answer(|| commands::eval(&args)),
         Command::Generate(args) => answer(|| commands::generate(&args)),
         Command::Schedule(args) => answer(|| commands::schedule(&args)),

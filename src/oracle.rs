@@ -25,10 +25,10 @@ use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{self, Dropout, Memory, Stack};
+use crate::model::{self, Dropout, Loss, Memory, Owner, Stack};
 use crate::optim::{Optimizer, UpdateScalars, learning_rate, norm};
 use crate::params::{Layout, UpdateBuffers, zeros};
-use crate::schedule::Tie;
+use crate::schedule::{TableEnd, Tie};
 use crate::setup::Setup;
 
 /// A set of weights with its versions: what one stage of the grid would hold, or the tied table.
@@ -385,7 +385,7 @@ impl Oracle {
         batch: &Batch,
         memories: &mut [Memory],
         dropout: Option<Dropout>,
-    ) -> Result<Tensor> {
+    ) -> Result<Loss> {
         let hidden = self.hidden(weights, batch, memories, dropout)?;
         let last = self.model.len() - 1;
         self.model[last].loss(&weights[last], &hidden, &batch.targets, dropout)
@@ -464,17 +464,39 @@ impl Oracle {
             let mut memories = remembered.unwrap_or_else(|| self.forgetful(config.model.mem_len));
             let loss = self.loss(&weights, &batch, &mut memories, dropout)?;
             self.memories.insert((replica, microbatch), memories);
-            total += self.finite(t, replica, loss.f_double_value(&[])?)?;
-            let leaves: Vec<&Tensor> = leaves.iter().flatten().collect();
-            let gradients = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
-            for (sum, gradient) in sums.iter_mut().zip(&gradients) {
-                let _ = sum.f_add_(gradient)?;
+            total += self.finite(t, replica, loss.value.f_double_value(&[])?)?;
+            for (sum, gradient) in sums.iter_mut().zip(self.backward(&leaves, loss)?) {
+                let _ = sum.f_add_(&gradient)?;
             }
         }
 
         let loss = total / config.microbatches as f64;
         self.reports.send(Report::Loss { replica, step: t, loss })?;
         Ok(Gradients { stages, input, output })
+    }
+
+    /// The gradients of a loss by all leaves: those that are ready with it, and autograd's.
+    fn backward(&self, leaves: &[Vec<Tensor>; 3], loss: Loss) -> Result<Vec<Tensor>> {
+        let [own, input, _] = leaves;
+        let last = self.stages.len() - 1;
+        let of_last = own.len() - self.stages[last].layout.entries.len();
+        let owners = self.model[last].owners();
+        let mut gradients = BTreeMap::new();
+        for (number, gradient) in loss.ready {
+            let leaf = match owners[number] {
+                Owner::Own(own) => of_last + own,
+                Owner::Table(TableEnd::Input, number) => own.len() + number,
+                Owner::Table(TableEnd::Output, number) => own.len() + input.len() + number,
+            };
+            gradients.insert(leaf, gradient);
+        }
+
+        let others = leaves.iter().flatten().enumerate();
+        let (numbers, others): (Vec<usize>, Vec<&Tensor>) =
+            others.filter(|(leaf, _)| !gradients.contains_key(leaf)).unzip();
+        let found = Tensor::f_run_backward(&[&loss.root], &others, false, false)?;
+        gradients.extend(numbers.into_iter().zip(found));
+        Ok(gradients.into_values().collect())
     }
 
     fn finite(&self, step: usize, replica: usize, loss: f64) -> Result<f64> {

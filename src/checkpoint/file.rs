@@ -11,7 +11,7 @@
 //! 4 KiB that the next buffer's first bytes complete. A second thread takes the digest of the same memory meanwhile.
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -120,23 +120,79 @@ impl Content {
         })
     }
 
-    /// Length and header, padded with blanks so that the values begin at a multiple of [`ALIGN`].
-    /// Source: the format, <https://huggingface.co/docs/safetensors>.
     fn head(&self) -> io::Result<Vec<u8>> {
-        let mut end = 0;
-        let info = |(name, shape): &(String, Vec<usize>)| {
-            let begin = end;
-            end += 4 * shape.iter().product::<usize>();
-            (
-                name.clone(),
-                TensorInfo { dtype: Dtype::F32, shape: shape.clone(), data_offsets: (begin, end) },
-            )
-        };
+        let tensors: Vec<(String, Dtype, Vec<usize>)> = self
+            .tensors
+            .iter()
+            .map(|(name, shape)| (name.clone(), Dtype::F32, shape.clone()))
+            .collect();
+        head(&tensors, None)
+    }
+}
 
-        let infos: BTreeMap<String, TensorInfo> = self.tensors.iter().map(info).collect();
-        let mut header = serde_json::to_vec(&infos)?;
-        header.resize((8 + header.len()).next_multiple_of(ALIGN) - 8, b' ');
-        Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
+/// Length and header of a file of tensors in this order, padded with blanks so that the values begin
+/// at a multiple of [`ALIGN`]; with `metadata`, if any.
+/// Source: the format, <https://huggingface.co/docs/safetensors>.
+fn head(
+    tensors: &[(String, Dtype, Vec<usize>)],
+    metadata: Option<HashMap<String, String>>,
+) -> io::Result<Vec<u8>> {
+    let mut end = 0;
+    let mut infos = BTreeMap::new();
+    for (name, dtype, shape) in tensors {
+        let begin = end;
+        end += dtype.size() * shape.iter().product::<usize>();
+        let data_offsets = (begin, end);
+        let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets };
+        infos.insert(name.clone(), serde_json::to_value(info)?);
+    }
+
+    if let Some(metadata) = metadata {
+        infos.insert("__metadata__".to_owned(), serde_json::to_value(metadata)?);
+    }
+
+    let mut header = serde_json::to_vec(&infos)?;
+    header.resize((8 + header.len()).next_multiple_of(ALIGN) - 8, b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
+}
+
+/// A file of tensors whose values come one after the other, so that no more of them than one needs
+/// memory.
+pub struct TensorStream {
+    file: Pieces,
+    hash: Xxh3,
+}
+
+impl TensorStream {
+    /// A file of tensors in this order, each with its name, type and shape.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn create(
+        path: &Path,
+        tensors: &[(String, Dtype, Vec<usize>)],
+        metadata: Option<HashMap<String, String>>,
+    ) -> io::Result<TensorStream> {
+        let mut stream = TensorStream { file: Pieces::create(path)?, hash: Xxh3::new() };
+        stream.put(&head(tensors, metadata)?)?;
+        Ok(stream)
+    }
+
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hash.update(bytes);
+        self.file.put(bytes)
+    }
+
+    /// Waits until everything is on the disk. Gives the file's size and its digest.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn finish(self) -> io::Result<(u64, String)> {
+        Ok((self.file.finish()?, super::hex(&self.hash)))
     }
 }
 

@@ -37,15 +37,19 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-pub use saved::Checkpoint;
+pub use file::TensorStream;
+pub use saved::{Checkpoint, WeightFiles};
 pub use snapshot::{SavedBuffer, Snapshot};
+pub use tensors::Tensors;
 
 use crate::config::{CheckpointConfig, Config};
-use crate::data::{Corpus, Fingerprint, Tokenizer, Vocabulary};
+use crate::data::{Fingerprint, Tokenizer, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files::{self, SEEN};
 
 const MANIFEST: &str = "manifest.json";
+/// What an imported run keeps of the folder that it came from, to be given back by an export.
+pub const SOURCE: &str = "hugging-face";
 /// Of characters or words; a model of bytes needs none.
 const VOCABULARY: &str = "vocabulary.json";
 const FORMAT: u32 = 4;
@@ -152,7 +156,7 @@ impl Manifest {
     /// The manifest of a state at `step`, complete now.
     pub fn new(
         config: &Config,
-        corpus: &Corpus,
+        text: Option<Fingerprint>,
         parameters: usize,
         step: usize,
         pipeline: Pipeline,
@@ -171,7 +175,7 @@ impl Manifest {
             grid: config.grid().to_string(),
             time_ms: now.as_millis() as u64,
             serial: 0,
-            text: Some(corpus.fingerprint().clone()),
+            text,
             shards,
             config: config.settled(),
         }

@@ -1,7 +1,7 @@
 //! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written
 //! them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::fs;
 use std::ops::Range;
@@ -11,7 +11,8 @@ use tch::{Device, Tensor};
 
 use super::tensors::Tensors;
 use super::{
-    MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part,
+    MANIFEST, Manifest, SOURCE, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older,
+    part,
 };
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
@@ -30,7 +31,19 @@ pub struct Checkpoint {
 }
 
 /// Keys of the model that may change when a run goes on: they shape no parameter.
-const FREE: [&str; 6] = ["dropout", "attention_dropout", "tie", "tie_gradient", "init", "init_std"];
+const FREE: [&str; 8] = [
+    "dropout",
+    "attention_dropout",
+    "tie",
+    "tie_gradient",
+    "init",
+    "init_std",
+    "loss_chunk_mib",
+    "z_loss",
+];
+
+/// Why settings of a resumed run are as they were.
+const KEPT: &str = "a resumed run keeps it";
 
 impl Checkpoint {
     /// A saved state, or the newest one of a run's folder.
@@ -139,6 +152,30 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// What its run keeps of an import.
+    pub fn source(&self) -> Option<PathBuf> {
+        let above = self.path.ancestors().skip(1).take(2);
+        above.map(|run| run.join(SOURCE)).find(|source| source.is_dir())
+    }
+
+    /// Copies what its run keeps of an import into the folder of another run.
+    ///
+    /// # Errors
+    /// [`Error::Unwritten`].
+    pub fn carry_source(&self, out: &Path) -> Result<()> {
+        let to = out.join(SOURCE);
+        let Some(from) = self.source().filter(|_| !to.exists()) else { return Ok(()) };
+        let copied = || -> std::io::Result<()> {
+            fs::create_dir_all(&to)?;
+            for entry in fs::read_dir(&from)? {
+                let entry = entry?;
+                files::write(&to.join(entry.file_name()), &files::read(&entry.path())?)?;
+            }
+            Ok(())
+        };
+        copied().map_err(|error| Error::unwritten(&to, error))
+    }
+
     pub fn step(&self) -> usize {
         self.manifest.step
     }
@@ -149,7 +186,7 @@ impl Checkpoint {
     /// [`Error::Config`] with the setting.
     pub fn fits(&self, config: &Config) -> Result<()> {
         let (old, new) = (&self.manifest.config, config);
-        self.fits_model(config)?;
+        self.fits_model(config, KEPT)?;
 
         if old.data.tokenizer != new.data.tokenizer {
             let (old, new) = (old.data.tokenizer.word(), new.data.tokenizer.word());
@@ -190,8 +227,11 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Whether a config's model has the parameters that are saved.
-    fn fits_model(&self, config: &Config) -> Result<()> {
+    /// Whether a config's model has the parameters that are saved; `why` not, if it does not.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the key.
+    pub fn fits_model(&self, config: &Config, why: &str) -> Result<()> {
         let (old, new) = (&self.manifest.config, config);
         let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
         let (before, now) = (json(old), json(new));
@@ -204,21 +244,26 @@ impl Checkpoint {
             };
 
             if before.get(key) != now.get(key) {
-                return self.differs(&format!("model.{key}"), &show(&before), &show(&now));
+                let setting = format!("model.{key}");
+                return self.refuse(&setting, &show(&before), &show(&now), why);
             }
         }
 
         let (old, new) = (old.model.tie, new.model.tie);
         if (old == Tie::Untied) != (new == Tie::Untied) {
-            return self.differs("model.tie", &format!("{old:?}"), &format!("{new:?}"));
+            return self.refuse("model.tie", &format!("{old:?}"), &format!("{new:?}"), why);
         }
 
         Ok(())
     }
 
     fn differs(&self, setting: &str, old: &dyn Display, new: &dyn Display) -> Result<()> {
+        self.refuse(setting, old, new, KEPT)
+    }
+
+    fn refuse(&self, setting: &str, old: &dyn Display, new: &dyn Display, why: &str) -> Result<()> {
         let path = self.path.display();
-        let remedy = format!("{path} was trained with {old}, and a resumed run keeps it");
+        let remedy = format!("{path} was trained with {old}, and {why}");
         Err(Error::config(setting, new, remedy))
     }
 
@@ -307,6 +352,15 @@ impl Checkpoint {
         Ok(flat)
     }
 
+    /// The weights, to be read piece by piece.
+    pub fn weights(&self) -> WeightFiles<'_> {
+        WeightFiles {
+            folder: &self.path,
+            places: index(&self.manifest.shards, &ShardKind::Weights),
+            open: None,
+        }
+    }
+
     /// Goes through the tensors of a layout, each with the file that has it.
     fn visit(
         &self,
@@ -391,6 +445,33 @@ impl Checkpoint {
                 Err(Error::checkpoint(&self.path, problem))
             }
         }
+    }
+}
+
+/// The files of a state's weights, of which one is open at a time.
+pub struct WeightFiles<'a> {
+    folder: &'a Path,
+    places: BTreeMap<&'a str, &'a Shard>,
+    open: Option<(&'a str, Tensors)>,
+}
+
+impl WeightFiles<'_> {
+    /// `count` bytes of a parameter's f32 values, from the `from`-th on.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is missing or has fewer.
+    pub fn bytes(&mut self, name: &str, from: usize, count: usize) -> Result<Vec<u8>> {
+        let shard = self.places.get(name);
+        let shard =
+            shard.ok_or_else(|| Error::checkpoint(self.folder, format!("no parameter {name}")))?;
+        let path = self.folder.join(&shard.file);
+        let file = match &mut self.open {
+            Some((of, file)) if *of == shard.file => file,
+            other => &mut other.insert((&shard.file, Tensors::open(&path)?)).1,
+        };
+
+        let read = file.shape(name).and_then(|_| file.bytes(name, from, count));
+        read.map_err(|problem| Error::checkpoint(&path, problem))
     }
 }
 
@@ -486,7 +567,8 @@ mod tests {
         }
         let pipeline = Pipeline { since: step - 1, delays: vec![1, 0], layers: vec![1, 1] };
         let corpus = Corpus::open(&config.data, 1, 8, None).unwrap();
-        let manifest = Manifest::new(config, &corpus, 22, step, pipeline, shards);
+        let manifest =
+            Manifest::new(config, Some(corpus.fingerprint().clone()), 22, step, pipeline, shards);
         complete(out, &manifest, &Vocabulary::bytes()).unwrap()
     }
 

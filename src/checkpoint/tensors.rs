@@ -47,6 +47,41 @@ impl Tensors {
         Ok(Tensors { file, values: 8 + length, infos })
     }
 
+    /// The names of all tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.infos.keys().map(String::as_str)
+    }
+
+    /// Type and shape of a tensor.
+    pub fn info(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        self.infos.get(name).map(|info| (info.dtype, &info.shape[..]))
+    }
+
+    /// `count` of a tensor's bytes, from its `from`-th on.
+    ///
+    /// # Errors
+    /// What is wrong with it, or what the file system reports.
+    pub fn bytes(
+        &mut self,
+        name: &str,
+        from: usize,
+        count: usize,
+    ) -> std::result::Result<Vec<u8>, String> {
+        let info = self.infos.get(name).ok_or_else(|| format!("no tensor {name}"))?;
+        let (start, end) = info.data_offsets;
+        if from.checked_add(count).is_none_or(|to| to > end - start) {
+            return Err(format!("{name} has {} bytes, not {count} from {from} on", end - start));
+        }
+
+        let mut bytes = vec![0u8; count];
+        let at = SeekFrom::Start(self.values + (start + from) as u64);
+        self.file
+            .seek(at)
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(|error| error.to_string())?;
+        Ok(bytes)
+    }
+
     /// The shape of a tensor of f32.
     ///
     /// # Errors
@@ -66,12 +101,7 @@ impl Tensors {
     pub fn read(&mut self, name: &str) -> std::result::Result<Vec<f32>, String> {
         self.shape(name)?;
         let (start, end) = self.infos[name].data_offsets;
-        let mut bytes = vec![0u8; end - start];
-        let at = SeekFrom::Start(self.values + start as u64);
-        self.file
-            .seek(at)
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|error| error.to_string())?;
+        let bytes = self.bytes(name, 0, end - start)?;
         Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }

@@ -138,6 +138,11 @@ fn kind(schema: &Value, root: &Value) -> String {
         return kinds.join(" or ");
     }
 
+    let named = schema["oneOf"].as_array().into_iter().flatten();
+    if named.clone().next().is_some() && named.clone().all(|one| one["properties"].is_object()) {
+        return "table".to_owned();
+    }
+
     if schema["enum"].is_array() || schema["oneOf"].is_array() || schema["const"].is_string() {
         let words: Vec<String> =
             variants(schema).into_iter().map(|(word, _)| format!("`\"{word}\"`")).collect();
@@ -170,6 +175,9 @@ fn variants(schema: &Value) -> Vec<(&str, Option<String>)> {
     for one in schema["oneOf"].as_array().into_iter().flatten() {
         match one["const"].as_str() {
             Some(word) => words.push((word, text(one))),
+            // A table, by its kind.
+            None if one["properties"].is_object() => words
+                .extend(one["properties"]["kind"]["const"].as_str().map(|word| (word, text(one)))),
             None => words.extend(variants(one)),
         }
     }

@@ -10,8 +10,9 @@ use crate::config::Config;
 use crate::data::{Corpus, Order, Tokenizer, Tokens};
 use crate::device::{self, DeviceSetting, Local};
 use crate::error::{Error, Result};
+use crate::generation::load;
 use crate::metrics::thousands;
-use crate::model::{Dimensions, Memory, ModelConfig, Positions, Stack};
+use crate::model::{Memory, ModelConfig, Stack};
 
 /// Rows of one forward.
 const ROWS: usize = 16;
@@ -76,8 +77,16 @@ fn config(saved: &Config, sets: &[String]) -> Result<Config> {
         eval.tokens = None;
     }
 
-    let ModelConfig { mem_len, clamp_len, same_length, .. } = config.model;
-    if config.model != (ModelConfig { mem_len, clamp_len, same_length, ..saved.model.clone() }) {
+    let ModelConfig { mem_len, clamp_len, same_length, loss_chunk_mib, z_loss, .. } = config.model;
+    let free = ModelConfig {
+        mem_len,
+        clamp_len,
+        same_length,
+        loss_chunk_mib,
+        z_loss,
+        ..saved.model.clone()
+    };
+    if config.model != free {
         let remedy = "of a saved model only mem_len, clamp_len and same_length can be changed";
         return Err(Error::config("--set model", "another model than the saved one", remedy));
     }
@@ -131,27 +140,4 @@ fn loss_sum(
     }
 
     Ok((sum, scored))
-}
-
-/// The whole model with its saved weights.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if they do not fit the config.
-pub(super) fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Stack, Vec<Tensor>)> {
-    let saved = &checkpoint.manifest.config;
-    let learned = config.model.architecture().positions == Positions::Learned;
-    if learned && config.data.sequence > saved.data.sequence {
-        let remedy = format!("the model has positions for {} tokens only", saved.data.sequence);
-        return Err(Error::config("data.sequence", config.data.sequence, remedy));
-    }
-
-    let vocabulary = checkpoint.vocabulary.len();
-    config.model.check_cutoffs(vocabulary)?;
-    let dimensions = Dimensions::new(&config.model, vocabulary, saved.data.sequence);
-    let model = Stack::new(&dimensions, 0..dimensions.layers);
-    let kind = config.precision.kind();
-    let values = checkpoint.values(model.parameters())?;
-    let weights =
-        values.iter().map(|value| value.f_to_kind(kind)).collect::<std::result::Result<_, _>>()?;
-    Ok((model, weights))
 }

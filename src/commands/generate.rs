@@ -1,58 +1,145 @@
-//! `ouroboros generate`: continues a text, one token at a time.
+//! `ouroboros generate`: continues texts, one token at a time.
 
-use tch::{Kind, Tensor};
-
-use super::eval::load;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
 use crate::data::Vocabulary;
 use crate::error::{Error, Result};
-use crate::model::{Memory, Stack};
+use crate::generation::{Reader, Sampling};
 use crate::random;
 
-/// Prints the prompt and what follows it.
+/// Prints the prompts and what follows them: a single one as it grows.
 ///
 /// # Errors
 /// Weights that cannot be used, or settings that make no distribution.
 pub fn generate(args: &GenerateArgs) -> Result<()> {
-    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
-        return Err(Error::config("--temperature", args.temperature, "must be 0 or more"));
-    }
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+    };
 
-    if args.top_k == Some(0) {
-        return Err(Error::config("--top-k", 0, "must be at least 1"));
-    }
-
-    if let Some(top_p) = args.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-        return Err(Error::config("--top-p", top_p, "must be above 0 and at most 1"));
+    sampling.check()?;
+    if args.stop.iter().any(String::is_empty) {
+        return Err(Error::config("--stop", "``", "write at least one character"));
     }
 
     tch::set_num_threads(args.threads.max(1) as i32);
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let config = checkpoint.manifest.config.clone();
-    let (model, weights) = load(&checkpoint, &config)?;
-    let mut text = prompt(&checkpoint.vocabulary, args.prompt.as_deref())?;
-    // A token is read by itself: with so much memory it sees what the last token of a segment has
-    // seen in training.
-    let more = if config.model.same_length || config.model.mem_len == 0 {
-        0
-    } else {
-        config.data.sequence - 1
+    let mut texts: Vec<Growing> = match &args.prompt[..] {
+        [] => vec![Growing::new(&checkpoint.vocabulary, None)?],
+        prompts => prompts
+            .iter()
+            .map(|prompt| Growing::new(&checkpoint.vocabulary, Some(prompt)))
+            .collect::<Result<_>>()?,
     };
 
-    let memory = Memory::new(config.model.mem_len + more);
-    let mut reader = Reader { model, weights, memory, read: 0, config: &config };
-    let mut rng = random::sampling(args.seed);
-    for _ in 0..args.tokens {
-        let last = reader.next(&text)?;
-        text.push(
-            DeviceSetting { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p }
-                .pick(&last, random::unit(&mut rng)) as i64,
-        );
+    let mut tokens: Vec<Vec<i64>> = texts.iter().map(|text| text.tokens.clone()).collect();
+    let mut reader = Reader::new(&checkpoint, &tokens, args.tokens)?;
+    let mut streams: Vec<_> =
+        (0..texts.len()).map(|row| random::sampling(args.seed.wrapping_add(row as u64))).collect();
+    let alone = texts.len() == 1;
+    if alone {
+        texts[0].show(&checkpoint.vocabulary, &args.stop);
     }
 
-    say!("{}", checkpoint.vocabulary.decode(&text));
+    for _ in 0..args.tokens {
+        if texts.iter().all(|text| text.ended) {
+            break;
+        }
+
+        let scores = reader.next(&tokens)?;
+        for (row, text) in texts.iter_mut().enumerate() {
+            // One that has ended is read on with the others, and not looked at.
+            let u = random::unit(&mut streams[row]);
+            let token = sampling.pick(&scores[row], &tokens[row], u) as i64;
+            tokens[row].push(token);
+            text.push(token, &checkpoint.vocabulary, &args.stop);
+        }
+
+        if alone {
+            texts[0].show(&checkpoint.vocabulary, &args.stop);
+        }
+    }
+
+    if alone {
+        texts[0].show_rest(&checkpoint.vocabulary);
+        return Ok(());
+    }
+
+    for (row, text) in texts.iter().enumerate() {
+        let before = if row > 0 { "\n" } else { "" };
+        say!("{before}[{}] {}", row + 1, text.whole(&checkpoint.vocabulary));
+    }
     Ok(())
+}
+
+/// A text, from its prompt on.
+struct Growing {
+    tokens: Vec<i64>,
+    /// Bytes of the prompt, and of what is on the screen.
+    prompt: usize,
+    shown: usize,
+    /// Where a stop string begins.
+    end: Option<usize>,
+    ended: bool,
+}
+
+impl Growing {
+    fn new(vocabulary: &Vocabulary, given: Option<&str>) -> Result<Growing> {
+        let tokens = prompt(vocabulary, given)?;
+        let prompt = vocabulary.decode(&tokens).len();
+        Ok(Growing { tokens, prompt, shown: 0, end: None, ended: false })
+    }
+
+    /// Adds a token; a text that one of `stops` has ended stays as it is.
+    fn push(&mut self, token: i64, vocabulary: &Vocabulary, stops: &[String]) {
+        if self.ended {
+            return;
+        }
+
+        self.tokens.push(token);
+        if stops.is_empty() {
+            return;
+        }
+
+        let text = vocabulary.decode(&self.tokens);
+        let new = text.get(self.prompt..).unwrap_or_default();
+        let found = stops.iter().filter_map(|stop| new.find(stop.as_str())).min();
+        self.end = found.map(|at| self.prompt + at);
+        self.ended = self.end.is_some();
+    }
+
+    fn whole(&self, vocabulary: &Vocabulary) -> String {
+        let mut text = vocabulary.decode(&self.tokens);
+        text.truncate(self.end.unwrap_or(text.len()));
+        text
+    }
+
+    /// Shows what is new, but for a character that is not complete and what may become a stop string.
+    fn show(&mut self, vocabulary: &Vocabulary, stops: &[String]) {
+        let text = self.whole(vocabulary);
+        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let end = if self.ended { text.len() } else { complete.len() - begun(complete, stops) };
+        if end > self.shown {
+            put!("{}", &text[self.shown..end]);
+            self.shown = end;
+        }
+    }
+
+    fn show_rest(&self, vocabulary: &Vocabulary) {
+        say!("{}", self.whole(vocabulary).get(self.shown..).unwrap_or_default());
+    }
+}
+
+/// Bytes at the end of a text by which one of the stop strings may have begun.
+fn begun(text: &str, stops: &[String]) -> usize {
+    let begins = |stop: &String| {
+        let cuts = stop.char_indices().map(|(at, _)| at).rev();
+        cuts.into_iter().find(|cut| text.ends_with(&stop[..*cut])).unwrap_or(0)
+    };
+    stops.iter().map(begins).max().unwrap_or(0)
 }
 
 /// The tokens of the prompt.
@@ -74,120 +161,37 @@ fn prompt(vocabulary: &Vocabulary, given: Option<&str>) -> Result<Vec<i64>> {
     Ok(tokens.into_iter().map(i64::from).collect())
 }
 
-/// A model that reads a text as it grows.
-struct Reader<'a> {
-    model: Stack,
-    weights: Vec<Tensor>,
-    memory: Memory,
-    /// Tokens that the memory has taken in.
-    read: usize,
-    config: &'a crate::config::Config,
-}
-
-impl Reader<'_> {
-    /// Logarithms of the probabilities of what follows `text`. A model with a memory reads what is
-    /// new, a segment at a time; one without reads as much as it was trained on, each time.
-    fn next(&mut self, text: &[i64]) -> Result<Vec<f64>> {
-        let sequence = self.config.data.sequence;
-        if self.config.model.mem_len == 0 {
-            self.read = text.len().saturating_sub(sequence);
-        }
-
-        let mut last = None;
-        while self.read < text.len() {
-            let segment = &text[self.read..text.len().min(self.read + sequence)];
-            last = Some(self.forward(segment)?);
-            self.read += segment.len();
-        }
-
-        last.ok_or_else(|| Error::Internal("nothing new to read".into()))
-    }
-
-    fn forward(&mut self, segment: &[i64]) -> Result<Vec<f64>> {
-        let tokens = Tensor::f_from_slice(segment)?.f_unsqueeze(0)?;
-        tch::no_grad(|| {
-            let hidden = self.model.forward(&self.weights, &tokens, &mut self.memory, None)?;
-            let end = hidden.f_narrow(1, segment.len() as i64 - 1, 1)?;
-            let logits = self.model.log_probabilities(&self.weights, &end)?;
-            logits.f_view([-1])?.f_to_kind(Kind::Double)?.try_into().map_err(Error::from)
-        })
-    }
-}
-
-/// How a token is chosen.
-struct DeviceSetting {
-    temperature: f64,
-    /// Only among this many likeliest tokens.
-    top_k: Option<usize>,
-    /// Only among the fewest likeliest tokens that together have this probability (nucleus
-    /// sampling, Holtzman et al. 2020), at the temperature.
-    top_p: Option<f64>,
-}
-
-impl DeviceSetting {
-    /// The token at `u` in [0, 1) of the distribution softmax(logits / temperature), cut as asked
-    /// for.
-    fn pick(&self, logits: &[f64], u: f64) -> usize {
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-        if self.temperature == 0.0 {
-            return order[0];
-        }
-
-        let weight = |i: &usize| ((logits[*i] - logits[order[0]]) / self.temperature).exp();
-        let mut weights: Vec<f64> = order.iter().map(weight).collect();
-        if let Some(top_p) = self.top_p {
-            let wanted = top_p * weights.iter().sum::<f64>();
-            let mut sum = 0.0;
-            let enough = weights.iter().position(|w| {
-                sum += w;
-                sum >= wanted
-            });
-
-            weights.truncate(enough.map_or(weights.len(), |last| last + 1));
-        }
-
-        weights.truncate(self.top_k.unwrap_or(weights.len()));
-        let mut left = u * weights.iter().sum::<f64>();
-        for (token, weight) in order.iter().zip(&weights) {
-            left -= weight;
-            if left < 0.0 {
-                return *token;
-            }
-        }
-        order[weights.len() - 1]
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn pick(
-        logits: &[f64],
-        temperature: f64,
-        top_k: Option<usize>,
-        top_p: Option<f64>,
-        u: f64,
-    ) -> usize {
-        DeviceSetting { temperature, top_k, top_p }.pick(logits, u)
+    /// A text of bytes that is pushed token by token, as it would be shown.
+    fn shown(prompt: &str, more: &str, stops: &[&str]) -> (String, bool) {
+        let vocabulary = Vocabulary::bytes();
+        let stops: Vec<String> = stops.iter().map(|stop| (*stop).to_owned()).collect();
+        let mut text = Growing::new(&vocabulary, Some(prompt)).unwrap();
+        for byte in more.bytes() {
+            text.push(i64::from(byte), &vocabulary, &stops);
+            let whole = text.whole(&vocabulary);
+            text.show(&vocabulary, &stops);
+            assert!(whole.is_char_boundary(text.shown));
+            assert!(stops.iter().all(|stop| !whole[..text.shown].ends_with(stop.as_str())));
+        }
+        (text.whole(&vocabulary), text.ended)
     }
 
     #[test]
-    fn tokens_are_picked_by_their_probability() {
-        let logits = [1.0, 3.0, 2.0];
-        assert_eq!(pick(&logits, 0.0, None, None, 0.99), 1);
-        assert_eq!(pick(&logits, 1.0, Some(1), None, 0.99), 1);
-        let e = std::f64::consts::E;
-        let total = e + e.powi(2) + e.powi(3);
-        let (first, second) = (e.powi(3) / total, e.powi(2) / total);
-        assert_eq!(pick(&logits, 1.0, None, None, first - 1e-9), 1);
-        assert_eq!(pick(&logits, 1.0, None, None, first + 1e-9), 2);
-        assert_eq!(pick(&logits, 1.0, None, None, first + second + 1e-9), 0);
-        assert_eq!(pick(&logits, 1.0, Some(2), None, 0.999), 2);
-        // 0.665, 0.245, 0.090: the nucleus of 0.6 is one token, that of 0.7 two.
-        assert_eq!(pick(&logits, 1.0, None, Some(0.6), 0.999), 1);
-        assert_eq!(pick(&logits, 1.0, None, Some(0.7), 0.999), 2);
-        assert_eq!(pick(&logits, 1.0, None, Some(1.0), 0.999), 0);
+    fn a_text_ends_before_a_stop_string() {
+        assert_eq!(shown("a.b", "c\n\nd", &["\n\n"]), ("a.bc".to_owned(), true));
+        assert_eq!(shown("a.b", "c.d", &["."]), ("a.bc".to_owned(), true), "not in the prompt");
+        assert_eq!(shown("a", "stst", &["stop", "to"]), ("astst".to_owned(), false));
+        assert_eq!(shown("a", "ststop", &["stop", "to"]), ("asts".to_owned(), true), "the first");
+    }
+
+    #[test]
+    fn characters_are_shown_when_they_are_complete() {
+        assert_eq!(shown("a", "é…ü", &[]), ("aé…ü".to_owned(), false));
+        assert_eq!(begun("abst", &["stop".to_owned()]), 2);
+        assert_eq!(begun("ab", &["stop".to_owned()]), 0);
     }
 }

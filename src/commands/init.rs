@@ -32,7 +32,7 @@ pub fn init(args: &InitArgs) -> Result<()> {
     let shards = snapshot.write(&out, Duration::ZERO)?.shards;
     let manifest = Manifest::new(
         &setup.config,
-        &setup.corpus,
+        Some(setup.corpus.fingerprint().clone()),
         setup.parameters(),
         0,
         setup.pipeline(0),

@@ -5,7 +5,7 @@ use super::{Config, OnNonfinite, bounds};
 use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::{Architecture, Positions};
+use crate::model::Architecture;
 use crate::optim;
 
 /// Sizes of a bucket of gradients.
@@ -102,17 +102,17 @@ fn check_evaluation(config: &Config) -> Result<()> {
         }));
     }
 
-    if architecture.positions == Positions::Learned && config.eval_sequence() > config.data.sequence
-    {
-        let remedy = format!(
-            "the model has positions for data.sequence = {} tokens only",
-            config.data.sequence
-        );
+    let Some(positions) = config.model.learned_positions(config.data.sequence) else {
+        return Ok(());
+    };
 
-        return Err(Error::config("eval.sequence", config.eval_sequence(), remedy));
+    let of = if config.model.positions.is_some() { "model.positions" } else { "data.sequence" };
+    let remedy = format!("the model has positions for {of} = {positions} tokens only");
+    let read = [("data.sequence", config.data.sequence), ("eval.sequence", config.eval_sequence())];
+    match read.into_iter().find(|(_, tokens)| *tokens > positions) {
+        Some((setting, tokens)) => Err(Error::config(setting, tokens, remedy)),
+        None => Ok(()),
     }
-
-    Ok(())
 }
 
 /// What a memory needs of the order in which the text is read.

@@ -240,11 +240,35 @@ impl Config {
         toml::to_string(&self.settled()).unwrap_or_else(|error| format!("# {error}\n"))
     }
 
+    /// What differs from the defaults, and the model's family and sizes in any case.
+    pub fn to_short_toml(&self) -> String {
+        let table = |config: &Config| toml::Table::try_from(config).unwrap_or_default();
+        let mut table_of = table(self);
+        let mut default = table(&Config::default());
+        if let Some(model) = default.get_mut("model").and_then(toml::Value::as_table_mut) {
+            let sizes = ["arch", "layers", "d_model", "heads", "d_ff", "tie"];
+            model.retain(|key, _| !sizes.contains(&key));
+        }
+        leave_out(&mut table_of, &default);
+        toml::to_string(&table_of).unwrap_or_else(|error| format!("# {error}\n"))
+    }
+
     /// The grid that is asked for.
     pub fn grid(&self) -> Grid {
         let (placement, order) = (self.grid.placement, self.grid.order);
         Grid { placement, order, ..Grid::line(self.grid.stages, self.grid.replicas) }
     }
+}
+
+/// Takes out of a table what is as in another, and what is empty then.
+fn leave_out(table: &mut toml::Table, default: &toml::Table) {
+    table.retain(|key, value| match (value, default.get(key)) {
+        (toml::Value::Table(inner), Some(toml::Value::Table(default))) => {
+            leave_out(inner, default);
+            !inner.is_empty()
+        }
+        (value, default) => default != Some(&*value),
+    });
 }
 
 #[cfg(test)]
@@ -363,7 +387,7 @@ mod tests {
     #[test]
     fn errors_name_setting_value_and_remedy() {
         insta::assert_snapshot!(error("[model]\nd_modle = 3", &[]), @r"
-        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_head`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `shared_biases`, `norm`, `final_norm`, `init`, `init_std`, `attention_dropout`
+        setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_head`, `kv_heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `vocabulary`, `positions`, `rope_theta`, `rope_scaling`, `attention_bias`, `qk_norm`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `shared_biases`, `norm`, `norm_eps`, `final_norm`, `init`, `init_std`, `attention_dropout`, `loss_chunk_mib`, `z_loss`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
         setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`

@@ -92,8 +92,14 @@ impl Commits {
         let mib = files.iter().map(|file| file.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
         let pipeline = self.setup.pipeline(self.setup.schedule.since(step));
         let Setup { config, corpus, .. } = &*self.setup;
-        let mut manifest =
-            Manifest::new(config, corpus, self.setup.parameters(), step, pipeline, files);
+        let mut manifest = Manifest::new(
+            config,
+            Some(corpus.fingerprint().clone()),
+            self.setup.parameters(),
+            step,
+            pipeline,
+            files,
+        );
         manifest.serial = self.serial;
         self.serial = self.serial.saturating_add(1);
         self.newest =

@@ -91,6 +91,10 @@ impl Coordinator {
         let lock = FolderLock::take(out)?;
         files::write(&out.join("config.toml"), setup.config.to_toml().as_bytes()).map_err(wrong)?;
 
+        if let Some(saved) = setup.resumed.as_ref().or(setup.initial.as_ref()) {
+            saved.carry_source(out)?;
+        }
+
         let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
         let json = JsonLines::begin(out, setup.resumed.as_ref().map(|_| start))?;
         let terminal = Progress::new(config.steps, start, config.data.tokenizer);

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
 
-use super::job::Job;
+use super::job::{Job, Origin};
 use crate::checkpoint::Checkpoint;
 use crate::comm::mpi::{self, Identity, World};
 use crate::data::Fingerprint;
@@ -54,25 +54,24 @@ pub(super) fn setup_of_rank(job: &Job, world: &World) -> Result<(Setup, Option<T
     Ok((setup, topology))
 }
 
-/// The setup that goes on from what rank 0 has found and verified.
-pub(super) fn resumed(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
-    let found = if world.identity.rank == 0 { job.saved(&setup) } else { Ok(None) };
-    let path = found
-        .as_ref()
-        .ok()
-        .and_then(Option::as_ref)
-        .map(|saved| saved.path.as_os_str().as_bytes().to_vec());
-    let all = world.all_gather(path.unwrap_or_default())?;
-    let saved = match found? {
-        Some(saved) => Some(saved),
-        None if all[0].is_empty() => None,
-        None => Some(Checkpoint::read_manifest(Path::new(OsStr::from_bytes(&all[0])))?),
+/// The setup that begins where rank 0 has found and verified.
+pub(super) fn begun(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
+    let first = world.identity.rank == 0;
+    let found = if first { job.origin(&setup) } else { Ok(Origin::Nothing) };
+    let told = match &found {
+        Ok(Origin::State(saved)) => [b"s", saved.path.as_os_str().as_bytes()].concat(),
+        Ok(Origin::Weights(saved)) => [b"w", saved.path.as_os_str().as_bytes()].concat(),
+        Ok(Origin::Nothing) | Err(_) => Vec::new(),
     };
 
-    match saved {
-        Some(saved) => setup.resume(saved),
-        None => Ok(setup),
+    let all = world.all_gather(told)?;
+    let mut origin = found?;
+    if let Some((kind, path)) = all[0].split_first().filter(|_| !first) {
+        let saved = Checkpoint::read_manifest(Path::new(OsStr::from_bytes(path)))?;
+        origin = if *kind == b's' { Origin::State(saved) } else { Origin::Weights(saved) };
     }
+
+    origin.begin(setup)
 }
 
 /// Refuses ranks that are not on the nodes where the topology has them.

@@ -32,6 +32,30 @@ pub enum Transport {
     Nccl,
 }
 
+/// Where a run begins.
+pub(super) enum Origin {
+    /// Weights of its own, by its seed.
+    Nothing,
+    /// Those of a saved state, at step 0.
+    Weights(Checkpoint),
+    /// A state that it goes on from.
+    State(Checkpoint),
+}
+
+impl Origin {
+    /// The setup of the run.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about a setting that would make another run, or model, of it.
+    pub fn begin(self, setup: Setup) -> Result<Setup> {
+        match self {
+            Origin::Nothing => Ok(setup),
+            Origin::Weights(saved) => setup.begin_with(saved),
+            Origin::State(saved) => setup.resume(saved),
+        }
+    }
+}
+
 /// What `train` is asked to do.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -47,6 +71,8 @@ pub struct Job {
     /// Go on from this saved state, or the newest in this folder; an empty path is the run's own
     /// folder.
     pub resume: Option<PathBuf>,
+    /// Begin with the weights of this saved state, or the newest in this folder.
+    pub init: Option<PathBuf>,
     pub mode: Mode,
     /// Steps of a run that only measures; none: as many as the schedule needs.
     pub steps: Option<usize>,
@@ -63,8 +89,21 @@ impl Job {
         mode: Mode,
     ) -> Job {
         let (topology, self_test, oracle) = (None, false, false);
-        let (resume, steps) = (None, None);
-        Job { config, sets, grid, out, transport, topology, self_test, oracle, resume, mode, steps }
+        let (resume, init, steps) = (None, None, None);
+        Job {
+            config,
+            sets,
+            grid,
+            out,
+            transport,
+            topology,
+            self_test,
+            oracle,
+            resume,
+            init,
+            mode,
+            steps,
+        }
     }
 
     /// The setup, and the machine that it is for if that is described.
@@ -142,13 +181,13 @@ impl Job {
         Mode { inject, ..self.mode.clone() }
     }
 
-    /// The saved state to go on from; none if the run begins.
+    /// Where the run begins.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is none to use.
-    pub(super) fn saved(&self, setup: &Setup) -> Result<Option<Checkpoint>> {
-        match &self.resume {
-            None => Ok(None),
+    /// [`Error::Checkpoint`] if there is no state, or are no weights, to use.
+    pub(super) fn origin(&self, setup: &Setup) -> Result<Origin> {
+        let resumed = match &self.resume {
+            None => None,
             Some(own) if own.as_os_str().is_empty() => {
                 let out = self.out(setup);
                 let found = Checkpoint::newest(&out)?;
@@ -156,9 +195,15 @@ impl Job {
                     say!("no checkpoint in {} yet: starting at step 0", out.display());
                 }
 
-                Ok(found)
+                found
             }
-            Some(path) => Checkpoint::open(path).map(Some),
+            Some(path) => Some(Checkpoint::open(path)?),
+        };
+
+        match (resumed, &self.init) {
+            (Some(state), _) => Ok(Origin::State(state)),
+            (None, Some(path)) => Checkpoint::open(path).map(Origin::Weights),
+            (None, None) => Ok(Origin::Nothing),
         }
     }
 

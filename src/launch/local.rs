@@ -42,10 +42,7 @@ fn prepare(
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
     let setup = setup.with_device(chosen.device());
-    let setup = match job.saved(&setup)? {
-        Some(saved) => setup.resume(saved)?,
-        None => setup,
-    };
+    let setup = job.origin(&setup)?.begin(setup)?;
 
     check(&setup, &chosen)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));

@@ -117,6 +117,10 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
         );
     }
 
+    if let Some(saved) = &setup.initial {
+        say!("starting with the weights of {} (step {})", saved.path.display(), saved.step());
+    }
+
     if let Some(injection) = inject {
         say!("a fault on purpose: {injection}");
     }

@@ -9,7 +9,7 @@ use tch::Device;
 
 use super::agree::together;
 use super::checks::{
-    enough_memory, hosts, on_their_nodes, resumed, same_everywhere, same_folder, setup_of_rank,
+    begun, enough_memory, hosts, on_their_nodes, same_everywhere, same_folder, setup_of_rank,
 };
 use super::devices::{apart, carried, chosen};
 use super::job::{Job, Transport};
@@ -65,7 +65,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     together(world, || apart(world, &setup.config, &chosen))?;
     let carried = together(world, || carried(job.transport, &chosen, world.identity.size))?;
     let setup = setup.with_device(chosen.device());
-    let setup = Arc::new(together(world, || resumed(job, world, setup))?);
+    let setup = Arc::new(together(world, || begun(job, world, setup))?);
     together(world, || same_everywhere(world, &setup))?;
     together(world, || on_their_nodes(topology.as_ref(), world))?;
     together(world, || enough_memory(job, world, &setup, &chosen))?;

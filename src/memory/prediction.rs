@@ -116,7 +116,8 @@ impl Prediction {
         let hidden = tokens * setup.config.model.d_model as u64 * value;
         // What is f32 in any precision.
         let wide = tokens * stack.entries_per_token() as u64 * (VALUE - value);
-        let saved = tokens * stack.saved_per_token() as u64 * value + wide;
+        let saved =
+            tokens * stack.saved_per_token() as u64 * value + wide + stack.saved() as u64 * VALUE;
         let held = schedule.activations_held(place.stage) as u64;
         // A message each way to every neighbour; on a GPU those sent until the host, which is
         // ahead, sees that they have left.
@@ -133,7 +134,8 @@ impl Prediction {
             Recompute::Nothing | Recompute::Stage => stack.transient_per_token(),
         };
 
-        let transient = (tokens * per_token as u64 + stack.transient() as u64) * value;
+        let chunk = stack.chunk(setup.rows * setup.config.data.sequence) as u64 * VALUE;
+        let transient = (tokens * per_token as u64 + stack.transient() as u64) * value + chunk;
         // The attention's backward adds up the queries' gradient in f32.
         let queries = if setup.device.is_cuda() { hidden / value * VALUE } else { 0 };
         let transient = transient + 2 * wide + messages + queries;
@@ -315,5 +317,6 @@ fn evaluation(setup: &Setup, stack: &Stack) -> u64 {
     let work = setup.config.eval_sequence() * stack.evaluation_per_token();
     let wide =
         setup.config.eval_sequence() * 2 * stack.entries_per_token() * (VALUE as usize - value);
-    (rows * ((remembered + work) * value + wide)) as u64
+    let chunk = stack.chunk(rows * setup.config.eval_sequence()) * VALUE as usize;
+    (rows * ((remembered + work) * value + wide) + chunk) as u64
 }

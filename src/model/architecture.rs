@@ -1,10 +1,10 @@
 //! What tells one family of models from another, as a record: every question that the rest of the
 //! program has is a field, so a new family cannot leave one unanswered. A family is a file with its
-//! layer and its record (`gpt`, `xl`) and a line in the list here.
+//! layer and its record (`gpt`, `gpt2`, `llama`, `xl`) and a line in the list here.
 
 use std::ops::Range;
 
-use super::{Arch, Dimensions, Layer, Norm, gpt, xl};
+use super::{Arch, Dimensions, Layer, Norm, gpt, gpt2, llama, xl};
 use crate::error::Error;
 
 /// Layers, from the first to the last.
@@ -19,8 +19,9 @@ pub struct Architecture {
     /// Where its layers may normalise; the first is the default. With [`Norm::Pre`] the head
     /// normalises once more.
     pub norms: &'static [Norm],
-    /// The embedding is multiplied by sqrt(D) on its way in, also where it is not tied.
-    pub scales_embedding: bool,
+    /// Normalisations divide by the root of the mean square, and have no bias.
+    pub rms_norm: bool,
+    pub embedding_scale: EmbeddingScale,
     /// Logits have a bias.
     pub head_bias: bool,
     /// Hidden states are dropped before the head.
@@ -41,22 +42,41 @@ pub enum Positions {
     Learned,
     /// In the attention, by distance: any length.
     Relative,
+    /// Queries and keys are turned by their place: any length.
+    Rotary,
+}
+
+/// Where the embedding is multiplied by sqrt(D) on its way in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EmbeddingScale {
+    Always,
+    /// Where head and embedding share a table, whose rows are small enough for the head and would be
+    /// lost among the other inputs (Vaswani et al. 2017, section 3.4).
+    WhereTied,
+    Never,
 }
 
 /// All of them.
-const ALL: [Arch; 2] = [Arch::Transformer, Arch::TransformerXl];
+const ALL: [Arch; 4] = [Arch::Transformer, Arch::Gpt2, Arch::Llama, Arch::TransformerXl];
 
 impl Arch {
     /// What it is.
     pub fn architecture(self) -> &'static Architecture {
         match self {
             Arch::Transformer => &gpt::ARCHITECTURE,
+            Arch::Gpt2 => &gpt2::ARCHITECTURE,
+            Arch::Llama => &llama::ARCHITECTURE,
             Arch::TransformerXl => &xl::ARCHITECTURE,
         }
     }
 }
 
 impl Architecture {
+    /// Whether queries and keys are turned by their place, and those that share keys come in groups.
+    pub fn is_rotary(&self) -> bool {
+        self.positions == Positions::Rotary
+    }
+
     /// A key that this family does not have, and those that `have` it.
     pub fn refuse(
         setting: &str,

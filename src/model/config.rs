@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::TABLE_STD;
-use super::architecture::Architecture;
+use super::architecture::{Architecture, Positions};
 use crate::error::{Error, Result};
 use crate::schedule::Tie;
 
@@ -13,6 +13,11 @@ use crate::schedule::Tie;
 pub enum Arch {
     /// Pre-LN decoder with learned positions, GELU and causal attention.
     Transformer,
+    /// GPT-2 exactly: its GELU, and no scale of the embedding.
+    Gpt2,
+    /// Llama, Qwen2, Qwen3, Mistral, SmolLM2: RMSNorm, rotary positions, SwiGLU, shared keys and
+    /// values.
+    Llama,
     /// Segment recurrence, relative positions, ReLU; post-LN unless asked otherwise.
     #[serde(rename = "transformer-xl")]
     TransformerXl,
@@ -40,6 +45,43 @@ pub enum InitKind {
     Normal,
 }
 
+/// Which products of a Llama's attention have a bias.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionBias {
+    /// None of them.
+    #[default]
+    None,
+    /// Queries, keys and values, as in Qwen2.
+    Qkv,
+    /// The output too.
+    All,
+}
+
+/// How rotary positions are stretched for texts that are longer than those a model began with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// All frequencies by one factor.
+    Linear {
+        /// What they are divided by.
+        factor: f64,
+    },
+    /// Slow waves by a factor, fast ones not at all, as in Llama 3.1.
+    Llama3 {
+        /// What slow frequencies are divided by.
+        factor: f64,
+        /// Waves of which fewer go into `original_positions` are slow.
+        low_freq_factor: f64,
+        /// Waves of which more go into them are fast.
+        high_freq_factor: f64,
+        /// The longest text that the model began with, tokens.
+        original_positions: usize,
+    },
+}
+
 fn is_false(value: &bool) -> bool {
     !value
 }
@@ -59,6 +101,10 @@ pub struct ModelConfig {
     /// Width of a head; none: `d_model / heads`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub d_head: Option<usize>,
+    /// Llama: heads of keys and values, each of which serves `heads / kv_heads` queries; none:
+    /// `heads`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
     /// Width of the feed-forward, F.
     pub d_ff: usize,
     /// After the embedding and on both branches of every layer; in a Transformer-XL also on the
@@ -73,6 +119,26 @@ pub struct ModelConfig {
     /// of Transformer-XL.
     #[serde(skip_serializing_if = "is_false")]
     pub project_all: bool,
+    /// Tokens that the tables have rows for; none: as many as the text has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<usize>,
+    /// The longest text, tokens: rows of learned positions, and what an exported model says of
+    /// rotary ones; none: `data.sequence`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub positions: Option<usize>,
+    /// Llama: the base of the rotary positions' frequencies; none: 10000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
+    /// Llama: how rotary positions are stretched, as in `{ kind = "linear", factor = 2.0 }` or
+    /// `{ kind = "llama3", factor = 8.0, low_freq_factor = 1.0, high_freq_factor = 4.0,
+    /// original_positions = 8192 }`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Llama: products of the attention that have a bias.
+    pub attention_bias: AttentionBias,
+    /// Llama: an RMSNorm of every head's queries and keys, as in Qwen3.
+    #[serde(skip_serializing_if = "is_false")]
+    pub qk_norm: bool,
     /// Width of the embedding's rows; none: `d_model`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embedding_width: Option<usize>,
@@ -104,6 +170,9 @@ pub struct ModelConfig {
     /// By default post for a Transformer-XL; a Transformer is pre.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm: Option<Norm>,
+    /// What normalisations add before they take a root; none: 1e-5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm_eps: Option<f64>,
     /// Whether the head normalises once more; by default where the layers normalise before their
     /// branches. The public Transformer-XL does not.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,6 +184,12 @@ pub struct ModelConfig {
     pub init_std: Option<f64>,
     /// Of the attention's probabilities (Transformer-XL).
     pub attention_dropout: f64,
+    /// Logits are made for so many tokens at a time that they take no more than this, MiB (without
+    /// `cutoffs`, whose softmaxes are short).
+    pub loss_chunk_mib: usize,
+    /// What the square of the softmax's logarithmic normaliser costs: 1e-4 keeps logits from
+    /// drifting away. It is in the gradient, not in the loss that is told.
+    pub z_loss: f64,
 }
 
 impl ModelConfig {
@@ -131,6 +206,16 @@ impl ModelConfig {
     /// Whether the head normalises once more.
     pub fn final_norm(&self) -> bool {
         self.final_norm.unwrap_or(self.norm() == Norm::Pre)
+    }
+
+    /// What normalisations add before they take a root.
+    pub fn norm_eps(&self) -> f64 {
+        self.norm_eps.unwrap_or(1e-5)
+    }
+
+    /// The base of the rotary positions' frequencies.
+    pub fn rope_theta(&self) -> f64 {
+        self.rope_theta.unwrap_or(10_000.0)
     }
 
     /// Whether every key can be used, by itself and with the others of the section.
@@ -172,8 +257,19 @@ impl ModelConfig {
             ));
         }
 
+        Error::unless_at_least_one("model.vocabulary", self.vocabulary.unwrap_or(1))?;
+        Error::unless_at_least_one("model.positions", self.positions.unwrap_or(1))?;
+        Error::unless_at_least_one("model.loss_chunk_mib", self.loss_chunk_mib)?;
+        Error::unless(self.norm_eps() > 0.0, "model.norm_eps", self.norm_eps(), "must be above 0")?;
+        Error::unless(self.z_loss >= 0.0, "model.z_loss", self.z_loss, "must be 0 or more")?;
+        if self.z_loss > 0.0 && !self.cutoffs.is_empty() {
+            let remedy = "means something without model.cutoffs only";
+            return Err(Error::config("model.z_loss", self.z_loss, remedy));
+        }
+
         self.check_widths()?;
-        self.check_architecture()
+        self.check_architecture()?;
+        self.check_rotary()
     }
 
     /// Widths of embedding and head, and what a tie needs of them.
@@ -224,6 +320,40 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Heads and positions of a Llama.
+    fn check_rotary(&self) -> Result<()> {
+        let groups = self.kv_heads.unwrap_or(self.heads);
+        let divides = groups > 0 && self.heads.is_multiple_of(groups);
+        let remedy = format!("must divide model.heads = {}", self.heads);
+        Error::unless(divides, "model.kv_heads", groups as f64, &remedy)?;
+
+        let theta = self.rope_theta();
+        let usable = theta > 0.0 && theta.is_finite();
+        Error::unless(usable, "model.rope_theta", theta, "must be above 0")?;
+        let width = self.d_head.unwrap_or(self.d_model / self.heads);
+        if self.architecture().is_rotary() && !width.is_multiple_of(2) {
+            let remedy = "rotary positions turn pairs of values: a head's width must be even";
+            return Err(Error::config("model.d_head", width, remedy));
+        }
+
+        let (factor, waves) = match &self.rope_scaling {
+            None => return Ok(()),
+            Some(RopeScaling::Linear { factor }) => (*factor, None),
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_positions,
+            }) => (*factor, Some((*low_freq_factor, *high_freq_factor, *original_positions))),
+        };
+
+        Error::unless(factor > 0.0, "model.rope_scaling.factor", factor, "must be above 0")?;
+        let Some((low, high, original)) = waves else { return Ok(()) };
+        Error::unless_at_least_one("model.rope_scaling.original_positions", original)?;
+        let remedy = format!("must be above 0 and below high_freq_factor = {high}");
+        Error::unless(low > 0.0 && low < high, "model.rope_scaling.low_freq_factor", low, &remedy)
+    }
+
     /// Keys that only some architectures have.
     fn check_architecture(&self) -> Result<()> {
         let architecture = self.architecture();
@@ -241,6 +371,31 @@ impl ModelConfig {
             })?;
         }
 
+        let rotary = [
+            ("model.kv_heads", self.kv_heads.map(|heads| heads.to_string())),
+            ("model.rope_theta", self.rope_theta.map(|theta| theta.to_string())),
+            (
+                "model.rope_scaling",
+                self.rope_scaling.as_ref().map(|scaling| format!("{scaling:?}")),
+            ),
+            (
+                "model.attention_bias",
+                given(self.attention_bias != AttentionBias::None, "a bias".into()),
+            ),
+            ("model.qk_norm", given(self.qk_norm, "true".into())),
+        ];
+
+        for (setting, found) in rotary.into_iter().filter(|_| !architecture.is_rotary()) {
+            found.map_or(Ok(()), |found| {
+                Err(Architecture::refuse(setting, found, Architecture::is_rotary))
+            })?;
+        }
+
+        let has_positions = |other: &Architecture| other.positions != Positions::Relative;
+        if let Some(positions) = self.positions.filter(|_| !has_positions(architecture)) {
+            return Err(Architecture::refuse("model.positions", positions, has_positions));
+        }
+
         if !architecture.norms.contains(&self.norm()) {
             let word = if self.norm() == Norm::Post { "post" } else { "pre" };
             return Err(Architecture::refuse("model.norm", word, |other| {
@@ -256,6 +411,27 @@ impl ModelConfig {
         }
 
         Ok(())
+    }
+
+    /// Rows of the tables for a text of so many tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `model.vocabulary`, if there are fewer.
+    pub fn table_rows(&self, tokens: usize) -> Result<usize> {
+        match self.vocabulary {
+            Some(rows) if rows < tokens => {
+                let remedy = format!("the text has {tokens} tokens; make it as many, or more");
+                Err(Error::config("model.vocabulary", rows, remedy))
+            }
+            rows => Ok(rows.unwrap_or(tokens)),
+        }
+    }
+
+    /// Positions that are learned, of a model that begins with sequences of `sequence` tokens; none:
+    /// any length can be read.
+    pub fn learned_positions(&self, sequence: usize) -> Option<usize> {
+        let learned = self.architecture().positions == Positions::Learned;
+        learned.then(|| self.positions.unwrap_or(sequence))
     }
 
     /// Whether the clusters of the vocabulary fit it.
@@ -296,11 +472,18 @@ impl Default for ModelConfig {
             d_model: 128,
             heads: 4,
             d_head: None,
+            kv_heads: None,
             d_ff: 512,
             dropout: 0.0,
             cutoffs: Vec::new(),
             div_val: 1,
             project_all: false,
+            vocabulary: None,
+            positions: None,
+            rope_theta: None,
+            rope_scaling: None,
+            attention_bias: AttentionBias::None,
+            qk_norm: false,
             embedding_width: None,
             head_width: None,
             embedding_std: TABLE_STD,
@@ -311,10 +494,13 @@ impl Default for ModelConfig {
             same_length: false,
             shared_biases: false,
             norm: None,
+            norm_eps: None,
             final_norm: None,
             init: InitKind::Scaled,
             init_std: None,
             attention_dropout: 0.0,
+            loss_chunk_mib: 16,
+            z_loss: 0.0,
         }
     }
 }

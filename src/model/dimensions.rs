@@ -1,7 +1,10 @@
 //! The sizes that every layer is made from.
 
+use super::architecture::EmbeddingScale;
+use super::cross_entropy::LossSettings;
 use super::parameter::FirstValues;
-use super::{Architecture, ModelConfig, Norm, TABLE_STD, clusters};
+use super::rotary::Rope;
+use super::{Architecture, AttentionBias, ModelConfig, Norm, TABLE_STD, clusters};
 use crate::schedule::Tie;
 
 /// The sizes that every layer is made from.
@@ -12,9 +15,13 @@ pub struct Dimensions {
     pub heads: i64,
     /// W, the width of a head.
     pub d_head: i64,
+    /// Heads of keys and values, each for `heads / kv_heads` queries.
+    pub kv_heads: i64,
     pub d_ff: i64,
     pub vocabulary: i64,
     pub sequence: i64,
+    /// Rows of learned positions.
+    pub positions: i64,
     pub dropout: f64,
     /// Tokens after which a new cluster of the vocabulary begins.
     pub cutoffs: Vec<i64>,
@@ -45,6 +52,15 @@ pub struct Dimensions {
     /// Normalisation before the head.
     pub final_norm: bool,
     pub attention_dropout: f64,
+    /// What normalisations add before they take a root.
+    pub norm_eps: f64,
+    /// Queries, keys and values have biases; the attention's output has one.
+    pub qkv_bias: bool,
+    pub out_bias: bool,
+    /// Every head's queries and keys are normalised.
+    pub qk_norm: bool,
+    pub(super) rope: Rope,
+    pub(super) loss: LossSettings,
     pub(super) first_values: FirstValues,
 }
 
@@ -54,12 +70,29 @@ impl Dimensions {
         self.heads * self.d_head
     }
 
+    /// G, the width of all heads of keys together.
+    pub fn key_width(&self) -> i64 {
+        self.kv_heads * self.d_head
+    }
+
+    /// What the embedding is multiplied by on its way in; none: it is not.
+    pub fn embedding_scale(&self) -> Option<f64> {
+        let scaled = match self.architecture.embedding_scale {
+            EmbeddingScale::Always => true,
+            EmbeddingScale::WhereTied => self.tied,
+            EmbeddingScale::Never => false,
+        };
+        scaled.then(|| (self.d_model as f64).sqrt() * self.table_scales()[0])
+    }
+
     /// What a tied table's rows are multiplied by, as embedding and as head. Rows that begin larger
     /// make the same embedding at first, of which a step of the same length moves less: a learning
     /// rate of its own, for optimizers whose steps do not depend on the gradient's length. A head
-    /// that moved as much less would learn too slowly, so it takes the root of that.
+    /// that moved as much less would learn too slowly, so it takes the root of that. Families whose
+    /// embedding is never scaled keep their tables as they are.
     pub fn table_scales(&self) -> [f64; 2] {
-        let scale = if self.tied { TABLE_STD / self.embedding_std } else { 1.0 };
+        let scaled = self.tied && self.architecture.embedding_scale != EmbeddingScale::Never;
+        let scale = if scaled { TABLE_STD / self.embedding_std } else { 1.0 };
         [scale, scale.sqrt()]
     }
 
@@ -71,10 +104,12 @@ impl Dimensions {
             d_model: model.d_model as i64,
             heads: model.heads as i64,
             d_head: model.d_head.unwrap_or(model.d_model / model.heads) as i64,
+            kv_heads: model.kv_heads.unwrap_or(model.heads) as i64,
             d_ff: model.d_ff as i64,
 
             vocabulary: vocabulary as i64,
             sequence: sequence as i64,
+            positions: model.positions.unwrap_or(sequence) as i64,
             dropout: model.dropout,
             shares: clusters::zipf(&cutoffs, vocabulary as i64),
             cutoffs,
@@ -94,6 +129,12 @@ impl Dimensions {
             pre_norm: model.norm() == Norm::Pre,
             final_norm: model.final_norm(),
             attention_dropout: model.attention_dropout,
+            norm_eps: model.norm_eps(),
+            qkv_bias: model.attention_bias != AttentionBias::None,
+            out_bias: model.attention_bias == AttentionBias::All,
+            qk_norm: model.qk_norm,
+            rope: Rope { theta: model.rope_theta(), scaling: model.rope_scaling.clone() },
+            loss: LossSettings { chunk: model.loss_chunk_mib << 20, z_loss: model.z_loss },
             first_values: FirstValues::new(
                 model.init,
                 model.init_std.unwrap_or(TABLE_STD),

@@ -7,6 +7,7 @@
 use tch::Tensor;
 
 use super::clusters::{Cluster, clusters, tables};
+use super::rotary::Places;
 use super::{Dimensions, Dropout, Init, Layer, Parameter, Positions, Remembered, Role};
 use crate::device::to_device;
 use crate::error::Result;
@@ -95,7 +96,7 @@ impl Layer for Embedding {
 
         parameters.iter_mut().for_each(|parameter| parameter.tied = self.d.tied);
         if self.d.architecture.positions == Positions::Learned {
-            let shape = [self.d.sequence, self.d.d_model];
+            let shape = [self.d.positions, self.d.d_model];
             let init = Init::Normal(self.d.embedding_std);
             parameters.push(Parameter::new(
                 "embedding.positions".into(),
@@ -107,25 +108,33 @@ impl Layer for Embedding {
         parameters
     }
 
-    /// `x`: [B, t] with t <= T, on the host -> [B, t, D].
+    /// `x`: [B, t] with no more tokens than there are positions, on the host -> [B, t, D].
     fn forward(
         &self,
         weights: &[Tensor],
         x: &Tensor,
-        _: &mut Remembered,
+        remembered: &mut Remembered,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
         let mut weights = weights.iter();
         let mut hidden = self.lookup(&mut weights, x)?;
-        if self.d.tied || self.d.architecture.scales_embedding {
-            // A table whose rows are small enough for the head would be lost among the other inputs
-            // (Vaswani et al. 2017, section 3.4).
-            let [scale, _] = self.d.table_scales();
-            hidden = hidden.f_mul_scalar((self.d.d_model as f64).sqrt() * scale)?;
+        if let Some(scale) = self.d.embedding_scale() {
+            hidden = hidden.f_mul_scalar(scale)?;
         }
 
+        let t = x.size()[1];
         if let Some(positions) = weights.next() {
-            hidden = hidden.f_add(&positions.f_narrow(0, 0, x.size()[1])?)?;
+            let rows = match remembered.places(t, positions.device())? {
+                Places::From(first) => positions.f_narrow(0, first, t)?,
+                Places::Each { numbers, .. } => {
+                    Tensor::f_embedding(positions, &numbers, -1, false, false)?
+                }
+            };
+            hidden = hidden.f_add(&rows)?;
+        }
+
+        if let Some(cache) = remembered.cache() {
+            cache.advance(t);
         }
 
         match dropout {

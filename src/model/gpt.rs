@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-use super::architecture::Blocks;
+use super::architecture::{Blocks, EmbeddingScale};
+use super::attention::causal;
 use super::linear::linear;
 use super::parameter::FirstValues;
 use super::{
@@ -19,14 +20,34 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "transformer",
     positions: Positions::Learned,
     norms: &[Norm::Pre],
-    scales_embedding: false,
+    rms_norm: false,
+    embedding_scale: EmbeddingScale::WhereTied,
     head_bias: false,
     head_dropout: false,
     has_memory: false,
     has_attention_dropout: false,
     block_cost,
-    blocks,
+    blocks: |d, run| blocks(d, run, Gelu::Exact),
 };
+
+/// How GELU is computed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Gelu {
+    /// By the error function.
+    Exact,
+    /// By a hyperbolic tangent near it, as in GPT-2's code.
+    Tanh,
+}
+
+impl Gelu {
+    /// libtorch's name.
+    fn approximate(self) -> &'static str {
+        match self {
+            Gelu::Exact => "none",
+            Gelu::Tanh => "tanh",
+        }
+    }
+}
 
 /// `4 D A + 2 D F` for the matrices, `T A` for causal attention.
 fn block_cost(d: &Dimensions) -> f64 {
@@ -35,19 +56,25 @@ fn block_cost(d: &Dimensions) -> f64 {
     4.0 * dm * a + 2.0 * dm * f + t * a
 }
 
-fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
-    run.map(|layer| Box::new(Block { d: d.clone(), layer }) as Box<dyn Layer>).collect()
+pub(super) fn blocks(d: &Dimensions, run: Range<usize>, gelu: Gelu) -> Blocks {
+    run.map(|layer| Box::new(Block { d: d.clone(), layer, gelu }) as Box<dyn Layer>).collect()
 }
 
 struct Block {
     d: Dimensions,
     /// Number of the layer in the whole model, from 0.
     layer: usize,
+    gelu: Gelu,
 }
 
 impl Block {
     /// [B, T, D] -> [B, T, D]: causal multi-head attention, `softmax(q k' / sqrt(W)) v` a head.
-    fn attention(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+    fn attention(
+        &self,
+        weights: &[Tensor],
+        x: &Tensor,
+        remembered: &mut Remembered,
+    ) -> Result<Tensor> {
         let [qkv, qkv_bias, out, out_bias] = weights else {
             unreachable!("attention has four parameters")
         };
@@ -59,26 +86,17 @@ impl Block {
         // part, and add them up.
         let parts = heads.f_unbind(2)?;
         let part = |i: usize| parts[i].f_transpose(1, 2); // [B, H, T, W]
-        let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
-            &part(0)?,
-            &part(1)?,
-            &part(2)?,
-            None,
-            0.0,
-            true,
-            None,
-            false,
-        )?;
-
+        let y = causal(&part(0)?, &part(1)?, &part(2)?, remembered)?;
         let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         linear(&y, out, Some(out_bias))
     }
 
-    fn mlp(weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+    fn mlp(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [up, up_bias, down, down_bias] = weights else {
             unreachable!("the mlp has four parameters")
         };
-        linear(&linear(x, up, Some(up_bias))?.f_gelu("none")?, down, Some(down_bias))
+        let inner = linear(x, up, Some(up_bias))?.f_gelu(self.gelu.approximate())?;
+        linear(&inner, down, Some(down_bias))
     }
 }
 
@@ -113,7 +131,7 @@ impl Layer for Block {
         &self,
         weights: &[Tensor],
         x: &Tensor,
-        _: &mut Remembered,
+        remembered: &mut Remembered,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
         let drop = |y: Tensor, site| match dropout {
@@ -121,9 +139,13 @@ impl Layer for Block {
             None => Ok(y),
         };
 
-        let y = self.attention(&weights[2..6], &layer_norm(x, &weights[0], &weights[1])?)?;
+        let norm = |x: &Tensor, first: usize| {
+            layer_norm(x, &weights[first], &weights[first + 1], self.d.norm_eps)
+        };
+
+        let y = self.attention(&weights[2..6], &norm(x, 0)?, remembered)?;
         let x = x.f_add(&drop(y, 0)?)?;
-        let y = Block::mlp(&weights[8..12], &layer_norm(&x, &weights[6], &weights[7])?)?;
+        let y = self.mlp(&weights[8..12], &norm(&x, 6)?)?;
         Ok(x.f_add(&drop(y, 1)?)?)
     }
 

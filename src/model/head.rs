@@ -15,8 +15,9 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::clusters::{Cluster, clusters, numbered, tables};
+use super::cross_entropy::{Logits, Loss, chunk_tokens, counted};
 use super::linear::linear;
-use super::{Dimensions, Dropout, Init, Parameter, Role, layer_norm, table};
+use super::{Dimensions, Dropout, Init, Parameter, Role, layer_norm, rms_norm, table};
 use crate::data::UNCOUNTED;
 use crate::device::to_device;
 use crate::error::Result;
@@ -35,7 +36,8 @@ struct ClusterWeights<'a> {
 
 /// The values of the head's parameters, sorted out.
 struct HeadWeights<'a> {
-    norm: Option<(&'a Tensor, &'a Tensor)>,
+    /// The weights, and the bias of a layer normalisation.
+    norm: Option<(&'a Tensor, Option<&'a Tensor>)>,
     clusters: Vec<ClusterWeights<'a>>,
     /// Rows and biases of the entries that stand for clusters.
     entries: Option<(&'a Tensor, &'a Tensor)>,
@@ -56,7 +58,9 @@ impl Head {
                 d.first_values.norm,
             ));
 
-            parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
+            if !d.architecture.rms_norm {
+                parameters.push(Parameter::vector("head.norm.bias".into(), d.d_model, Init::Zeros));
+            }
         }
 
         match d.tied {
@@ -99,7 +103,8 @@ impl Head {
     fn parts<'a>(&self, weights: &'a [Tensor]) -> HeadWeights<'a> {
         let mut weights = weights.iter();
         let mut next = || weights.next().expect("as many values as parameters");
-        let norm = self.d.final_norm.then(|| (next(), next()));
+        let with_bias = !self.d.architecture.rms_norm;
+        let norm = self.d.final_norm.then(|| (next(), with_bias.then(&mut next)));
         let mut clusters: Vec<ClusterWeights> = Vec::new();
         for cluster in &self.clusters {
             let rows = next();
@@ -123,7 +128,8 @@ impl Head {
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
         let x = match parts.norm {
-            Some((weight, bias)) => layer_norm(x, weight, bias)?,
+            Some((weight, Some(bias))) => layer_norm(x, weight, bias, self.d.norm_eps)?,
+            Some((weight, None)) => rms_norm(x, weight, self.d.norm_eps)?,
             None => x.shallow_clone(),
         };
 
@@ -151,44 +157,59 @@ impl Head {
     }
 
     /// Hidden states [B, T, D], `targets` [B, T] on the host -> the mean cross-entropy in nats per
-    /// token.
+    /// token; of one cluster with the gradients of rows and bias, by their numbers among the
+    /// parameters.
     pub(super) fn loss(
         &self,
         weights: &[Tensor],
         x: &Tensor,
         targets: &Tensor,
         dropout: Option<Dropout>,
-    ) -> Result<Tensor> {
-        if self.clusters.len() > 1 {
-            let sum = self.losses(weights, x, targets, dropout)?;
-            return Ok(sum.f_div_scalar(targets.numel() as f64)?);
-        }
-
+    ) -> Result<Loss> {
         let parts = self.parts(weights);
         let x = self.prepared(&parts, x, dropout)?;
-        let logits = wide(self.first(&parts, &x)?)?;
-        let targets = to_device(&targets.f_reshape([-1])?, logits.device())?;
-        Ok(logits.f_cross_entropy_loss::<Tensor>(
-            &targets,
-            None,
-            Reduction::Mean,
-            UNCOUNTED,
-            0.0,
-        )?)
+        let targets = targets.f_reshape([-1])?;
+        let count = counted(&targets)?;
+        let [only] = &parts.clusters[..] else {
+            let root = self.adaptive_losses(&parts, &x, &targets)?.f_div_scalar(count)?;
+            return Ok(Loss { value: root.f_detach()?, root, ready: Vec::new() });
+        };
+
+        let (x, logits) = (only.projected(&x)?, only.maker());
+        if !x.requires_grad() {
+            let value = logits.losses(&x, &targets, self.d.loss)?.f_div_scalar(count)?;
+            return Ok(Loss { root: value.shallow_clone(), value, ready: Vec::new() });
+        }
+
+        let (sum, gradients) = logits.gradients(&x, &targets, self.d.loss)?;
+        // tch cannot seed a backward: the gradient of sum(x * dx) with respect to x is exactly dx.
+        let root = x.f_mul(&gradients.x)?.f_sum(Kind::Float)?;
+        let rows = weights.iter().position(|weight| std::ptr::eq(weight, only.rows));
+        let mut ready: Vec<(usize, Tensor)> =
+            rows.into_iter().map(|number| (number, gradients.rows.shallow_clone())).collect();
+        ready.extend(gradients.bias.map(|bias| (weights.len() - 1, bias)));
+        Ok(Loss { value: sum.f_div_scalar(count)?, root, ready })
     }
 
-    /// The same, added up over the targets that count.
+    /// The losses of the targets that count, added up.
     pub(super) fn losses(
         &self,
         weights: &[Tensor],
         x: &Tensor,
         targets: &Tensor,
-        dropout: Option<Dropout>,
     ) -> Result<Tensor> {
         let parts = self.parts(weights);
-        let x = self.prepared(&parts, x, dropout)?;
+        let x = self.prepared(&parts, x, None)?;
         let targets = targets.f_reshape([-1])?;
-        let first = wide(self.first(&parts, &x)?)?;
+        match &parts.clusters[..] {
+            [only] => only.maker().losses(&only.projected(&x)?, &targets, self.d.loss),
+            _ => self.adaptive_losses(&parts, &x, &targets),
+        }
+    }
+
+    /// The same of a softmax in clusters: `x` [N, D], prepared, `targets` \[N\].
+    fn adaptive_losses(&self, parts: &HeadWeights, x: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let first = wide(self.first(parts, x)?)?;
 
         // The entry of the target in the first softmax: itself, or its cluster's.
         let mut entries = targets.shallow_clone();
@@ -225,6 +246,17 @@ impl Head {
         Ok(sum)
     }
 
+    /// [B, T, D] -> [B, T, V]: logits, or of several clusters logarithms of probabilities.
+    pub(super) fn scores(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        if self.clusters.len() > 1 {
+            return self.log_probabilities(weights, x);
+        }
+
+        let parts = self.parts(weights);
+        let logits = self.first(&parts, &self.prepared(&parts, x, None)?)?;
+        Ok(logits.f_view([x.size()[0], x.size()[1], self.d.vocabulary])?)
+    }
+
     /// [B, T, D] -> [B, T, V].
     pub(super) fn log_probabilities(&self, weights: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let parts = self.parts(weights);
@@ -242,8 +274,32 @@ impl Head {
         Ok(Tensor::f_cat(&all, 1)?.f_view([x.size()[0], x.size()[1], self.d.vocabulary])?)
     }
 
+    /// Those that are kept of a token from its forward to its backward.
+    pub(super) fn kept_entries(&self) -> usize {
+        if self.clusters.len() > 1 { self.entries() as usize } else { 0 }
+    }
+
+    /// f32 values of the logits of `tokens` tokens that there are at a time: themselves, and the
+    /// logarithms of the softmax, whose memory their gradient takes.
+    pub(super) fn chunk(&self, tokens: usize) -> usize {
+        if self.clusters.len() > 1 {
+            return 0;
+        }
+
+        let vocabulary = self.d.vocabulary as usize;
+        2 * tokens.min(chunk_tokens(self.d.loss.chunk, vocabulary)) * vocabulary
+    }
+
+    /// f32 values that a microbatch keeps whatever its tokens: the gradient of the rows.
+    pub(super) fn saved(&self) -> usize {
+        match &self.clusters[..] {
+            [only] => (only.tokens * only.width) as usize,
+            _ => 0,
+        }
+    }
+
     /// Entries of the softmaxes that a token is in, on average.
-    pub(super) fn entries(&self) -> f64 {
+    fn entries(&self) -> f64 {
         let further = self
             .clusters
             .iter()
@@ -264,14 +320,17 @@ impl Head {
         self.clusters.iter().zip(&self.d.shares).enumerate().map(of).sum()
     }
 
-    /// The input and its normalised form: 2 D; the logarithms of the softmaxes; mean and deviation.
+    /// The input and its normalised form, of an RMSNorm also before its weights: 2 D or 3 D; of one
+    /// cluster the gradient; of several the logarithms of the softmaxes; mean and deviation.
     pub(super) fn saved_per_token(&self) -> usize {
-        2 * self.d.d_model as usize + self.entries() as usize + 4
+        let gradient = usize::from(self.clusters.len() == 1);
+        let forms = 2 + usize::from(self.d.architecture.rms_norm) + gradient;
+        forms * self.d.d_model as usize + self.kept_entries() + 4
     }
 
-    /// Logits and their gradient.
+    /// Logits and their gradient, where they are not made in chunks.
     pub(super) fn transient_per_token(&self) -> usize {
-        2 * self.entries() as usize + self.d.d_model as usize
+        2 * self.kept_entries() + self.d.d_model as usize
     }
 
     /// The gradient of the largest matrix, before it is added to the others of the step.
@@ -281,13 +340,21 @@ impl Head {
 }
 
 impl ClusterWeights<'_> {
+    /// [N, D] -> as wide as the rows.
+    fn projected(&self, x: &Tensor) -> Result<Tensor> {
+        match self.projection {
+            Some(projection) => Ok(x.f_matmul(projection)?),
+            None => Ok(x.shallow_clone()),
+        }
+    }
+
     /// [N, D] -> [N, n].
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let x = match self.projection {
-            Some(projection) => x.f_matmul(projection)?,
-            None => x.shallow_clone(),
-        };
-        linear(&x, self.rows, self.bias)
+        linear(&self.projected(x)?, self.rows, self.bias)
+    }
+
+    fn maker(&self) -> Logits<'_> {
+        Logits { rows: self.rows, bias: self.bias }
     }
 }
 
@@ -363,7 +430,7 @@ mod tests {
                 let targets = Tensor::from_slice(&targets).view([2, 4]);
                 let wanted = all.gather(-1, &targets.unsqueeze(-1), false).mean(Kind::Double);
                 let loss = head.loss(&weights, &x, &targets, None).unwrap();
-                assert!((loss + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
+                assert!((loss.value + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
             }
 
             // Targets that count nothing are left out of the sum.
@@ -372,10 +439,10 @@ mod tests {
             let counted = some.ge(0);
             let wanted = all.gather(-1, &some.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
             let wanted = wanted.masked_select(&counted).sum(Kind::Double);
-            let sum = head.losses(&weights, &x, &some, None).unwrap();
+            let sum = head.losses(&weights, &x, &some).unwrap();
             assert!((sum + wanted).abs().double_value(&[]) < 1e-12, "{cutoffs:?}");
             let nothing = Tensor::full([2, 4], UNCOUNTED, (Kind::Int64, tch::Device::Cpu));
-            assert_eq!(head.losses(&weights, &x, &nothing, None).unwrap().double_value(&[]), 0.0);
+            assert_eq!(head.losses(&weights, &x, &nothing).unwrap().double_value(&[]), 0.0);
         }
     }
 }

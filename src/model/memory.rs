@@ -1,22 +1,36 @@
 //! What the layers remember of the segments before.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
+use super::cache::Cache;
+use super::rotary::Places;
 use crate::error::Result;
 
-/// What one layer remembers: its own last inputs, without gradient.
+/// What one layer remembers, without gradient: its own last inputs, or the keys and values of a
+/// text that grows.
 #[derive(Debug)]
 pub struct Remembered {
     /// M: how many tokens at most.
     pub(super) limit: i64,
     /// [b, up to M, D]; none at the beginning of a stream.
     states: Option<Tensor>,
+    cache: Option<Cache>,
 }
 
 impl Remembered {
     /// Remembers this from now on.
     pub(super) fn recall(&mut self, states: Tensor) {
         self.states = Some(states);
+    }
+
+    /// What is kept of the text, where it grows.
+    pub(super) fn cache(&mut self) -> Option<&mut Cache> {
+        self.cache.as_mut()
+    }
+
+    /// Where the next `t` tokens stand.
+    pub(super) fn places(&self, t: i64, device: Device) -> Result<Places> {
+        self.cache.as_ref().map_or(Ok(Places::From(0)), |cache| cache.places(t, device))
     }
 
     /// What is remembered and `x` [b, T, D] in one tensor; from now on its end is what is
@@ -45,22 +59,32 @@ impl Remembered {
 #[derive(Debug)]
 pub struct Memory {
     limit: usize,
+    /// Of a text that grows: tokens at most, and the pads that its rows begin with.
+    growing: Option<(i64, Option<Tensor>)>,
     layers: Vec<Remembered>,
 }
 
 impl Memory {
     /// Nothing yet; up to `limit` tokens later.
     pub fn new(limit: usize) -> Memory {
-        Memory { limit, layers: Vec::new() }
+        Memory { limit, growing: None, layers: Vec::new() }
     }
 
-    /// Another handle of the same memory.
+    /// Keys and values of texts that grow up to `capacity` tokens. Of every row `pads` \[B\] tokens at
+    /// its beginning are none.
+    pub fn growing(capacity: usize, pads: Option<Tensor>) -> Memory {
+        Memory { limit: 0, growing: Some((capacity as i64, pads)), layers: Vec::new() }
+    }
+
+    /// Another handle of the same memory; of a text that grows, a new one.
     pub fn shallow_clone(&self) -> Memory {
         let copy = |r: &Remembered| Remembered {
             limit: r.limit,
             states: r.states.as_ref().map(Tensor::shallow_clone),
+            cache: None,
         };
-        Memory { limit: self.limit, layers: self.layers.iter().map(copy).collect() }
+        let layers = self.layers.iter().map(copy).collect();
+        Memory { limit: self.limit, growing: None, layers }
     }
 
     /// What layer number `layer` of the stack remembers.
@@ -71,7 +95,13 @@ impl Memory {
     /// The memories of `count` layers.
     pub(super) fn of(&mut self, count: usize) -> &mut [Remembered] {
         let limit = self.limit as i64;
-        self.layers.resize_with(count, || Remembered { limit, states: None });
+        let cache = |(capacity, pads): &(i64, Option<Tensor>)| Cache::new(*capacity, pads.as_ref());
+        let growing = self.growing.as_ref();
+        self.layers.resize_with(count, || Remembered {
+            limit,
+            states: None,
+            cache: growing.map(cache),
+        });
         &mut self.layers
     }
 }
@@ -83,7 +113,7 @@ mod tests {
     /// The last M rows of everything so far, whatever the lengths of the segments.
     #[test]
     fn the_last_rows_are_remembered() {
-        let all = Tensor::arange(11 * 2, (tch::Kind::Float, tch::Device::Cpu)).view([1, 11, 2]);
+        let all = Tensor::arange(11 * 2, (tch::Kind::Float, Device::Cpu)).view([1, 11, 2]);
         for limit in [0, 1, 3, 4, 6, 9, 20] {
             let mut memory = Memory::new(limit);
             let mut start = 0;

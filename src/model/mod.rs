@@ -26,6 +26,15 @@
 //! head.bias [V]                                           head.norm only with `norm = "pre"`
 //! ```
 //!
+//! and of a Llama, G wide in keys and values, where they differ:
+//!
+//! ```text
+//! no positions; norm1, norm2, head.norm without biases
+//! layers.l.attention.query.weight [A, D], .bias           layers.l.attention.key_value.weight [2G, D]: keys, then values; .bias
+//! layers.l.attention.query_norm.weight, .key_norm.weight [W]       layers.l.attention.out.weight [D, A], .bias
+//! layers.l.mlp.gate_up.weight [2F, D]: gate, then up      layers.l.mlp.down.weight [D, F]
+//! ```
+//!
 //! Where the rows of a table are not D wide, embedding.projection and head.projection stand beside
 //! it. With cut-offs there is one of each for every cluster i of n tokens, w wide, and the entries
 //! of the further clusters in the first softmax:
@@ -41,11 +50,17 @@ mod architecture;
 mod clusters;
 mod dimensions;
 mod dropout;
+mod rotary;
+mod cache;
 mod memory;
+mod attention;
 mod linear;
+mod cross_entropy;
 mod embedding;
 mod head;
 mod gpt;
+mod gpt2;
+mod llama;
 mod xl;
 mod costs;
 
@@ -54,8 +69,9 @@ use std::ops::Range;
 use tch::Tensor;
 
 pub use architecture::{Architecture, Positions};
-pub use config::{Arch, ModelConfig, Norm, TieGradient};
+pub use config::{Arch, AttentionBias, ModelConfig, Norm, RopeScaling, TieGradient};
 pub use costs::{LayerCosts, costs};
+pub use cross_entropy::Loss;
 pub use dimensions::Dimensions;
 pub use dropout::Dropout;
 pub use memory::{Memory, Remembered};
@@ -176,7 +192,7 @@ impl Stack {
     }
 
     /// Whether layers have parameters in common.
-    fn has_shared_parameters(&self) -> bool {
+    pub fn has_shared_parameters(&self) -> bool {
         self.layers.iter().any(|(_, uses)| uses.numbers.len() > uses.added.len())
     }
 
@@ -203,7 +219,7 @@ impl Stack {
     }
 
     /// Whose each of the parameters is.
-    fn owners(&self) -> Vec<Owner> {
+    pub fn owners(&self) -> Vec<Owner> {
         let head = self.head.as_ref().map_or(self.parameters.len(), |(_, uses)| uses.added.start);
         let (mut own, mut input, mut output) = (0.., 0.., 0..);
         let mut owners = Vec::with_capacity(self.parameters.len());
@@ -303,22 +319,25 @@ impl Stack {
         runs
     }
 
-    /// Mean cross-entropy in nats per token: hidden states [B, T, D], `targets` [B, T] -> a scalar.
+    /// Mean cross-entropy in nats per token of hidden states [B, T, D] and `targets` [B, T], with the
+    /// gradients that are ready by the numbers of their parameters.
     pub fn loss(
         &self,
         weights: &[Tensor],
         hidden: &Tensor,
         targets: &Tensor,
         dropout: Option<Dropout>,
-    ) -> Result<Tensor> {
+    ) -> Result<Loss> {
         let (head, uses) = self.head.as_ref().expect("only a stack with the head has a loss");
-        head.loss(&uses.pick(weights), hidden, targets, dropout)
+        let mut loss = head.loss(&uses.pick(weights), hidden, targets, dropout)?;
+        loss.ready.iter_mut().for_each(|(number, _)| *number = uses.numbers[*number]);
+        Ok(loss)
     }
 
     /// The losses of the targets that count, added up: nats.
     pub fn losses(&self, weights: &[Tensor], hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (head, uses) = self.head.as_ref().expect("only a stack with the head has a loss");
-        head.losses(&uses.pick(weights), hidden, targets, None)
+        head.losses(&uses.pick(weights), hidden, targets)
     }
 
     /// Logarithms of the probabilities of the next token: hidden states [B, T, D] -> [B, T, V].
@@ -326,6 +345,13 @@ impl Stack {
         let (head, uses) =
             self.head.as_ref().expect("only a stack with the head has probabilities");
         head.log_probabilities(&uses.pick(weights), hidden)
+    }
+
+    /// Scores of the next token, of which the softmax is its distribution: hidden states [B, T, D] ->
+    /// [B, T, V].
+    pub fn scores(&self, weights: &[Tensor], hidden: &Tensor) -> Result<Tensor> {
+        let (head, uses) = self.head.as_ref().expect("only a stack with the head has scores");
+        head.scores(&uses.pick(weights), hidden)
     }
 
     /// Runs the layers one by one and names the first whose output is not finite.
@@ -347,10 +373,22 @@ impl Stack {
         Ok(None)
     }
 
-    /// Entries of the softmaxes that a token is in, which are f32 in any precision; none without
-    /// the head.
+    /// Entries of the softmaxes that are kept of a token, which are f32 in any precision; none where
+    /// tokens are taken in chunks, or without the head.
     pub fn entries_per_token(&self) -> usize {
-        self.head.as_ref().map_or(0, |(head, _)| head.entries() as usize)
+        self.head.as_ref().map_or(0, |(head, _)| head.kept_entries())
+    }
+
+    /// f32 values that a microbatch keeps from its forward to its backward, whatever its tokens:
+    /// gradients that are ready with the loss.
+    pub fn saved(&self) -> usize {
+        self.head.as_ref().map_or(0, |(head, _)| head.saved())
+    }
+
+    /// f32 values of the logits of `tokens` tokens that there are at a time, with what is made of
+    /// them.
+    pub fn chunk(&self, tokens: usize) -> usize {
+        self.head.as_ref().map_or(0, |(head, _)| head.chunk(tokens))
     }
 
     /// Values a token that a microbatch keeps from its forward to its backward.
@@ -454,8 +492,13 @@ pub fn count(dimensions: &Dimensions) -> usize {
 }
 
 /// Layer normalisation over the last dimension, with weight and bias.
-fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    Ok(x.f_layer_norm(weight.size(), Some(weight), Some(bias), 1e-5, true)?)
+fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    Ok(x.f_layer_norm(weight.size(), Some(weight), Some(bias), eps, true)?)
+}
+
+/// `x / sqrt(mean(x^2) + eps)` over the last dimension, times weights (Zhang and Sennrich 2019).
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    Ok(x.f_rms_norm(weight.size(), Some(weight), eps)?)
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
-use super::architecture::Blocks;
+use super::architecture::{Blocks, EmbeddingScale};
 use super::linear::linear;
 use super::parameter::FirstValues;
 use super::{
@@ -52,7 +52,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "transformer-xl",
     positions: Positions::Relative,
     norms: &[Norm::Post, Norm::Pre],
-    scales_embedding: true,
+    rms_norm: false,
+    embedding_scale: EmbeddingScale::Always,
     head_bias: true,
     head_dropout: true,
     has_memory: true,
@@ -270,8 +271,8 @@ impl Layer for XlBlock {
         memory: &mut Remembered,
         dropout: Option<Dropout>,
     ) -> Result<Tensor> {
-        let norm1 = |x: &Tensor| layer_norm(x, &weights[0], &weights[1]);
-        let norm2 = |x: &Tensor| layer_norm(x, &weights[8], &weights[9]);
+        let norm1 = |x: &Tensor| layer_norm(x, &weights[0], &weights[1], self.d.norm_eps);
+        let norm2 = |x: &Tensor| layer_norm(x, &weights[8], &weights[9], self.d.norm_eps);
         let (attention, mlp) = (&weights[2..8], &weights[10..14]);
         let limit = memory.limit;
         let context = memory.extend(x)?;

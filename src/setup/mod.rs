@@ -37,6 +37,8 @@ pub struct Setup {
     pub eval_rows_per_replica: usize,
     /// The saved state that the run goes on from; none: it begins with initial weights.
     pub resumed: Option<Arc<Checkpoint>>,
+    /// The saved weights that it begins with, at step 0.
+    pub initial: Option<Arc<Checkpoint>>,
     /// What this process computes on.
     pub device: Device,
     /// When losses and norms are read: later on a GPU; elsewhere so for tests only.
@@ -58,7 +60,7 @@ impl Setup {
 
         let corpus =
             Arc::new(Corpus::open(&config.data, config.seed, plan::held_sequence(&config), None)?);
-        let vocabulary = corpus.vocabulary.len();
+        let vocabulary = config.model.table_rows(corpus.vocabulary.len())?;
         config.model.check_cutoffs(vocabulary)?;
         let shares = corpus.train.shares(&config.model.cutoffs);
         let mut dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
@@ -86,6 +88,7 @@ impl Setup {
             rows,
             eval_rows_per_replica,
             resumed: None,
+            initial: None,
             device: Device::Cpu,
             readback: Readback::Now,
         })
@@ -95,6 +98,18 @@ impl Setup {
     pub fn with_device(self, device: Device) -> Setup {
         let readback = if device.is_cuda() { Readback::Deferred } else { Readback::Now };
         Setup { device, readback, ..self }
+    }
+
+    /// The same run with saved weights, at step 0.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about a key by which the model has other parameters.
+    pub fn begin_with(self, saved: Checkpoint) -> Result<Setup> {
+        saved.fits_model(
+            &self.config,
+            "initial weights are for the model that they were saved of",
+        )?;
+        Ok(Setup { initial: Some(Arc::new(saved)), ..self })
     }
 
     /// The same run from a saved state on.

@@ -20,7 +20,7 @@ impl Setup {
     /// # Errors
     /// Saved ones that cannot be read.
     pub fn first_weights(&self, layout: &Layout) -> Result<Tensor> {
-        let flat = match &self.resumed {
+        let flat = match self.resumed.as_ref().or(self.initial.as_ref()) {
             Some(saved) => saved.flat(&ShardKind::Weights, layout)?,
             None => layout.initial(self.config.seed)?,
         };

@@ -9,18 +9,17 @@ impl Stage {
     /// Looks at every output before it is sent, so that the first stage with a bad tensor is the
     /// one that says so.
     pub(super) fn checked(&self, saved: &Saved, graphs: &[Graph], held: Held) -> Result<Output> {
-        let output = graphs.last().map(|graph| &graph.output);
-        let output =
-            output.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
+        let end = graphs.last();
+        let end = end.ok_or_else(|| Error::Internal(format!("{} has no layers", self.place)))?;
         let deferred = self.settings.readback == Readback::Deferred;
-        let (result, finite) = match saved.targets {
-            Some(_) => {
-                let loss = Number::from_tensor(output, self.settings.readback)?;
+        let (result, finite) = match &end.loss {
+            Some(loss) => {
+                let loss = Number::from_tensor(loss, self.settings.readback)?;
                 // One that is not known yet is looked at when it is.
                 let finite = deferred || loss.now()?.is_finite();
                 (Output::Loss(loss), finite)
             }
-            None => (Output::Hidden(output.f_detach()?), deferred || is_finite(output)?),
+            None => (Output::Hidden(end.output.f_detach()?), deferred || is_finite(&end.output)?),
         };
 
         if finite || self.settings.on_nonfinite == OnNonfinite::Skip {

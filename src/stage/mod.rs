@@ -14,7 +14,7 @@ pub use settings::Settings;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{Dropout, LayerRange, Memory, Owner, Stack};
+use crate::model::{Dropout, LayerRange, Loss, Memory, Owner, Stack};
 use crate::number::Number;
 use crate::params::Versions;
 use crate::schedule::TableEnd;
@@ -59,6 +59,17 @@ impl UsedVersions {
 pub struct Held<'a> {
     pub own: &'a Versions,
     pub table: Option<&'a Table>,
+}
+
+impl Held<'_> {
+    /// Adds a gradient to that of the step.
+    fn add(self, owner: Owner, gradient: &Tensor) -> Result<()> {
+        match (owner, self.table) {
+            (Owner::Own(number), _) => self.own.add(0, number, gradient),
+            (Owner::Table(end, number), Some(table)) => table.add(end, number, gradient),
+            (Owner::Table(..), None) => Err(Error::Internal("a graph without its table".into())),
+        }
+    }
 }
 
 /// What a microbatch brings to a stage.
@@ -112,6 +123,9 @@ struct Graph {
     offset: usize,
     /// The values that it uses of parameters whose gradients do not add up by themselves.
     used: Vec<(Owner, Tensor)>,
+    /// Of the last run: its loss, whose gradient `output` has, and gradients that are ready with it.
+    loss: Option<Tensor>,
+    ready: Vec<(Owner, Tensor)>,
 }
 
 /// Gradients of parameters that layers have in common, as far as a backward that runs those one by
@@ -127,7 +141,11 @@ impl Graph {
         held: Held,
         shared: &mut Shared,
     ) -> Result<Option<Tensor>> {
-        let Graph { input, output, offset, used } = self;
+        let Graph { input, output, offset, used, ready, .. } = self;
+        for (owner, gradient) in ready {
+            held.add(owner, &gradient)?;
+        }
+
         // tch cannot seed a backward: the gradient of sum(y * dy) with respect to y is exactly dy.
         let root = match dy {
             Some(dy) => output.f_mul(&dy)?.f_sum(Kind::Float)?,
@@ -144,8 +162,8 @@ impl Graph {
         let mut gradients = Tensor::f_run_backward(&[&root], &leaves, false, false)?;
         let dx = input.requires_grad().then(|| gradients.pop()).flatten();
         for ((owner, _), gradient) in used.iter().zip(&gradients) {
-            match (owner, held.table) {
-                (Owner::Own(number), _) => {
+            match owner {
+                Owner::Own(number) => {
                     let sum = match shared.remove(number) {
                         Some(mut sum) => sum.f_add_(gradient)?,
                         None => gradient.shallow_clone(),
@@ -158,10 +176,7 @@ impl Graph {
                         held.own.add(0, *number, &sum)?;
                     }
                 }
-                (Owner::Table(end, number), Some(table)) => table.add(*end, *number, gradient)?,
-                (Owner::Table(..), None) => {
-                    return Err(Error::Internal("a graph without its table".into()));
-                }
+                Owner::Table(..) => held.add(*owner, gradient)?,
             }
         }
 
@@ -350,21 +365,56 @@ impl Stage {
         let input =
             if number == 0 { input } else { input.f_detach()?.f_set_requires_grad(true)? };
         let (run, mut memory) = (&self.blocks[number], saved.memory.shallow_clone());
-        let mut output =
+        let output =
             self.stack.forward_run(run.layers.clone(), &weights, &input, &mut memory, dropout)?;
+        let mut graph = self.graph(run, &weights, held, input, output);
         if let Some(targets) = saved.targets.as_ref().filter(|_| number + 1 == self.blocks.len()) {
-            output = self.stack.loss(&weights, &output, targets, dropout)?;
+            self.lose(&mut graph, &weights, targets, dropout)?;
         }
 
-        let (offset, used) = (held.own.layout().offset(run.first), self.used(run, &weights, held));
-        Ok(Graph { input, output, offset, used })
+        Ok(graph)
     }
 
+    /// The graph of a run from its input to its output.
+    fn graph(
+        &self,
+        run: &LayerRange,
+        weights: &[Tensor],
+        held: Held,
+        input: Tensor,
+        output: Tensor,
+    ) -> Graph {
+        let (offset, used) = (held.own.layout().offset(run.first), self.used(run, weights, held));
+        Graph { input, output, offset, used, loss: None, ready: Vec::new() }
+    }
+
+    /// Leads the graph of the last run on to the loss.
+    fn lose(
+        &self,
+        graph: &mut Graph,
+        weights: &[Tensor],
+        targets: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<()> {
+        let Loss { value, root, ready } =
+            self.stack.loss(weights, &graph.output, targets, dropout)?;
+        let owners = self.stack.owners();
+        graph.ready =
+            ready.into_iter().map(|(number, gradient)| (owners[number], gradient)).collect();
+        let is_ready = |owner: &Owner| graph.ready.iter().any(|(ready, _)| ready == owner);
+        graph.used.retain(|(owner, _)| !is_ready(owner));
+        (graph.output, graph.loss) = (root, Some(value));
+        Ok(())
+    }
+
+    /// The values of a run whose gradients are added up here: those that autograd would not add to
+    /// the step's, or would add one by one where layers that have them in common run one by one.
     fn used(&self, run: &LayerRange, weights: &[Tensor], held: Held) -> Vec<(Owner, Tensor)> {
-        if held.own.adds_itself() {
-            Vec::new()
-        } else {
-            self.stack.used(run.layers.clone(), weights)
+        let one_by_one = self.settings.recompute == Recompute::Layers;
+        let shared = one_by_one && self.stack.has_shared_parameters();
+        match held.own.adds_itself() && !shared {
+            true => Vec::new(),
+            false => self.stack.used(run.layers.clone(), weights),
         }
     }
 
@@ -386,12 +436,11 @@ impl Stage {
 
             let output =
                 self.stack.forward_run(run.layers.clone(), &weights, &input, memory, dropout)?;
-            let offset = held.own.layout().offset(run.first);
-            graphs.push(Graph { input, output, offset, used: self.used(run, &weights, held) });
+            graphs.push(self.graph(run, &weights, held, input, output));
         }
 
         if let (Some(targets), Some(end)) = (&saved.targets, graphs.last_mut()) {
-            end.output = self.stack.loss(&weights, &end.output, targets, dropout)?;
+            self.lose(end, &weights, targets, dropout)?;
         }
 
         Ok(graphs)
@@ -477,10 +526,17 @@ mod tests {
         let x = x.set_requires_grad(true);
         let hidden = stack.forward(&weights, &x, &mut Memory::new(0), None).unwrap();
         let whole = stack.loss(&weights, &hidden, &targets.unwrap(), None).unwrap();
-        whole.backward();
-        assert_eq!((loss, dx), (whole.double_value(&[]), x.grad()));
+        whole.root.backward();
+        assert_eq!((loss, dx), (whole.value.double_value(&[]), x.grad()));
+        for (number, gradient) in &whole.ready {
+            assert!(!weights[*number].grad().defined());
+            assert_eq!(gradient.size(), weights[*number].size());
+        }
         for (entry, weight) in layout.entries.iter().zip(&weights) {
-            let expected = weight.grad().contiguous().view([-1]);
+            let number = weights.iter().position(|other| std::ptr::eq(other, weight)).unwrap();
+            let ready = whole.ready.iter().find(|(ready, _)| *ready == number);
+            let expected = ready.map_or_else(|| weight.grad(), |(_, ready)| ready.shallow_clone());
+            let expected = expected.contiguous().view([-1]);
             let found = &gradient[entry.offset..entry.offset + entry.parameter.count()];
             assert_eq!(Tensor::from_slice(found), expected, "{}", entry.parameter.name);
         }

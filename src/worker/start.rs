@@ -140,5 +140,5 @@ fn warm_up(kind: Kind, device: Device) -> Result<()> {
     let tokens = Tensor::f_zeros([4, d.sequence], (Kind::Int64, Device::Cpu))?;
     let weights = versions.parameters(0, 0);
     let hidden = stack.forward(weights, &tokens, &mut Memory::new(0), None)?;
-    Ok(stack.loss(weights, &hidden, &tokens, None)?.f_backward()?)
+    Ok(stack.loss(weights, &hidden, &tokens, None)?.root.f_backward()?)
 }

@@ -8,6 +8,7 @@ mod faults;
 mod field;
 mod gpu;
 mod harness;
+mod hugging_face;
 mod modules;
 mod mpirun;
 mod oracle;

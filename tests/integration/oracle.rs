@@ -110,6 +110,9 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         cover("recompute by blocks", "recompute=blocks".into());
     }
     covers.extend(covers_more);
+    if number < DRAWN {
+        draw_family(&mut Draw::new(number as u64 * 15_485_863 + 3), &mut sets, &mut covers);
+    }
     if number >= DRAWN + DRAWN_XL {
         draw_words(&mut draw, &mut sets, &mut covers);
     }
@@ -133,6 +136,41 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
         sets.push("model.shared_biases=true".to_owned());
     }
     (sets, covers)
+}
+
+/// Makes it a GPT-2 or a Llama, or leaves it, and cuts the loss in chunks.
+fn draw_family(draw: &mut Draw, sets: &mut Vec<String>, covers: &mut BTreeSet<&'static str>) {
+    let mut cover = |name: &'static str, set: &str| {
+        covers.insert(name);
+        sets.push(set.to_owned());
+    };
+    if draw.one_in(5) {
+        cover("several chunks of the loss", "model.vocabulary=20000");
+        cover("several chunks of the loss", "model.loss_chunk_mib=1");
+    }
+    if draw.one_in(4) {
+        cover("z-loss", "model.z_loss=0.01");
+    }
+    match draw.below(3) {
+        0 => return,
+        1 => return cover("gpt2", "model.arch=gpt2"),
+        _ => cover("llama", "model.arch=llama"),
+    }
+    if draw.one_in(2) {
+        cover("shared keys", "model.kv_heads=1");
+    }
+    if draw.one_in(2) {
+        cover("normalised heads", "model.qk_norm=true");
+    }
+    match draw.below(4) {
+        0 => cover("biases of queries", "model.attention_bias=qkv"),
+        1 => cover("biases of the attention", "model.attention_bias=all"),
+        _ => {}
+    }
+    if draw.one_in(3) {
+        let scaling = "model.rope_scaling={ kind = \"linear\", factor = 2.0 }";
+        cover("stretched positions", scaling);
+    }
 }
 
 /// Makes it a Transformer-XL over streams that end after five steps.
@@ -275,6 +313,28 @@ fn large_microbatches_equal_the_oracle_bit_for_bit() {
     }
 }
 
+/// Biases that all layers share, whose layers run one by one: their gradients are added up as one
+/// graph does it, before they join those of the other microbatches.
+#[test]
+fn shared_biases_by_blocks_equal_the_oracle_bit_for_bit() {
+    let sets = [
+        "model.arch=transformer-xl",
+        "model.mem_len=13",
+        "model.shared_biases=true",
+        "recompute=blocks",
+        "microbatches=4",
+        "data.held_out=0.3",
+        "data.synthetic=1500",
+        "steps=12",
+    ];
+    for tie in ["model.tie=none", "model.tie=aligned"] {
+        let setup = tiny(&[&sets[..], &[tie]].concat());
+        let (grid, oracle) = (as_threads(&setup), by_oracle(&setup));
+        assert_eq!(grid.lines, oracle.lines, "{tie}");
+        assert!(grid.weights == oracle.weights, "{tie}");
+    }
+}
+
 /// Losses and norms that are read steps later, as on a GPU, are the same numbers.
 #[test]
 fn numbers_that_are_read_later_are_the_same() {
@@ -322,6 +382,15 @@ fn compare(numbers: std::ops::Range<usize>) {
 #[test]
 fn the_draws_cover_everything() {
     let wanted = [
+        "gpt2",
+        "llama",
+        "shared keys",
+        "normalised heads",
+        "biases of queries",
+        "biases of the attention",
+        "stretched positions",
+        "several chunks of the loss",
+        "z-loss",
         "one replica",
         "replicas",
         "K = layers",

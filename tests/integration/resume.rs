@@ -74,6 +74,14 @@ fn a_run_that_goes_on_is_the_run_that_was_not_stopped() {
         "model.dropout=0.2",
         "recompute=true",
     ]);
+    goes_on(&[
+        "model.arch=llama",
+        "model.kv_heads=1",
+        "grid.stages=3",
+        "grid.replicas=2",
+        "microbatches=2",
+        "optimizer.kind=soap",
+    ]);
     let xl = |more: &[&'static str]| goes_on(&[&XL[..], more].concat());
     xl(&["grid.stages=3", "microbatches=2", "eval.every=4"]);
     xl(&["grid.stages=2", "grid.replicas=2", "microbatches=3", "recompute=true", "wire=bf16"]);
@@ -104,6 +112,32 @@ fn any_grid_goes_on_from_any_other() {
         });
         assert_eq!(threads, oracle, "{from:?} to {to:?}");
         assert_eq!(threads.losses().len(), 5);
+    }
+}
+
+/// The same of a Llama, with large chunks of the loss and with small ones.
+#[test]
+fn a_llama_goes_on_with_another_grid() {
+    let llama = [
+        "model.arch=llama",
+        "model.kv_heads=1",
+        "model.qk_norm=true",
+        "model.vocabulary=20000",
+        "steps=6",
+    ];
+    let grids: [&[&str]; 2] =
+        [&["grid.stages=4"], &["grid.stages=2", "grid.replicas=2", "model.loss_chunk_mib=1"]];
+    for (from, to) in [(0, 1), (1, 0)] {
+        let with = |grid: usize| [&llama[..], grids[grid]].concat();
+        let saved = TempDir::new().unwrap();
+        trained(setup(&with(from)), saved.path(), false);
+        let [threads, oracle] = [false, true].map(|oracle| {
+            let out = TempDir::new().unwrap();
+            trained(setup(&with(to)).resume(state(saved.path(), 4)).unwrap(), out.path(), oracle);
+            Outcome::read(out.path())
+        });
+        assert_eq!(threads, oracle, "{from} to {to}");
+        assert_eq!(threads.losses().len(), 2);
     }
 }
 

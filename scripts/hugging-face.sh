@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Puts Hugging Face's libraries into .venv-hf, an environment of their own that sees the set-up's torch: for the tests
+# and the benchmarks against them. May be run again at any time.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+transformers=5.24.0
+safetensors=0.8.0
+
+if [ ! -x .venv/bin/python ]; then
+    echo "hugging-face: no torch in .venv (set up without LIBTORCH to have it)" >&2
+    exit 1
+fi
+
+if ! .venv-hf/bin/python -c "import torch, importlib.metadata as m; assert m.version('transformers') == '$transformers'" 2>/dev/null; then
+    say "transformers $transformers"
+    rm -rf .venv-hf
+    .venv/bin/python -m venv .venv-hf
+    .venv-hf/bin/pip install --quiet --disable-pip-version-check --no-compile \
+        "transformers==$transformers" "safetensors==$safetensors"
+
+    # One torch is enough: a line in a .pth file is one more folder of modules.
+    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    .venv/bin/python -c "$purelib" >"$(.venv-hf/bin/python -c "$purelib")/torch-of-the-set-up.pth"
+fi
+.venv-hf/bin/python -c 'import torch, transformers; print(f"hugging-face: transformers {transformers.__version__} with torch {torch.__version__}")'

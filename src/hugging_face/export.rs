@@ -1,0 +1,287 @@
+//! `ouroboros export`: the newest state of a run becomes a folder of Hugging Face's.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Dtype;
+use serde_json::{Map, Value, json};
+use tch::{Kind, Tensor};
+
+use super::family::{Family, family_of, written};
+use super::folder::{INDEX, WEIGHTS};
+use super::import::{check_room, kind, read_json};
+use super::names::{HEAD, Piece, full, pieces};
+use super::{BESIDE, BLOCK, TYPES};
+use crate::checkpoint::{Checkpoint, TensorStream, WeightFiles};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::metrics::thousands;
+use crate::model::{Arch, Dimensions};
+
+/// Types that weights can be written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum WeightType {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl WeightType {
+    fn dtype(self) -> Dtype {
+        match self {
+            WeightType::F32 => Dtype::F32,
+            WeightType::F16 => Dtype::F16,
+            WeightType::Bf16 => Dtype::BF16,
+        }
+    }
+}
+
+/// What `export` is asked to do.
+#[derive(Debug)]
+pub struct ExportRequest {
+    /// A folder of weights, or a run's folder.
+    pub run: PathBuf,
+    /// The folder that is made.
+    pub to: PathBuf,
+    /// The type of all weights; none: that of the source, or f32.
+    pub dtype: Option<WeightType>,
+    /// Bytes of a file at most; none: one file.
+    pub shard: Option<u64>,
+}
+
+/// A tensor to be written.
+struct Target {
+    name: String,
+    dtype: Dtype,
+    piece: Piece,
+}
+
+impl Target {
+    fn bytes(&self) -> u64 {
+        (self.piece.rows * self.piece.width() * self.dtype.size()) as u64
+    }
+}
+
+/// Makes a folder of a run.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for weights that cannot be used, [`Error::Config`] for a model that no
+/// family has, or a folder that is there already.
+pub fn export(request: &ExportRequest) -> Result<()> {
+    let checkpoint = Checkpoint::open(&request.run)?;
+    let config = &checkpoint.manifest.config;
+    let family = family_of(&config.model)?;
+    let source = checkpoint.source();
+    let json = source.as_ref().map(|kept| read_json(&kept.join("config.json"))).transpose()?;
+    let types = source.as_ref().map(|kept| read_json(&kept.join(TYPES))).transpose()?;
+
+    let vocabulary = config.model.table_rows(checkpoint.vocabulary.len())?;
+    let dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
+    let mut pieces = pieces(family, &dimensions)?;
+    untie(&mut pieces, &dimensions, config.model.arch);
+    let targets = targets(family, pieces, request.dtype, types.as_ref());
+    check_room(&request.to, targets.iter().map(Target::bytes).sum())?;
+    check_absent(&request.to)?;
+
+    let main = targets.first().map_or(Dtype::F32, |target| target.dtype);
+    let json =
+        written(family, &config.model, vocabulary, config.data.sequence, main, json.as_ref());
+    let tmp = files::temporary(&request.to);
+    let made = make(&checkpoint, &tmp, &targets, request.shard, &json)
+        .and_then(|()| beside(source.as_deref(), &tmp))
+        .and_then(|()| finish(&tmp, &request.to));
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&tmp);
+    }
+    made?;
+
+    let values: usize = targets.iter().map(|t| t.piece.rows * t.piece.width()).sum();
+    let path = request.to.display();
+    say!(
+        "{path}: {} of step {}, {} values",
+        family.word(),
+        checkpoint.step(),
+        thousands(values as u64)
+    );
+    Ok(())
+}
+
+/// A tied Transformer of this program multiplies its table on its way in and out: as GPT-2 it has two.
+fn untie(pieces: &mut Vec<Piece>, dimensions: &Dimensions, arch: Arch) {
+    if arch != Arch::Transformer || !dimensions.tied {
+        return;
+    }
+
+    let [_, out] = dimensions.table_scales();
+    let into = dimensions.embedding_scale().unwrap_or(1.0);
+    let table = pieces.iter_mut().find(|piece| piece.ours == "embedding.tokens");
+    if let Some(table) = table {
+        let head = Piece { theirs: HEAD.to_owned(), scale: out, ..table.clone() };
+        table.scale = into;
+        pieces.push(head);
+    }
+}
+
+/// The tensors with their names and types.
+fn targets(
+    family: Family,
+    pieces: Vec<Piece>,
+    dtype: Option<WeightType>,
+    types: Option<&Map<String, Value>>,
+) -> Vec<Target> {
+    let word = |name: &str| types.and_then(|types| types.get(name)?.as_str());
+    let bare = pieces.first().is_some_and(|piece| word(&piece.theirs).is_some());
+    let prefix = if bare { "" } else { family.prefix() };
+    let target = |piece: Piece| {
+        let name = full(prefix, &piece.theirs);
+        let source = match word(&name) {
+            Some("BF16") => Dtype::BF16,
+            Some("F16") => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        Target { dtype: dtype.map_or(source, WeightType::dtype), name, piece }
+    };
+    pieces.into_iter().map(target).collect()
+}
+
+/// Whether there is nothing yet.
+fn check_absent(to: &Path) -> Result<()> {
+    match to.exists() {
+        true => {
+            Err(Error::config("--to", to.display(), "it is there already: take another folder"))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Writes config.json and the weights.
+fn make(
+    checkpoint: &Checkpoint,
+    folder: &Path,
+    targets: &[Target],
+    shard: Option<u64>,
+    json: &Map<String, Value>,
+) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| {
+        Error::config("--to", folder.display(), format!("cannot be made ({error})"))
+    })?;
+    let mut files = checkpoint.weights();
+    let parts = parts(targets, shard);
+    let mut map = Map::new();
+    for (number, part) in parts.iter().enumerate() {
+        let name = match parts.len() {
+            1 => WEIGHTS.to_owned(),
+            count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+        };
+        write(&mut files, &folder.join(&name), part)?;
+        map.extend(part.iter().map(|target| (target.name.clone(), name.clone().into())));
+    }
+
+    if parts.len() > 1 {
+        let bytes: u64 = targets.iter().map(Target::bytes).sum();
+        let index = json!({ "metadata": { "total_size": bytes }, "weight_map": map });
+        put_json(&folder.join(INDEX), &index)?;
+    }
+    put_json(&folder.join("config.json"), &Value::Object(json.clone()))
+}
+
+/// The tensors of every file, in order.
+fn parts(targets: &[Target], shard: Option<u64>) -> Vec<&[Target]> {
+    let Some(most) = shard else { return vec![targets] };
+    let (mut parts, mut start, mut held) = (Vec::new(), 0, 0);
+    for (i, target) in targets.iter().enumerate() {
+        if i > start && held + target.bytes() > most {
+            parts.push(&targets[start..i]);
+            (start, held) = (i, 0);
+        }
+        held += target.bytes();
+    }
+
+    parts.push(&targets[start..]);
+    parts
+}
+
+/// Writes a file of tensors.
+fn write(files: &mut WeightFiles, path: &Path, targets: &[Target]) -> Result<()> {
+    let unwritten = |error: std::io::Error| Error::unwritten(path, error);
+    let tensors: Vec<(String, Dtype, Vec<usize>)> = targets
+        .iter()
+        .map(|target| (target.name.clone(), target.dtype, target.piece.shape.clone()))
+        .collect();
+    // Readers ask for it.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut stream = TensorStream::create(path, &tensors, Some(metadata)).map_err(unwritten)?;
+    for target in targets {
+        copy(files, target, |bytes| stream.put(bytes).map_err(unwritten))?;
+    }
+
+    stream.finish().map(drop).map_err(unwritten)
+}
+
+/// Hands a tensor's values on, in its type and as they lie there.
+fn copy(
+    files: &mut WeightFiles,
+    target: &Target,
+    mut put: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let Target { piece, dtype, .. } = target;
+    let count = piece.rows * piece.width();
+    let block = if piece.transposed { count } else { BLOCK / 4 };
+    for start in (0..count).step_by(block.max(1)) {
+        let values = block.min(count - start);
+        let from = piece.first_row * piece.width() + start;
+        let bytes = files.bytes(&piece.ours, 4 * from, 4 * values)?;
+        if *dtype == Dtype::F32 && !piece.transposed && piece.scale == 1.0 {
+            put(&bytes)?;
+            continue;
+        }
+
+        let mut values = Tensor::f_from_data_size(&bytes, &[values as i64], Kind::Float)?;
+        if piece.scale != 1.0 {
+            values = values.f_mul_scalar(piece.scale)?;
+        }
+
+        if piece.transposed {
+            let shape = [piece.shape[1] as i64, piece.shape[0] as i64];
+            values = values.f_view(shape)?.f_tr()?.f_contiguous()?.f_view([-1])?;
+        }
+
+        let there = values.f_to_kind(kind(*dtype).unwrap_or(Kind::Float))?;
+        let mut bytes = vec![0u8; there.numel() * dtype.size()];
+        there.f_copy_data_u8(&mut bytes, there.numel())?;
+        put(&bytes)?;
+    }
+
+    Ok(())
+}
+
+/// The files of a tokenizer and of generation.
+fn beside(source: Option<&Path>, folder: &Path) -> Result<()> {
+    for name in BESIDE {
+        let Some(from) = source.map(|source| source.join(name)).filter(|from| from.is_file())
+        else {
+            continue;
+        };
+
+        let to = folder.join(name);
+        let bytes = files::read(&from).map_err(|error| Error::checkpoint(&from, error))?;
+        files::write(&to, &bytes).map_err(|error| Error::unwritten(&to, error))?;
+    }
+
+    let generation = folder.join("generation_config.json");
+    match generation.exists() {
+        true => Ok(()),
+        false => put_json(&generation, &json!({ "_from_model_config": true })),
+    }
+}
+
+fn put_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
+    files::write(path, text.as_bytes()).map_err(|error| Error::unwritten(path, error))
+}
+
+/// Gives the complete folder its name.
+fn finish(tmp: &Path, to: &Path) -> Result<()> {
+    files::place(tmp, to).map_err(|error| Error::unwritten(to, error))
+}
