@@ -114,7 +114,8 @@ fn llama(short: &str, stem: &str) -> &'static [&'static str] {
         ("attention.query_norm", _) => &["self_attn.q_norm"],
         ("attention.key_norm", _) => &["self_attn.k_norm"],
         ("attention.out", _) => &["self_attn.o_proj"],
-        ("mlp.gate_up", _) => &["mlp.gate_proj", "mlp.up_proj"],
+        ("mlp.gate", _) => &["mlp.gate_proj"],
+        ("mlp.up", _) => &["mlp.up_proj"],
         ("mlp.down", _) => &["mlp.down_proj"],
         _ => &[],
     }

@@ -39,6 +39,8 @@ pub struct Dimensions {
     /// Whether the head's matrix is the embedding's table.
     pub tied: bool,
     pub architecture: &'static Architecture,
+    /// It is computed in f32 on a processor.
+    pub on_processor: bool,
     /// M, the tokens that a layer remembers of earlier segments while training.
     pub mem_len: i64,
     /// Distances beyond this one count as this one.
@@ -121,6 +123,7 @@ impl Dimensions {
             embedding_std: model.embedding_std,
             tied: model.tie != Tie::Untied,
             architecture: model.architecture(),
+            on_processor: true,
 
             mem_len: model.mem_len as i64,
             clamp_len: model.clamp_len.filter(|clamp| *clamp > 0).map(|clamp| clamp as i64),

@@ -6,7 +6,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 use super::architecture::{Blocks, EmbeddingScale};
-use super::attention::causal;
+use super::attention::{causal, kept_per_token};
 use super::linear::linear;
 use super::parameter::FirstValues;
 use super::{
@@ -149,14 +149,15 @@ impl Layer for Block {
         Ok(x.f_add(&drop(y, 1)?)?)
     }
 
-    /// The input, norm1, the middle state, norm2: 4 D; q k v, the attention's output: 4 A; both
-    /// sides of the GELU: 2 F; the attention's log-sums: H; mean and deviation of two norms: 4;
-    /// with dropout two masks: 2 D.
+    /// The input, norm1, the middle state, norm2: 4 D; q k v, the attention's output: 4 A, and what
+    /// else it keeps; both sides of the GELU: 2 F; mean and deviation of two norms: 4; with dropout
+    /// two masks: 2 D.
     fn saved_per_token(&self) -> usize {
         let (d, a, f) =
             (self.d.d_model as usize, self.d.attention_width() as usize, self.d.d_ff as usize);
         let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
-        4 * d + 4 * a + 2 * f + self.d.heads as usize + 4 + masks
+        let kept = kept_per_token(self.d.heads, self.d.sequence, self.d.on_processor);
+        4 * d + 4 * a + 2 * f + kept + 4 + masks
     }
 
     /// Backward of the mlp: the gradient of one side of the GELU beside those of output and input.

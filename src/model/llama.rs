@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tch::Tensor;
 
 use super::architecture::{Blocks, EmbeddingScale};
-use super::attention::causal;
+use super::attention::{causal, kept_per_token};
 use super::linear::linear;
 use super::parameter::FirstValues;
 use super::rotary::{Tables, turn};
@@ -52,6 +52,9 @@ fn blocks(d: &Dimensions, run: Range<usize>) -> Blocks {
     run.map(|layer| Box::new(block(layer)) as Box<dyn Layer>).collect()
 }
 
+/// Tokens from which on queries, keys and values are one product.
+const TOGETHER: i64 = 1024;
+
 struct Block {
     d: Dimensions,
     /// Number of the layer in the whole model, from 0.
@@ -68,7 +71,8 @@ struct Weights<'a> {
     head_norms: Option<[&'a Tensor; 2]>,
     out: Product<'a>,
     norm2: &'a Tensor,
-    gate_up: Product<'a>,
+    gate: Product<'a>,
+    up: Product<'a>,
     down: Product<'a>,
 }
 
@@ -97,12 +101,35 @@ impl Block {
         let out = product(out);
 
         let norm2 = product(false).weight;
-        let (gate_up, down) = (product(false), product(false));
-        Weights { norm1, query, key_value, head_norms, out, norm2, gate_up, down }
+        let (gate, up, down) = (product(false), product(false), product(false));
+        Weights { norm1, query, key_value, head_norms, out, norm2, gate, up, down }
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         rms_norm(x, weight, self.d.norm_eps)
+    }
+
+    /// Queries [B, T, H, W], keys and values [B, T, H / n, W] of `x` [B, T, D]. Of many tokens by one
+    /// product, whose matrix is put together: a tall one is the faster.
+    fn heads(&self, weights: &Weights, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, t, w) = (x.size()[0], x.size()[1], self.d.d_head);
+        let (h, g) = (self.d.heads, self.d.kv_heads);
+        let Weights { query, key_value, .. } = weights;
+        if b * t < TOGETHER {
+            let q = query.of(x)?.f_view([b, t, h, w])?;
+            // At once: of single parts the backward would make two whole gradients.
+            let parts = key_value.of(x)?.f_view([b, t, 2, g, w])?.f_unbind(2)?;
+            return Ok([q, parts[0].shallow_clone(), parts[1].shallow_clone()]);
+        }
+
+        let weight = Tensor::f_cat(&[query.weight, key_value.weight], 0)?;
+        let bias = match (query.bias, key_value.bias) {
+            (Some(one), Some(other)) => Some(Tensor::f_cat(&[one, other], 0)?),
+            _ => None,
+        };
+        let all = linear(x, &weight, bias.as_ref())?.f_view([b, t, h + 2 * g, w])?;
+        let parts = all.f_split_with_sizes([h, g, g], 2)?;
+        Ok([parts[0].shallow_clone(), parts[1].shallow_clone(), parts[2].shallow_clone()])
     }
 
     /// `x` [B, T, D], normalised -> [B, T, D].
@@ -112,11 +139,8 @@ impl Block {
         x: &Tensor,
         remembered: &mut Remembered,
     ) -> Result<Tensor> {
-        let (b, t, w) = (x.size()[0], x.size()[1], self.d.d_head);
-        let mut q = weights.query.of(x)?.f_view([b, t, self.d.heads, w])?;
-        // At once: of single parts the backward would make two whole gradients.
-        let parts = weights.key_value.of(x)?.f_view([b, t, 2, self.d.kv_heads, w])?.f_unbind(2)?;
-        let (mut k, v) = (parts[0].shallow_clone(), &parts[1]);
+        let (b, t) = (x.size()[0], x.size()[1]);
+        let [mut q, mut k, v] = self.heads(weights, x)?;
         if let Some([of_queries, of_keys]) = weights.head_norms {
             (q, k) = (self.norm(&q, of_queries)?, self.norm(&k, of_keys)?);
         }
@@ -127,14 +151,13 @@ impl Block {
         let q = by_head(&turn(&q, &rows)?)?;
         let k = by_head(&turn(&k, &rows)?)?;
 
-        let y = causal(&q, &k, &by_head(v)?, remembered)?;
+        let y = causal(&q, &k, &by_head(&v)?, remembered)?;
         let y = y.f_transpose(1, 2)?.f_reshape([b, t, self.d.attention_width()])?;
         weights.out.of(&y)
     }
 
     fn mlp(&self, weights: &Weights, x: &Tensor) -> Result<Tensor> {
-        let halves = weights.gate_up.of(x)?.f_split(self.d.d_ff, -1)?;
-        weights.down.of(&halves[0].f_silu()?.f_mul(&halves[1])?)
+        weights.down.of(&weights.gate.of(x)?.f_silu()?.f_mul(&weights.up.of(x)?)?)
     }
 }
 
@@ -160,7 +183,8 @@ impl Layer for Block {
             (true, "attention.out.weight", &[d, a], residual),
             (out, "attention.out.bias", &[d], Init::Zeros),
             (true, "norm2.weight", &[d], norm),
-            (true, "mlp.gate_up.weight", &[2 * f, d], matrix),
+            (true, "mlp.gate.weight", &[f, d], matrix),
+            (true, "mlp.up.weight", &[f, d], matrix),
             (true, "mlp.down.weight", &[d, f], residual),
         ];
 
@@ -169,8 +193,7 @@ impl Layer for Block {
             .filter(|(there, ..)| *there)
             .map(|(_, name, shape, init)| (*name, *shape, *init))
             .collect();
-        let parameters = fused(named(&self.name(), &there), "attention.key_value.weight", 2);
-        fused(parameters, "mlp.gate_up.weight", 2)
+        fused(named(&self.name(), &there), "attention.key_value.weight", 2)
     }
 
     /// `x`: [B, T, D] -> [B, T, D].
@@ -195,15 +218,16 @@ impl Layer for Block {
 
     /// The input, the middle state, and of each what is normalised before and after its weights:
     /// 6 D; turned queries, keys and values for every query, the attention's output: 4 A (keys and
-    /// values once where they are not shared); both halves of the SwiGLU, its SiLU and their
-    /// product: 4 F; log-sums and deviations: H + 2. Normalised heads are kept before and after
+    /// values once where they are not shared), and what else it keeps; both halves of the SwiGLU,
+    /// its SiLU and their product: 4 F; deviations: 2. Normalised heads are kept before and after
     /// their weights: 2 A + 2 G. With dropout two masks: 2 D.
     fn saved_per_token(&self) -> usize {
         let (d, a) = (self.d.d_model as usize, self.d.attention_width() as usize);
         let (g, f) = (self.d.key_width() as usize, self.d.d_ff as usize);
         let heads = if self.d.qk_norm { 2 * a + 2 * g } else { 0 };
         let masks = if self.d.dropout > 0.0 { 2 * d } else { 0 };
-        6 * d + 4 * a + 4 * f + self.d.heads as usize + 2 + heads + masks
+        let kept = kept_per_token(self.d.heads, self.d.sequence, self.d.on_processor);
+        6 * d + 4 * a + 4 * f + kept + 2 + heads + masks
     }
 
     /// Backward of the mlp: the gradients of the product, of both halves and of the SiLU beside

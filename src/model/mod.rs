@@ -32,7 +32,7 @@
 //! no positions; norm1, norm2, head.norm without biases
 //! layers.l.attention.query.weight [A, D], .bias           layers.l.attention.key_value.weight [2G, D]: keys, then values; .bias
 //! layers.l.attention.query_norm.weight, .key_norm.weight [W]       layers.l.attention.out.weight [D, A], .bias
-//! layers.l.mlp.gate_up.weight [2F, D]: gate, then up      layers.l.mlp.down.weight [D, F]
+//! layers.l.mlp.gate.weight, .up.weight [F, D]             layers.l.mlp.down.weight [D, F]
 //! ```
 //!
 //! Where the rows of a table are not D wide, embedding.projection and head.projection stand beside

@@ -65,6 +65,7 @@ impl Setup {
         let shares = corpus.train.shares(&config.model.cutoffs);
         let mut dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
         dimensions.shares = shares;
+        dimensions.on_processor = config.precision == Precision::F32;
         let partition = plan::layers(&config, &dimensions)?;
         plan::check_streams(&config, &corpus)?;
 
@@ -95,8 +96,9 @@ impl Setup {
     }
 
     /// The same run on another device.
-    pub fn with_device(self, device: Device) -> Setup {
+    pub fn with_device(mut self, device: Device) -> Setup {
         let readback = if device.is_cuda() { Readback::Deferred } else { Readback::Now };
+        self.dimensions.on_processor &= !device.is_cuda();
         Setup { device, readback, ..self }
     }
 

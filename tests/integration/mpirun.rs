@@ -223,10 +223,14 @@ fn peak_memory_is_as_predicted() {
     let xl = ["model.arch=transformer-xl", "model.mem_len=128", "eval.every=2", "eval.batch=3"];
     let recompute = ["recompute=true", "model.dropout=0.1"];
     let blocks = ["recompute=blocks", "microbatches=2"];
+    let llama = ["model.arch=llama", "model.kv_heads=2", "model.qk_norm=true", "model.dropout=0.1"];
+    let vocabulary = ["model.arch=llama", "model.vocabulary=20000", "model.loss_chunk_mib=4"];
     let (stages, replicas) = ("grid.stages=2", "grid.replicas=2");
     for (grid, more) in [
         (stages, &[][..]),
         (stages, &xl),
+        (stages, &llama),
+        (stages, &vocabulary),
         (stages, &[&xl[..], &recompute].concat()),
         (stages, &blocks),
         (stages, &[&xl[..], &blocks].concat()),
