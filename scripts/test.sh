@@ -30,7 +30,16 @@ peers() {
     fi
 }
 
+hugging_face() {
+    if [ -x .venv/bin/python ]; then scripts/hugging-face.sh; else echo "hugging-face: skipped: no torch in .venv"; fi
+}
+
+models() {
+    if [ -x .venv/bin/python ]; then scripts/bench-models.sh --short; else echo "bench-models: skipped: no torch in .venv"; fi
+}
+
 part "set-up" scripts/setup.sh
+part "Hugging Face's libraries" hugging_face
 part "format" cargo fmt --check
 part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
@@ -41,6 +50,7 @@ part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
 part "benchmark: peers, in short" peers
+part "benchmark: models, in short" models
 part "benchmark: grids, in short" scripts/bench-grid.sh --short
 part "benchmark: hosts, in short" scripts/bench-hosts.sh --short
 part "benchmark: rules, in short" scripts/bench-rules.sh --short

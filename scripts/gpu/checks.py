@@ -60,7 +60,8 @@ def processor_and_gpu_agree(sets):
 
 AGREE = [(f"CPU and CUDA agree{what}", processor_and_gpu_agree(sets)) for what, sets in (
     (" (f32)", {}), (", Muon", {"optimizer.kind": "muon"}), (", SOAP", {"optimizer.kind": "soap"}),
-    (", dropout", {"model.dropout": 0.1}))]
+    (", dropout", {"model.dropout": 0.1}),
+    (", Llama", {"model.arch": "llama", "model.kv_heads": 2, "model.qk_norm": "true", "model.vocabulary": 9000}))]
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def logged():
 
 def nothing_is_waited_for(work):
     """As many waits of the host for the device in a longer run: those are of its start and its end."""
-    kinds = {"AdamW, dropout": {"model.dropout": 0.1}, "Muon": {"optimizer.kind": "muon"}, "SOAP": {"optimizer.kind": "soap"},
+    kinds = {"AdamW, dropout": {"model.dropout": 0.1}, "Llama": {"model.arch": "llama", "model.kv_heads": 2}, "Muon": {"optimizer.kind": "muon"}, "SOAP": {"optimizer.kind": "soap"},
              "Transformer-XL, bf16": {"model.arch": "transformer-xl", "model.mem_len": 32, "precision": "bf16"}}
     text, figures = [], {}
     with logged():
@@ -178,6 +179,8 @@ REST = [
     equals_oracle("2x2 equals the oracle (threads)", 1),
     equals_oracle("2x1 equals the oracle, dropout (NCCL)", 2, model__dropout=0.1),
     equals_oracle("2x1 equals the oracle, Transformer-XL (NCCL)", 2, model__arch="transformer-xl", model__mem_len=32),
+    equals_oracle("2x1 equals the oracle, Llama, bf16 (NCCL)", 2, model__arch="llama", model__kv_heads=2,
+                  model__vocabulary=9000, model__loss_chunk_mib=2, precision="bf16"),
     ("tf32 and bf16 beside f32", precisions),
     equals_oracle("2x1 equals the oracle, Muon (NCCL)", 2, optimizer__kind="muon"),
     equals_oracle("3x1 equals the oracle, SOAP (NCCL)", 3, optimizer__kind="soap", optimizer__soap_every=3),

@@ -16,7 +16,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::thread;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use safetensors::tensor::{Dtype, TensorInfo};
@@ -156,11 +157,51 @@ fn head(
     Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
 }
 
-/// A file of tensors whose values come one after the other, so that no more of them than one needs
-/// memory.
+/// A file of tensors whose values come one after the other, so that no more of them than a few pieces
+/// need memory. A thread writes and takes the digest while the next ones are made.
+///
+/// ```text
+/// put ---> [ piece that is filled ] ---> full ---> thread: digest, write past the cache
+///                 ^                                            |
+///                 '------------------- empty <-----------------'
+/// ```
 pub struct TensorStream {
-    file: Pieces,
-    hash: Xxh3,
+    filling: Filling,
+    full: SyncSender<Filling>,
+    empty: Receiver<Filling>,
+    writer: JoinHandle<io::Result<(u64, String)>>,
+}
+
+/// Bytes of a piece of a stream, and pieces that there are.
+const STREAMED: usize = 8 << 20;
+const PIECES: usize = 3;
+
+/// A piece of a stream, whose memory lies as direct writes want it.
+struct Filling {
+    memory: Vec<u8>,
+    start: usize,
+    filled: usize,
+}
+
+impl Filling {
+    fn new() -> Filling {
+        let memory = vec![0; STREAMED + ALIGN];
+        let start = memory.as_ptr().align_offset(ALIGN);
+        Filling { memory, start, filled: 0 }
+    }
+
+    /// Takes as many of the bytes as there is room for; gives the others.
+    fn take<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        let (now, later) = bytes.split_at(bytes.len().min(STREAMED - self.filled));
+        let at = self.start + self.filled;
+        self.memory[at..at + now.len()].copy_from_slice(now);
+        self.filled += now.len();
+        later
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.filled]
+    }
 }
 
 impl TensorStream {
@@ -173,7 +214,30 @@ impl TensorStream {
         tensors: &[(String, Dtype, Vec<usize>)],
         metadata: Option<HashMap<String, String>>,
     ) -> io::Result<TensorStream> {
-        let mut stream = TensorStream { file: Pieces::create(path)?, hash: Xxh3::new() };
+        let file = create(path)?;
+        let (full, pieces) = sync_channel::<Filling>(PIECES);
+        let (emptied, empty) = sync_channel(PIECES);
+        for _ in 1..PIECES {
+            let _ = emptied.send(Filling::new());
+        }
+
+        let write = move || {
+            let (mut hash, mut written) = (Xxh3::new(), 0);
+            for mut piece in pieces {
+                hash.update(piece.bytes());
+                written = write_piece(&file, &piece, written)?;
+                piece.filled = 0;
+                // Nobody needs it any more once everything is filled.
+                let _ = emptied.send(piece);
+            }
+
+            file.set_len(written)?;
+            file.sync_all()?;
+            Ok((written, super::hex(&hash)))
+        };
+
+        let writer = thread::Builder::new().name("stream".into()).spawn(write)?;
+        let mut stream = TensorStream { filling: Filling::new(), full, empty, writer };
         stream.put(&head(tensors, metadata)?)?;
         Ok(stream)
     }
@@ -181,10 +245,18 @@ impl TensorStream {
     /// Writes the next bytes.
     ///
     /// # Errors
-    /// What the file system reports.
-    pub fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hash.update(bytes);
-        self.file.put(bytes)
+    /// That the writer has stopped: [`TensorStream::finish`] says why.
+    pub fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        loop {
+            bytes = self.filling.take(bytes);
+            if bytes.is_empty() {
+                return Ok(());
+            }
+
+            let next = self.empty.recv().map_err(|_| stopped())?;
+            let full = std::mem::replace(&mut self.filling, next);
+            self.full.send(full).map_err(|_| stopped())?;
+        }
     }
 
     /// Waits until everything is on the disk. Gives the file's size and its digest.
@@ -192,8 +264,31 @@ impl TensorStream {
     /// # Errors
     /// What the file system reports.
     pub fn finish(self) -> io::Result<(u64, String)> {
-        Ok((self.file.finish()?, super::hex(&self.hash)))
+        let TensorStream { filling, full, writer, .. } = self;
+        let _ = full.send(filling);
+        drop(full);
+        writer.join().map_err(|_| io::Error::other("a panic while it was written"))?
     }
+}
+
+fn stopped() -> io::Error {
+    io::Error::other("its writer has stopped")
+}
+
+/// Writes a piece, the last one with whatever stands behind what it is filled with; gives the bytes
+/// written so far.
+fn write_piece(file: &File, piece: &Filling, written: u64) -> io::Result<u64> {
+    let whole = piece.filled.next_multiple_of(ALIGN);
+    write_all(file, &piece.memory[piece.start..piece.start + whole], written)?;
+    Ok(written + piece.filled as u64)
+}
+
+/// An empty file that is written past the cache, where the file system lets it.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    let direct = options.clone().custom_flags(OFlags::DIRECT.bits() as i32).open(path);
+    direct.or_else(|_| options.open(path))
 }
 
 /// A file that is written from its beginning to its end.
@@ -209,10 +304,7 @@ struct Pieces {
 
 impl Pieces {
     fn create(path: &Path) -> io::Result<Pieces> {
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        let direct = options.clone().custom_flags(OFlags::DIRECT.bits() as i32).open(path);
-        let file = direct.or_else(|_| options.open(path))?;
+        let file = create(path)?;
         let edge = vec![0; 2 * ALIGN];
         let start = edge.as_ptr().align_offset(ALIGN);
         Ok(Pieces { file, edge, start, filled: 0, written: 0 })
@@ -340,8 +432,40 @@ mod tests {
         }
     }
 
+    /// Parts of any size come out as one file, whose digest is that of its bytes.
+    #[test]
+    fn a_stream_is_one_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("values");
+        for (count, part) in
+            [(0usize, 1usize), (10, 3), (STREAMED / 4, 1000), (STREAMED + 77, 1 << 20)]
+        {
+            let values: Vec<u8> = (0..4 * count).map(|i| (i * 31) as u8).collect();
+            let tensors = [("all".to_owned(), Dtype::F32, vec![count])];
+            let mut stream = TensorStream::create(&path, &tensors, None).unwrap();
+            values.chunks(part).for_each(|part| stream.put(part).unwrap());
+            let (size, digest) = stream.finish().unwrap();
+            assert_eq!((size, digest), super::super::digest(&path).unwrap());
+            let there = std::fs::read(&path).unwrap();
+            let read = SafeTensors::deserialize(&there).unwrap();
+            assert!(read.tensor("all").unwrap().data() == values, "{count}");
+        }
+    }
+
     #[test]
     fn a_full_disk_is_told() {
+        if Path::new("/dev/full").exists() {
+            let tensors = [("all".to_owned(), Dtype::F32, vec![8 * STREAMED])];
+            let mut stream = TensorStream::create(Path::new("/dev/full"), &tensors, None).unwrap();
+            let values = vec![0; STREAMED];
+            let put = (0..32).try_for_each(|_| stream.put(&values));
+            assert!(put.is_err(), "the writer has stopped, and whoever fills is told");
+            assert_eq!(stream.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_at_once() {
         if Path::new("/dev/full").exists() {
             let mut file = Pieces::create(Path::new("/dev/full")).unwrap();
             assert_eq!(file.put(&[0; 2 * ALIGN]).unwrap_err().kind(), io::ErrorKind::StorageFull);

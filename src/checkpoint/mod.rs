@@ -24,6 +24,7 @@
 //! every file has the size and the digest that the manifest says. Replicas hold the same state and
 //! share the files of a stage out.
 
+pub mod values;
 mod file;
 mod snapshot;
 mod tensors;

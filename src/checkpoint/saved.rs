@@ -7,6 +7,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use safetensors::tensor::Dtype;
 use tch::{Device, Tensor};
 
 use super::tensors::Tensors;
@@ -51,12 +52,16 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if there is none, or it is not as its manifest says.
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        match Checkpoint::newest(path)? {
-            Some(found) => Ok(found),
-            None => {
-                Err(Error::checkpoint(path, "no saved weights here (a folder with manifest.json)"))
-            }
-        }
+        Checkpoint::found(path, Checkpoint::read)?.ok_or_else(|| nothing(path))
+    }
+
+    /// The same, whose files nobody has looked into yet: whoever uses it calls
+    /// [`Checkpoint::verify`] meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is none, or none whose manifest can be read.
+    pub fn open_unverified(path: &Path) -> Result<Checkpoint> {
+        Checkpoint::found(path, Checkpoint::read_manifest)?.ok_or_else(|| nothing(path))
     }
 
     /// The state in `path` itself, or the newest of those under its `checkpoints/` (or right in it)
@@ -66,8 +71,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if there are some, and none of them is good.
     pub fn newest(path: &Path) -> Result<Option<Checkpoint>> {
+        Checkpoint::found(path, Checkpoint::read)
+    }
+
+    fn found(
+        path: &Path,
+        read: impl Fn(&Path) -> Result<Checkpoint>,
+    ) -> Result<Option<Checkpoint>> {
         if path.join(MANIFEST).exists() {
-            return Checkpoint::read(path).map(Some);
+            return read(path).map(Some);
         }
 
         // A path that names one state, whose manifest is gone, is no run's folder.
@@ -85,7 +97,7 @@ impl Checkpoint {
         folders.sort_by_key(|folder| std::cmp::Reverse(age(folder)));
         let mut first = None;
         for folder in folders {
-            match Checkpoint::read(&folder) {
+            match read(&folder) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error) => {
                     complain!("note: {error}; looking for an older one");
@@ -99,8 +111,16 @@ impl Checkpoint {
 
     fn read(path: &Path) -> Result<Checkpoint> {
         let checkpoint = Checkpoint::read_manifest(path)?;
-        checkpoint.manifest.shards.iter().try_for_each(|shard| checkpoint.verify(shard))?;
+        checkpoint.verify()?;
         Ok(checkpoint)
+    }
+
+    /// Whether the files are there as the manifest says.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for the first that is not.
+    pub fn verify(&self) -> Result<()> {
+        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard))
     }
 
     /// What the manifest of a state says, whose files are not looked at.
@@ -131,7 +151,7 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
     }
 
-    fn verify(&self, shard: &Shard) -> Result<()> {
+    fn verify_shard(&self, shard: &Shard) -> Result<()> {
         let file = self.path.join(&shard.file);
         let found = fs::metadata(&file).map_err(|error| Error::checkpoint(&file, error))?.len();
         if found != shard.bytes {
@@ -448,6 +468,10 @@ impl Checkpoint {
     }
 }
 
+fn nothing(path: &Path) -> Error {
+    Error::checkpoint(path, "no saved weights here (a folder with manifest.json)")
+}
+
 /// The files of a state's weights, of which one is open at a time.
 pub struct WeightFiles<'a> {
     folder: &'a Path,
@@ -456,11 +480,30 @@ pub struct WeightFiles<'a> {
 }
 
 impl WeightFiles<'_> {
-    /// `count` bytes of a parameter's f32 values, from the `from`-th on.
+    /// The type of a parameter's values.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is missing.
+    pub fn dtype(&mut self, name: &str) -> Result<Dtype> {
+        self.look(name, |file| {
+            file.shape(name)?;
+            Ok(file.info(name).map_or(Dtype::F32, |(dtype, _)| dtype))
+        })
+    }
+
+    /// Fills `bytes` with those of a parameter, from its `from`-th on.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it is missing or has fewer.
-    pub fn bytes(&mut self, name: &str, from: usize, count: usize) -> Result<Vec<u8>> {
+    pub fn fill(&mut self, name: &str, from: usize, bytes: &mut [u8]) -> Result<()> {
+        self.look(name, |file| file.fill(name, from, bytes))
+    }
+
+    fn look<T>(
+        &mut self,
+        name: &str,
+        look: impl FnOnce(&mut Tensors) -> std::result::Result<T, String>,
+    ) -> Result<T> {
         let shard = self.places.get(name);
         let shard =
             shard.ok_or_else(|| Error::checkpoint(self.folder, format!("no parameter {name}")))?;
@@ -470,8 +513,7 @@ impl WeightFiles<'_> {
             other => &mut other.insert((&shard.file, Tensors::open(&path)?)).1,
         };
 
-        let read = file.shape(name).and_then(|_| file.bytes(name, from, count));
-        read.map_err(|problem| Error::checkpoint(&path, problem))
+        look(file).map_err(|problem| Error::checkpoint(&path, problem))
     }
 }
 

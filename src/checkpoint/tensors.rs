@@ -9,6 +9,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
+use super::values::{is_known, to_f32};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -57,52 +58,50 @@ impl Tensors {
         self.infos.get(name).map(|info| (info.dtype, &info.shape[..]))
     }
 
-    /// `count` of a tensor's bytes, from its `from`-th on.
+    /// Fills `bytes` with those of a tensor, from its `from`-th on.
     ///
     /// # Errors
     /// What is wrong with it, or what the file system reports.
-    pub fn bytes(
+    pub fn fill(
         &mut self,
         name: &str,
         from: usize,
-        count: usize,
-    ) -> std::result::Result<Vec<u8>, String> {
+        bytes: &mut [u8],
+    ) -> std::result::Result<(), String> {
+        let count = bytes.len();
         let info = self.infos.get(name).ok_or_else(|| format!("no tensor {name}"))?;
         let (start, end) = info.data_offsets;
         if from.checked_add(count).is_none_or(|to| to > end - start) {
             return Err(format!("{name} has {} bytes, not {count} from {from} on", end - start));
         }
 
-        let mut bytes = vec![0u8; count];
         let at = SeekFrom::Start(self.values + (start + from) as u64);
-        self.file
-            .seek(at)
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|error| error.to_string())?;
-        Ok(bytes)
+        let read = self.file.seek(at).and_then(|_| self.file.read_exact(bytes));
+        read.map_err(|error| error.to_string())
     }
 
-    /// The shape of a tensor of f32.
+    /// The shape of a tensor of weights: f32, of an import also bf16 or f16.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn shape(&self, name: &str) -> std::result::Result<Vec<i64>, String> {
         let info = self.infos.get(name).ok_or_else(|| format!("no tensor {name}"))?;
-        if info.dtype != Dtype::F32 {
-            return Err(format!("{name} holds {:?}, not f32", info.dtype));
+        if !is_known(info.dtype) {
+            return Err(format!("{name} holds {:?}, not f32, f16 or bf16", info.dtype));
         }
         Ok(info.shape.iter().map(|n| *n as i64).collect())
     }
 
-    /// The values of a tensor of f32.
+    /// The values of such a tensor, in f32.
     ///
     /// # Errors
     /// What is wrong with it, or what the file system reports.
     pub fn read(&mut self, name: &str) -> std::result::Result<Vec<f32>, String> {
         self.shape(name)?;
-        let (start, end) = self.infos[name].data_offsets;
-        let bytes = self.bytes(name, 0, end - start)?;
-        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        let TensorInfo { dtype, data_offsets: (start, end), .. } = self.infos[name];
+        let mut bytes = vec![0; end - start];
+        self.fill(name, 0, &mut bytes)?;
+        Ok(to_f32(dtype, &bytes))
     }
 }
 

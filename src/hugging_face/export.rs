@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
-use tch::{Kind, Tensor};
 
 use super::family::{Family, family_of, written};
 use super::folder::{INDEX, WEIGHTS};
-use super::import::{check_room, kind, read_json};
+use super::import::{check_room, read_json};
 use super::names::{HEAD, Piece, full, pieces};
 use super::{BESIDE, BLOCK, TYPES};
+use crate::checkpoint::values::{from_f32, to_f32, transposed};
 use crate::checkpoint::{Checkpoint, TensorStream, WeightFiles};
 use crate::error::{Error, Result};
 use crate::files;
@@ -69,7 +69,41 @@ impl Target {
 /// [`Error::Checkpoint`] for weights that cannot be used, [`Error::Config`] for a model that no
 /// family has, or a folder that is there already.
 pub fn export(request: &ExportRequest) -> Result<()> {
-    let checkpoint = Checkpoint::open(&request.run)?;
+    check_absent(&request.to)?;
+    let tmp = files::temporary(&request.to);
+    let checkpoint = Checkpoint::open_unverified(&request.run)?;
+    // What is read is looked at while it is written.
+    let (made, good) = std::thread::scope(|scope| {
+        let good = scope.spawn(|| checkpoint.verify());
+        let made = write_folder(request, &checkpoint, &tmp);
+        let lost = |_| Err(Error::Internal("a panic while the weights were verified".into()));
+        (made, good.join().unwrap_or_else(lost))
+    });
+
+    let made = match good {
+        Ok(()) => made,
+        // An older state that is good is taken instead, if there is one, and told.
+        Err(_) => {
+            let _ = fs::remove_dir_all(&tmp);
+            Checkpoint::open(&request.run).and_then(|older| write_folder(request, &older, &tmp))
+        }
+    };
+
+    let finished = made.and_then(|told| finish(&tmp, &request.to).map(|()| told));
+    match finished {
+        Ok(told) => {
+            say!("{}: {told}", request.to.display());
+            Ok(())
+        }
+        Err(error) => {
+            let _ = fs::remove_dir_all(&tmp);
+            Err(error)
+        }
+    }
+}
+
+/// Writes the folder of a state; gives what it is.
+fn write_folder(request: &ExportRequest, checkpoint: &Checkpoint, tmp: &Path) -> Result<String> {
     let config = &checkpoint.manifest.config;
     let family = family_of(&config.model)?;
     let source = checkpoint.source();
@@ -82,29 +116,16 @@ pub fn export(request: &ExportRequest) -> Result<()> {
     untie(&mut pieces, &dimensions, config.model.arch);
     let targets = targets(family, pieces, request.dtype, types.as_ref());
     check_room(&request.to, targets.iter().map(Target::bytes).sum())?;
-    check_absent(&request.to)?;
 
     let main = targets.first().map_or(Dtype::F32, |target| target.dtype);
-    let json =
-        written(family, &config.model, vocabulary, config.data.sequence, main, json.as_ref());
-    let tmp = files::temporary(&request.to);
-    let made = make(&checkpoint, &tmp, &targets, request.shard, &json)
-        .and_then(|()| beside(source.as_deref(), &tmp))
-        .and_then(|()| finish(&tmp, &request.to));
-    if made.is_err() {
-        let _ = fs::remove_dir_all(&tmp);
-    }
-    made?;
+    let sequence = config.data.sequence;
+    let json = written(family, &config.model, vocabulary, sequence, main, json.as_ref());
+    make(checkpoint, tmp, &targets, request.shard, &json)?;
+    beside(source.as_deref(), tmp)?;
 
     let values: usize = targets.iter().map(|t| t.piece.rows * t.piece.width()).sum();
-    let path = request.to.display();
-    say!(
-        "{path}: {} of step {}, {} values",
-        family.word(),
-        checkpoint.step(),
-        thousands(values as u64)
-    );
-    Ok(())
+    let (step, values) = (checkpoint.step(), thousands(values as u64));
+    Ok(format!("{} of step {step}, {values} values", family.word()))
 }
 
 /// A tied Transformer of this program multiplies its table on its way in and out: as GPT-2 it has two.
@@ -227,30 +248,28 @@ fn copy(
 ) -> Result<()> {
     let Target { piece, dtype, .. } = target;
     let count = piece.rows * piece.width();
-    let block = if piece.transposed { count } else { BLOCK / 4 };
+    let of = files.dtype(&piece.ours)?;
+    let block = if piece.transposed { count } else { count.min(BLOCK / of.size()) };
+    let mut buffer = vec![0; block * of.size()];
     for start in (0..count).step_by(block.max(1)) {
         let values = block.min(count - start);
-        let from = piece.first_row * piece.width() + start;
-        let bytes = files.bytes(&piece.ours, 4 * from, 4 * values)?;
-        if *dtype == Dtype::F32 && !piece.transposed && piece.scale == 1.0 {
-            put(&bytes)?;
+        let from = (piece.first_row * piece.width() + start) * of.size();
+        let bytes = &mut buffer[..values * of.size()];
+        files.fill(&piece.ours, from, bytes)?;
+        if *dtype == of && !piece.transposed && piece.scale == 1.0 {
+            put(bytes)?;
             continue;
         }
 
-        let mut values = Tensor::f_from_data_size(&bytes, &[values as i64], Kind::Float)?;
+        let mut there = to_f32(of, bytes);
         if piece.scale != 1.0 {
-            values = values.f_mul_scalar(piece.scale)?;
+            there.iter_mut().for_each(|value| *value = (f64::from(*value) * piece.scale) as f32);
         }
 
         if piece.transposed {
-            let shape = [piece.shape[1] as i64, piece.shape[0] as i64];
-            values = values.f_view(shape)?.f_tr()?.f_contiguous()?.f_view([-1])?;
+            there = transposed(&there, piece.shape[1], piece.shape[0]);
         }
-
-        let there = values.f_to_kind(kind(*dtype).unwrap_or(Kind::Float))?;
-        let mut bytes = vec![0u8; there.numel() * dtype.size()];
-        there.f_copy_data_u8(&mut bytes, there.numel())?;
-        put(&bytes)?;
+        put(&from_f32(*dtype, &there))?;
     }
 
     Ok(())

@@ -152,7 +152,7 @@ fn gpt2(keys: &Keys) -> Result<ModelConfig> {
         layers: keys.count("n_layer")?,
         d_model,
         heads: keys.count("n_head")?,
-        d_ff: keys.count_if_given("n_inner")?.unwrap_or(4 * d_model),
+        d_ff: keys.count_if_given("n_inner")?.unwrap_or(d_model.saturating_mul(4)),
         vocabulary: Some(keys.count("vocab_size")?),
         positions: Some(keys.count("n_positions")?),
         norm_eps: Some(keys.number("layer_norm_epsilon", 1e-5)?),

@@ -105,14 +105,14 @@ impl Folder {
         self.files[*self.places.get(name)?].info(name)
     }
 
-    /// Some of a tensor's bytes.
+    /// Fills `bytes` with those of a tensor, from its `from`-th on.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it is not there or cannot be read.
-    pub fn bytes(&mut self, name: &str, from: usize, count: usize) -> Result<Vec<u8>> {
+    pub fn fill(&mut self, name: &str, from: usize, bytes: &mut [u8]) -> Result<()> {
         let wrong = |problem: String| Error::checkpoint(&self.path, problem);
         let number = self.places.get(name).ok_or_else(|| wrong(format!("no tensor {name}")))?;
-        let bytes = self.files[*number].bytes(name, from, count);
-        bytes.map_err(|problem| Error::checkpoint(&self.path, problem))
+        let filled = self.files[*number].fill(name, from, bytes);
+        filled.map_err(|problem| Error::checkpoint(&self.path, problem))
     }
 }

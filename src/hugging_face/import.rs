@@ -1,17 +1,17 @@
 //! `ouroboros import`: a folder of Hugging Face's becomes a run at step 0.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value};
-use tch::{Kind, Tensor};
 
 use super::family::{Described, Family, described};
 use super::folder::Folder;
 use super::names::{HEAD, Piece, full, is_computed, pieces};
 use super::{BESIDE, BLOCK, TYPES};
+use crate::checkpoint::values::{from_f32, is_known, to_f32, transposed};
 use crate::checkpoint::{self, Manifest, Pipeline, SOURCE, Shard, ShardKind, TensorStream};
 use crate::config::Config;
 use crate::data::{DataConfig, Vocabulary};
@@ -20,8 +20,6 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::metrics::thousands;
 use crate::model::{Dimensions, ModelConfig};
-use crate::params::as_bytes;
-use crate::params::slice;
 
 /// The longest sequence that an imported config begins with, tokens.
 const SEQUENCE: usize = 1024;
@@ -59,7 +57,13 @@ pub fn import(request: &ImportRequest) -> Result<()> {
     }
 
     let parameters: usize = pieces.iter().map(|piece| piece.rows * piece.width()).sum();
-    check_room(out, 4 * parameters as u64)?;
+    check_room(
+        out,
+        tensors(&source, prefix, &pieces)
+            .iter()
+            .map(|(_, dtype, shape)| (dtype.size() * shape.iter().product::<usize>()) as u64)
+            .sum(),
+    )?;
     let fresh = !out.exists();
     let unwritten =
         |error| Error::config("--out", out.display(), format!("cannot be made ({error})"));
@@ -126,7 +130,7 @@ fn check(source: &Folder, folder: &Path, family: Family, pieces: &[Piece]) -> Re
             return wrong(format!("no tensor {name}, which config.json asks for"));
         };
 
-        if kind(dtype).is_none() {
+        if !is_known(dtype) {
             return wrong(format!("{name} holds {dtype:?}; F32, F16 and BF16 can be read"));
         }
 
@@ -142,16 +146,6 @@ fn check(source: &Folder, folder: &Path, family: Family, pieces: &[Piece]) -> Re
     match source.names().find(|name| !known(name)) {
         Some(name) => wrong(format!("{name} is none of the tensors that config.json asks for")),
         None => Ok(prefix),
-    }
-}
-
-/// libtorch's name of a type that weights may have.
-pub(super) fn kind(dtype: Dtype) -> Option<Kind> {
-    match dtype {
-        Dtype::F32 => Some(Kind::Float),
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::BF16 => Some(Kind::BFloat16),
-        _ => None,
     }
 }
 
@@ -184,24 +178,13 @@ fn make(
     let path = tmp.join(file);
     let unwritten = |error: std::io::Error| Error::unwritten(&path, error);
 
-    let mut tensors: Vec<(String, Dtype, Vec<usize>)> = Vec::new();
-    for piece in pieces {
-        let mut shape = piece.shape.clone();
-        if piece.transposed {
-            shape.reverse();
-        }
-
-        match tensors.last_mut().filter(|(name, ..)| *name == piece.ours) {
-            Some((_, _, whole)) => whole[0] += piece.rows,
-            None => tensors.push((piece.ours.clone(), Dtype::F32, shape)),
-        }
-    }
-
+    let tensors = tensors(source, prefix, pieces);
+    let types: BTreeMap<&str, Dtype> =
+        tensors.iter().map(|(name, dtype, _)| (name.as_str(), *dtype)).collect();
     let mut stream = TensorStream::create(&path, &tensors, None).map_err(unwritten)?;
     for piece in pieces {
-        copy(source, &full(prefix, &piece.theirs), piece, |bytes| {
-            stream.put(bytes).map_err(unwritten)
-        })?;
+        let (name, to) = (full(prefix, &piece.theirs), types[piece.ours.as_str()]);
+        copy(source, &name, piece, to, |bytes| stream.put(bytes).map_err(unwritten))?;
     }
 
     let (bytes, digest) = stream.finish().map_err(unwritten)?;
@@ -218,33 +201,56 @@ fn make(
     checkpoint::complete(out, &manifest, &Vocabulary::bytes())
 }
 
-/// Hands a tensor's values on, in f32 and as they lie here.
+/// The parameters, each in the type of the tensors that it is made of; in f32 if those differ.
+fn tensors(source: &Folder, prefix: &str, pieces: &[Piece]) -> Vec<(String, Dtype, Vec<usize>)> {
+    let mut tensors: Vec<(String, Dtype, Vec<usize>)> = Vec::new();
+    for piece in pieces {
+        let mut shape = piece.shape.clone();
+        if piece.transposed {
+            shape.reverse();
+        }
+
+        let dtype =
+            source.info(&full(prefix, &piece.theirs)).map_or(Dtype::F32, |(dtype, _)| dtype);
+        match tensors.last_mut().filter(|(name, ..)| *name == piece.ours) {
+            Some((_, of, whole)) => {
+                whole[0] += piece.rows;
+                if *of != dtype {
+                    *of = Dtype::F32;
+                }
+            }
+            None => tensors.push((piece.ours.clone(), dtype, shape)),
+        }
+    }
+    tensors
+}
+
+/// Hands a tensor's values on, as they lie here and in the type `to`.
 fn copy(
     source: &mut Folder,
     name: &str,
     piece: &Piece,
+    to: Dtype,
     mut put: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let (dtype, size) =
-        source.info(name).map_or((Dtype::F32, 4), |(dtype, _)| (dtype, dtype.size()));
+    let dtype = source.info(name).map_or(Dtype::F32, |(dtype, _)| dtype);
     let count = piece.rows * piece.width();
-    let block = if piece.transposed { count } else { BLOCK / 4 };
+    let block = if piece.transposed { count } else { count.min(BLOCK / dtype.size()) };
+    let mut buffer = vec![0; block * dtype.size()];
     for start in (0..count).step_by(block.max(1)) {
         let values = block.min(count - start);
-        let bytes = source.bytes(name, start * size, values * size)?;
-        if dtype == Dtype::F32 && !piece.transposed {
-            put(&bytes)?;
+        let bytes = &mut buffer[..values * dtype.size()];
+        source.fill(name, start * dtype.size(), bytes)?;
+        if dtype == to && !piece.transposed {
+            put(bytes)?;
             continue;
         }
 
-        let kind = kind(dtype).unwrap_or(Kind::Float);
-        let there = Tensor::f_from_data_size(&bytes, &[values as i64], kind)?;
-        let mut here = there.f_to_kind(Kind::Float)?;
+        let mut here = to_f32(dtype, bytes);
         if piece.transposed {
-            let shape = [piece.shape[0] as i64, piece.shape[1] as i64];
-            here = here.f_view(shape)?.f_tr()?.f_contiguous()?.f_view([-1])?;
+            here = transposed(&here, piece.shape[0], piece.shape[1]);
         }
-        put(as_bytes(slice(&here)))?;
+        put(&from_f32(to, &here))?;
     }
 
     Ok(())
@@ -280,4 +286,31 @@ fn keep(folder: &Path, out: &Path, source: &Folder, config: &Config) -> Result<(
     );
     let text = head + &config.to_short_toml();
     files::write(&path, text.as_bytes()).map_err(|error| unwritten(&path, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_told_before_anything_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a/b");
+        assert!(check_room(&out, 1).is_ok());
+        let error = check_room(&out, u64::MAX).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(&format!("{} bytes are to be written", u64::MAX)));
+        assert!(!out.exists());
+    }
+
+    #[test]
+    fn a_run_is_called_as_its_folder() {
+        let config = |out: &str, positions| {
+            run_config(Path::new(out), ModelConfig { positions, ..ModelConfig::default() })
+        };
+        assert_eq!(config("runs/smol", Some(300)).name, "smol");
+        assert_eq!(config("runs/smol", Some(300)).data.sequence, 300);
+        assert_eq!(config("..", Some(9000)).name, "imported");
+        assert_eq!(config("..", Some(9000)).data.sequence, SEQUENCE);
+    }
 }

@@ -39,4 +39,4 @@ const BESIDE: [&str; 12] = [
 ];
 
 /// Bytes that are read at a time.
-const BLOCK: usize = 64 << 20;
+const BLOCK: usize = 8 << 20;

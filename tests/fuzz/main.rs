@@ -18,6 +18,7 @@ mod mutate;
 mod texts;
 mod data;
 mod states;
+mod folders;
 mod messages;
 mod run;
 
@@ -54,7 +55,7 @@ trait Target {
 type Make = fn(&Path) -> Box<dyn Target>;
 
 /// Each with its share of the time.
-const TARGETS: [(&str, Make, f64); 10] = [
+const TARGETS: [(&str, Make, f64); 11] = [
     ("config", texts::config, 2.0),
     ("command-line", texts::command_line, 1.0),
     ("topology", texts::topology, 0.5),
@@ -64,6 +65,7 @@ const TARGETS: [(&str, Make, f64); 10] = [
     ("words", data::words, 1.0),
     ("archive", data::archive, 1.0),
     ("state", states::state, 2.5),
+    ("folder", folders::folder, 1.0),
     ("messages", messages::messages, 0.5),
 ];
 
