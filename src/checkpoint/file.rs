@@ -169,7 +169,8 @@ pub struct TensorStream {
     filling: Filling,
     full: SyncSender<Filling>,
     empty: Receiver<Filling>,
-    writer: JoinHandle<io::Result<(u64, String)>>,
+    /// None once it has stopped.
+    writer: Option<JoinHandle<io::Result<(u64, String)>>>,
 }
 
 /// Bytes of a piece of a stream, and pieces that there are.
@@ -237,7 +238,8 @@ impl TensorStream {
         };
 
         let writer = thread::Builder::new().name("stream".into()).spawn(write)?;
-        let mut stream = TensorStream { filling: Filling::new(), full, empty, writer };
+        let mut stream =
+            TensorStream { filling: Filling::new(), full, empty, writer: Some(writer) };
         stream.put(&head(tensors, metadata)?)?;
         Ok(stream)
     }
@@ -245,7 +247,7 @@ impl TensorStream {
     /// Writes the next bytes.
     ///
     /// # Errors
-    /// That the writer has stopped: [`TensorStream::finish`] says why.
+    /// What the file system reports.
     pub fn put(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         loop {
             bytes = self.filling.take(bytes);
@@ -253,9 +255,11 @@ impl TensorStream {
                 return Ok(());
             }
 
-            let next = self.empty.recv().map_err(|_| stopped())?;
+            let Ok(next) = self.empty.recv() else { return Err(self.stopped()) };
             let full = std::mem::replace(&mut self.filling, next);
-            self.full.send(full).map_err(|_| stopped())?;
+            if self.full.send(full).is_err() {
+                return Err(self.stopped());
+            }
         }
     }
 
@@ -267,12 +271,21 @@ impl TensorStream {
         let TensorStream { filling, full, writer, .. } = self;
         let _ = full.send(filling);
         drop(full);
-        writer.join().map_err(|_| io::Error::other("a panic while it was written"))?
+        ended(writer)
+    }
+
+    /// Why the writer has stopped.
+    fn stopped(&mut self) -> io::Error {
+        match ended(self.writer.take()) {
+            Err(error) => error,
+            Ok(_) => io::Error::other("its writer has stopped"),
+        }
     }
 }
 
-fn stopped() -> io::Error {
-    io::Error::other("its writer has stopped")
+fn ended(writer: Option<JoinHandle<io::Result<(u64, String)>>>) -> io::Result<(u64, String)> {
+    let Some(writer) = writer else { return Err(io::Error::other("its writer has stopped")) };
+    writer.join().unwrap_or_else(|_| Err(io::Error::other("a panic while it was written")))
 }
 
 /// Writes a piece, the last one with whatever stands behind what it is filled with; gives the bytes
@@ -459,8 +472,12 @@ mod tests {
             let mut stream = TensorStream::create(Path::new("/dev/full"), &tensors, None).unwrap();
             let values = vec![0; STREAMED];
             let put = (0..32).try_for_each(|_| stream.put(&values));
-            assert!(put.is_err(), "the writer has stopped, and whoever fills is told");
-            assert_eq!(stream.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+            assert_eq!(
+                put.unwrap_err().kind(),
+                io::ErrorKind::StorageFull,
+                "who fills is told why"
+            );
+            assert!(stream.finish().is_err());
         }
     }
 

@@ -174,24 +174,38 @@ impl Checkpoint {
 
     /// What its run keeps of an import.
     pub fn source(&self) -> Option<PathBuf> {
-        let above = self.path.ancestors().skip(1).take(2);
-        above.map(|run| run.join(SOURCE)).find(|source| source.is_dir())
+        let path = fs::canonicalize(&self.path).ok()?;
+        let states = path.parent().filter(|states| states.ends_with("checkpoints"))?;
+        Some(states.parent()?.join(SOURCE)).filter(|source| source.is_dir())
     }
 
-    /// Copies what its run keeps of an import into the folder of another run.
+    /// Gives the folder of another run what its run keeps of an import, and no more of another.
     ///
     /// # Errors
     /// [`Error::Unwritten`].
     pub fn carry_source(&self, out: &Path) -> Result<()> {
         let to = out.join(SOURCE);
-        let Some(from) = self.source().filter(|_| !to.exists()) else { return Ok(()) };
+        let from = self.source();
+        let same = |from: &PathBuf| fs::canonicalize(&to).is_ok_and(|to| to == *from);
+        if from.as_ref().is_some_and(same) {
+            return Ok(());
+        }
+
+        let tmp = files::temporary(&to);
         let copied = || -> std::io::Result<()> {
-            fs::create_dir_all(&to)?;
-            for entry in fs::read_dir(&from)? {
-                let entry = entry?;
-                files::write(&to.join(entry.file_name()), &files::read(&entry.path())?)?;
+            for old in [&to, &tmp] {
+                if old.exists() {
+                    fs::remove_dir_all(old)?;
+                }
             }
-            Ok(())
+
+            let Some(from) = &from else { return Ok(()) };
+            fs::create_dir_all(&tmp)?;
+            for entry in fs::read_dir(from)? {
+                let entry = entry?;
+                files::write(&tmp.join(entry.file_name()), &files::read(&entry.path())?)?;
+            }
+            fs::rename(&tmp, &to)
         };
         copied().map_err(|error| Error::unwritten(&to, error))
     }
@@ -253,7 +267,8 @@ impl Checkpoint {
     /// [`Error::Config`] with the key.
     pub fn fits_model(&self, config: &Config, why: &str) -> Result<()> {
         let (old, new) = (&self.manifest.config, config);
-        let json = |config: &Config| serde_json::to_value(&config.model).unwrap_or_default();
+        let json =
+            |config: &Config| serde_json::to_value(config.model.settled()).unwrap_or_default();
         let (before, now) = (json(old), json(new));
 
         let objects = before.as_object().into_iter().chain(now.as_object());

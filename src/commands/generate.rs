@@ -25,7 +25,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         return Err(Error::config("--stop", "``", "write at least one character"));
     }
 
-    tch::set_num_threads(args.threads.max(1) as i32);
+    tch::set_num_threads(args.threads.clamp(1, 1024) as i32);
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let mut texts: Vec<Growing> = match &args.prompt[..] {
         [] => vec![Growing::new(&checkpoint.vocabulary, None)?],

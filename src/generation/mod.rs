@@ -86,7 +86,7 @@ impl Reader {
             }
             Some(positions) if longest > positions => Reading::Windows(positions),
             positions => {
-                let grown = longest + more;
+                let grown = longest.saturating_add(more).min(1 << 40);
                 let capacity = positions.map_or(grown, |positions| grown.min(positions));
                 Reading::Cached { memory: Memory::growing(capacity, pads(prompts)?), read: 0 }
             }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::family::{Family, family_of, written};
+use super::family::{Family, described, family_of, written};
 use super::folder::{INDEX, WEIGHTS};
 use super::import::{check_room, read_json};
 use super::names::{HEAD, Piece, full, pieces};
@@ -17,7 +17,8 @@ use crate::checkpoint::{Checkpoint, TensorStream, WeightFiles};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::metrics::thousands;
-use crate::model::{Arch, Dimensions};
+use crate::model::{Arch, Dimensions, ModelConfig};
+use crate::schedule::Tie;
 
 /// Types that weights can be written in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -36,6 +37,9 @@ impl WeightType {
         }
     }
 }
+
+/// What rounds to a number of f16, and not to infinity.
+const LARGEST_F16: f32 = 65_519.0;
 
 /// What `export` is asked to do.
 #[derive(Debug)]
@@ -108,9 +112,14 @@ fn write_folder(request: &ExportRequest, checkpoint: &Checkpoint, tmp: &Path) ->
     let family = family_of(&config.model)?;
     let source = checkpoint.source();
     let json = source.as_ref().map(|kept| read_json(&kept.join("config.json"))).transpose()?;
+    // A folder that another model was imported into says nothing of this one.
+    let told = json.as_ref().and_then(|json| described(json).ok());
+    let told = told.filter(|told| of_one_shape(&told.model, &config.model));
+    let (source, json) = if told.is_some() { (source, json) } else { (None, None) };
+    let family = told.map_or(family, |told| told.family);
     let types = source.as_ref().map(|kept| read_json(&kept.join(TYPES))).transpose()?;
 
-    let vocabulary = config.model.table_rows(checkpoint.vocabulary.len())?;
+    let vocabulary = config.model.vocabulary.unwrap_or(checkpoint.vocabulary.len());
     let dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
     let mut pieces = pieces(family, &dimensions)?;
     untie(&mut pieces, &dimensions, config.model.arch);
@@ -126,6 +135,17 @@ fn write_folder(request: &ExportRequest, checkpoint: &Checkpoint, tmp: &Path) ->
     let values: usize = targets.iter().map(|t| t.piece.rows * t.piece.width()).sum();
     let (step, values) = (checkpoint.step(), thousands(values as u64));
     Ok(format!("{} of step {step}, {values} values", family.word()))
+}
+
+/// Whether two models have the same parameters.
+fn of_one_shape(one: &ModelConfig, other: &ModelConfig) -> bool {
+    let shape = |model: &ModelConfig| {
+        let settled = model.settled();
+        let sizes = [settled.layers, settled.d_model, settled.heads, settled.d_ff];
+        let heads = (settled.d_head, settled.kv_heads, settled.attention_bias, settled.qk_norm);
+        (settled.arch, sizes, heads, settled.vocabulary, settled.tie != Tie::Untied)
+    };
+    shape(one) == shape(other)
 }
 
 /// A tied Transformer of this program multiplies its table on its way in and out: as GPT-2 it has two.
@@ -269,6 +289,13 @@ fn copy(
         if piece.transposed {
             there = transposed(&there, piece.shape[1], piece.shape[0]);
         }
+
+        let too_large = |value: &f32| value.is_finite() && value.abs() > LARGEST_F16;
+        if let Some(value) = there.iter().find(|value| *dtype == Dtype::F16 && too_large(value)) {
+            let remedy = format!("{} has the value {value}, which f16 has not", target.name);
+            return Err(Error::config("--dtype", "f16", remedy));
+        }
+
         put(&from_f32(*dtype, &there))?;
     }
 

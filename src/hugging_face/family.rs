@@ -174,11 +174,16 @@ fn llama(keys: &Keys, family: Family) -> Result<ModelConfig> {
         return Err(keys.wrong("hidden_act", "silu is known"));
     }
 
-    let positions = keys.count_if_given("max_position_embeddings")?.unwrap_or(2048);
+    let longest = if family == Family::Mistral { 4096 * 32 } else { 2048 };
+    let positions = keys.count_if_given("max_position_embeddings")?.unwrap_or(longest);
     if family == Family::Mistral {
-        // A window that is never left is none.
+        // A window that is never left is none; without the key there is one of 4096.
         let wide = |value: &Value| value.as_u64().is_some_and(|n| n >= positions as u64);
         keys.unless("sliding_window", wide)?;
+        if !keys.0.contains_key("sliding_window") && positions > 4096 {
+            let remedy = "without it a window of 4096 is meant; null is none";
+            return Err(keys.wrong("sliding_window", remedy));
+        }
     }
 
     let bias = keys.flag("attention_bias", false)?;
@@ -219,15 +224,24 @@ fn tie(tied: bool) -> Tie {
 /// Base and scaling of rotary positions, of both forms: `rope_theta` and `rope_scaling`, or all of it
 /// in `rope_parameters`.
 fn rope(keys: &Keys) -> Result<(f64, Option<RopeScaling>)> {
+    for key in ["rope_scaling", "rope_parameters"] {
+        keys.unless(key, Value::is_object)?;
+    }
+
     let section = |key: &str| keys.given(key).and_then(Value::as_object);
-    let of = if section("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-    let Some(found) = section(of) else {
-        return Ok((keys.number("rope_theta", 10_000.0)?, None));
-    };
+    let plain = section("rope_parameters")
+        .map_or(Ok(10_000.0), |inner| Keys(inner).number("rope_theta", 10_000.0))?;
+    let outer = keys.number("rope_theta", plain)?;
+    // The older form goes before, as `transformers` has it.
+    let of = if section("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
+    let Some(found) = section(of) else { return Ok((outer, None)) };
 
     let inner = Keys(found);
-    let outer = keys.number("rope_theta", 10_000.0)?;
     let theta = inner.number("rope_theta", outer)?;
+    if inner.word("rope_type").or(inner.word("type")).is_none() && inner.given("factor").is_some() {
+        return Err(keys.wrong(of, "it has a factor, and no rope_type"));
+    }
+
     inner.unless("partial_rotary_factor", |value| value.as_f64() == Some(1.0))?;
     let factor = || inner.number("factor", 0.0);
     let scaling = match inner.word("rope_type").or(inner.word("type")).unwrap_or("default") {

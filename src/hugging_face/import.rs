@@ -48,51 +48,80 @@ pub fn import(request: &ImportRequest) -> Result<()> {
     let pieces = pieces(family, &dimensions)?;
     let mut source = Folder::open(folder)?;
     let prefix = check(&source, folder, family, &pieces)?;
+    check_tied(&mut source, folder, prefix, &pieces)?;
 
-    for taken in ["checkpoints", "config.toml", SOURCE] {
-        if out.join(taken).exists() {
-            let remedy = format!("{taken} is there already: take another folder, or remove it");
-            return Err(Error::config("--out", out.display(), remedy));
-        }
-    }
-
-    let parameters: usize = pieces.iter().map(|piece| piece.rows * piece.width()).sum();
-    check_room(
-        out,
-        tensors(&source, prefix, &pieces)
-            .iter()
-            .map(|(_, dtype, shape)| (dtype.size() * shape.iter().product::<usize>()) as u64)
-            .sum(),
-    )?;
-    let fresh = !out.exists();
+    let bytes = tensors(&source, prefix, &pieces).iter().map(bytes_of).sum();
+    check_room(out, bytes)?;
     let unwritten =
         |error| Error::config("--out", out.display(), format!("cannot be made ({error})"));
+    let fresh = !out.exists();
     fs::create_dir_all(out).map_err(unwritten)?;
     let lock = FolderLock::take(out)?;
-    let made = make(out, &config, &mut source, prefix, &pieces, parameters)
-        .and_then(|path| keep(folder, out, &source, &config).map(|()| path));
+    check_absent(out)?;
+
+    let parameters: usize = pieces.iter().map(|piece| piece.rows * piece.width()).sum();
+    let made = keep(folder, out, &source)
+        .and_then(|()| make(out, &config, &mut source, prefix, &pieces, parameters))
+        .and_then(|path| put_config(folder, out, &config).map(|()| path));
     match made {
         Ok(path) => {
-            say!("{}: {} values", path.display(), thousands(parameters as u64));
-            say!(
-                "next: a text for {}; its first lines say how to train",
-                out.join("config.toml").display()
-            );
+            told(&path, out, parameters, rows);
             Ok(())
         }
         Err(error) => {
-            for part in ["checkpoints", "config.toml", SOURCE] {
+            for part in MADE {
                 let path = out.join(part);
                 let _ =
                     if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             }
+
             drop(lock);
             if fresh {
-                let _ = fs::remove_dir_all(out);
+                let _ = fs::remove_file(out.join("lock"));
+                let _ = fs::remove_dir(out);
             }
             Err(error)
         }
     }
+}
+
+/// Says what was made, and what can be done with it.
+fn told(path: &Path, out: &Path, parameters: usize, rows: usize) {
+    say!("{}: {} values", path.display(), thousands(parameters as u64));
+    let config = out.join("config.toml");
+    say!("next: a text for {}, whose first lines say how to train", config.display());
+    if rows != Vocabulary::bytes().len() {
+        say!(
+            "note: of its {rows} tokens texts use the first 256, as bytes; its tokenizer is kept for an export"
+        );
+    }
+}
+
+/// What an import makes in a run's folder.
+const MADE: [&str; 3] = ["checkpoints", "config.toml", SOURCE];
+
+/// Whether nothing is there that an import would make, but what an interrupted one has left.
+fn check_absent(out: &Path) -> Result<()> {
+    checkpoint::clear(out).map_err(|error| Error::unwritten(out, error))?;
+    // Only where it is empty.
+    let _ = fs::remove_dir(out.join("checkpoints"));
+    let is_there = |part: &&str| out.join(part).exists();
+    let found: Vec<&str> = MADE.into_iter().filter(is_there).collect();
+    match found[..] {
+        [] => Ok(()),
+        [SOURCE] => {
+            let left = out.join(SOURCE);
+            fs::remove_dir_all(&left).map_err(|error| Error::unwritten(&left, error))
+        }
+        [first, ..] => {
+            let remedy = format!("{first} is there already: take another folder, or remove it");
+            Err(Error::config("--out", out.display(), remedy))
+        }
+    }
+}
+
+fn bytes_of((_, dtype, shape): &(String, Dtype, Vec<usize>)) -> u64 {
+    (dtype.size() * shape.iter().product::<usize>()) as u64
 }
 
 /// An object of JSON.
@@ -109,9 +138,11 @@ pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
 fn run_config(out: &Path, model: ModelConfig) -> Config {
     let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let name = if files::is_plain_name(name) { name } else { "imported" };
+    // A training does not write into the import's folder.
+    let name = format!("{name}-tuned");
     let sequence = model.positions.unwrap_or(SEQUENCE).min(SEQUENCE);
     Config {
-        name: name.to_owned(),
+        name,
         model,
         data: DataConfig { sequence, ..DataConfig::default() },
         ..Config::default()
@@ -147,6 +178,37 @@ fn check(source: &Folder, folder: &Path, family: Family, pieces: &[Piece]) -> Re
         Some(name) => wrong(format!("{name} is none of the tensors that config.json asks for")),
         None => Ok(prefix),
     }
+}
+
+/// Whether a head that is written out beside a tied table is that table again.
+fn check_tied(source: &mut Folder, folder: &Path, prefix: &str, pieces: &[Piece]) -> Result<()> {
+    let tied = pieces.iter().all(|piece| piece.theirs != HEAD);
+    let Some(table) = pieces.first().filter(|_| tied && source.info(HEAD).is_some()) else {
+        return Ok(());
+    };
+
+    let name = full(prefix, &table.theirs);
+    let differs = || {
+        let problem = format!("{HEAD} is not {name}, to which config.json ties it");
+        Err(Error::checkpoint(folder, problem))
+    };
+    if source.info(HEAD) != source.info(&name) {
+        return differs();
+    }
+
+    let size = source.info(&name).map_or(0, |(dtype, _)| dtype.size());
+    let bytes = size * table.shape.iter().product::<usize>();
+    let (mut one, mut other) = (vec![0; BLOCK.min(bytes)], vec![0; BLOCK.min(bytes)]);
+    for start in (0..bytes).step_by(BLOCK) {
+        let count = BLOCK.min(bytes - start);
+        source.fill(&name, start, &mut one[..count])?;
+        source.fill(HEAD, start, &mut other[..count])?;
+        if one[..count] != other[..count] {
+            return differs();
+        }
+    }
+
+    Ok(())
 }
 
 /// Whether the disk of a folder has room.
@@ -256,8 +318,8 @@ fn copy(
     Ok(())
 }
 
-/// Writes the config, and keeps what an export gives back.
-fn keep(folder: &Path, out: &Path, source: &Folder, config: &Config) -> Result<()> {
+/// Keeps what an export gives back.
+fn keep(folder: &Path, out: &Path, source: &Folder) -> Result<()> {
     let kept = out.join(SOURCE);
     let unwritten = |path: &Path, error: std::io::Error| Error::unwritten(path, error);
     fs::create_dir_all(&kept).map_err(|error| unwritten(&kept, error))?;
@@ -276,7 +338,11 @@ fn keep(folder: &Path, out: &Path, source: &Folder, config: &Config) -> Result<(
     let path = kept.join(TYPES);
     let text = serde_json::to_string_pretty(&types).unwrap_or_default();
     files::write(&path, text.as_bytes()).map_err(|error| unwritten(&path, error))?;
+    Ok(())
+}
 
+/// Writes the config that a user goes on with.
+fn put_config(folder: &Path, out: &Path, config: &Config) -> Result<()> {
     let path = out.join("config.toml");
     let head = format!(
         "# Of {}. Give it a text (data.path), steps and a learning rate, then:\n#   ouroboros train {} --init {}\n\n",
@@ -285,7 +351,7 @@ fn keep(folder: &Path, out: &Path, source: &Folder, config: &Config) -> Result<(
         out.join("checkpoints/step-0").display()
     );
     let text = head + &config.to_short_toml();
-    files::write(&path, text.as_bytes()).map_err(|error| unwritten(&path, error))
+    files::write(&path, text.as_bytes()).map_err(|error| Error::unwritten(&path, error))
 }
 
 #[cfg(test)]
@@ -308,9 +374,9 @@ mod tests {
         let config = |out: &str, positions| {
             run_config(Path::new(out), ModelConfig { positions, ..ModelConfig::default() })
         };
-        assert_eq!(config("runs/smol", Some(300)).name, "smol");
+        assert_eq!(config("runs/smol", Some(300)).name, "smol-tuned");
         assert_eq!(config("runs/smol", Some(300)).data.sequence, 300);
-        assert_eq!(config("..", Some(9000)).name, "imported");
+        assert_eq!(config("..", Some(9000)).name, "imported-tuned");
         assert_eq!(config("..", Some(9000)).data.sequence, SEQUENCE);
     }
 }

@@ -200,6 +200,8 @@ impl Job {
             Some(path) => Some(Checkpoint::open(path)?),
         };
 
+        // Weights that were put into the run's folder are no state of its training.
+        let resumed = resumed.filter(|state| self.init.is_none() || state.step() > 0);
         match (resumed, &self.init) {
             (Some(state), _) => Ok(Origin::State(state)),
             (None, Some(path)) => Checkpoint::open(path).map(Origin::Weights),

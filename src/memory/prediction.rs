@@ -116,8 +116,8 @@ impl Prediction {
         let hidden = tokens * setup.config.model.d_model as u64 * value;
         // What is f32 in any precision.
         let wide = tokens * stack.entries_per_token() as u64 * (VALUE - value);
-        let saved =
-            tokens * stack.saved_per_token() as u64 * value + wide + stack.saved() as u64 * VALUE;
+        let kept = stack.saved(tokens as usize) as u64 * VALUE;
+        let saved = tokens * stack.saved_per_token() as u64 * value + wide + kept;
         let held = schedule.activations_held(place.stage) as u64;
         // A message each way to every neighbour; on a GPU those sent until the host, which is
         // ahead, sees that they have left.

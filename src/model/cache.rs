@@ -10,15 +10,18 @@ use tch::{Device, Kind, Tensor};
 use super::rotary::Places;
 use crate::error::Result;
 
+/// Tokens that there is room for at first.
+const ROOM: i64 = 256;
+
 /// Keys and values of a layer, as far as a text has been read.
 #[derive(Debug)]
 pub(super) struct Cache {
     /// Tokens that there will be at most.
     capacity: i64,
-    /// How many pads every row begins with, [B]; none: no row has any.
+    /// How many pads every row begins with, \[B\]; none: no row has any.
     pads: Option<Tensor>,
     read: i64,
-    /// [B, heads, capacity, W] each, from the first tokens on.
+    /// [B, heads, room, W] each, from the first tokens on; the room doubles as the text grows.
     kept: Option<[Tensor; 2]>,
 }
 
@@ -45,12 +48,22 @@ impl Cache {
     /// Keeps the keys and values of new tokens, [B, heads, t, W]; gives those of all.
     pub fn append(&mut self, new: [&Tensor; 2]) -> Result<[Tensor; 2]> {
         let (b, heads, t, w) = new[0].size4()?;
-        let room = |values: &Tensor| {
-            Tensor::f_zeros([b, heads, self.capacity, w], (values.kind(), values.device()))
-        };
+        let wanted = self.read + t;
         let kept = match self.kept.take() {
-            Some(kept) => kept,
-            None => [room(new[0])?, room(new[1])?],
+            Some(kept) if kept[0].size()[2] >= wanted => kept,
+            before => {
+                let room = (2 * wanted).max(ROOM).min(self.capacity).max(wanted);
+                let grown = |number: usize| -> Result<Tensor> {
+                    let like = (new[number].kind(), new[number].device());
+                    let all = Tensor::f_zeros([b, heads, room, w], like)?;
+                    if let Some(before) = &before {
+                        let before = before[number].f_narrow(2, 0, self.read)?;
+                        all.f_narrow(2, 0, self.read)?.f_copy_(&before)?;
+                    }
+                    Ok(all)
+                };
+                [grown(0)?, grown(1)?]
+            }
         };
 
         let end = self.read + t;

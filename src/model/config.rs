@@ -148,7 +148,7 @@ pub struct ModelConfig {
     /// Standard deviation of the initial values of the embedding's tables, of the positions too.
     /// GPT-2's 0.02 suits small learning rates; delayed steps stand larger values (0.2) better. The
     /// embedding of a tied table is multiplied by 0.02 / `embedding_std`, its head by the root of
-    /// that.
+    /// that (not of a `gpt2` or `llama`, whose tables are used as they are).
     pub embedding_std: f64,
     /// Whether embedding and head share one table, and how it is updated under delay.
     pub tie: Tie,
@@ -185,7 +185,8 @@ pub struct ModelConfig {
     /// Of the attention's probabilities (Transformer-XL).
     pub attention_dropout: f64,
     /// Logits are made for so many tokens at a time that they take no more than this, MiB (without
-    /// `cutoffs`, whose softmaxes are short).
+    /// `cutoffs`, whose softmaxes are short). Every chunk goes over the gradient of the whole head:
+    /// with a large vocabulary more is faster.
     pub loss_chunk_mib: usize,
     /// What the square of the softmax's logarithmic normaliser costs: 1e-4 keeps logits from
     /// drifting away. It is in the gradient, not in the loss that is told.
@@ -206,6 +207,21 @@ impl ModelConfig {
     /// Whether the head normalises once more.
     pub fn final_norm(&self) -> bool {
         self.final_norm.unwrap_or(self.norm() == Norm::Pre)
+    }
+
+    /// The same with what is meant where nothing is said; of rotary positions any length.
+    pub fn settled(&self) -> ModelConfig {
+        let rotary = self.architecture().is_rotary();
+        ModelConfig {
+            d_head: Some(self.d_head.unwrap_or(self.d_model / self.heads.max(1))),
+            kv_heads: rotary.then(|| self.kv_heads.unwrap_or(self.heads)),
+            rope_theta: rotary.then(|| self.rope_theta()),
+            positions: self.positions.filter(|_| !rotary),
+            norm: Some(self.norm()),
+            norm_eps: Some(self.norm_eps()),
+            final_norm: Some(self.final_norm()),
+            ..self.clone()
+        }
     }
 
     /// What normalisations add before they take a root.

@@ -230,6 +230,12 @@ impl Layer for Block {
         6 * d + 4 * a + 4 * f + kept + 2 + heads + masks
     }
 
+    /// The matrix of queries, keys and values.
+    fn saved(&self, tokens: usize) -> usize {
+        let width = (self.d.attention_width() + 2 * self.d.key_width()) * self.d.d_model;
+        if tokens as i64 >= TOGETHER { width as usize } else { 0 }
+    }
+
     /// Backward of the mlp: the gradients of the product, of both halves and of the SiLU beside
     /// those of output and input.
     fn transient_per_token(&self) -> usize {

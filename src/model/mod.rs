@@ -99,6 +99,10 @@ trait Layer: Send + Sync {
     fn saved_per_token(&self) -> usize;
     /// f32 values a token that its backward needs for a moment besides those that are kept.
     fn transient_per_token(&self) -> usize;
+    /// Values that autograd keeps of a forward of `tokens` tokens, however many they are.
+    fn saved(&self, _tokens: usize) -> usize {
+        0
+    }
     /// Whether it remembers earlier segments.
     fn remembers(&self) -> bool {
         false
@@ -379,10 +383,11 @@ impl Stack {
         self.head.as_ref().map_or(0, |(head, _)| head.kept_entries())
     }
 
-    /// f32 values that a microbatch keeps from its forward to its backward, whatever its tokens:
-    /// gradients that are ready with the loss.
-    pub fn saved(&self) -> usize {
-        self.head.as_ref().map_or(0, |(head, _)| head.saved())
+    /// f32 values that a microbatch keeps from its forward to its backward, however many tokens it
+    /// has: gradients that are ready with the loss, and matrices that layers put together.
+    pub fn saved(&self, tokens: usize) -> usize {
+        let layers: usize = self.layers.iter().map(|(layer, _)| layer.saved(tokens)).sum();
+        layers + self.head.as_ref().map_or(0, |(head, _)| head.saved())
     }
 
     /// f32 values of the logits of `tokens` tokens that there are at a time, with what is made of

@@ -83,6 +83,9 @@ impl Rope {
     }
 }
 
+/// Places that tables have at least.
+const SHORTEST: i64 = 4096;
+
 /// The tables of a model's layers, made when they are first asked for.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
@@ -103,8 +106,9 @@ impl Tables {
             return Ok(tables.each_ref().map(Tensor::shallow_clone));
         }
 
-        // A text that grows asks for one place more each time.
-        let length = if length > 1 { (length as u64).next_power_of_two() as i64 } else { 1 };
+        // A text that grows asks for one place more each time; an evaluation may be longer than a
+        // training, and nothing new is to be sent to a device then.
+        let length = (length.max(SHORTEST) as u64).next_power_of_two() as i64;
         let [cosines, sines] = rope.tables(length, width)?;
         let there = |table: Tensor| table.f_to_kind(like.kind())?.f_to_device(like.device());
         let tables = [there(cosines)?, there(sines)?];

@@ -111,6 +111,11 @@ impl Setup {
             &self.config,
             "initial weights are for the model that they were saved of",
         )?;
+        // An import knows no text.
+        if saved.manifest.text.is_some() {
+            self.check_vocabulary(&saved)?;
+        }
+
         Ok(Setup { initial: Some(Arc::new(saved)), ..self })
     }
 

@@ -406,6 +406,12 @@ fn folders_that_cannot_be_used_are_told() {
             "no tensor model.layers.0.self_attn.q_proj.bias",
         ),
         (
+            "a tie that is none",
+            with("tie_word_embeddings", true.into()),
+            6,
+            "is not model.embed_tokens.weight",
+        ),
+        (
             "a family",
             with("model_type", "mamba2".into()),
             2,
