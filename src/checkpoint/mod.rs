@@ -29,6 +29,8 @@ mod file;
 mod snapshot;
 mod tensors;
 mod saved;
+mod source;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -39,9 +41,10 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 pub use file::TensorStream;
-pub use saved::{Checkpoint, WeightFiles};
+pub use saved::Checkpoint;
 pub use snapshot::{SavedBuffer, Snapshot};
 pub use tensors::Tensors;
+pub use weights::WeightFiles;
 
 use crate::config::{CheckpointConfig, Config};
 use crate::data::{Fingerprint, Tokenizer, Vocabulary};

@@ -1,19 +1,17 @@
 //! Saved states read back: found, verified, and read tensor by tensor, whatever grid has written
 //! them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::Dtype;
 use tch::{Device, Tensor};
 
 use super::tensors::Tensors;
 use super::{
-    MANIFEST, Manifest, SOURCE, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older,
-    part,
+    MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part,
 };
 use crate::config::Config;
 use crate::data::{Listed, Tokenizer, Vocabulary};
@@ -170,44 +168,6 @@ impl Checkpoint {
         }
 
         Ok(())
-    }
-
-    /// What its run keeps of an import.
-    pub fn source(&self) -> Option<PathBuf> {
-        let path = fs::canonicalize(&self.path).ok()?;
-        let states = path.parent().filter(|states| states.ends_with("checkpoints"))?;
-        Some(states.parent()?.join(SOURCE)).filter(|source| source.is_dir())
-    }
-
-    /// Gives the folder of another run what its run keeps of an import, and no more of another.
-    ///
-    /// # Errors
-    /// [`Error::Unwritten`].
-    pub fn carry_source(&self, out: &Path) -> Result<()> {
-        let to = out.join(SOURCE);
-        let from = self.source();
-        let same = |from: &PathBuf| fs::canonicalize(&to).is_ok_and(|to| to == *from);
-        if from.as_ref().is_some_and(same) {
-            return Ok(());
-        }
-
-        let tmp = files::temporary(&to);
-        let copied = || -> std::io::Result<()> {
-            for old in [&to, &tmp] {
-                if old.exists() {
-                    fs::remove_dir_all(old)?;
-                }
-            }
-
-            let Some(from) = &from else { return Ok(()) };
-            fs::create_dir_all(&tmp)?;
-            for entry in fs::read_dir(from)? {
-                let entry = entry?;
-                files::write(&tmp.join(entry.file_name()), &files::read(&entry.path())?)?;
-            }
-            fs::rename(&tmp, &to)
-        };
-        copied().map_err(|error| Error::unwritten(&to, error))
     }
 
     pub fn step(&self) -> usize {
@@ -387,15 +347,6 @@ impl Checkpoint {
         Ok(flat)
     }
 
-    /// The weights, to be read piece by piece.
-    pub fn weights(&self) -> WeightFiles<'_> {
-        WeightFiles {
-            folder: &self.path,
-            places: index(&self.manifest.shards, &ShardKind::Weights),
-            open: None,
-        }
-    }
-
     /// Goes through the tensors of a layout, each with the file that has it.
     fn visit(
         &self,
@@ -485,51 +436,6 @@ impl Checkpoint {
 
 fn nothing(path: &Path) -> Error {
     Error::checkpoint(path, "no saved weights here (a folder with manifest.json)")
-}
-
-/// The files of a state's weights, of which one is open at a time.
-pub struct WeightFiles<'a> {
-    folder: &'a Path,
-    places: BTreeMap<&'a str, &'a Shard>,
-    open: Option<(&'a str, Tensors)>,
-}
-
-impl WeightFiles<'_> {
-    /// The type of a parameter's values.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if it is missing.
-    pub fn dtype(&mut self, name: &str) -> Result<Dtype> {
-        self.look(name, |file| {
-            file.shape(name)?;
-            Ok(file.info(name).map_or(Dtype::F32, |(dtype, _)| dtype))
-        })
-    }
-
-    /// Fills `bytes` with those of a parameter, from its `from`-th on.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if it is missing or has fewer.
-    pub fn fill(&mut self, name: &str, from: usize, bytes: &mut [u8]) -> Result<()> {
-        self.look(name, |file| file.fill(name, from, bytes))
-    }
-
-    fn look<T>(
-        &mut self,
-        name: &str,
-        look: impl FnOnce(&mut Tensors) -> std::result::Result<T, String>,
-    ) -> Result<T> {
-        let shard = self.places.get(name);
-        let shard =
-            shard.ok_or_else(|| Error::checkpoint(self.folder, format!("no parameter {name}")))?;
-        let path = self.folder.join(&shard.file);
-        let file = match &mut self.open {
-            Some((of, file)) if *of == shard.file => file,
-            other => &mut other.insert((&shard.file, Tensors::open(&path)?)).1,
-        };
-
-        look(file).map_err(|problem| Error::checkpoint(&path, problem))
-    }
 }
 
 /// The vocabulary that stands beside the weights.
