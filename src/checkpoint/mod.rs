@@ -2,7 +2,8 @@
 //! under global names, so a run can go on with another grid.
 //!
 //! ```text
-//! stage-K.safetensors             the parameters of a stage by name, f32; a tied table stands once, with stage 0
+//! stage-K.safetensors             the parameters of a stage by name, f32 (of an import as they came); a tied table stands
+//!                                 once, with stage 0
 //! stage-K.NAME.safetensors        each buffer of the optimizer's state by its name (first, second), under the names of
 //!                                 the parameters
 //! stage-K.older.safetensors        weights of earlier versions that delayed steps still use, `NAME@UPDATES`, of a run

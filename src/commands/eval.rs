@@ -87,7 +87,7 @@ fn config(saved: &Config, sets: &[String]) -> Result<Config> {
         ..saved.model.clone()
     };
     if config.model != free {
-        let remedy = "of a saved model only mem_len, clamp_len and same_length can be changed";
+        let remedy = "of a saved model only mem_len, clamp_len, same_length and loss_chunk_mib can be changed";
         return Err(Error::config("--set model", "another model than the saved one", remedy));
     }
 

@@ -8,7 +8,7 @@
 //!
 //! On a processor libtorch's fused attention makes products of 64 queries of one head at a time,
 //! which are too small to be fast. Texts of up to [`LONGEST`] tokens are taken by [`by_blocks`], all
-//! heads at once, for a fifth to two fifths less time; what it keeps for the backward grows with T.
+//! heads at once, and the sooner done; but what it keeps for the backward grows with T.
 
 use tch::{Device, Kind, Tensor};
 
