@@ -12,7 +12,7 @@ use crate::grid::{Grid, Placement};
 use crate::hugging_face::{ExportRequest, ImportRequest, WeightType};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
-use crate::prepare::Request;
+use crate::prepare::{Request, TrainRequest};
 use crate::schedule::{ScheduleKind, Tie};
 use crate::study;
 
@@ -332,16 +332,67 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Tokenises a text once, into a file that every run maps; fetches the corpora that everybody
-    /// knows.
-    Prepare(PrepareArgs),
+    /// Tokenises texts once, into a file that every run maps; fetches the corpora that everybody
+    /// knows. What was interrupted is gone on with.
+    Prepare(Box<PrepareArgs>),
+    /// Tokenizers.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
+    /// Reads a prepared file whole, and tells what it holds.
+    Check {
+        /// The prepared file.
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Learns a byte-level BPE of texts, and writes a tokenizer.json.
+    Train(TokenizerArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizerArgs {
+    /// Texts, JSON lines, Parquet, directories or patterns of them.
+    #[arg(value_name = "FILES", required = true)]
+    pub what: Vec<PathBuf>,
+    /// Tokens, with those of the 256 bytes and the special ones.
+    #[arg(long, value_name = "N")]
+    pub size: usize,
+    /// The tokenizer.json that is made.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// A special token; may be repeated. The first ends documents.
+    #[arg(long, value_name = "TOKEN", default_value = "<|endoftext|>")]
+    pub special: Vec<String>,
+    /// The key of JSON lines, or the column of Parquet, that has the text.
+    #[arg(long, default_value = "text")]
+    pub field: String,
+    /// Leave out lines and rows that are no documents.
+    #[arg(long)]
+    pub skip_bad: bool,
+}
+
+impl TokenizerArgs {
+    /// The request that is made.
+    pub fn request(self) -> TrainRequest {
+        let TokenizerArgs { what, size, out, special, field, skip_bad } = self;
+        TrainRequest { what, size, out, special, field, skip_bad }
+    }
 }
 
 #[derive(Debug, Args)]
 pub struct PrepareArgs {
-    /// enwik8, text8, wikitext-103, or the path of a text.
-    #[arg(value_name = "NAME|FILE")]
-    pub what: PathBuf,
+    /// enwik8, text8 or wikitext-103; or texts, JSON lines (.jsonl, .json), Parquet, packed (.gz,
+    /// .zst) or not, directories, or patterns of them.
+    #[arg(value_name = "NAME|FILES", required = true)]
+    pub what: Vec<PathBuf>,
+    /// Texts of the split valid; may be repeated.
+    #[arg(long, value_name = "FILE")]
+    pub valid: Vec<PathBuf>,
+    /// Texts of the split test; may be repeated.
+    #[arg(long, value_name = "FILE")]
+    pub test: Vec<PathBuf>,
     /// Where archives and prepared files go.
     #[arg(long, default_value = "data")]
     pub dir: PathBuf,
@@ -357,46 +408,59 @@ pub struct PrepareArgs {
     /// SHA-256 of the archive, if it is not the well-known one.
     #[arg(long, value_name = "HEX")]
     pub sha256: Option<String>,
-    /// How text becomes tokens [default: as usual for the corpus; bytes for a file].
-    #[arg(long, value_enum)]
+    /// How text becomes tokens: bytes, characters, words, or a tokenizer.json [default: as usual for
+    /// the corpus; bytes for files].
+    #[arg(long, value_name = "bytes|characters|words|FILE")]
     pub tokenizer: Option<Tokenizer>,
+    /// The token of a tokenizer.json that ends a document [default: as the tokenizer_config.json
+    /// beside it says, or a usual one].
+    #[arg(long, value_name = "TOKEN")]
+    pub end_token: Option<String>,
     /// Words that stand more rarely in the training split become `<unk>`.
     #[arg(long, default_value_t = 1)]
     pub min_count: usize,
     /// A list of words, one a line, instead of those of the training split.
     #[arg(long, value_name = "FILE")]
     pub vocabulary: Option<PathBuf>,
-    /// Share of a file that each of the splits valid and test gets [default: 0.05].
+    /// Share that each of the splits valid and test gets: of one text its end, else documents,
+    /// drawn by their text and the seed [default: 0.05].
     #[arg(long)]
     pub held_out: Option<f64>,
+    /// Draws the documents that are held out.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// The key of JSON lines, or the column of Parquet, that has the text.
+    #[arg(long, default_value = "text")]
+    pub field: String,
+    /// Leave out lines and rows that are no documents, and count them.
+    #[arg(long)]
+    pub skip_bad: bool,
+    /// Threads [default: one a core].
+    #[arg(long)]
+    pub threads: Option<usize>,
 }
 
 impl PrepareArgs {
     /// The request that is made.
     pub fn request(self) -> Request {
-        let PrepareArgs {
-            what,
-            dir,
-            out,
-            mirror,
-            archive,
-            sha256,
-            tokenizer,
-            min_count,
-            vocabulary,
-            held_out,
-        } = self;
         Request {
-            what,
-            dir,
-            out,
-            mirror,
-            archive,
-            sha256,
-            tokenizer,
-            min_count,
-            vocabulary,
-            held_out,
+            what: self.what,
+            valid: self.valid,
+            test: self.test,
+            dir: self.dir,
+            out: self.out,
+            mirror: self.mirror,
+            archive: self.archive,
+            sha256: self.sha256,
+            tokenizer: self.tokenizer,
+            end_token: self.end_token,
+            min_count: self.min_count,
+            vocabulary: self.vocabulary,
+            held_out: self.held_out,
+            seed: self.seed,
+            field: self.field,
+            skip_bad: self.skip_bad,
+            threads: self.threads,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use ouroboros::cli::{self, Cli, Command, DataCommand};
+use ouroboros::cli::{self, Cli, Command, DataCommand, TokenizerCommand};
 use ouroboros::error::{Error, Result};
 use ouroboros::{
     commands, complain, console, control, device, failure, hugging_face, launch, prepare, runtime,
@@ -80,6 +80,10 @@ fn run(command: Command) -> u8 {
         Command::Data(DataCommand::Prepare(args)) => {
             answer(|| prepare::prepare(&args.request()).map(|_| ()))
         }
+        Command::Data(DataCommand::Tokenizer(TokenizerCommand::Train(args))) => {
+            answer(|| prepare::train_tokenizer(&args.request()))
+        }
+        Command::Data(DataCommand::Check { file }) => answer(|| prepare::check(&file)),
         Command::Doctor => answer(commands::doctor),
         Command::Config => answer(commands::config),
         Command::Completions { shell } => answer(|| commands::completions(shell)),

@@ -25,7 +25,7 @@ use crate::data::{Batch, Batches};
 use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{self, Dropout, Loss, Memory, Owner, Stack};
+use crate::model::{self, Documents, Dropout, Loss, Memory, Owner, Stack};
 use crate::optim::{Optimizer, UpdateScalars, learning_rate, norm};
 use crate::params::{Layout, UpdateBuffers, zeros};
 use crate::schedule::{TableEnd, Tie};
@@ -377,6 +377,12 @@ impl Oracle {
         self.model.iter().map(|_| Memory::new(limit)).collect()
     }
 
+    /// Memories of rows that have documents.
+    fn of_documents(&self, starts: &Tensor) -> Result<Vec<Memory>> {
+        let of = |_| Ok(Memory::of_documents(Documents::new(starts, self.setup.device)?));
+        self.model.iter().map(of).collect()
+    }
+
     /// The whole model: tokens [b, T], `targets` [b, T] -> the mean loss. Between two stages the
     /// wire rounds.
     fn loss(
@@ -454,14 +460,19 @@ impl Oracle {
         sums.extend(self.table.layout.views(&output)?);
         let mut total = 0.0;
         for microbatch in 0..config.microbatches {
-            let batch = self.batches.train(t, setup.train_rows(replica, microbatch));
+            let batch = self.batches.train(t, setup.train_rows(replica, microbatch))?;
             let (rate, attention_rate) = (config.model.dropout, config.model.attention_dropout);
             let dropout =
                 Dropout { rate, attention_rate, seed: config.seed, step: t, replica, microbatch };
             let dropout = Some(dropout).filter(|_| rate > 0.0 || attention_rate > 0.0);
             let remembered = self.memories.remove(&(replica, microbatch));
             let remembered = remembered.filter(|_| !self.batches.restarts(t));
-            let mut memories = remembered.unwrap_or_else(|| self.forgetful(config.model.mem_len));
+            let mut memories = match config.data.document_mask {
+                true => self.of_documents(
+                    &self.batches.documents(t, setup.train_rows(replica, microbatch)),
+                )?,
+                false => remembered.unwrap_or_else(|| self.forgetful(config.model.mem_len)),
+            };
             let loss = self.loss(&weights, &batch, &mut memories, dropout)?;
             self.memories.insert((replica, microbatch), memories);
             total += self.finite(t, replica, loss.value.f_double_value(&[])?)?;
@@ -555,7 +566,12 @@ impl Oracle {
             let mut memories = self.forgetful(self.setup.config.eval_mem_len());
             for microbatch in 0..self.setup.schedule.evals.map_or(0, |evals| evals.microbatches) {
                 let rows = self.setup.eval_rows(replica, microbatch);
-                let batch = self.batches.held_out(rows, microbatch);
+                if self.setup.config.data.document_mask {
+                    let starts = self.batches.held_out_documents(rows.clone(), microbatch);
+                    memories = self.of_documents(&starts)?;
+                }
+
+                let batch = self.batches.held_out(rows, microbatch)?;
                 let loss = tch::no_grad(|| self.losses(&weights, &batch, &mut memories))?;
                 loss_sum += loss.f_double_value(&[])?;
                 tokens += batch.counted;

@@ -98,9 +98,10 @@ pub fn dropout_mask(key: DropoutKey, rate: f64, mask: &mut [f32]) {
     }
 }
 
-/// The key of the order of an epoch's windows, and a number below `bound` that shifts them.
-pub fn order(seed: u64, epoch: u64, bound: usize) -> (u64, usize) {
-    let mut rng = stream(seed, Use::Order, 0, epoch, 0, 0);
+/// The key of the order of an epoch's windows of a source, and a number below `bound` that shifts
+/// them.
+pub fn order(seed: u64, source: usize, epoch: u64, bound: usize) -> (u64, usize) {
+    let mut rng = stream(seed, Use::Order, source as u32, epoch, 0, 0);
     (rng.next_u64(), (rng.next_u64() % bound.max(1) as u64) as usize)
 }
 

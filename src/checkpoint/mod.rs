@@ -48,15 +48,17 @@ pub use tensors::Tensors;
 pub use weights::WeightFiles;
 
 use crate::config::{CheckpointConfig, Config};
-use crate::data::{Fingerprint, Tokenizer, Vocabulary};
+use crate::data::{Fingerprint, Unit, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files::{self, SEEN};
 
 const MANIFEST: &str = "manifest.json";
 /// What an imported run keeps of the folder that it came from, to be given back by an export.
 pub const SOURCE: &str = "hugging-face";
-/// Of characters or words; a model of bytes needs none.
+/// Of everything but bytes.
 const VOCABULARY: &str = "vocabulary.json";
+/// Of subwords, as it was given.
+const TOKENIZER: &str = "tokenizer.json";
 const FORMAT: u32 = 4;
 
 /// What a file holds. In a manifest a word: `weights`, `memory`, `older`, `parts`, else the name of
@@ -153,6 +155,9 @@ pub struct Manifest {
     /// What the run reads; none of a state that an earlier version has saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<Fingerprint>,
+    /// What its tokens are; none of a state that an earlier version has saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<TokenizerFacts>,
     pub shards: Vec<Shard>,
     pub config: Config,
 }
@@ -181,6 +186,7 @@ impl Manifest {
             time_ms: now.as_millis() as u64,
             serial: 0,
             text,
+            tokenizer: None,
             shards,
             config: config.settled(),
         }
@@ -206,6 +212,37 @@ impl Manifest {
         }
 
         Ok(())
+    }
+}
+
+impl Manifest {
+    /// What the model's tokens are. States of before there was a `tokenizer.json` tell it by their
+    /// config alone.
+    fn unit(&self) -> Unit {
+        let told = self.tokenizer.as_ref().map(|tokenizer| tokenizer.unit);
+        told.unwrap_or_else(|| self.config.data.unit())
+    }
+}
+
+/// What a state says of its tokenizer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenizerFacts {
+    pub unit: Unit,
+    /// Of a `tokenizer.json`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+}
+
+impl TokenizerFacts {
+    fn of(vocabulary: &Vocabulary) -> TokenizerFacts {
+        let facts = vocabulary.listed().subword.as_ref();
+        TokenizerFacts {
+            unit: vocabulary.unit(),
+            name: facts.map(|facts| facts.name.clone()),
+            digest: facts.map(|facts| facts.digest.clone()),
+        }
     }
 }
 
@@ -277,16 +314,24 @@ pub fn complete(out: &Path, manifest: &Manifest, vocabulary: &Vocabulary) -> Res
         (folder(out, step, ".tmp"), folder(out, step, ""), folder(out, step, ".old"));
     manifest.shards.iter().try_for_each(|shard| seen(&tmp.join(&shard.file), shard.bytes))?;
 
+    let told = Manifest { tokenizer: Some(TokenizerFacts::of(vocabulary)), ..manifest.clone() };
     let text =
-        serde_json::to_string_pretty(manifest).map_err(|error| Error::checkpoint(&tmp, error))?;
+        serde_json::to_string_pretty(&told).map_err(|error| Error::checkpoint(&tmp, error))?;
     let written = || -> io::Result<()> {
-        if manifest.config.data.tokenizer != Tokenizer::Bytes {
-            fs::write(tmp.join(VOCABULARY), serde_json::to_vec(vocabulary.listed())?)?;
-            File::open(tmp.join(VOCABULARY))?.sync_all()?;
+        let put = |name: &str, bytes: &[u8]| {
+            fs::write(tmp.join(name), bytes)?;
+            File::open(tmp.join(name))?.sync_all()
+        };
+
+        if vocabulary.unit() != Unit::Bytes {
+            put(VOCABULARY, &serde_json::to_vec(vocabulary.listed())?)?;
         }
 
-        fs::write(tmp.join(MANIFEST), text)?;
-        File::open(tmp.join(MANIFEST))?.sync_all()?;
+        if let Some(json) = vocabulary.json() {
+            put(TOKENIZER, json)?;
+        }
+
+        put(MANIFEST, text.as_bytes())?;
         File::open(&tmp)?.sync_all()?;
         if last.exists() {
             remove(&old)?;

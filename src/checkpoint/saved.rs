@@ -11,10 +11,11 @@ use tch::{Device, Tensor};
 
 use super::tensors::Tensors;
 use super::{
-    MANIFEST, Manifest, Shard, ShardKind, VOCABULARY, age, digest, entries, index, older, part,
+    MANIFEST, Manifest, Shard, ShardKind, TOKENIZER, VOCABULARY, age, digest, entries, index,
+    older, part,
 };
 use crate::config::Config;
-use crate::data::{Listed, Tokenizer, Vocabulary};
+use crate::data::{Listed, Unit, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Parameter;
@@ -145,7 +146,7 @@ impl Checkpoint {
             serde_json::from_value(value).map_err(|error| wrong(&error))?;
         manifest.check().map_err(|problem| wrong(&problem))?;
         manifest.config.optimizer = manifest.config.optimizer.known();
-        let vocabulary = vocabulary(path, manifest.config.data.tokenizer)?;
+        let vocabulary = vocabulary(path, &manifest)?;
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
     }
 
@@ -181,11 +182,6 @@ impl Checkpoint {
     pub fn fits(&self, config: &Config) -> Result<()> {
         let (old, new) = (&self.manifest.config, config);
         self.fits_model(config, KEPT)?;
-
-        if old.data.tokenizer != new.data.tokenizer {
-            let (old, new) = (old.data.tokenizer.word(), new.data.tokenizer.word());
-            return self.differs("data.tokenizer", &old, &new);
-        }
 
         let kinds = (old.optimizer.common.kind, new.optimizer.common.kind);
         if kinds.0 != kinds.1 {
@@ -439,26 +435,31 @@ fn nothing(path: &Path) -> Error {
 }
 
 /// The vocabulary that stands beside the weights.
-fn vocabulary(path: &Path, tokenizer: Tokenizer) -> Result<Vocabulary> {
-    if tokenizer == Tokenizer::Bytes {
+fn vocabulary(path: &Path, manifest: &Manifest) -> Result<Vocabulary> {
+    let unit = manifest.unit();
+    if unit == Unit::Bytes {
         return Ok(Vocabulary::bytes());
     }
 
     let file = path.join(VOCABULARY);
-    let text = files::read(&file).map_err(|error| Error::checkpoint(&file, error))?;
-    let listed: Listed =
-        serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&file, error))?;
-    if listed.tokenizer != tokenizer {
-        let problem = format!(
-            "of tokenizer `{}`, the manifest says `{}`",
-            listed.tokenizer.word(),
-            tokenizer.word()
-        );
-
-        return Err(Error::checkpoint(&file, problem));
+    let wrong = |file: &Path, error: &dyn Display| Error::checkpoint(file, error);
+    let text = files::read(&file).map_err(|error| wrong(&file, &error))?;
+    let listed: Listed = serde_json::from_slice(&text).map_err(|error| wrong(&file, &error))?;
+    if listed.unit != unit {
+        let (found, said) = (listed.unit.word(), unit.word());
+        return Err(wrong(&file, &format!("of tokenizer `{found}`, the manifest says `{said}`")));
     }
 
-    Ok(Vocabulary::of(listed))
+    let digest = listed.subword.as_ref().map(|facts| &facts.digest);
+    let said = manifest.tokenizer.as_ref().and_then(|tokenizer| tokenizer.digest.as_ref());
+    if digest != said {
+        return Err(wrong(&file, &"of another tokenizer than the manifest says"));
+    }
+
+    let tokenizer = path.join(TOKENIZER);
+    let json = digest.map(|_| files::read(&tokenizer)).transpose();
+    let json = json.map_err(|error| wrong(&tokenizer, &error))?;
+    Vocabulary::of(listed, json).map_err(|problem| wrong(&file, &problem))
 }
 
 #[cfg(test)]
@@ -628,7 +629,6 @@ mod tests {
         for (set, setting) in [
             ("model.d_model=64", "`model.d_model`: found 64"),
             ("model.tie=none", "`model.tie`"),
-            ("data.tokenizer=characters", "`data.tokenizer`"),
             ("optimizer.kind=sgd", "`optimizer.kind`"),
             ("batch=64", "`batch`: found 64"),
             ("seed=2", "`seed`: found 2"),

@@ -7,12 +7,12 @@ use tch::Tensor;
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
 use crate::config::Config;
-use crate::data::{Corpus, Order, Tokenizer, Tokens};
+use crate::data::{Corpus, Order, Tokens, Unit};
 use crate::device::{self, DeviceSetting, Local};
 use crate::error::{Error, Result};
 use crate::generation::load;
 use crate::metrics::thousands;
-use crate::model::{Memory, ModelConfig, Stack};
+use crate::model::{Documents, Memory, ModelConfig, Stack};
 
 /// Rows of one forward.
 const ROWS: usize = 16;
@@ -23,32 +23,36 @@ const ROWS: usize = 16;
 /// Weights or text that cannot be used.
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let config = config(&checkpoint.manifest.config, &args.set)?;
+    let config = config(&checkpoint, &args.set)?;
     config.check()?;
     let device = device::choose(config.device, Local::ALONE, false)?.device();
     tch::set_num_threads(config.threads as i32);
     let (model, weights) = load(&checkpoint, &config)?;
     let weights: Vec<Tensor> =
         weights.iter().map(|w| w.f_to_device(device)).collect::<std::result::Result<_, _>>()?;
-    let (text, floor) = Corpus::open_held_out(
-        &config.data,
-        config.seed,
-        config.eval_sequence(),
-        &checkpoint.vocabulary,
-    )?;
-
-    let (sum, scored) = loss_sum(&model, &weights, &config, &text)?;
+    let vocabulary = &checkpoint.vocabulary;
+    let sequence = config.eval_sequence();
+    let text = Corpus::open_held_out(&config.data, config.seed, sequence, vocabulary)?;
+    let (sum, scored) = loss_sum(&model, &weights, &config, &text.tokens, vocabulary.len())?;
     let loss = sum / scored as f64;
     say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);
-    say!("scored          {} of {} tokens", thousands(scored as u64), thousands(text.len() as u64));
-    let unit = config.data.tokenizer.unit();
+    say!(
+        "scored          {} of {} tokens",
+        thousands(scored as u64),
+        thousands(text.tokens.len() as u64)
+    );
+    let (measure, unit) = (text.measure(vocabulary), vocabulary.name());
     say!("loss            {loss:.6} nats per {unit}");
-    if config.data.tokenizer != Tokenizer::Words {
-        say!("{:<15} {:.6}", format!("bits per {unit}"), loss / std::f64::consts::LN_2);
+    if let Some(bits) = measure.bits_per_unit(loss) {
+        say!("{:<15} {bits:.6}", format!("bits per {unit}"));
+    }
+
+    if let Some(bits) = measure.bits_per_byte(loss).filter(|_| vocabulary.unit() != Unit::Bytes) {
+        say!("bits per byte   {bits:.6}");
     }
 
     say!("perplexity      {:.3} per {unit}", loss.exp());
-    if let Some(floor) = floor {
+    if let Some(floor) = text.floor {
         say!(
             "entropy floor   {floor:.4} nats per byte; the loss is {:.1} % above it",
             (loss / floor - 1.0) * 100.0
@@ -60,7 +64,8 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
 
 /// The saved config with `sets` over it. The whole held-out text is read unless they say otherwise;
 /// the model and its tokens are what they are.
-fn config(saved: &Config, sets: &[String]) -> Result<Config> {
+fn config(checkpoint: &Checkpoint, sets: &[String]) -> Result<Config> {
+    let saved = &checkpoint.manifest.config;
     let mut config = Config::parse(&saved.to_toml(), sets)?;
     // Where it was trained says nothing of this machine.
     if config.device == DeviceSetting::Cuda
@@ -92,8 +97,10 @@ fn config(saved: &Config, sets: &[String]) -> Result<Config> {
     }
 
     if config.data.tokenizer != saved.data.tokenizer {
-        let remedy = format!("the model was trained on {}", saved.data.tokenizer.word());
-        return Err(Error::config("data.tokenizer", config.data.tokenizer.word(), remedy));
+        let found = config.data.tokenizer.as_ref().map_or("none".to_owned(), ToString::to_string);
+        let unit = checkpoint.vocabulary.unit().word();
+        let remedy = format!("the model was trained on {unit}; leave it out");
+        return Err(Error::config("data.tokenizer", found, remedy));
     }
 
     Ok(config)
@@ -106,6 +113,7 @@ fn loss_sum(
     weights: &[Tensor],
     config: &Config,
     text: &Tokens,
+    vocabulary: usize,
 ) -> Result<(f64, usize)> {
     let evaluation = config.reading().evaluation(text);
     let rows = evaluation.rows();
@@ -131,7 +139,13 @@ fn loss_sum(
             memory = Memory::new(0);
         }
 
-        let batch = evaluation.batch(text, rows, segment);
+        if config.data.document_mask {
+            let device = weights.first().map_or(tch::Device::Cpu, Tensor::device);
+            let starts = evaluation.documents(text, rows.clone(), segment);
+            memory = Memory::of_documents(Documents::new(&starts, device)?);
+        }
+
+        let batch = evaluation.batch(text, vocabulary, rows, segment)?;
         sum += tch::no_grad(|| -> Result<f64> {
             let hidden = model.forward(weights, &batch.tokens, &mut memory, None)?;
             Ok(model.losses(weights, &hidden, &batch.targets)?.f_double_value(&[])?)

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
-use crate::data::Vocabulary;
+use crate::data::{Unit, Vocabulary};
 use crate::error::{Error, Result};
 use crate::generation::{Reader, Sampling};
 use crate::random;
@@ -99,6 +99,13 @@ impl Growing {
             return;
         }
 
+        // Words end a line by what others end a document by.
+        let end = vocabulary.end().filter(|_| vocabulary.unit() == Unit::Subwords);
+        if end.map(i64::from) == Some(token) {
+            self.ended = true;
+            return;
+        }
+
         self.tokens.push(token);
         if stops.is_empty() {
             return;
@@ -146,7 +153,7 @@ fn begun(text: &str, stops: &[String]) -> usize {
 fn prompt(vocabulary: &Vocabulary, given: Option<&str>) -> Result<Vec<i64>> {
     let tokens = match given {
         Some(text) => vocabulary.encode_prompt(text)?,
-        None => vocabulary.encode_prompt("\n").unwrap_or_else(|_| vec![0]),
+        None => vocabulary.beginning()?,
     };
 
     if tokens.is_empty() {

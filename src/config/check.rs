@@ -33,6 +33,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
     config.model.check()?;
     check_evaluation(config)?;
     check_memory(config)?;
+    check_documents(config)?;
     if config.grid.stages > config.model.layers {
         let remedy =
             format!("at most model.layers = {} stages, one layer each", config.model.layers);
@@ -115,6 +116,15 @@ fn check_evaluation(config: &Config) -> Result<()> {
     }
 }
 
+/// What documents of their own need of the model's family.
+fn check_documents(config: &Config) -> Result<()> {
+    if config.data.document_mask && config.model.architecture().has_memory {
+        let remedy = "the memory of a transformer-xl goes over the borders of documents; take another model.arch, or leave it out";
+        return Err(Error::config("data.document_mask", true, remedy));
+    }
+    Ok(())
+}
+
 /// What a memory needs of the order in which the text is read.
 fn check_memory(config: &Config) -> Result<()> {
     let model = &config.model;
@@ -126,6 +136,12 @@ fn check_memory(config: &Config) -> Result<()> {
             format!("{memory} with data.order = \"shuffled\""),
             remedy,
         ));
+    }
+
+    if config.order() == Order::Streams && !config.data.source.is_empty() {
+        let remedy = "streams go through one text: take data.order = \"shuffled\" and no memory, or one data.path";
+        let found = format!("{} sources with streams", config.data.source.len());
+        return Err(Error::config("data.source", found, remedy));
     }
 
     let streams = config.eval.as_ref().and_then(|eval| eval.batch);

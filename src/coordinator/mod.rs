@@ -24,7 +24,6 @@ use watchdog::Watchdog;
 use crate::awake::Awake;
 use crate::clock::Times;
 use crate::control::{Controls, Mode, Report, Watch};
-use crate::data::Tokenizer;
 use crate::emulated_compute::EmulatedCompute;
 use crate::error::{Error, Placed, Result};
 use crate::files;
@@ -97,7 +96,7 @@ impl Coordinator {
 
         let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
         let json = JsonLines::begin(out, setup.resumed.as_ref().map(|_| start))?;
-        let terminal = Progress::new(config.steps, start, config.data.tokenizer);
+        let terminal = Progress::new(config.steps, start, setup.corpus.measure());
 
         Ok(Coordinator {
             out: out.to_owned(),
@@ -307,14 +306,14 @@ impl Coordinator {
     }
 
     fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {
-        let words = self.setup.config.data.tokenizer == Tokenizer::Words;
-        let eval_bpc = (!words).then_some(eval_loss / std::f64::consts::LN_2);
+        let measure = self.setup.corpus.measure();
         let line = EvalLine {
             step,
             eval_loss,
             eval_tokens,
-            eval_bpc,
-            eval_ppl: words.then(|| eval_loss.exp()),
+            eval_bpc: measure.bits_per_unit(eval_loss),
+            eval_ppl: measure.perplexity(eval_loss),
+            eval_bpb: measure.bits_per_byte(eval_loss),
         };
 
         self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::{Tokenizer, Unit};
 use crate::error::{Error, Result};
 
 /// The text to train on. With none of `path`, `paths`, `synthetic`: 4,000,000 synthetic bytes.
@@ -19,8 +20,26 @@ pub struct DataConfig {
     /// Bytes of the embedded text, whose entropy rate is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synthetic: Option<usize>,
-    /// How text becomes tokens.
-    pub tokenizer: Tokenizer,
+    /// Texts that are mixed instead of one: tables `[[data.source]]` with `path`, `weight` (its share
+    /// of the rows, over the sum of all weights) and `epochs` (how often it is read at most).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub source: Vec<SourceConfig>,
+    /// How text becomes tokens. `bytes`: 256 tokens, one a byte. `characters`: those of the text.
+    /// `words`: what stands between white space; every line ends in `<eos>`. Else the path of a
+    /// `tokenizer.json`. By default as a prepared file has it, else bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<Tokenizer>,
+    /// The token of a `tokenizer.json` that ends a document; by default `eos_token` of the
+    /// `tokenizer_config.json` beside it, or a usual one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_token: Option<String>,
+    /// How many ids a file of token ids (.bin of nanoGPT, llm.c or Megatron-LM) may have where no
+    /// tokenizer is named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vocabulary_size: Option<usize>,
+    /// Bytes of a token id in a .bin without a head, 2 or 4; by default 2 up to 65,536 ids, else 4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_bytes: Option<usize>,
     /// Words that stand more rarely in the training text become `<unk>`.
     pub min_count: usize,
     /// A list of words, one a line, instead of those of the training text.
@@ -28,6 +47,9 @@ pub struct DataConfig {
     pub vocabulary: Option<PathBuf>,
     /// Tokens a sequence, T.
     pub sequence: usize,
+    /// Whether attention and positions end where documents do: a token sees its own document alone.
+    /// Not in a Transformer-XL, whose memory goes over them.
+    pub document_mask: bool,
     /// By default streams where the model has a memory, else shuffled windows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
@@ -47,12 +69,31 @@ pub enum Order {
     Streams,
 }
 
+/// One of the texts that are mixed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {
+    /// As `data.path`.
+    pub path: PathBuf,
+    /// Its share of the rows, over the sum of all weights.
+    pub weight: f64,
+    /// How often it is read at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<usize>,
+}
+
 impl DataConfig {
+    /// What the tokens of a text are that is not prepared.
+    pub fn unit(&self) -> Unit {
+        self.tokenizer.as_ref().map_or(Unit::Bytes, Tokenizer::unit)
+    }
+
     /// What errors call the text.
     pub fn name(&self) -> String {
         match (&self.path, &self.paths) {
             (Some(path), _) => path.display().to_string(),
             (None, Some(paths)) => format!("{} files", paths.len()),
+            (None, None) if !self.source.is_empty() => format!("{} sources", self.source.len()),
             (None, None) => "synthetic".to_owned(),
         }
     }
@@ -64,7 +105,7 @@ impl DataConfig {
     pub fn check(&self) -> Result<()> {
         Error::unless_at_least_one("data.sequence", self.sequence)?;
         Error::unless_at_least_one("data.min_count", self.min_count)?;
-        if self.tokenizer != Tokenizer::Words {
+        if self.tokenizer != Some(Tokenizer::Words) {
             let remedy = "only data.tokenizer = \"words\" has it; leave it out";
             if self.min_count > 1 {
                 return Err(Error::config("data.min_count", self.min_count, remedy));
@@ -75,14 +116,29 @@ impl DataConfig {
             }
         }
 
-        let named = [self.path.is_some(), self.paths.is_some(), self.synthetic.is_some()];
+        if let Some(token) = &self.end_token
+            && !matches!(self.tokenizer, Some(Tokenizer::File(_)))
+        {
+            let remedy = "only a data.tokenizer that is a tokenizer.json has one; leave it out";
+            return Err(Error::config("data.end_token", token, remedy));
+        }
+
+        let mixed = !self.source.is_empty();
+        let named = [self.path.is_some(), self.paths.is_some(), self.synthetic.is_some(), mixed];
         if named.into_iter().filter(|given| *given).count() > 1 {
             return Err(Error::config(
                 "data",
-                "more than one of path, paths, synthetic",
+                "more than one of path, paths, synthetic, source",
                 "keep one of them",
             ));
         }
+
+        self.check_sources()?;
+        if let Some(bytes) = self.token_bytes.filter(|bytes| ![2, 4].contains(bytes)) {
+            return Err(Error::config("data.token_bytes", bytes, "2 or 4"));
+        }
+
+        Error::unless_at_least_one("data.vocabulary_size", self.vocabulary_size.unwrap_or(1))?;
 
         match self.held_out {
             HeldOut::Fraction(f) => Error::unless(
@@ -96,52 +152,45 @@ impl DataConfig {
     }
 }
 
+impl DataConfig {
+    fn check_sources(&self) -> Result<()> {
+        for (i, source) in self.source.iter().enumerate() {
+            let key = |name: &str| format!("data.source[{i}].{name}");
+            let fits = source.weight.is_finite() && source.weight > 0.0;
+            let remedy = "a number above 0; leave out a source that is not to be read";
+            Error::unless(fits, &key("weight"), source.weight, remedy)?;
+            Error::unless_at_least_one(&key("epochs"), source.epochs.unwrap_or(1))?;
+        }
+
+        if self.source.len() > MOST_SOURCES {
+            let remedy = format!("{MOST_SOURCES} at most; prepare several into one file");
+            return Err(Error::config("data.source", self.source.len(), remedy));
+        }
+
+        Ok(())
+    }
+}
+
+/// Sources that are mixed at most.
+const MOST_SOURCES: usize = 1000;
+
 impl Default for DataConfig {
     fn default() -> DataConfig {
         DataConfig {
             path: None,
             paths: None,
             synthetic: None,
-            tokenizer: Tokenizer::Bytes,
+            source: Vec::new(),
+            tokenizer: None,
+            end_token: None,
+            vocabulary_size: None,
+            token_bytes: None,
             min_count: 1,
             vocabulary: None,
             sequence: 128,
+            document_mask: false,
             order: None,
             held_out: HeldOut::Fraction(0.05),
-        }
-    }
-}
-
-/// How text becomes tokens.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Tokenizer {
-    /// 256 tokens, one a byte.
-    Bytes,
-    /// The characters of the text.
-    Characters,
-    /// What stands between white space; every line ends in `<eos>`.
-    Words,
-}
-
-impl Tokenizer {
-    /// As in a config.
-    pub fn word(self) -> &'static str {
-        match self {
-            Tokenizer::Bytes => "bytes",
-            Tokenizer::Characters => "characters",
-            Tokenizer::Words => "words",
-        }
-    }
-
-    /// What one token is called.
-    pub fn unit(self) -> &'static str {
-        match self {
-            Tokenizer::Bytes => "byte",
-            Tokenizer::Characters => "character",
-            Tokenizer::Words => "word",
         }
     }
 }

@@ -14,6 +14,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 use super::{Batch, Order, Shape, Tokens};
+use crate::error::Result;
 
 /// A target that counts nothing: what libtorch leaves out of a cross-entropy.
 pub const UNCOUNTED: i64 = -100;
@@ -93,7 +94,16 @@ impl Evaluation {
     }
 
     /// Windows, or streams at a segment.
-    pub fn batch(&self, text: &Tokens, rows: Range<usize>, segment: usize) -> Batch {
+    ///
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error) about a token that the vocabulary does not have.
+    pub fn batch(
+        &self,
+        text: &Tokens,
+        vocabulary: usize,
+        rows: Range<usize>,
+        segment: usize,
+    ) -> Result<Batch> {
         let (count, sequence) = (rows.len(), self.shape.sequence);
         let mut tokens = vec![0; count * sequence];
         let mut targets = vec![UNCOUNTED; count * sequence];
@@ -107,6 +117,7 @@ impl Evaluation {
 
             read.clear();
             text.read(place.start, place.len() + 1, &mut read);
+            text.check(place.start, &read, vocabulary)?;
             let start = i * sequence;
             tokens[start..start + place.len()].copy_from_slice(&read[..place.len()]);
             targets[start..start + place.len()].copy_from_slice(&read[1..]);
@@ -115,7 +126,23 @@ impl Evaluation {
 
         let shape = [count as i64, sequence as i64];
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape);
-        Batch { tokens: tensor(&tokens), targets: tensor(&targets), counted: scored }
+        Ok(Batch { tokens: tensor(&tokens), targets: tensor(&targets), counted: scored })
+    }
+}
+
+impl Evaluation {
+    /// Where in each row each token's document begins: [rows, T], int64. What fills a row up is a
+    /// document of its own.
+    pub fn documents(&self, text: &Tokens, rows: Range<usize>, segment: usize) -> Tensor {
+        let (count, sequence) = (rows.len(), self.shape.sequence);
+        let mut starts = Vec::with_capacity(count * sequence);
+        for row in rows {
+            let place = self.place(row, segment);
+            let end = starts.len() + sequence;
+            text.document_starts(place.start, place.len(), &mut starts);
+            starts.resize(end, place.len() as i64);
+        }
+        Tensor::from_slice(&starts).view([count as i64, sequence as i64])
     }
 }
 
@@ -142,7 +169,8 @@ mod tests {
             let mut counted = 0;
             for segment in 0..evaluation.segments() {
                 // More rows than there are, as the last replica may have.
-                let batch = evaluation.batch(&text, 0..evaluation.rows() + 2, segment);
+                let batch = evaluation.batch(&text, 1 << 16, 0..evaluation.rows() + 2, segment);
+                let batch = batch.unwrap();
                 let values = |tensor: &Tensor| Vec::<i64>::try_from(tensor.reshape([-1])).unwrap();
                 for (token, target) in values(&batch.tokens).into_iter().zip(values(&batch.targets))
                 {

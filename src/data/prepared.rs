@@ -1,65 +1,103 @@
-//! Prepared files: a text that has been tokenised once, to be mapped by every run.
+//! Prepared files: texts that have been tokenised once, to be mapped by every run.
 //!
 //! ```text
-//! 16 bytes   "ouroboros tokens"
-//!  8 bytes   length of the header, little-endian
-//!            the header as JSON: format, vocabulary, width, tokens of each split, source
-//!            zeros up to a multiple of 64 bytes
-//!            the tokens of the splits, one after the other, `width` bytes each, little-endian
-//!  8 bytes   xxh3 of everything before, little-endian
+//! 64 bytes   "ouroboros tokens", then zeros
+//!            the tokens of the splits, `width` bytes each, little-endian
+//!            the documents of the splits: where each begins, in tokens and in bytes of its text, 8 bytes each
+//!            of every split the xxh3 of each block of its tokens, 8 bytes each
+//!            the tokenizer.json, of subwords
+//!            the header as JSON: format, source, vocabulary, width, splits, where everything lies
+//! 24 bytes   length of the header, xxh3 of it, "tokens." and the format
 //! ```
+//!
+//! Everything begins at a multiple of 64 bytes. The header stands at the end, since what comes before is written
+//! while texts are read. Opening a file reads the header alone, but of a small one everything.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Read, Write};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use memmap2::Mmap;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::tokens::{Tokens, Width, map};
+use super::borders::{Borders, List, Stride};
+use super::tokens::{BLOCK, Mapped, Tokens, Width, map};
 use super::vocabulary::{Listed, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files;
 
-const MAGIC: &[u8; 16] = b"ouroboros tokens";
-const FORMAT: u32 = 2;
-/// Bytes of the digest at the end.
-const DIGEST: usize = 8;
+pub const MAGIC: &[u8; 16] = b"ouroboros tokens";
+/// Bytes before the tokens.
+pub const HEAD: usize = ALIGN;
 const ALIGN: usize = 64;
+const END: &[u8; 8] = b"tokens.3";
+const TRAILER: usize = 24;
+const FORMAT: u32 = 3;
+/// Bytes of tokens up to which a file is read whole when it is opened.
+const SMALL: u64 = 64 << 20;
 
-/// Where the text came from.
+/// Where the texts came from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Source {
     pub name: String,
-    /// Of the file that was tokenised, in hexadecimal digits.
-    pub sha256: String,
     /// How: what another preparation would have to do to be the same.
     pub how: String,
+    /// The archive, or the files that were read.
+    pub inputs: Vec<InputFacts>,
+    /// Lines and rows that were no documents, and were left out.
+    #[serde(default)]
+    pub skipped: u64,
 }
 
-/// A split and how many tokens it has.
+/// What tells a file that was read from others.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InputFacts {
+    pub name: String,
+    pub bytes: u64,
+    pub digest: String,
+}
+
+/// A split, and what it has.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Split {
     pub name: String,
-    pub tokens: usize,
+    pub tokens: u64,
+    pub documents: u64,
+    /// Of the texts, before they became tokens.
+    pub bytes: u64,
+    /// Of the digests of its blocks of tokens.
+    pub digest: String,
+    /// Of where its documents begin.
+    pub documents_digest: String,
+    /// Where its tokens, documents and digests lie, in bytes.
+    pub tokens_at: u64,
+    pub documents_at: u64,
+    pub digests_at: u64,
 }
 
-/// What stands before the tokens.
+/// What stands behind the tokens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     pub format: u32,
     pub source: Source,
-    pub width: Width,
-    /// In the order of their tokens; `train` is one of them.
-    pub splits: Vec<Split>,
     pub vocabulary: Listed,
+    pub width: Width,
+    /// `train` is one of them.
+    pub splits: Vec<Split>,
+    /// Where the tokenizer.json lies, and its bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<(u64, u64)>,
 }
 
 /// A prepared file, mapped.
 #[derive(Debug)]
 pub struct Prepared {
     pub header: Header,
-    tokens: Tokens,
+    map: Arc<Mmap>,
     path: PathBuf,
 }
 
@@ -70,7 +108,7 @@ pub fn is_prepared(path: &Path) -> bool {
 }
 
 impl Prepared {
-    /// Maps a prepared file, which is read once.
+    /// Maps a prepared file; a small one is verified.
     ///
     /// # Errors
     /// [`Error::Data`] if it is of another format, damaged, or has tokens that its vocabulary does
@@ -81,31 +119,76 @@ impl Prepared {
         };
 
         let map = map(path)?;
-        let (header, start) = read_header(&map).map_err(|problem| wrong(&problem))?;
-        let sum = header.splits.iter().try_fold(0usize, |sum, split| sum.checked_add(split.tokens));
-        let bytes = sum.and_then(|tokens| tokens.checked_mul(header.width as usize));
-        let end = bytes
-            .and_then(|bytes| bytes.checked_add(start))
-            .filter(|end| end.checked_add(DIGEST) == Some(map.len()));
-        let Some(end) = end else {
-            return Err(wrong(&format!(
-                "{} bytes, which is not what its header says: it is cut short or damaged",
-                map.len()
-            )));
+        let header = read_header(&map).map_err(|problem| wrong(&problem))?;
+        let prepared = Prepared { header, map: map.into(), path: path.to_owned() };
+        let bytes: u64 = prepared.header.splits.iter().map(|split| split.tokens).sum();
+        if bytes * prepared.header.width as u64 <= SMALL {
+            prepared.verify()?;
+        }
+        Ok(prepared)
+    }
+
+    /// Reads everything.
+    ///
+    /// # Errors
+    /// [`Error::Data`] about a block that is damaged, or a token that the vocabulary does not have.
+    pub fn verify(&self) -> Result<()> {
+        let wrong = |problem: String| {
+            Err(Error::data(
+                self.path.display(),
+                problem,
+                "prepare it again: ouroboros data prepare",
+            ))
         };
 
-        if map[end..] != xxh3_64(&map[..end]).to_le_bytes() {
-            return Err(wrong("its digest is not that of its bytes: it is damaged"));
+        let (width, vocabulary) = (self.header.width, self.header.vocabulary.count() as u64);
+        for split in &self.header.splits {
+            let name = &split.name;
+            let bytes = split.tokens as usize * width as usize;
+            let tokens = &self.map[split.tokens_at as usize..][..bytes];
+            let digests = &self.map[split.digests_at as usize..][..8 * bytes.div_ceil(BLOCK)];
+            if format!("{:016x}", xxh3_64(digests)) != split.digest {
+                return wrong(format!("the digests of {name} are damaged"));
+            }
+
+            let damaged = tokens
+                .par_chunks(BLOCK)
+                .zip(digests.par_chunks(8))
+                .position_first(|(block, digest)| xxh3_64(block).to_le_bytes() != *digest);
+            if let Some(block) = damaged {
+                return wrong(format!("block {block} of {name} is damaged: its digest is another"));
+            }
+
+            let largest = tokens.par_chunks(BLOCK).filter_map(|block| width.largest(block)).max();
+            if let Some(largest) = largest.filter(|largest| *largest >= vocabulary) {
+                let problem =
+                    format!("it has the token {largest}, and a vocabulary of {vocabulary}");
+                return wrong(problem);
+            }
+
+            if !self.are_documents(split) {
+                return wrong(format!("the documents of {name} are damaged"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the documents of a split begin one after the other.
+    fn are_documents(&self, split: &Split) -> bool {
+        let list = &self.map[split.documents_at as usize..][..16 * split.documents as usize];
+        if format!("{:016x}", xxh3_64(list)) != split.documents_digest {
+            return false;
         }
 
-        let tokens = Tokens::of_map(map, start..end, header.width);
-        let vocabulary = Vocabulary::of(header.vocabulary.clone()).len();
-        match tokens.largest() {
-            Some(largest) if largest >= vocabulary as u64 => {
-                Err(wrong(&format!("it has the token {largest}, and a vocabulary of {vocabulary}")))
-            }
-            _ => Ok(Prepared { header, tokens, path: path.to_owned() }),
-        }
+        let numbers = list.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        let pairs: Vec<u64> = numbers.collect();
+        let mut before = [0, 0];
+        pairs.as_chunks::<2>().0.iter().enumerate().all(|(i, here)| {
+            let rises = (0..2).all(|which| here[which] >= before[which]);
+            before = *here;
+            let begins = i > 0 || *here == [0, 0];
+            begins && rises && here[0] <= split.tokens && here[1] <= split.bytes
+        })
     }
 
     /// The tokens of a split.
@@ -113,148 +196,235 @@ impl Prepared {
     /// # Errors
     /// [`Error::Data`] with the names of those that there are.
     pub fn split(&self, name: &str) -> Result<Tokens> {
-        let mut start = 0;
-        for split in &self.header.splits {
-            if split.name == name {
-                return Ok(self.tokens.slice(start..start + split.tokens));
-            }
-            start += split.tokens;
-        }
+        let Some(split) = self.header.splits.iter().find(|split| split.name == name) else {
+            let names: Vec<&str> =
+                self.header.splits.iter().map(|split| split.name.as_str()).collect();
+            let remedy = format!("it has {}", names.join(", "));
+            return Err(Error::data(self.path.display(), format!("no split `{name}`"), remedy));
+        };
 
-        let names: Vec<&str> = self.header.splits.iter().map(|split| split.name.as_str()).collect();
-        Err(Error::data(
-            self.path.display(),
-            format!("no split `{name}`"),
-            format!("it has {}", names.join(", ")),
-        ))
+        let list = List {
+            map: Arc::clone(&self.map),
+            at: split.documents_at as usize,
+            documents: split.documents as usize,
+            stride: Stride::Pairs,
+            base: 0,
+            bytes: Some(0..split.bytes),
+        };
+        let (start, width) = (split.tokens_at as usize, self.header.width);
+        Ok(Tokens::of_map(Mapped {
+            map: Arc::clone(&self.map),
+            range: start..start + split.tokens as usize * width as usize,
+            width,
+            borders: Borders::Listed(list),
+            digest: u64::from_str_radix(&split.digest, 16).ok(),
+            name: self.path.display().to_string(),
+        }))
     }
 
     /// The vocabulary that it was tokenised with.
-    pub fn vocabulary(&self) -> Vocabulary {
-        Vocabulary::of(self.header.vocabulary.clone())
+    ///
+    /// # Errors
+    /// [`Error::Data`] for one that lacks its tokenizer.
+    pub fn vocabulary(&self) -> Result<Vocabulary> {
+        let json = self
+            .header
+            .tokenizer
+            .map(|(at, bytes)| self.map[at as usize..][..bytes as usize].to_vec());
+        Vocabulary::of(self.header.vocabulary.clone(), json)
+            .map_err(|problem| Error::data(self.path.display(), problem, "prepare it again"))
     }
 }
 
-/// The header, and where the tokens start.
-fn read_header(bytes: &[u8]) -> std::result::Result<(Header, usize), String> {
-    let fixed = MAGIC.len() + 8;
+/// The header, of which everything lies in the file.
+fn read_header(bytes: &[u8]) -> std::result::Result<Header, String> {
     if !bytes.starts_with(MAGIC) {
         return Err("not a prepared file".into());
     }
 
-    let length = bytes.get(MAGIC.len()..fixed).ok_or("no header")?;
-    let length = u64::from_le_bytes(length.try_into().map_err(|_| "no header")?);
-    let end = usize::try_from(length)
-        .ok()
-        .and_then(|length| fixed.checked_add(length))
-        .ok_or("no header")?;
-    let json = bytes.get(fixed..end).ok_or("the header is cut short")?;
-    // The number of the format first: the rest may be another in another format.
-    let value: serde_json::Value =
-        serde_json::from_slice(json).map_err(|error| format!("its header: {error}"))?;
-    if value["format"] != FORMAT {
-        return Err(format!(
-            "format {} is not known to this version, which reads format {FORMAT}",
-            value["format"]
-        ));
+    // Earlier formats had the length of their header here.
+    let cut = || format!("{} bytes: it is cut short or damaged", bytes.len());
+    if bytes.get(MAGIC.len()..HEAD).ok_or_else(cut)?.iter().any(|byte| *byte != 0) {
+        return Err(format!("of an earlier format, this version reads format {FORMAT}"));
     }
 
-    let header = serde_json::from_value(value).map_err(|error| format!("its header: {error}"))?;
-    Ok((header, end.next_multiple_of(ALIGN)))
+    let start = bytes.len().checked_sub(TRAILER).filter(|start| *start >= HEAD).ok_or_else(cut)?;
+    let trailer = &bytes[start..];
+    let number = |at: usize| trailer[at..at + 8].try_into().map_or(u64::MAX, u64::from_le_bytes);
+    if trailer[16..] != *END {
+        return Err(cut());
+    }
+
+    let length =
+        usize::try_from(number(0)).ok().filter(|length| *length <= start - HEAD).ok_or_else(cut)?;
+    let json = &bytes[start - length..start];
+    if xxh3_64(json) != number(8) {
+        return Err("the digest of its header is another: it is damaged".into());
+    }
+
+    let header: Header =
+        serde_json::from_slice(json).map_err(|error| format!("its header: {error}"))?;
+    let room = (start - length) as u64;
+    let lies = |at: u64, count: u64, each: u64| {
+        let end = count.checked_mul(each).and_then(|bytes| bytes.checked_add(at));
+        at >= HEAD as u64 && end.is_some_and(|end| end <= room)
+    };
+    let width = header.width as u64;
+    let complete = header.splits.iter().all(|split| {
+        let blocks = split.tokens.saturating_mul(width).div_ceil(BLOCK as u64);
+        lies(split.tokens_at, split.tokens, width)
+            && lies(split.documents_at, split.documents, 16)
+            && lies(split.digests_at, blocks, 8)
+    });
+    match complete && header.tokenizer.is_none_or(|(at, bytes)| lies(at, bytes, 1)) {
+        true => Ok(header),
+        false => Err("its header names places that it does not have: it is damaged".into()),
+    }
 }
 
-/// Writes a prepared file under another name, then gives it its own. The splits are bytes of
-/// tokens, as wide as the vocabulary needs them.
+/// A split that is to be written: its tokens and its documents, which lie in files.
+#[derive(Debug)]
+pub struct Written<'a> {
+    pub name: &'a str,
+    pub tokens: u64,
+    pub documents: u64,
+    /// Of the texts.
+    pub bytes: u64,
+    /// None: the tokens lie in the file already, behind its head.
+    pub tokens_file: Option<File>,
+    pub documents_file: File,
+}
+
+/// Makes a prepared file of one that has its head and the tokens of the first split.
 ///
 /// # Errors
-/// [`Error::Data`] if it cannot be written; then nothing is left of it.
-pub fn write(
-    path: &Path,
+/// What the system says.
+pub fn finish(
+    file: &File,
     source: Source,
     vocabulary: &Vocabulary,
-    splits: Vec<(&str, Vec<u8>)>,
-) -> Result<Header> {
+    splits: Vec<Written>,
+) -> std::io::Result<Header> {
     let width = Width::of(vocabulary.len());
-    let header = Header {
-        format: FORMAT,
-        source,
-        width,
-        splits: splits
-            .iter()
-            .map(|(name, bytes)| Split {
-                name: (*name).to_owned(),
-                tokens: bytes.len() / width as usize,
-            })
-            .collect(),
-        vocabulary: vocabulary.listed().clone(),
-    };
-
-    let temporary = files::temporary(path);
-    let written = || -> std::io::Result<()> {
-        let json = serde_json::to_vec(&header)?;
-        let mut file =
-            Hashed { file: BufWriter::new(File::create(&temporary)?), hash: Xxh3::new() };
-        file.write_all(MAGIC)?;
-        file.write_all(&(json.len() as u64).to_le_bytes())?;
-        file.write_all(&json)?;
-        let start = MAGIC.len() + 8 + json.len();
-        file.write_all(&vec![0; start.next_multiple_of(ALIGN) - start])?;
-        for (_, bytes) in &splits {
-            file.write_all(bytes)?;
+    let mut end = HEAD as u64;
+    let mut places = Vec::new();
+    for split in &splits {
+        let bytes = split.tokens * width as u64;
+        if let Some(tokens) = &split.tokens_file {
+            copy(tokens, bytes, file, end)?;
         }
+        places.push(end);
+        end = (end + bytes).next_multiple_of(ALIGN as u64);
+    }
 
-        let digest = file.hash.digest();
-        file.file.write_all(&digest.to_le_bytes())?;
-        file.file.into_inner()?.sync_all()?;
-        files::place(&temporary, path)
-    };
+    let mut made = Vec::new();
+    for (split, tokens_at) in splits.into_iter().zip(places) {
+        let documents_at = end;
+        let documents = copy(&split.documents_file, 16 * split.documents, file, end)?;
+        let digests_at = (end + 16 * split.documents).next_multiple_of(ALIGN as u64);
+        let digests = digests(file, tokens_at, split.tokens * width as u64)?;
+        file.write_all_at(&digests, digests_at)?;
+        end = (digests_at + digests.len() as u64).next_multiple_of(ALIGN as u64);
+        made.push(Split {
+            name: split.name.to_owned(),
+            tokens: split.tokens,
+            documents: split.documents,
+            bytes: split.bytes,
+            digest: format!("{:016x}", xxh3_64(&digests)),
+            documents_digest: format!("{documents:016x}"),
+            tokens_at,
+            documents_at,
+            digests_at,
+        });
+    }
 
-    written().map_err(|error| {
-        let _ = fs::remove_file(&temporary);
-        match error.kind() {
-            ErrorKind::AlreadyExists => {
-                let problem = "another process has made it meanwhile";
-                Error::data(path.display(), problem, "take that, or remove it and run again")
-            }
-            _ => Error::data(
-                path.display(),
-                format!("cannot be written ({error})"),
-                "choose another folder or make room",
-            ),
-        }
-    })?;
+    let tokenizer = vocabulary.json().map(|json| (end, json.len() as u64));
+    if let Some(json) = vocabulary.json() {
+        file.write_all_at(json, end)?;
+        end = (end + json.len() as u64).next_multiple_of(ALIGN as u64);
+    }
 
+    let vocabulary = vocabulary.listed().clone();
+    let header = Header { format: FORMAT, source, vocabulary, width, splits: made, tokenizer };
+    let mut json = serde_json::to_vec(&header)?;
+    let trailer = [(json.len() as u64).to_le_bytes(), xxh3_64(&json).to_le_bytes(), *END];
+    json.extend(trailer.concat());
+    file.write_all_at(&json, end)?;
+    file.set_len(end + json.len() as u64)?;
+    file.sync_all()?;
     Ok(header)
 }
 
-/// A file, and the digest of what is written.
-struct Hashed {
-    file: BufWriter<File>,
-    hash: Xxh3,
+/// Copies the beginning of a file to a place of another; the xxh3 of it.
+fn copy(from: &File, bytes: u64, to: &File, at: u64) -> std::io::Result<u64> {
+    let mut hash = Xxh3::new();
+    let mut buffer = vec![0; (1 << 20).min(bytes as usize)];
+    let mut done = 0;
+    while done < bytes {
+        let part = &mut buffer[..(bytes - done).min(1 << 20) as usize];
+        from.read_exact_at(part, done)?;
+        to.write_all_at(part, at + done)?;
+        hash.update(part);
+        done += part.len() as u64;
+    }
+    Ok(hash.digest())
 }
 
-impl Hashed {
-    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.hash.update(bytes);
-        self.file.write_all(bytes)
+/// The xxh3 of every block of a part of a file.
+fn digests(file: &File, at: u64, bytes: u64) -> std::io::Result<Vec<u8>> {
+    let mut buffer = vec![0; BLOCK.min(bytes as usize)];
+    let (mut digests, mut done) = (Vec::new(), 0);
+    while done < bytes {
+        let block = &mut buffer[..(bytes - done).min(BLOCK as u64) as usize];
+        file.read_exact_at(block, at + done)?;
+        digests.extend(xxh3_64(block).to_le_bytes());
+        done += block.len() as u64;
     }
+    Ok(digests)
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::data::{Counts, Unit};
+    use std::fs;
+
+    /// A split: its name, tokens of a byte each, documents, and bytes of text.
+    type Part<'a> = (&'static str, &'a [u8], &'a [[u64; 2]], u64);
+
+    /// Writes splits.
+    pub fn write(path: &Path, vocabulary: &Vocabulary, splits: &[Part]) {
+        let source =
+            Source { name: "a".into(), how: "words".into(), inputs: Vec::new(), skipped: 0 };
+        let file_of = |bytes: &[u8]| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            file
+        };
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        file.write_all_at(MAGIC, 0).unwrap();
+        file.write_all_at(splits[0].1, HEAD as u64).unwrap();
+        let written = splits.iter().enumerate().map(|(i, (name, tokens, documents, bytes))| {
+            let list: Vec<u8> =
+                documents.as_flattened().iter().flat_map(|number| number.to_le_bytes()).collect();
+            Written {
+                name,
+                tokens: tokens.len() as u64,
+                documents: documents.len() as u64,
+                bytes: *bytes,
+                tokens_file: (i > 0).then(|| file_of(tokens)),
+                documents_file: file_of(&list),
+            }
+        });
+        finish(&file, source, vocabulary, written.collect()).unwrap();
+    }
 
     fn prepared(folder: &Path) -> PathBuf {
         let path = folder.join("a.tokens");
-        let vocabulary = Vocabulary::of_words("a b a c\n", 1);
-        let source = Source { name: "a".into(), sha256: "00".into(), how: "words".into() };
-        write(
-            &path,
-            source,
-            &vocabulary,
-            vec![("train", vec![0, 1, 2, 3, 0]), ("valid", vec![3, 2])],
-        )
-        .unwrap();
+        let vocabulary = Counts::of(Unit::Words, &["a b a c\n"], 1);
+        let train = ("train", &[0, 1, 2, 3, 0][..], &[[0, 0], [3, 6]][..], 12);
+        write(&path, &vocabulary, &[train, ("valid", &[3, 2], &[[0, 0]], 4)]);
         path
     }
 
@@ -266,44 +436,65 @@ mod tests {
         let prepared = Prepared::open(&path).unwrap();
         let mut ids = Vec::new();
         prepared.split("valid").unwrap().read(0, 2, &mut ids);
-        prepared.split("train").unwrap().read(1, 3, &mut ids);
+        let train = prepared.split("train").unwrap();
+        train.read(1, 3, &mut ids);
         assert_eq!(ids, [3, 2, 1, 2, 3]);
-        assert_eq!(prepared.vocabulary().listed().tokens, ["a", "<eos>", "b", "c"]);
-        assert!(
-            prepared
-                .split("test")
-                .unwrap_err()
-                .to_string()
-                .contains("no split `test`; it has train, valid")
-        );
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let mut starts = Vec::new();
+        train.document_starts(1, 4, &mut starts);
+        assert_eq!(starts, [0, 0, 2, 2]);
+        assert_eq!((train.next_document(1), train.next_document(4)), (Some(3), None));
+        assert_eq!((train.text_bytes(), train.slice(3..5).text_bytes()), (Some(12), Some(6)));
+        assert_eq!(train.slice(0..3).text_bytes(), Some(6));
+        // What was kept is what reading would give.
+        let read = Tokens::of_ids(&[0, 1, 2, 3, 0], 4);
+        assert_eq!(train.digest(), read.digest());
+        assert_ne!(train.slice(0..3).digest(), train.slice(1..4).digest());
+        // Texts of several files keep what is known of each.
+        let both = Tokens::joined(&[train.slice(1..5), prepared.split("valid").unwrap()]);
+        let mut starts = Vec::new();
+        both.document_starts(0, 6, &mut starts);
+        assert_eq!((starts, both.text_bytes()), (vec![0, 0, 2, 2, 4, 4], Some(14)));
+        assert_eq!(prepared.vocabulary().unwrap().listed().tokens, ["a", "<eos>", "b", "c"]);
+        let error = prepared.split("test").unwrap_err().to_string();
+        assert!(error.contains("no split `test`; it has train, valid"), "{error}");
     }
 
     #[test]
-    fn another_format_and_a_cut_file_are_refused() {
+    fn another_format_and_a_damaged_file_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = prepared(folder.path());
         let good = fs::read(&path).unwrap();
         let message = |bytes: &[u8]| {
             fs::write(&path, bytes).unwrap();
-            Prepared::open(&path).unwrap_err().to_string()
+            Prepared::open(&path).map(|prepared| prepared.header).unwrap_err().to_string()
         };
-        let text = message(&good[..good.len() - 1]);
-        assert!(text.contains("cut short or damaged"), "{text}");
-        for place in 0..good.len() {
+        for cut in [30, 63, 70, good.len() - 1] {
+            let text = message(&good[..cut]);
+            assert!(text.contains("cut short or damaged"), "{text}");
+        }
+        // Zeros between the parts say nothing.
+        let prepared = read_header(&good).unwrap();
+        let of = |split: &Split| {
+            let (tokens, documents) = (split.tokens_at, split.documents_at);
+            [
+                tokens..tokens + split.tokens,
+                documents..documents + 16 * split.documents,
+                split.digests_at..split.digests_at + 8,
+            ]
+        };
+        let mut says: Vec<u64> = prepared.splits.iter().flat_map(of).flatten().collect();
+        says.extend(0..HEAD as u64);
+        let last = prepared.splits[1].digests_at as usize + ALIGN;
+        says.extend(last as u64..good.len() as u64);
+        for place in says {
             let mut bad = good.clone();
-            bad[place] ^= 1;
+            bad[place as usize] ^= 1;
             let text = message(&bad);
             assert!(text.contains("a.tokens: "), "{place}: {text}");
         }
-        assert!(message(&good[..30]).contains("the header is cut short"));
         let mut other = good.clone();
-        let place = good.windows(10).position(|w| w == b"\"format\":2").unwrap();
-        other[place + 9] = b'7';
+        other[16] = 99;
         let text = message(&other);
-        assert!(
-            text.contains("format 7 is not known to this version, which reads format 2"),
-            "{text}"
-        );
+        assert!(text.contains("of an earlier format, this version reads format 3"), "{text}");
     }
 }

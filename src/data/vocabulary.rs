@@ -1,4 +1,4 @@
-//! How text becomes tokens and tokens become text: bytes, characters, words.
+//! How text becomes tokens and tokens become text: bytes, characters, words, subwords.
 //!
 //! Words are what stands between white space; every line ends in `<eos>`. The most frequent token
 //! has the number 0, as the adaptive softmax wants it; equally frequent ones are in the order of
@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::Tokenizer;
-use super::tokens::Width;
+use super::Unit;
+use super::subword::{Subword, SubwordFacts};
 use crate::error::{Error, Result};
 
 /// The end of a line.
@@ -24,13 +24,40 @@ pub const UNK: &str = "<unk>";
 
 /// Bytes that one task counts or encodes.
 const TASK: usize = 1 << 22;
+/// The same of subwords, which take longer and more memory.
+const SUBWORD_TASK: usize = 1 << 18;
 
 /// What can be saved of a vocabulary.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Listed {
-    pub tokenizer: Tokenizer,
-    /// In the order of their numbers; empty for bytes.
+    #[serde(rename = "tokenizer")]
+    pub unit: Unit,
+    /// Of characters and words, in the order of their numbers.
+    #[serde(default)]
     pub tokens: Vec<String>,
+    /// How many there are, of ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<usize>,
+    /// Of subwords, whose `tokenizer.json` is kept beside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subword: Option<SubwordFacts>,
+}
+
+impl Listed {
+    /// Tokens that stand for themselves.
+    pub fn new(unit: Unit, tokens: Vec<String>) -> Listed {
+        Listed { unit, tokens, size: None, subword: None }
+    }
+
+    /// How many tokens there are.
+    pub fn count(&self) -> usize {
+        match (&self.subword, self.size, self.unit) {
+            (Some(facts), ..) => facts.size,
+            (_, Some(size), _) => size,
+            (.., Unit::Bytes) => 256,
+            _ => self.tokens.len(),
+        }
+    }
 }
 
 /// The tokens of a model.
@@ -38,70 +65,50 @@ pub struct Listed {
 pub struct Vocabulary {
     listed: Arc<Listed>,
     numbers: Arc<HashMap<String, u32>>,
+    subword: Option<Arc<Subword>>,
 }
 
 impl Vocabulary {
     /// 256 tokens, one a byte.
     pub fn bytes() -> Vocabulary {
-        Vocabulary::of(Listed { tokenizer: Tokenizer::Bytes, tokens: Vec::new() })
+        Vocabulary::listing(Unit::Bytes, Vec::new())
     }
 
-    /// A vocabulary read back.
-    pub fn of(listed: Listed) -> Vocabulary {
-        let numbers =
-            listed.tokens.iter().enumerate().map(|(i, token)| (token.clone(), i as u32)).collect();
-        Vocabulary { listed: Arc::new(listed), numbers: Arc::new(numbers) }
+    /// So many numbers, of which nobody says what they stand for.
+    pub fn ids(size: usize) -> Vocabulary {
+        let listed = Listed { size: Some(size), ..Listed::new(Unit::Ids, Vec::new()) };
+        Vocabulary { listed: Arc::new(listed), numbers: Arc::default(), subword: None }
     }
 
-    /// The characters of a text, in the order of their code points.
-    pub fn of_characters(text: &str) -> Vocabulary {
-        let mut seen: Vec<char> = pieces(text)
-            .into_par_iter()
-            .map(|part| {
-                let mut seen: Vec<char> = part.chars().collect();
-                seen.sort_unstable();
-                seen.dedup();
-                seen
-            })
-            .flatten()
-            .collect();
-        seen.sort_unstable();
-        seen.dedup();
-        let tokens = seen.into_iter().map(String::from).collect();
-        Vocabulary::of(Listed { tokenizer: Tokenizer::Characters, tokens })
+    /// The tokens of a `tokenizer.json`.
+    pub fn subwords(subword: Subword) -> Vocabulary {
+        let facts = Some(subword.facts.clone());
+        let listed = Listed { subword: facts, ..Listed::new(Unit::Subwords, Vec::new()) };
+        let subword = Some(Arc::new(subword));
+        Vocabulary { listed: Arc::new(listed), numbers: Arc::default(), subword }
     }
 
-    /// The words of a text that stand in it at least `min_count` times, the most frequent first.
-    /// `<unk>` is among them if it stands in the text or if rare words are to be left out
-    /// (`min_count` > 1).
-    pub fn of_words(text: &str, min_count: usize) -> Vocabulary {
-        let counted = tasks(text).into_par_iter().map(|part| {
-            let mut counts: HashMap<&str, usize> = HashMap::new();
-            for word in words(part) {
-                *counts.entry(word).or_default() += 1;
+    /// A vocabulary read back, with the `tokenizer.json` of subwords.
+    ///
+    /// # Errors
+    /// What it lacks.
+    pub fn of(listed: Listed, json: Option<Vec<u8>>) -> std::result::Result<Vocabulary, String> {
+        match (listed.unit, &listed.subword, json, listed.size) {
+            (Unit::Subwords, Some(facts), Some(json), _) => {
+                Ok(Vocabulary::subwords(Subword::kept(facts.clone(), json)))
             }
-            counts
-        });
-
-        let counts = counted.reduce(HashMap::new, |mut all, part| {
-            part.into_iter().for_each(|(word, count)| *all.entry(word).or_default() += count);
-            all
-        });
-
-        let (mut kept, dropped): (Vec<_>, Vec<_>) = counts
-            .into_iter()
-            .partition(|(word, count)| *count >= min_count || *word == UNK || *word == EOS);
-        if min_count > 1 {
-            let more: usize = dropped.iter().map(|(_, count)| count).sum();
-            match kept.iter_mut().find(|(word, _)| *word == UNK) {
-                Some((_, count)) => *count += more,
-                None => kept.push((UNK, more)),
-            }
+            (Unit::Subwords, ..) => Err("a vocabulary of subwords without its tokenizer".into()),
+            (Unit::Ids, _, _, Some(size)) => Ok(Vocabulary::ids(size)),
+            (Unit::Ids, ..) => Err("a vocabulary of ids without their number".into()),
+            _ => Ok(Vocabulary::listing(listed.unit, listed.tokens)),
         }
+    }
 
-        kept.sort_unstable_by(|(a, n), (b, m)| m.cmp(n).then(a.cmp(b)));
-        let tokens = kept.into_iter().map(|(word, _)| word.to_owned()).collect();
-        Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens })
+    /// Tokens that stand for themselves, in the order of their numbers.
+    pub(super) fn listing(unit: Unit, tokens: Vec<String>) -> Vocabulary {
+        let numbers = tokens.iter().enumerate().map(|(i, token)| (token.clone(), i as u32));
+        let numbers = Arc::new(numbers.collect());
+        Vocabulary { listed: Arc::new(Listed::new(unit, tokens)), numbers, subword: None }
     }
 
     /// The words of a list, one a line, in its order, each alone or before its count; `<eos>` is
@@ -136,7 +143,7 @@ impl Vocabulary {
         }
 
         let count = tokens.len();
-        let vocabulary = Vocabulary::of(Listed { tokenizer: Tokenizer::Words, tokens });
+        let vocabulary = Vocabulary::listing(Unit::Words, tokens);
         if vocabulary.numbers.len() < count {
             let twice = vocabulary
                 .listed
@@ -153,39 +160,82 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    /// What can be saved.
+    /// What can be saved, and the `tokenizer.json` of subwords.
     pub fn listed(&self) -> &Listed {
         &self.listed
     }
 
-    /// xxh3 of the tokens in their order.
+    pub fn json(&self) -> Option<&[u8]> {
+        self.subword.as_ref().map(|subword| &subword.json[..])
+    }
+
+    /// What its tokens are.
+    pub fn unit(&self) -> Unit {
+        self.listed.unit
+    }
+
+    /// The token that ends a document, if there is one.
+    pub fn end(&self) -> Option<u32> {
+        match self.unit() {
+            Unit::Words => self.numbers.get(EOS).copied(),
+            _ => self.listed.subword.as_ref().and_then(|facts| facts.end),
+        }
+    }
+
+    /// What a subword is called.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.subword.as_ref()?.token(id)
+    }
+
+    /// xxh3 of the tokens in their order, or of the tokenizer.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
-        hash.update(self.listed.tokenizer.word().as_bytes());
+        hash.update(self.unit().word().as_bytes());
         for token in &self.listed.tokens {
             hash.update(&(token.len() as u64).to_le_bytes());
             hash.update(token.as_bytes());
         }
+
+        if let Some(facts) = &self.listed.subword {
+            hash.update(facts.digest.as_bytes());
+        }
+
+        if let Some(size) = self.listed.size {
+            hash.update(&(size as u64).to_le_bytes());
+        }
         hash.digest()
     }
 
-    /// The first number that means another token in another vocabulary: the token here and there.
-    pub fn first_difference<'a>(
-        &'a self,
-        other: &'a Vocabulary,
-    ) -> Option<(usize, Option<&'a str>, Option<&'a str>)> {
-        let (mine, theirs) = (&self.listed.tokens, &other.listed.tokens);
-        let at = |tokens: &'a [String], i: usize| tokens.get(i).map(String::as_str);
-        let differs = |i: &usize| at(mine, *i) != at(theirs, *i);
-        (0..mine.len().max(theirs.len())).find(differs).map(|i| (i, at(mine, i), at(theirs, i)))
+    /// What makes this vocabulary another than `other`, if they are not the same.
+    pub fn difference(&self, other: &Vocabulary) -> Option<String> {
+        let (here, there) = (&self.listed, &other.listed);
+        if here.unit != there.unit {
+            return Some(format!("{} instead of {}", here.unit.word(), there.unit.word()));
+        }
+
+        if let (Some(here), Some(there)) = (&here.subword, &there.subword) {
+            let shown = |facts: &SubwordFacts| format!("{} (digest {})", facts.name, facts.digest);
+            return (here.digest != there.digest)
+                .then(|| format!("the tokenizer {} instead of {}", shown(here), shown(there)));
+        }
+
+        if here.size != there.size {
+            let shown = |size: Option<usize>| size.unwrap_or_default();
+            return Some(format!("{} ids instead of {}", shown(here.size), shown(there.size)));
+        }
+
+        let count = here.tokens.len().max(there.tokens.len());
+        let number = (0..count).find(|i| here.tokens.get(*i) != there.tokens.get(*i))?;
+        let shown = |tokens: &[String]| {
+            tokens.get(number).map_or("nothing".to_owned(), |t| format!("`{}`", t.escape_debug()))
+        };
+        let (name, here, there) = (self.name(), shown(&here.tokens), shown(&there.tokens));
+        Some(format!("{name} number {number} is {here} instead of {there}"))
     }
 
     /// How many tokens there are.
     pub fn len(&self) -> usize {
-        match self.listed.tokenizer {
-            Tokenizer::Bytes => 256,
-            _ => self.listed.tokens.len(),
-        }
+        self.listed.count()
     }
 
     /// Whether there are no tokens at all.
@@ -194,8 +244,8 @@ impl Vocabulary {
     }
 
     /// What one token is called.
-    pub fn unit(&self) -> &'static str {
-        self.listed.tokenizer.unit()
+    pub fn name(&self) -> &'static str {
+        self.unit().name()
     }
 
     /// The tokens of a text.
@@ -207,43 +257,91 @@ impl Vocabulary {
         Ok(self.parts(text, name)?.concat())
     }
 
-    /// The same as bytes, as wide as the vocabulary needs them.
-    ///
-    /// # Errors
-    /// As [`Vocabulary::encode`].
-    pub fn encode_bytes(&self, text: &str, name: &str) -> Result<Vec<u8>> {
-        let width = Width::of(self.len());
-        let parts: Vec<Vec<u8>> =
-            self.parts(text, name)?.into_par_iter().map(|part| width.encode(&part)).collect();
-        Ok(parts.concat())
-    }
-
     fn parts(&self, text: &str, name: &str) -> Result<Vec<Vec<u32>>> {
-        let pieces = match self.listed.tokenizer {
-            Tokenizer::Bytes => return Ok(vec![text.bytes().map(u32::from).collect()]),
-            Tokenizer::Characters => pieces(text),
-            Tokenizer::Words => tasks(text),
+        let pieces = match self.unit() {
+            Unit::Bytes => return Ok(vec![text.bytes().map(u32::from).collect()]),
+            Unit::Ids => return Ok(vec![ids(text, self.len(), name)?]),
+            Unit::Characters => pieces(text),
+            Unit::Words => tasks(text),
+            Unit::Subwords => self.clean_pieces(text, name)?,
         };
 
         let bar = ProgressBar::new(text.len() as u64);
         let encoded = pieces.into_par_iter().map(|piece| {
-            let mut buffer = [0u8; 4];
-            let tokens = match self.listed.tokenizer {
-                Tokenizer::Words => words(piece).map(|word| self.number(word, name)).collect(),
-                _ => piece.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect(),
-            };
-
+            let tokens = self.encode_piece(piece, name);
             bar.inc(piece.len() as u64);
             tokens
         });
 
-        let encoded = encoded.collect();
+        let encoded: Result<Vec<Vec<u32>>> = encoded.collect();
         bar.finish_and_clear();
-        encoded
+        let mut encoded = encoded?;
+        if let Some(subword) = &self.subword {
+            let (before, after) = subword.around()?;
+            encoded.insert(0, before);
+            encoded.push(after);
+        }
+        Ok(encoded)
+    }
+
+    /// The tokens of a part of a text that was cut where it can be ([`Vocabulary::cut`]), without
+    /// what stands around a document.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::encode`].
+    pub fn encode_piece(&self, piece: &str, name: &str) -> Result<Vec<u32>> {
+        let mut buffer = [0u8; 4];
+        match (&self.subword, self.unit()) {
+            (Some(subword), _) => subword.encode_part(piece, name),
+            (_, Unit::Bytes) => Ok(piece.bytes().map(u32::from).collect()),
+            (_, Unit::Words) => words(piece).map(|word| self.number(word, name)).collect(),
+            _ => piece.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect(),
+        }
+    }
+
+    /// What stands before a document's tokens, and after them.
+    ///
+    /// # Errors
+    /// [`Error::Data`] about a `tokenizer.json` that is none.
+    pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        self.subword.as_ref().map_or(Ok(Default::default()), |subword| subword.around())
+    }
+
+    /// The first place from `from` on where a text can be cut so that the tokens of its parts are
+    /// those of the whole, if there is one.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::encode`].
+    pub fn cut(&self, text: &str, from: usize, name: &str) -> Result<Option<usize>> {
+        if from >= text.len() {
+            return Ok(None);
+        }
+
+        let line =
+            || text.as_bytes()[from..].iter().position(|b| *b == b'\n').map(|at| from + at + 1);
+        match (&self.subword, self.unit()) {
+            (Some(subword), _) => subword.cut(text, from, name),
+            (_, Unit::Words) => Ok(line()),
+            _ => Ok((from..text.len()).find(|at| text.is_char_boundary(*at))),
+        }
+    }
+
+    /// Parts of a text whose tokens are those of the whole.
+    fn clean_pieces<'a>(&self, text: &'a str, name: &str) -> Result<Vec<&'a str>> {
+        let (mut parts, mut rest) = (Vec::new(), text);
+        while rest.len() > SUBWORD_TASK {
+            let Some(cut) = self.cut(rest, SUBWORD_TASK, name)? else { break };
+            let (part, more) = rest.split_at(cut);
+            parts.push(part);
+            rest = more;
+        }
+
+        parts.push(rest);
+        Ok(parts)
     }
 
     /// The tokens of the beginning of a text that is to go on: words without the end of the last
-    /// line.
+    /// line, subwords without the end of the document.
     ///
     /// # Errors
     /// As [`Vocabulary::encode`].
@@ -255,12 +353,29 @@ impl Vocabulary {
             other => other,
         };
 
+        if let Some(subword) = &self.subword {
+            let (before, _) = subword.around()?;
+            let tokens = subword.encode_part(text, "--prompt").map_err(wrong)?;
+            return Ok([before, tokens].concat());
+        }
+
         let mut tokens = self.encode(text, "--prompt").map_err(wrong)?;
-        if self.listed.tokenizer == Tokenizer::Words && !text.ends_with('\n') {
+        if self.unit() == Unit::Words && !text.ends_with('\n') {
             tokens.pop();
         }
 
         Ok(tokens)
+    }
+
+    /// What a text of nothing yet begins with: what the tokenizer puts before one, else the end of
+    /// a document, of a line, or the first token.
+    pub fn beginning(&self) -> Result<Vec<u32>> {
+        let before = self.subword.as_ref().map(|subword| subword.around()).transpose()?;
+        match (before, self.end()) {
+            (Some((before, _)), _) if !before.is_empty() => Ok(before),
+            (Some(_), Some(end)) => Ok(vec![end]),
+            _ => Ok(self.encode_prompt("\n").unwrap_or_else(|_| vec![0])),
+        }
     }
 
     fn number(&self, token: &str, name: &str) -> Result<u32> {
@@ -268,11 +383,11 @@ impl Vocabulary {
             return Ok(*number);
         }
 
-        let unknown = self.numbers.get(UNK).filter(|_| self.listed.tokenizer == Tokenizer::Words);
+        let unknown = self.numbers.get(UNK).filter(|_| self.unit() == Unit::Words);
         unknown.copied().ok_or_else(|| {
             let shown: String = token.escape_debug().take(40).collect();
-            let (problem, remedy) = match self.listed.tokenizer {
-                Tokenizer::Words => (
+            let (problem, remedy) = match self.unit() {
+                Unit::Words => (
                     format!("the word `{shown}` is not in the vocabulary, which has no `<unk>`"),
                     "set data.min_count = 2 or more, or give a data.vocabulary with `<unk>`",
                 ),
@@ -287,17 +402,18 @@ impl Vocabulary {
     }
 
     /// The text of tokens: characters and bytes as they are, words with a space between and lines
-    /// at `<eos>`.
+    /// at `<eos>`, subwords as their tokenizer has it without special ones, ids with a space
+    /// between.
     pub fn decode(&self, tokens: &[i64]) -> String {
         let token =
             |number: &i64| self.listed.tokens.get(*number as usize).map_or("", String::as_str);
-        match self.listed.tokenizer {
-            Tokenizer::Bytes => String::from_utf8_lossy(
-                &tokens.iter().map(|token| *token as u8).collect::<Vec<_>>(),
-            )
-            .into_owned(),
-            Tokenizer::Characters => tokens.iter().map(token).collect(),
-            Tokenizer::Words => {
+        match self.unit() {
+            Unit::Bytes => {
+                let bytes: Vec<u8> = tokens.iter().map(|token| *token as u8).collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            Unit::Characters => tokens.iter().map(token).collect(),
+            Unit::Words => {
                 let mut text = String::new();
                 let mut begun = false;
                 for word in tokens.iter().map(token) {
@@ -308,17 +424,37 @@ impl Vocabulary {
                 }
                 text
             }
+            Unit::Subwords => self.subword.as_ref().map_or_else(String::new, |subword| {
+                subword.decode(tokens).unwrap_or_else(|error| error.to_string())
+            }),
+            Unit::Ids => {
+                let words: Vec<String> = tokens.iter().map(i64::to_string).collect();
+                words.join(" ")
+            }
         }
     }
 }
 
+/// Numbers with spaces or commas between.
+fn ids(text: &str, size: usize, name: &str) -> Result<Vec<u32>> {
+    let words = text.split(|c: char| c.is_whitespace() || c == ',').filter(|word| !word.is_empty());
+    let id = |word: &str| {
+        word.parse::<u32>().ok().filter(|id| (*id as usize) < size).ok_or_else(|| {
+            let shown: String = word.escape_debug().take(40).collect();
+            let remedy = "nobody has said what its tokens stand for: name a data.tokenizer";
+            Error::data(name, format!("`{shown}` is no number below {size}"), remedy)
+        })
+    };
+    words.map(id).collect()
+}
+
 /// The words of a text: those of each line, then the line's end.
-fn words(text: &str) -> impl Iterator<Item = &str> {
+pub(super) fn words(text: &str) -> impl Iterator<Item = &str> {
     text.lines().flat_map(|line| line.split_whitespace().chain(std::iter::once(EOS)))
 }
 
 /// Parts of whole lines.
-fn tasks(text: &str) -> Vec<&str> {
+pub(super) fn tasks(text: &str) -> Vec<&str> {
     let mut parts = Vec::new();
     let mut rest = text;
     while rest.len() > TASK {
@@ -361,12 +497,13 @@ pub fn utf8<'a>(bytes: &'a [u8], name: &str) -> Result<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Counts;
 
     const TEXT: &str = "the cat saw the dog\n\n a dog  ran\nthe end\n";
 
     #[test]
     fn words_are_numbered_by_frequency() {
-        let vocabulary = Vocabulary::of_words(TEXT, 1);
+        let vocabulary = Counts::of(Unit::Words, &[TEXT], 1);
         assert_eq!(
             vocabulary.listed().tokens,
             ["<eos>", "the", "dog", "a", "cat", "end", "ran", "saw"]
@@ -386,7 +523,7 @@ mod tests {
 
     #[test]
     fn rare_words_are_unknown() {
-        let vocabulary = Vocabulary::of_words(TEXT, 2);
+        let vocabulary = Counts::of(Unit::Words, &[TEXT], 2);
         assert_eq!(vocabulary.listed().tokens, ["<unk>", "<eos>", "the", "dog"]);
         assert_eq!(vocabulary.encode("the fox", "x").unwrap(), [2, 0, 1]);
         assert_eq!(vocabulary.encode_prompt("the fox").unwrap(), [2, 0]);
@@ -408,7 +545,7 @@ mod tests {
 
     #[test]
     fn characters_are_numbered_by_code_point() {
-        let vocabulary = Vocabulary::of_characters("bca é");
+        let vocabulary = Counts::of(Unit::Characters, &["bca é"], 1);
         assert_eq!(vocabulary.listed().tokens, [" ", "a", "b", "c", "é"]);
         assert_eq!(vocabulary.encode("é b", "x").unwrap(), [4, 0, 2]);
         assert_eq!(vocabulary.decode(&[4, 0, 2]), "é b");
@@ -422,7 +559,7 @@ mod tests {
         let parts = tasks(&text);
         assert!(parts.len() > 1 && parts.iter().all(|part| part.ends_with('\n')));
         assert_eq!(parts.concat(), text);
-        let vocabulary = Vocabulary::of_words(&text, 1);
+        let vocabulary = Counts::of(Unit::Words, &[&text], 1);
         assert_eq!(vocabulary.encode(&text, "x").unwrap().len(), TASK / 5 * 6);
     }
 

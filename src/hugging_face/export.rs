@@ -11,9 +11,10 @@ use super::family::{Family, described, family_of, written};
 use super::folder::{INDEX, WEIGHTS};
 use super::import::{check_room, read_json};
 use super::names::{HEAD, Piece, full, pieces};
-use super::{BESIDE, BLOCK, TYPES};
+use super::{BESIDE, BLOCK, TOKENIZER, TYPES};
 use crate::checkpoint::values::{from_f32, to_f32, transposed};
 use crate::checkpoint::{Checkpoint, TensorStream, WeightFiles};
+use crate::data::{Subword, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::metrics::thousands;
@@ -128,9 +129,13 @@ fn write_folder(request: &ExportRequest, checkpoint: &Checkpoint, tmp: &Path) ->
 
     let main = targets.first().map_or(Dtype::F32, |target| target.dtype);
     let sequence = config.data.sequence;
-    let json = written(family, &config.model, vocabulary, sequence, main, json.as_ref());
+    let mut json = written(family, &config.model, vocabulary, sequence, main, json.as_ref());
+    if let (Some(end), None) = (checkpoint.vocabulary.end(), &source) {
+        json.insert("eos_token_id".to_owned(), end.into());
+    }
+
     make(checkpoint, tmp, &targets, request.shard, &json)?;
-    beside(source.as_deref(), tmp)?;
+    beside(source.as_deref(), &checkpoint.vocabulary, tmp)?;
 
     let values: usize = targets.iter().map(|t| t.piece.rows * t.piece.width()).sum();
     let (step, values) = (checkpoint.step(), thousands(values as u64));
@@ -302,8 +307,23 @@ fn copy(
     Ok(())
 }
 
-/// The files of a tokenizer and of generation.
-fn beside(source: Option<&Path>, folder: &Path) -> Result<()> {
+/// The files of a tokenizer and of generation: those of the source, unless the model has learned
+/// another tokenizer's tokens since.
+fn beside(source: Option<&Path>, vocabulary: &Vocabulary, folder: &Path) -> Result<()> {
+    let learned = vocabulary.json();
+    let source = source.filter(|source| {
+        let theirs = Subword::open(&source.join(TOKENIZER), None).map(Vocabulary::subwords);
+        learned.is_none() || theirs.is_ok_and(|theirs| theirs.difference(vocabulary).is_none())
+    });
+
+    if let Some(json) = learned.filter(|_| source.is_none()) {
+        let path = folder.join(TOKENIZER);
+        files::write(&path, json).map_err(|error| Error::unwritten(&path, error))?;
+        let end = vocabulary.end().and_then(|end| vocabulary.token(end));
+        let told = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end });
+        put_json(&folder.join("tokenizer_config.json"), &told)?;
+    }
+
     for name in BESIDE {
         let Some(from) = source.map(|source| source.join(name)).filter(|from| from.is_file())
         else {

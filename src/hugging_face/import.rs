@@ -10,11 +10,11 @@ use serde_json::{Map, Value};
 use super::family::{Described, Family, described};
 use super::folder::Folder;
 use super::names::{HEAD, Piece, full, is_computed, pieces};
-use super::{BESIDE, BLOCK, TYPES};
+use super::{BESIDE, BLOCK, TOKENIZER, TYPES};
 use crate::checkpoint::values::{from_f32, is_known, to_f32, transposed};
 use crate::checkpoint::{self, Manifest, Pipeline, SOURCE, Shard, ShardKind, TensorStream};
 use crate::config::Config;
-use crate::data::{DataConfig, Vocabulary};
+use crate::data::{DataConfig, Subword, Tokenizer, Unit, Vocabulary};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
@@ -41,9 +41,10 @@ pub fn import(request: &ImportRequest) -> Result<()> {
     let ImportRequest { folder, out } = request;
     let json = read_json(&folder.join("config.json"))?;
     let Described { family, model } = described(&json)?;
-    let config = run_config(out, model);
+    let rows = model.vocabulary.unwrap_or_default();
+    let vocabulary = vocabulary(folder, rows)?;
+    let config = run_config(out, model, vocabulary.unit());
     config.check()?;
-    let rows = config.model.vocabulary.unwrap_or_default();
     let dimensions = Dimensions::new(&config.model, rows, config.data.sequence);
     let pieces = pieces(family, &dimensions)?;
     let mut source = Folder::open(folder)?;
@@ -59,13 +60,13 @@ pub fn import(request: &ImportRequest) -> Result<()> {
     let lock = FolderLock::take(out)?;
     check_absent(out)?;
 
-    let parameters: usize = pieces.iter().map(|piece| piece.rows * piece.width()).sum();
+    let parameters = values(&pieces);
     let made = keep(folder, out, &source)
-        .and_then(|()| make(out, &config, &mut source, prefix, &pieces, parameters))
+        .and_then(|()| make(out, &config, &vocabulary, &mut source, prefix, &pieces))
         .and_then(|path| put_config(folder, out, &config).map(|()| path));
     match made {
         Ok(path) => {
-            told(&path, out, parameters, rows);
+            told(&path, out, parameters, &vocabulary, rows);
             Ok(())
         }
         Err(error) => {
@@ -86,13 +87,13 @@ pub fn import(request: &ImportRequest) -> Result<()> {
 }
 
 /// Says what was made, and what can be done with it.
-fn told(path: &Path, out: &Path, parameters: usize, rows: usize) {
+fn told(path: &Path, out: &Path, parameters: usize, vocabulary: &Vocabulary, rows: usize) {
     say!("{}: {} values", path.display(), thousands(parameters as u64));
     let config = out.join("config.toml");
     say!("next: a text for {}, whose first lines say how to train", config.display());
-    if rows != Vocabulary::bytes().len() {
+    if vocabulary.unit() == Unit::Bytes && rows != vocabulary.len() {
         say!(
-            "note: of its {rows} tokens texts use the first 256, as bytes; its tokenizer is kept for an export"
+            "note: there is no {TOKENIZER} in the folder: of its {rows} tokens texts use the first 256, as bytes"
         );
     }
 }
@@ -120,6 +121,11 @@ fn check_absent(out: &Path) -> Result<()> {
     }
 }
 
+/// Values of all tensors.
+fn values(pieces: &[Piece]) -> usize {
+    pieces.iter().map(|piece| piece.rows * piece.width()).sum()
+}
+
 fn bytes_of((_, dtype, shape): &(String, Dtype, Vec<usize>)) -> u64 {
     (dtype.size() * shape.iter().product::<usize>()) as u64
 }
@@ -134,17 +140,36 @@ pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
     }
 }
 
+/// The tokens of the folder's `tokenizer.json`, if it has one; else bytes.
+fn vocabulary(folder: &Path, rows: usize) -> Result<Vocabulary> {
+    let path = folder.join(TOKENIZER);
+    if !path.is_file() {
+        return Ok(Vocabulary::bytes());
+    }
+
+    let subword = Subword::open(&path, None)?;
+    let size = subword.facts.size;
+    if size > rows {
+        let problem = format!("it has {size} tokens, config.json has a vocab_size of {rows}");
+        let remedy = "take the tokenizer.json of this model, or remove it to read bytes";
+        return Err(Error::data(path.display(), problem, remedy));
+    }
+    Ok(Vocabulary::subwords(subword))
+}
+
 /// The config of a run that goes on with a model: what a user is going to change.
-fn run_config(out: &Path, model: ModelConfig) -> Config {
+fn run_config(out: &Path, model: ModelConfig, unit: Unit) -> Config {
     let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let name = if files::is_plain_name(name) { name } else { "imported" };
     // A training does not write into the import's folder.
     let name = format!("{name}-tuned");
     let sequence = model.positions.unwrap_or(SEQUENCE).min(SEQUENCE);
+    let tokenizer =
+        (unit == Unit::Subwords).then(|| Tokenizer::File(out.join(SOURCE).join(TOKENIZER)));
     Config {
         name,
         model,
-        data: DataConfig { sequence, ..DataConfig::default() },
+        data: DataConfig { tokenizer, sequence, ..DataConfig::default() },
         ..Config::default()
     }
 }
@@ -229,10 +254,10 @@ pub(super) fn check_room(out: &Path, needed: u64) -> Result<()> {
 fn make(
     out: &Path,
     config: &Config,
+    vocabulary: &Vocabulary,
     source: &mut Folder,
     prefix: &str,
     pieces: &[Piece],
-    parameters: usize,
 ) -> Result<PathBuf> {
     let tmp = out.join("checkpoints").join("step-0.tmp");
     fs::create_dir_all(&tmp).map_err(|error| Error::unwritten(&tmp, error))?;
@@ -259,8 +284,9 @@ fn make(
         tensors: tensors.into_iter().map(|(name, ..)| name).collect(),
     };
     let pipeline = Pipeline { since: 0, delays: vec![0], layers: vec![config.model.layers] };
+    let parameters = values(pieces);
     let manifest = Manifest::new(config, None, parameters, 0, pipeline, vec![shard]);
-    checkpoint::complete(out, &manifest, &Vocabulary::bytes())
+    checkpoint::complete(out, &manifest, vocabulary)
 }
 
 /// The parameters, each in the type of the tensors that it is made of; in f32 if those differ.
@@ -372,7 +398,8 @@ mod tests {
     #[test]
     fn a_run_is_called_as_its_folder() {
         let config = |out: &str, positions| {
-            run_config(Path::new(out), ModelConfig { positions, ..ModelConfig::default() })
+            let model = ModelConfig { positions, ..ModelConfig::default() };
+            run_config(Path::new(out), model, Unit::Bytes)
         };
         assert_eq!(config("runs/smol", Some(300)).name, "smol-tuned");
         assert_eq!(config("runs/smol", Some(300)).data.sequence, 300);

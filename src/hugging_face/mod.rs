@@ -4,6 +4,7 @@
 //! import   DIR/config.json            -> [model] of RUN/config.toml                  family
 //!          DIR/*.safetensors          -> RUN/checkpoints/step-0/stage-0.safetensors  names, folder
 //!          DIR/tokenizer* and others  -> RUN/hugging-face/                           kept as they are
+//!          DIR/tokenizer.json         -> the vocabulary of the run
 //! export   the newest state of RUN    -> DIR/model.safetensors or shards, config.json, tokenizer files
 //! ```
 //!
@@ -22,10 +23,13 @@ pub use import::{ImportRequest, import};
 /// The types of the source's tensors, by their names.
 const TYPES: &str = "tensors.json";
 
+/// A tokenizer, whole.
+const TOKENIZER: &str = "tokenizer.json";
+
 /// Files of a tokenizer and of generation, as far as a folder has them.
 const BESIDE: [&str; 12] = [
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",

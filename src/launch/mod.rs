@@ -131,17 +131,38 @@ fn announce(setup: &Setup, how: &str, inject: Option<Injection>) {
         say!("{note}");
     }
 
-    let (train, held_out) = (setup.corpus.train.len() as u64, setup.corpus.held_out.len() as u64);
-    let unit = setup.config.data.tokenizer.unit();
-    say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));
-    let (steps, read) = setup.epoch();
-    say!(
-        "an epoch: {} steps, which read {} of them",
-        thousands(steps as u64),
-        thousands(read as u64)
-    );
-
-    if let Some(floor) = setup.corpus.floor {
+    print_texts(setup);
+    if let Some(floor) = setup.corpus.held_out.floor {
         say!("synthetic text: entropy {floor:.4} nats per byte, a floor that no model can pass");
+    }
+}
+
+/// Prints how much text there is, and what an epoch of it is.
+fn print_texts(setup: &Setup) {
+    let corpus = &setup.corpus;
+    let (train, held_out) = (corpus.train_tokens() as u64, corpus.held_out.tokens.len() as u64);
+    let unit = corpus.vocabulary.name();
+    say!("text: {} {unit}s to train on, {} held out", thousands(train), thousands(held_out));
+    if let [only] = &corpus.sources[..] {
+        let (steps, read) = setup.epoch(only);
+        let (steps, read) = (thousands(steps as u64), thousands(read as u64));
+        say!("an epoch: {steps} steps, which read {read} of them");
+        return;
+    }
+
+    let config = &setup.config;
+    let weights: f64 = corpus.sources.iter().map(|source| source.weight).sum();
+    for source in &corpus.sources {
+        let (_, read) = setup.epoch(source);
+        let share = source.weight / weights;
+        let epochs =
+            (config.steps * config.batch * config.data.sequence) as f64 * share / read as f64;
+        let most = source.epochs.map_or(String::new(), |most| format!(", {most} at most"));
+        let tokens = thousands(source.tokens.len() as u64);
+        say!(
+            "source {}: {:.1} %, {tokens} {unit}s, {epochs:.2} epochs{most}",
+            source.name,
+            share * 100.0
+        );
     }
 }

@@ -6,7 +6,7 @@ use crate::comm::nccl;
 use crate::config::Recompute;
 use crate::data::Order;
 use crate::grid::Place;
-use crate::model::{self, Stack};
+use crate::model::{self, Documents, Stack};
 use crate::number::READBACK_STEPS;
 use crate::optim::{state_layouts, workspace};
 use crate::params::{Layout, Master};
@@ -159,6 +159,13 @@ impl Prediction {
         };
 
         self.activations += memories;
+        if setup.config.data.document_mask {
+            // Those under way, and the one that is computed.
+            let bytes = Documents::bytes(setup.rows, setup.config.data.sequence) as u64;
+            self.activations += held * bytes;
+            self.transient = self.transient.max(transient + 2 * bytes);
+        }
+
         // The two stages of a device take turns.
         self.transient = self.transient.max(transient);
         self.add_optimizer(setup, &layout, delay);

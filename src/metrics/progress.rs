@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{EvalLine, Sink, StepLine, quality};
-use crate::data::Tokenizer;
+use crate::data::Measure;
 use crate::error::Result;
 
 /// Lines of a whole run where there is no terminal.
@@ -21,7 +21,7 @@ pub struct Progress {
     steps: usize,
     /// The step that the run began with.
     start: usize,
-    tokenizer: Tokenizer,
+    measure: Measure,
     bar: Option<ProgressBar>,
     started: Instant,
     /// Of the last steps, each with the weight of a step times [`FADING`] for every step since
@@ -32,7 +32,7 @@ pub struct Progress {
 
 impl Progress {
     /// Of a run of `steps` steps that begins with step `start`.
-    pub fn new(steps: usize, start: usize, tokenizer: Tokenizer) -> Progress {
+    pub fn new(steps: usize, start: usize, measure: Measure) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(steps as u64);
             let style = ProgressStyle::with_template(
@@ -42,15 +42,7 @@ impl Progress {
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.with_position(start as u64)
         });
-        Progress {
-            steps,
-            start,
-            tokenizer,
-            bar,
-            started: Instant::now(),
-            tokens: 0.0,
-            seconds: 0.0,
-        }
+        Progress { steps, start, measure, bar, started: Instant::now(), tokens: 0.0, seconds: 0.0 }
     }
 }
 
@@ -87,7 +79,7 @@ impl Sink for Progress {
         let EvalLine { step, eval_loss, .. } = *line;
         self.note(&format!(
             "step {step:>6}  eval loss {eval_loss:.4}  {}",
-            quality(eval_loss, self.tokenizer)
+            quality(eval_loss, self.measure)
         ));
         Ok(())
     }

@@ -31,9 +31,12 @@ pub struct EvalLine {
     /// Bits per byte or character.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_bpc: Option<f64>,
-    /// Perplexity per word.
+    /// Perplexity per word, or token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_ppl: Option<f64>,
+    /// Bits per byte of the text before it became tokens, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_bpb: Option<f64>,
 }
 
 /// A place where metrics go. Steps and evaluations come in the order of the run; the names of the

@@ -24,13 +24,13 @@ impl Summary {
     /// Prints it.
     pub fn print(&self, setup: &Setup) {
         say!("");
-        let tokenizer = setup.config.data.tokenizer;
-        say!("loss (last tenth)   {:.4} nats per {}", self.loss, tokenizer.unit());
+        let measure = setup.corpus.measure();
+        say!("loss (last tenth)   {:.4} nats per {}", self.loss, measure.unit.name());
         if let Some(eval) = self.eval_loss {
-            say!("held-out loss       {eval:.4} nats, {}", quality(eval, tokenizer));
+            say!("held-out loss       {eval:.4} nats, {}", quality(eval, measure));
         }
 
-        if let Some(floor) = setup.corpus.floor {
+        if let Some(floor) = setup.corpus.held_out.floor {
             let best = self.eval_loss.unwrap_or(self.loss);
             say!(
                 "entropy floor       {floor:.4} nats per byte; the loss is {:.1} % above it",

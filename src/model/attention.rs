@@ -24,11 +24,13 @@ pub(super) fn causal(
     remembered: &mut Remembered,
 ) -> Result<Tensor> {
     let (b, h, t, w) = q.size4()?;
+    let seen = remembered.documents().map(|documents| documents.seen().shallow_clone());
     let Some(cache) = remembered.cache() else {
         let plain = q.device() == Device::Cpu && q.kind() == Kind::Float;
+        let causal = seen.is_none();
         return match plain && takes_blocks(t) {
-            true => by_blocks(q, k, v),
-            false => product(q, &grouped(k, h)?, &grouped(v, h)?, None, true),
+            true => by_blocks(q, k, v, seen.as_ref()),
+            false => product(q, &grouped(k, h)?, &grouped(v, h)?, seen.as_ref(), causal),
         };
     };
 
@@ -78,7 +80,9 @@ pub(super) fn kept_per_token(heads: i64, t: i64, on_processor: bool) -> usize {
 ///           [    . \ ]            half of the products of a whole square
 ///           [    .    . \ ]
 /// ```
-fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+///
+/// Where rows have documents, `seen` [B, 1, T, T] says which keys a query sees.
+fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor, seen: Option<&Tensor>) -> Result<Tensor> {
     let (b, h, t, w) = q.size4()?;
     let groups = k.size()[1];
     let (n, all) = (h / groups, b * groups);
@@ -95,7 +99,14 @@ fn by_blocks(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let mask = Tensor::f_full([BLOCK, end], f64::NEG_INFINITY, (q.kind(), q.device()))?
             .f_triu(start + 1)?
             .f_repeat([n, 1])?;
-        let scores = mask.f_baddbmm(&rows, &k.f_narrow(2, 0, end)?, 1.0, scale)?;
+        let mut scores = mask.f_baddbmm(&rows, &k.f_narrow(2, 0, end)?, 1.0, scale)?;
+        if let Some(seen) = seen {
+            let unseen = seen.f_narrow(2, start, BLOCK)?.f_narrow(3, 0, end)?.f_logical_not()?;
+            let each = scores.f_view([b, groups * n, BLOCK, end])?;
+            let masked = each.f_masked_fill(&unseen, f64::NEG_INFINITY)?;
+            scores = masked.f_view([all, n * BLOCK, end])?;
+        }
+
         let y = scores.f_softmax(-1, q.kind())?.f_bmm(&v.f_narrow(1, 0, end)?)?;
         blocks.push(y.f_view([b, groups, n, BLOCK, w])?.f_permute([0, 3, 1, 2, 4])?);
     }
@@ -146,7 +157,7 @@ mod tests {
                 all
             };
             let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2));
-            let blocks = all(by_blocks(&q, &k, &v).unwrap());
+            let blocks = all(by_blocks(&q, &k, &v, None).unwrap());
             let (k, v) = (grouped(&k, h).unwrap(), grouped(&v, h).unwrap());
             let fused = all(product(&q, &k, &v, None, true).unwrap());
             for (one, other) in blocks.iter().zip(&fused) {

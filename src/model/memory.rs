@@ -3,6 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::cache::Cache;
+use super::documents::Documents;
 use super::rotary::Places;
 use crate::error::Result;
 
@@ -15,6 +16,7 @@ pub struct Remembered {
     /// [b, up to M, D]; none at the beginning of a stream.
     states: Option<Tensor>,
     cache: Option<Cache>,
+    documents: Option<Documents>,
 }
 
 impl Remembered {
@@ -28,8 +30,16 @@ impl Remembered {
         self.cache.as_mut()
     }
 
+    /// Which documents the rows are made of, where attention ends at their borders.
+    pub(super) fn documents(&self) -> Option<&Documents> {
+        self.documents.as_ref()
+    }
+
     /// Where the next `t` tokens stand.
     pub(super) fn places(&self, t: i64, device: Device) -> Result<Places> {
+        if let Some(documents) = &self.documents {
+            return Ok(documents.places());
+        }
         self.cache.as_ref().map_or(Ok(Places::From(0)), |cache| cache.places(t, device))
     }
 
@@ -61,19 +71,31 @@ pub struct Memory {
     limit: usize,
     /// Of a text that grows: tokens at most, and the pads that its rows begin with.
     growing: Option<(i64, Option<Tensor>)>,
+    documents: Option<Documents>,
     layers: Vec<Remembered>,
 }
 
 impl Memory {
     /// Nothing yet; up to `limit` tokens later.
     pub fn new(limit: usize) -> Memory {
-        Memory { limit, growing: None, layers: Vec::new() }
+        Memory { limit, growing: None, documents: None, layers: Vec::new() }
     }
 
     /// Keys and values of texts that grow up to `capacity` tokens. Of every row `pads` \[B\] tokens at
     /// its beginning are none.
     pub fn growing(capacity: usize, pads: Option<Tensor>) -> Memory {
-        Memory { limit: 0, growing: Some((capacity as i64, pads)), layers: Vec::new() }
+        let growing = Some((capacity as i64, pads));
+        Memory { limit: 0, growing, documents: None, layers: Vec::new() }
+    }
+
+    /// For rows of these documents; nothing is remembered of other rows.
+    pub fn of_documents(documents: Documents) -> Memory {
+        Memory { documents: Some(documents), ..Memory::new(0) }
+    }
+
+    /// The same without the documents of rows that have been read.
+    pub fn without_documents(self) -> Memory {
+        if self.documents.is_some() { Memory::new(self.limit) } else { self }
     }
 
     /// Another handle of the same memory; of a text that grows, a new one.
@@ -82,9 +104,11 @@ impl Memory {
             limit: r.limit,
             states: r.states.as_ref().map(Tensor::shallow_clone),
             cache: None,
+            documents: r.documents.as_ref().map(Documents::shallow_clone),
         };
         let layers = self.layers.iter().map(copy).collect();
-        Memory { limit: self.limit, growing: None, layers }
+        let documents = self.documents.as_ref().map(Documents::shallow_clone);
+        Memory { limit: self.limit, growing: None, documents, layers }
     }
 
     /// What layer number `layer` of the stack remembers.
@@ -96,11 +120,12 @@ impl Memory {
     pub(super) fn of(&mut self, count: usize) -> &mut [Remembered] {
         let limit = self.limit as i64;
         let cache = |(capacity, pads): &(i64, Option<Tensor>)| Cache::new(*capacity, pads.as_ref());
-        let growing = self.growing.as_ref();
+        let (growing, documents) = (self.growing.as_ref(), self.documents.as_ref());
         self.layers.resize_with(count, || Remembered {
             limit,
             states: None,
             cache: growing.map(cache),
+            documents: documents.map(Documents::shallow_clone),
         });
         &mut self.layers
     }

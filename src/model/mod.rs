@@ -52,6 +52,7 @@ mod dimensions;
 mod dropout;
 mod rotary;
 mod cache;
+mod documents;
 mod memory;
 mod attention;
 mod linear;
@@ -73,6 +74,7 @@ pub use config::{Arch, AttentionBias, ModelConfig, Norm, RopeScaling, TieGradien
 pub use costs::{LayerCosts, costs};
 pub use cross_entropy::Loss;
 pub use dimensions::Dimensions;
+pub use documents::Documents;
 pub use dropout::Dropout;
 pub use memory::{Memory, Remembered};
 pub use parameter::{Init, Parameter, Role, initial};

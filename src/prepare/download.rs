@@ -52,11 +52,6 @@ pub fn digest(path: &Path) -> Result<String> {
     }
 }
 
-/// The SHA-256 of bytes, in hexadecimal digits.
-pub fn digest_of(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -11,7 +11,7 @@ use tch::Device;
 
 use crate::checkpoint::{Checkpoint, Pipeline};
 use crate::config::Config;
-use crate::data::{Corpus, Order};
+use crate::data::{Corpus, Order, Source, Unit};
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::{self, Dimensions, Stack, TieGradient};
@@ -62,16 +62,19 @@ impl Setup {
             Arc::new(Corpus::open(&config.data, config.seed, plan::held_sequence(&config), None)?);
         let vocabulary = config.model.table_rows(corpus.vocabulary.len())?;
         config.model.check_cutoffs(vocabulary)?;
-        let shares = corpus.train.shares(&config.model.cutoffs);
+        let shares = corpus.shares(&config.model.cutoffs);
         let mut dimensions = Dimensions::new(&config.model, vocabulary, config.data.sequence);
         dimensions.shares = shares;
         dimensions.on_processor = config.precision == Precision::F32;
         let partition = plan::layers(&config, &dimensions)?;
         plan::check_streams(&config, &corpus)?;
+        plan::check_mixture(&config, &corpus)?;
+        plan::check_documents(&config, &corpus)?;
 
         let eval_rows_per_replica = match &config.eval {
             Some(eval) => {
-                let (share, microbatches) = plan::evaluation(&config, &corpus.held_out, rows)?;
+                let (share, microbatches) =
+                    plan::evaluation(&config, &corpus.held_out.tokens, rows)?;
                 schedule.evals = Some(Evals { every: eval.every, microbatches });
                 share
             }
@@ -111,8 +114,8 @@ impl Setup {
             &self.config,
             "initial weights are for the model that they were saved of",
         )?;
-        // An import knows no text.
-        if saved.manifest.text.is_some() {
+        // An import knows no text, and not always a tokenizer.
+        if saved.manifest.text.is_some() || saved.vocabulary.unit() == Unit::Subwords {
             self.check_vocabulary(&saved)?;
         }
 
@@ -145,25 +148,20 @@ impl Setup {
 
     /// Refuses a text whose tokens are not those that the weights know.
     fn check_vocabulary(&self, saved: &Checkpoint) -> Result<()> {
-        let Some((number, here, there)) =
-            self.corpus.vocabulary.first_difference(&saved.vocabulary)
-        else {
+        let Some(difference) = self.corpus.vocabulary.difference(&saved.vocabulary) else {
             return Ok(());
         };
 
-        let unit = self.corpus.vocabulary.unit();
-        let shown = |token: Option<&str>| {
-            token.map_or("nothing".to_owned(), |token| format!("`{}`", token.escape_debug()))
-        };
+        let (here, there) = (self.corpus.vocabulary.unit(), saved.vocabulary.unit());
+        if here != there {
+            let remedy = format!("the weights of {} know {}", saved.path.display(), there.word());
+            return Err(Error::config("data.tokenizer", here.word(), remedy));
+        }
 
-        let problem = format!(
-            "{unit} number {number} is {} in the text's vocabulary and {} in that of {}",
-            shown(here),
-            shown(there),
-            saved.path.display()
-        );
-
-        let remedy = "give the text that the run began with, or begin another run";
+        let problem =
+            format!("its vocabulary is not that of {}: {difference}", saved.path.display());
+        let remedy =
+            "give the text and the tokenizer that the run began with, or begin another run";
         Err(Error::data(self.config.data.name(), problem, remedy))
     }
 
@@ -187,7 +185,7 @@ impl Setup {
             notes.push(format!(
                 "note: the training text is another than before ({} {}s, then {}): every step from here on reads other rows",
                 found.train_tokens,
-                now.data.tokenizer.unit(),
+                self.corpus.vocabulary.name(),
                 text.train_tokens
             ));
         }
@@ -279,10 +277,10 @@ impl Setup {
         }
     }
 
-    /// Steps of an epoch, and the tokens that they read; what is left of the text is read in
-    /// another epoch, or never (streams).
-    pub fn epoch(&self) -> (usize, usize) {
-        let text = &self.corpus.train;
+    /// Steps of an epoch of a source, if it were read alone, and the tokens that they read; what is
+    /// left of the text is read in another epoch, or never (streams).
+    pub fn epoch(&self, source: &Source) -> (usize, usize) {
+        let text = &source.tokens;
         let train = self.config.reading().train;
         match self.config.order() {
             Order::Shuffled => {

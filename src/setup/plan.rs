@@ -61,13 +61,45 @@ pub(super) fn evaluation(
 
 /// Whether the training text is long enough for its streams.
 pub(super) fn check_streams(config: &Config, corpus: &Corpus) -> Result<()> {
-    if config.order() == Order::Shuffled || config.reading().train.segments(&corpus.train) > 0 {
+    let text = &corpus.sources[0].tokens;
+    if config.order() == Order::Shuffled || config.reading().train.segments(text) > 0 {
         return Ok(());
     }
     let needed = config.batch * config.data.sequence + 1;
     let remedy =
         format!("{} streams of {} tokens need {needed}", config.batch, config.data.sequence);
-    Err(Error::config("batch", format!("{} tokens of text", corpus.train.len()), remedy))
+    Err(Error::config("batch", format!("{} tokens of text", text.len()), remedy))
+}
+
+/// Whether it is known where documents begin, where attention ends at their borders.
+pub(super) fn check_documents(config: &Config, corpus: &Corpus) -> Result<()> {
+    if !config.data.document_mask {
+        return Ok(());
+    }
+
+    match corpus.sources.iter().find(|source| !source.tokens.has_documents()) {
+        Some(source) => {
+            let remedy = "nobody knows where its documents begin: prepare it, or name a data.tokenizer that has an end token";
+            let found = format!("true with {}", source.name);
+            Err(Error::config("data.document_mask", found, remedy))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether sources that end have rows for all steps.
+pub(super) fn check_mixture(config: &Config, corpus: &Corpus) -> Result<()> {
+    let rows = config.steps.saturating_mul(config.batch);
+    match corpus.mixture(config.data.sequence).end {
+        Some(end) if end < rows => {
+            let steps = end / config.batch;
+            let remedy = format!(
+                "in so many epochs the sources have rows for {steps} steps: raise data.source.epochs, or take fewer steps"
+            );
+            Err(Error::config("steps", config.steps, remedy))
+        }
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn rows(config: &Config) -> Result<usize> {

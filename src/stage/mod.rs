@@ -14,7 +14,7 @@ pub use settings::Settings;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model::{Dropout, LayerRange, Loss, Memory, Owner, Stack};
+use crate::model::{Documents, Dropout, LayerRange, Loss, Memory, Owner, Stack};
 use crate::number::Number;
 use crate::params::Versions;
 use crate::schedule::TableEnd;
@@ -81,6 +81,9 @@ pub struct Input {
     pub targets: Option<Tensor>,
     /// The rows begin anew: nothing is remembered of the segment before.
     pub restart: bool,
+    /// [b, T], int64, on the host: where in the row each token's document begins, where attention
+    /// ends at their borders.
+    pub documents: Option<Tensor>,
 }
 
 /// A part of a step's gradient that is complete: `values` of the flat buffer from `offset` on.
@@ -220,11 +223,14 @@ impl Stage {
         held: Held,
         input: Input,
     ) -> Result<Output> {
-        let Input { x, targets, restart } = input;
+        let Input { x, targets, restart, documents } = input;
         let input =
             if self.place.stage == 0 { x } else { x.f_detach()?.f_set_requires_grad(true)? };
         let remembered = self.memories.remove(&slot.microbatch).filter(|_| !restart);
-        let memory = remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len));
+        let memory = match documents {
+            Some(starts) => Memory::of_documents(Documents::new(&starts, self.device(held))?),
+            None => remembered.unwrap_or_else(|| Memory::new(self.settings.mem_len)),
+        };
         let mut saved =
             Saved { slot, at, input, targets, memory, graphs: Vec::new(), inputs: Vec::new() };
         let mut memory = saved.memory.shallow_clone();
@@ -237,7 +243,7 @@ impl Stage {
             }
         };
 
-        self.memories.insert(slot.microbatch, memory);
+        self.memories.insert(slot.microbatch, memory.without_documents());
         let result = self.checked(&saved, &graphs, held)?;
         match self.settings.recompute {
             Recompute::Nothing => saved.graphs = graphs,
@@ -307,6 +313,10 @@ impl Stage {
             self.eval_memory = Memory::new(self.settings.eval_mem_len);
         }
 
+        if let Some(starts) = &input.documents {
+            self.eval_memory = Memory::of_documents(Documents::new(starts, self.device(held))?);
+        }
+
         tch::no_grad(|| {
             let weights = self.weights(at, held);
             let y = self.stack.forward(&weights, &input.x, &mut self.eval_memory, None)?;
@@ -318,6 +328,11 @@ impl Stage {
                 }
             }
         })
+    }
+
+    /// Where its weights are.
+    fn device(&self, held: Held) -> tch::Device {
+        held.own.gradient(0).device()
     }
 
     /// What the layers remember of each microbatch's rows.
@@ -486,7 +501,7 @@ mod tests {
             .sin()
             .view([ROWS, SEQUENCE, 8]);
         let targets = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6, 7, 8]).view([ROWS, SEQUENCE]);
-        Input { x, targets: Some(targets), restart: true }
+        Input { x, targets: Some(targets), restart: true, documents: None }
     }
 
     const AT: UsedVersions = UsedVersions { own: 0, input: None, output: None };

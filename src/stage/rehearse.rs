@@ -20,7 +20,8 @@ impl Stage {
         for restart in [true, false] {
             let (x, targets) =
                 (input.x.shallow_clone(), input.targets.as_ref().map(Tensor::shallow_clone));
-            let input = Input { x, targets, restart };
+            let documents = input.documents.as_ref().map(Tensor::shallow_clone);
+            let input = Input { x, targets, restart, documents };
             self.evaluate(held, &input)?;
             let dy = match self.forward(slot, at, held, input)? {
                 Output::Hidden(y) => Some(wire.cross(&y)?.f_zeros_like()?),

@@ -142,11 +142,11 @@ impl Worker {
         let replica = self.context.replica;
         let batch = match action.pass {
             Pass::Train => {
-                self.batches.train(action.step, setup.train_rows(replica, action.microbatch))
+                self.batches.train(action.step, setup.train_rows(replica, action.microbatch))?
             }
             Pass::Eval => self
                 .batches
-                .held_out(setup.eval_rows(replica, action.microbatch), action.microbatch),
+                .held_out(setup.eval_rows(replica, action.microbatch), action.microbatch)?,
         };
 
         let place = self.place(action);
@@ -164,6 +164,7 @@ impl Worker {
             Pass::Eval => action.microbatch == 0,
         };
 
+        let documents = self.documents(action);
         let Worker { context, places, table, .. } = self;
         let place = &mut places[context.slot(action)];
         let mut batch = place.registers.batch.take();
@@ -173,8 +174,12 @@ impl Worker {
         };
 
         let last = place.place.stage == context.setup.grid.stages - 1;
-        let input =
-            Input { x, targets: batch.filter(|_| last).map(|batch| batch.targets), restart };
+        let input = Input {
+            x,
+            targets: batch.filter(|_| last).map(|batch| batch.targets),
+            restart,
+            documents,
+        };
 
         let table = table.as_ref().map(TiedTable::table);
         let output = match action.pass {
@@ -189,6 +194,24 @@ impl Worker {
         }
 
         Ok(())
+    }
+
+    /// Where the documents of a microbatch's rows begin, if its layers look at that.
+    fn documents(&self, action: &Action) -> Option<tch::Tensor> {
+        let (setup, replica) = (&self.context.setup, self.context.replica);
+        if !setup.config.data.document_mask {
+            return None;
+        }
+
+        let microbatch = action.microbatch;
+        Some(match action.pass {
+            Pass::Train => {
+                self.batches.documents(action.step, setup.train_rows(replica, microbatch))
+            }
+            Pass::Eval => {
+                self.batches.held_out_documents(setup.eval_rows(replica, microbatch), microbatch)
+            }
+        })
     }
 
     fn add_loss(&mut self, action: &Action, loss: Number) -> Result<()> {
@@ -359,8 +382,14 @@ impl Worker {
         let first = setup.train_rows(place.replica, 0).start;
         let last = setup.train_rows(place.replica, setup.config.microbatches - 1).end;
         let starts = self.batches.starts(step, first..last);
+        let places: Vec<usize> = starts.iter().map(|(_, place)| *place).collect();
+        let texts: Vec<usize> = starts.iter().map(|(source, _)| *source).collect();
+        let texts = match setup.corpus.sources.len() {
+            1 => "the text".to_owned(),
+            _ => format!("the sources {texts:?}"),
+        };
         let data = format!(
-            ", rows {first} to {} of the batch, from the tokens {starts:?} of the text on",
+            ", rows {first} to {} of the batch, from the tokens {places:?} of {texts} on",
             last - 1
         );
 

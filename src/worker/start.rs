@@ -105,7 +105,10 @@ fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTab
         };
 
         let last = place.stage == setup.grid.stages - 1;
-        let input = Input { x, targets: last.then_some(tokens), restart: true };
+        // One that the rows are whole: its mask is another kernel.
+        let mask = setup.config.data.document_mask;
+        let documents = mask.then(|| tokens.zeros_like());
+        let input = Input { x, targets: last.then_some(tokens), restart: true, documents };
         stage.rehearse(
             held(versions, table.as_ref().map(TiedTable::table)),
             &input,

@@ -22,7 +22,7 @@ fn read(config: &DataConfig, file: &Path) -> Result<(), String> {
         Err(error) => return named(&error, Some(file)),
     };
     let (vocabulary, mut tokens) = (corpus.vocabulary.len() as i64, Vec::new());
-    for part in [&corpus.train, &corpus.held_out] {
+    for part in [&corpus.sources[0].tokens, &corpus.held_out.tokens] {
         tokens.clear();
         part.read(0, part.len(), &mut tokens);
         if let Some(token) = tokens.iter().find(|token| !(0..vocabulary).contains(*token)) {
@@ -36,18 +36,7 @@ fn read(config: &DataConfig, file: &Path) -> Result<(), String> {
 
 /// A request that prepares `what`, and nothing else is said.
 fn request(what: PathBuf, dir: &Path, out: PathBuf) -> Request {
-    Request {
-        what,
-        dir: dir.to_owned(),
-        out: Some(out),
-        mirror: None,
-        archive: None,
-        sha256: None,
-        tokenizer: None,
-        min_count: 1,
-        vocabulary: None,
-        held_out: None,
-    }
+    Request { out: Some(out), ..Request::new(what, dir.to_owned()) }
 }
 
 struct PreparedFiles {
@@ -89,23 +78,21 @@ impl Target for PreparedFiles {
             "{",
             "[",
             "\"format\":2",
+            "\"documents_at\":0",
+            "18446744073709551615",
         ]
     }
 
     fn read(&mut self, parts: &[Vec<u8>]) -> Result<(), String> {
         let mut bytes = parts[0].clone();
         if parts[1].first().is_some_and(|byte| byte % 2 == 1) && bytes.len() >= 32 {
-            // The header's length follows a header that has become longer or shorter, in half of the cases.
-            if parts[1][0] % 4 == 1
-                && let Some(end) =
-                    bytes.windows(3).rposition(|window| window == b"]}}" || window == b"\"]}")
-            {
-                let length = (end + 3).saturating_sub(24) as u64;
-                bytes[16..24].copy_from_slice(&length.to_le_bytes());
+            let trailer = bytes.len() - 24;
+            let begun = bytes[..trailer].windows(9).rposition(|window| window == b"{\"format\"");
+            if let Some(start) = begun {
+                let (digest, length) = (xxh3_64(&bytes[start..trailer]), (trailer - start) as u64);
+                bytes[trailer..trailer + 8].copy_from_slice(&length.to_le_bytes());
+                bytes[trailer + 8..trailer + 16].copy_from_slice(&digest.to_le_bytes());
             }
-            let end = bytes.len() - 8;
-            let digest = xxh3_64(&bytes[..end]).to_le_bytes();
-            bytes[end..].copy_from_slice(&digest);
         }
         fs::write(&self.path, bytes).map_err(|error| error.to_string())?;
         let config = DataConfig {
@@ -157,11 +144,12 @@ impl Target for Words {
         let how = parts[2].first().copied().unwrap_or_default();
         let tokenizer =
             [Tokenizer::Bytes, Tokenizer::Characters, Tokenizer::Words, Tokenizer::Words]
-                [usize::from(how % 4)];
+                [usize::from(how % 4)]
+            .clone();
         let listed = tokenizer == Tokenizer::Words && how & 4 == 4;
         let config = DataConfig {
             path: Some(text.clone()),
-            tokenizer,
+            tokenizer: Some(tokenizer),
             vocabulary: listed.then(|| list.clone()),
             sequence: 3,
             held_out: HeldOut::Fraction(0.2),

@@ -439,9 +439,8 @@ fn configs_are_valid() {
 #[test]
 fn recipes_fit_three_four_and_five_stages() {
     use ouroboros::data::Tokenizer;
-    use ouroboros::data::prepared::{Source, write};
-    use ouroboros::data::{Listed, Vocabulary};
     use ouroboros::optim::OptimizerKind;
+    use ouroboros::prepare::{Request, prepare};
 
     let folder = Folder::new();
     let table = [
@@ -451,28 +450,33 @@ fn recipes_fit_three_four_and_five_stages() {
         ("wikitext103-xl-16l", Tokenizer::Words, 267_735, 151_000_000),
     ];
     for (name, tokenizer, count, parameters) in table {
-        let tokens = match tokenizer {
-            Tokenizer::Bytes => Vec::new(),
-            _ => (0..count).map(|i| format!("token{i}")).collect(),
-        };
-        let vocabulary = Vocabulary::of(Listed { tokenizer, tokens });
-        let source = Source { name: name.into(), sha256: String::new(), how: String::new() };
         let path = folder.path("text.tokens");
         // By Zipf's law, so that the clusters have the shares that they have in a text.
         let rank =
             |i: u32| (f64::from(i % 1000) / 1000.0 * f64::from(count as u32).ln()).exp() as u32 - 1;
-        let width = if count > 65_536 { 4 } else { 1 };
-        let tokens = |n: u32| -> Vec<u8> {
-            (0..n).flat_map(|i| rank(i).to_le_bytes().into_iter().take(width)).collect()
+        let token = |i: u32| -> Vec<u8> {
+            match tokenizer {
+                Tokenizer::Bytes => vec![i as u8],
+                Tokenizer::Characters => vec![b'a' + i as u8],
+                _ if i == 0 => b"\n".to_vec(),
+                _ => format!("token{i} ").into_bytes(),
+            }
         };
+        // Each once, so that all are known.
+        let text: Vec<u8> = (0..100_000).map(rank).chain(0..27).flat_map(token).collect();
+        let (file, list) = (folder.path("text"), folder.path("list"));
+        std::fs::write(&file, text).unwrap();
+        let words = (1..count).map(|i| format!("\ntoken{i}")).collect::<String>();
+        std::fs::write(&list, format!("<eos>{words}")).unwrap();
         let _ = std::fs::remove_file(&path);
-        write(
-            &path,
-            source,
-            &vocabulary,
-            vec![("train", tokens(100_000)), ("valid", tokens(20_000))],
-        )
-        .unwrap();
+        let of_words = tokenizer == Tokenizer::Words;
+        let request = Request {
+            tokenizer: Some(tokenizer),
+            vocabulary: of_words.then(|| list.clone()),
+            out: Some(path.clone()),
+            ..Request::new(file, folder.path("data"))
+        };
+        prepare(&request).unwrap();
         for (stages, placement) in
             [(3, "line"), (4, "line"), (5, "line"), (3, "ring"), (4, "ring"), (5, "ring")]
         {

@@ -177,14 +177,11 @@ fn field_f03() {
     };
 
     let refused = resumed("frequent.txt", "").expect_code(3);
-    let told = "word number 0 is `one` in the text's vocabulary and `three` in that of";
+    let told = "word number 0 is `one` instead of `three`";
     assert!(refused.stderr.contains(told), "{refused}");
     write("more.txt", "one two two three three three four\n".repeat(200));
     let refused = resumed("more.txt", "").expect_code(3);
-    assert!(
-        refused.stderr.contains("is `four` in the text's vocabulary and `one` in that of"),
-        "{refused}"
-    );
+    assert!(refused.stderr.contains("is `four` instead of `one`"), "{refused}");
 
     // Copies, so that each goes on from the same state.
     for (text, more, note) in [
@@ -219,10 +216,7 @@ fn field_f03() {
     shell(&folder, &train("a.txt", "")).expect_code(0);
     write("upper.txt", "ONE two two three three three\n".repeat(200));
     let refused = shell(&folder, &train("upper.txt", "--resume")).expect_code(3);
-    assert!(
-        refused.stderr.contains("character number 2 is `E` in the text's vocabulary and `e`"),
-        "{refused}"
-    );
+    assert!(refused.stderr.contains("character number 2 is `E` instead of `e`"), "{refused}");
 }
 
 /// Ranks that read different texts or vocabularies.
@@ -307,7 +301,7 @@ fn field_f07() {
     shell(&folder, both).expect_code(0);
     let bytes = |name: &str| std::fs::read(folder.path(name)).unwrap();
     for (name, letter) in [("p.one", b'a'), ("p.two", b'b')] {
-        assert_eq!(bytes(name)[bytes(name).len() - 100], letter, "{name}");
+        assert_eq!(bytes(name)[1000], letter, "{name}");
     }
     assert!(
         std::fs::read_dir(folder.path(""))

@@ -168,7 +168,7 @@ fn write_batches(path: &Path) {
         (0..tensor.size()[0]).map(|row| tensor.get(row).try_into().unwrap()).collect()
     };
     let all: Vec<Value> = (0..setup.config.steps)
-        .map(|step| batches.train(step, 0..setup.config.batch))
+        .map(|step| batches.train(step, 0..setup.config.batch).unwrap())
         .map(|batch| json!({ "tokens": rows(&batch.tokens), "targets": rows(&batch.targets) }))
         .collect();
     std::fs::write(path, serde_json::to_vec(&all).unwrap()).unwrap();

@@ -85,7 +85,7 @@ fn a_tied_model_on_one_device_is_plain_training() {
         let mut momenta: Vec<Tensor> = values.iter().map(Tensor::zeros_like).collect();
         let mut losses = Vec::new();
         for t in 0..config.steps {
-            let batch = batches.train(t, 0..config.batch);
+            let batch = batches.train(t, 0..config.batch).unwrap();
             let weights = model.weights(&values[1..], &values[..1], &values[..1]);
             let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
             let loss = plain_loss(&model, &weights, &hidden, &batch.targets);
@@ -147,7 +147,7 @@ fn a_fresh_head_follows_its_formula() {
         let own: Vec<Tensor> =
             (1..parameters.len()).map(|i| leaf(if i < first { late } else { t }, i)).collect();
 
-        let batch = batches.train(t, 0..config.batch);
+        let batch = batches.train(t, 0..config.batch).unwrap();
         let weights = model.weights(&own, &[input.shallow_clone()], &[head.shallow_clone()]);
         let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
         let loss = plain_loss(&model, &weights, &hidden, &batch.targets);
@@ -188,7 +188,7 @@ fn plain_loop(steps: usize) -> Vec<f64> {
     let [b1, b2] = config.optimizer.adamw.betas;
     let mut losses = Vec::new();
     for t in 0..steps {
-        let batch = batches.train(t, 0..config.batch);
+        let batch = batches.train(t, 0..config.batch).unwrap();
         let hidden = model.forward(&weights, &batch.tokens, &mut Memory::new(0), None).unwrap();
         let loss = plain_loss(&model, &weights, &hidden, &batch.targets);
         losses.push(loss.double_value(&[]));
@@ -288,7 +288,12 @@ fn a_gradient_computed_by_hand() {
     let held = Held { own: &versions, table: None };
     let slot = MicrobatchId { step: 0, microbatch: 0 };
     let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 4]);
-    let input = Input { x: shaped(&inputs), targets: Some(shaped(&targets)), restart: true };
+    let input = Input {
+        x: shaped(&inputs),
+        targets: Some(shaped(&targets)),
+        restart: true,
+        documents: None,
+    };
     let output = stage
         .forward(slot, UsedVersions { own: 0, input: None, output: None }, held, input)
         .unwrap();

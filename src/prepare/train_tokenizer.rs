@@ -1,0 +1,155 @@
+//! `ouroboros data tokenizer train`: a byte-level BPE of texts, as GPT-2 has it (Radford et al.,
+//! "Language Models are Unsupervised Multitask Learners", 2019), written as a `tokenizer.json`.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::{AddedToken, TokenizerBuilder, TokenizerImpl};
+
+use super::documents::{Documents, Place, Reading};
+use super::download;
+use super::inputs::{self, Splitting};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::metrics::thousands;
+
+/// Tokens that a byte-level tokenizer begins with.
+const BYTES: usize = 256;
+/// A larger vocabulary is a mistake.
+const LARGEST: usize = 1 << 22;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct TrainRequest {
+    pub what: Vec<PathBuf>,
+    /// Tokens, with those of the bytes and the special ones.
+    pub size: usize,
+    pub out: PathBuf,
+    /// The first ends documents.
+    pub special: Vec<String>,
+    pub field: String,
+    pub skip_bad: bool,
+}
+
+type Tokenizer = TokenizerImpl<BPE, tokenizers::NormalizerWrapper, ByteLevel, ByteLevel, ByteLevel>;
+
+/// Trains a tokenizer.
+///
+/// # Errors
+/// [`Error::Data`] about the texts, [`Error::Config`] about the options.
+pub fn train_tokenizer(request: &TrainRequest) -> Result<()> {
+    let TrainRequest { size, out, special, .. } = request;
+    let least = BYTES + special.len();
+    if !(least..=LARGEST).contains(size) {
+        let remedy = format!(
+            "{BYTES} bytes and {} special tokens at least, {LARGEST} at most",
+            special.len()
+        );
+        return Err(Error::config("--size", size, remedy));
+    }
+
+    if out.exists() {
+        return Err(Error::config(
+            "--out",
+            out.display(),
+            "it is there already: remove it, or give another",
+        ));
+    }
+
+    let inputs = inputs::find(&request.what, &Splitting::Whole(0))?;
+    let mut tokenizer = empty().map_err(|error| Error::Internal(error.to_string()))?;
+    let tokens = special.iter().map(|token| AddedToken::from(token.clone(), true)).collect();
+    let mut trainer = BpeTrainerBuilder::new()
+        .vocab_size(*size)
+        .min_frequency(2)
+        .show_progress(false)
+        .special_tokens(tokens)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .build();
+
+    // Bytes can be cut anywhere, but characters stay whole.
+    let shape = crate::data::Counts::of(crate::data::Unit::Words, &[], 1);
+    let reading = Reading {
+        field: request.field.clone(),
+        skip_bad: request.skip_bad,
+        seed: 1,
+        held_out: 0.0,
+    };
+    let bar = download::bytes_bar(inputs.iter().map(|input| input.bytes).sum(), "counting");
+    let problem = Mutex::new(None);
+    let documents = Documents::new(&inputs, &shape, &reading, Place::default(), 0);
+    let texts = Texts { documents, held: Vec::new().into_iter(), bar: &bar, problem: &problem };
+    let trained = tokenizer.train(&mut trainer, texts).map(|_| ());
+    bar.finish_and_clear();
+    if let Some(error) = problem.into_inner().ok().flatten() {
+        return Err(error);
+    }
+
+    trained.map_err(|error| Error::data("texts", error.to_string(), "give other texts"))?;
+    let count = tokenizer.get_vocab_size(true);
+    let json = tokenizer.to_string(true).map_err(|error| Error::Internal(error.to_string()))?;
+    let temporary = files::temporary(out);
+    let written =
+        files::write(&temporary, json.as_bytes()).and_then(|()| files::place(&temporary, out));
+    written.map_err(|error| {
+        let _ = std::fs::remove_file(&temporary);
+        Error::config("--out", out.display(), format!("cannot be written ({error})"))
+    })?;
+
+    say!("{}: {} tokens", out.display(), thousands(count as u64));
+    if count < *size {
+        say!(
+            "note: {} were asked for; the texts have no more pairs that stand twice",
+            thousands(*size as u64)
+        );
+    }
+    Ok(())
+}
+
+/// A byte-level tokenizer that has learned nothing.
+fn empty() -> tokenizers::Result<Tokenizer> {
+    let bytes = ByteLevel::new(false, true, true);
+    TokenizerBuilder::new()
+        .with_model(BPE::default())
+        .with_normalizer(None)
+        .with_pre_tokenizer(Some(bytes))
+        .with_post_processor(Some(ByteLevel::new(true, false, true)))
+        .with_decoder(Some(bytes))
+        .build()
+}
+
+/// The texts of all documents, until one cannot be read.
+struct Texts<'a> {
+    documents: Documents<'a>,
+    held: std::vec::IntoIter<super::documents::Piece>,
+    bar: &'a indicatif::ProgressBar,
+    problem: &'a Mutex<Option<Error>>,
+}
+
+impl Iterator for Texts<'_> {
+    type Item = String;
+
+    fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(piece) = self.held.next() {
+                return Some(String::from_utf8_lossy(&piece.text).into_owned());
+            }
+
+            match self.documents.batch() {
+                Ok(Some(batch)) => {
+                    self.bar.set_position(batch.read);
+                    self.held = batch.pieces.into_iter();
+                }
+                Ok(None) => return None,
+                Err(error) => {
+                    if let Ok(mut problem) = self.problem.lock() {
+                        *problem = Some(error);
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+}
