@@ -56,3 +56,69 @@ impl Documents {
         rows * sequence * (sequence + size_of::<i64>())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::super::{Arch, Memory, ModelConfig, Stack};
+    use super::*;
+    use crate::model::Dimensions;
+    use crate::params::Layout;
+    use crate::schedule::Tie;
+
+    /// Losses of every document of a row, by itself and in the row, for every family that takes
+    /// documents; short rows, and rows that are taken by blocks.
+    #[test]
+    fn documents_are_as_sequences_of_their_own() {
+        for arch in [Arch::Transformer, Arch::Gpt2, Arch::Llama] {
+            for lengths in [&[5i64, 1, 8, 2][..], &[70, 3, 55], &[128]] {
+                let t: i64 = lengths.iter().sum();
+                let config = ModelConfig {
+                    arch,
+                    layers: 3,
+                    d_model: 32,
+                    heads: 4,
+                    tie: Tie::Untied,
+                    init_std: Some(0.2),
+                    ..ModelConfig::default()
+                };
+                let d = Dimensions::new(&config, 50, t as usize);
+                let stack = Stack::new(&d, 0..3);
+                let layout = Layout::new(stack.parameters());
+                let flat = layout.initial(5).unwrap();
+                let weights = layout.views(&flat).unwrap();
+
+                let tokens = (Tensor::arange(t + 1, (Kind::Int64, Device::Cpu)) * 37).remainder(50);
+                let starts: Vec<i64> = lengths
+                    .iter()
+                    .scan(0, |end, length| {
+                        *end += length;
+                        Some(vec![*end - length; *length as usize])
+                    })
+                    .flatten()
+                    .collect();
+                let starts = Tensor::from_slice(&starts).view([1, t]);
+                let losses = |from: i64, length: i64, memory: &mut Memory| {
+                    let row = |shift: i64| tokens.narrow(0, from + shift, length).view([1, length]);
+                    let hidden = stack.forward(&weights, &row(0), memory, None).unwrap();
+                    let loss = stack.losses(&weights, &hidden, &row(1)).unwrap();
+                    (hidden, loss.double_value(&[]))
+                };
+
+                let documents = Documents::new(&starts, Device::Cpu).unwrap();
+                let (whole, sum) = losses(0, t, &mut Memory::of_documents(documents));
+                let (mut from, mut apart) = (0, 0.0);
+                for length in lengths {
+                    let (alone, loss) = losses(from, *length, &mut Memory::new(0));
+                    let far =
+                        (whole.narrow(1, from, *length) - alone).abs().max().double_value(&[]);
+                    assert!(far < 1e-5, "{arch:?} {lengths:?}: {far:e}");
+                    (from, apart) = (from + length, apart + loss);
+                }
+                let far = (sum - apart).abs() / t as f64;
+                assert!(far < 1e-6, "{arch:?} {lengths:?}: {sum} {apart}");
+            }
+        }
+    }
+}

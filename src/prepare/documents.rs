@@ -226,19 +226,21 @@ impl<'a> Documents<'a> {
         self.place.lines += 1;
         let number = self.place.lines;
         let bare = if number == 1 { line.strip_prefix(BYTE_ORDER_MARK) } else { None };
-        let line = bare.unwrap_or(&line);
+        let line = bare.unwrap_or(&line).trim_ascii();
         if count as u64 == RECORD {
             return Err(problem(input, &format!("line {number} is longer than {RECORD} bytes")));
         }
 
-        if !line.trim_ascii().is_empty() {
+        if !line.is_empty() {
             match text_of(line, &self.reading.field) {
                 Ok(text) => self.record(input, text)?,
                 Err(_) if self.reading.skip_bad => self.skipped += 1,
                 Err(reason) => {
                     let text = String::from_utf8_lossy(line);
-                    let shown: String = text.trim_end().chars().take(80).collect();
-                    let found = format!("line {number}: {reason}: {}", shown.escape_debug());
+                    let plain =
+                        |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+                    let shown: String = text.chars().take(80).map(plain).collect();
+                    let found = format!("line {number}: {reason}: {shown}");
                     return Err(bad(input, &found));
                 }
             }

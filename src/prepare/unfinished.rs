@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::files;
 
 /// Between two journals; so much work is lost by a kill at most.
-const EVERY: Duration = Duration::from_secs(2);
+const EVERY: Duration = Duration::from_millis(500);
 
 const JOURNAL: &str = "journal.json";
 const VOCABULARY: &str = "vocabulary.json";

@@ -2,6 +2,7 @@
 
 mod bench;
 mod command_line;
+mod data;
 mod cures;
 mod documents;
 mod faults;
