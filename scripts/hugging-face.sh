@@ -18,7 +18,7 @@ if ! .venv-hf/bin/python -c "import torch, importlib.metadata as m; assert m.ver
     say "transformers $transformers"
     rm -rf .venv-hf
     .venv/bin/python -m venv .venv-hf
-    .venv-hf/bin/pip install --quiet --disable-pip-version-check --no-compile \
+    .venv-hf/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
         "transformers==$transformers" "safetensors==$safetensors" "tokenizers==$tokenizers" \
         "pyarrow==$pyarrow" "zstandard==$zstandard"
 

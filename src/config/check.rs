@@ -33,6 +33,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
     config.model.check()?;
     check_evaluation(config)?;
     check_memory(config)?;
+    check_decay(config)?;
     check_documents(config)?;
     if config.grid.stages > config.model.layers {
         let remedy =
@@ -112,6 +113,19 @@ fn check_evaluation(config: &Config) -> Result<()> {
     let read = [("data.sequence", config.data.sequence), ("eval.sequence", config.eval_sequence())];
     match read.into_iter().find(|(_, tokens)| *tokens > positions) {
         Some((setting, tokens)) => Err(Error::config(setting, tokens, remedy)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the decay of the rate fits into the run.
+fn check_decay(config: &Config) -> Result<()> {
+    let common = &config.optimizer.common;
+    let after = config.steps.saturating_sub(common.warmup);
+    match common.decay_steps.filter(|steps| *steps > after) {
+        Some(steps) => {
+            let remedy = format!("{after} steps are left after the warm-up");
+            Err(Error::config("optimizer.decay_steps", steps, remedy))
+        }
         None => Ok(()),
     }
 }

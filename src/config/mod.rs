@@ -405,7 +405,7 @@ mod tests {
         setting `optimizer.betas[1]`: found invalid type: boolean `true`; expected a number
         ");
         insta::assert_snapshot!(error("[optimizer]\nbeta = 0.9", &[]), @r"
-        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `betas`, `eps`, `lead`, `momentum`, `muon_momentum`, `soap_sides`, `soap_every`, `soap_limit`
+        setting `optimizer.beta`: found an unknown key; expected one of `kind`, `lr`, `weight_decay`, `clip`, `clip_scope`, `predict`, `predict_scale`, `schedule`, `warmup`, `min_lr`, `decay_steps`, `decay`, `betas`, `eps`, `lead`, `momentum`, `muon_momentum`, `soap_sides`, `soap_every`, `soap_limit`
         ");
         assert!(
             error("[optimizer]\noptimizer = 1", &[])

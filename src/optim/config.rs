@@ -79,6 +79,23 @@ pub enum RateKind {
     Cosine,
     /// `lr * sqrt(warmup / step)` after the warm-up, of which `lr` is the end and so the peak.
     InverseSqrt,
+    /// Warm-up, stable, decay: `lr` until the last `decay_steps` steps, then down to `min_lr` (Hu et
+    /// al., MiniCPM, 2024).
+    Wsd,
+}
+
+/// How the rate goes down at the end of `wsd`, p of the decay behind.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Decay {
+    /// `1 - p`.
+    #[serde(rename = "linear")]
+    Linear,
+    /// `1 - sqrt(p)` (Hägele et al., 2024).
+    #[serde(rename = "1-sqrt")]
+    OneMinusSqrt,
+    /// `(1 + cos(pi p)) / 2`.
+    #[serde(rename = "cosine")]
+    Cosine,
 }
 
 /// The word for an option that is off.
@@ -220,8 +237,15 @@ pub struct Common {
     /// Steps over which the rate rises linearly: the first has `lr / warmup`, the last of them
     /// `lr`.
     pub warmup: usize,
-    /// Where linear and cosine end: what the step after the last would have.
+    /// Where linear, cosine and wsd end: what the step after the last would have.
     pub min_lr: f64,
+    /// Steps of the decay of wsd; 0: none, for a run whose states others decay from; by default a
+    /// tenth of the steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<usize>,
+    /// The form of the decay of wsd; by default `1-sqrt`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay: Option<Decay>,
 }
 
 impl Default for Common {
@@ -237,6 +261,8 @@ impl Default for Common {
             schedule: RateKind::Cosine,
             warmup: 20,
             min_lr: 0.0,
+            decay_steps: None,
+            decay: None,
         }
     }
 }
@@ -327,6 +353,13 @@ pub fn check(config: &OptimizerConfig) -> Result<()> {
         o.min_lr,
         "must lie between 0 and optimizer.lr",
     )?;
+
+    let found = o.decay_steps.map(|steps| ("optimizer.decay_steps", steps.to_string()));
+    let found = found.or(o.decay.map(|decay| ("optimizer.decay", format!("{decay:?}"))));
+    if let Some((key, value)) = found.filter(|_| o.schedule != RateKind::Wsd) {
+        let remedy = "only optimizer.schedule = \"wsd\" has it; leave it out";
+        return Err(Error::config(key, value, remedy));
+    }
 
     config.adamw.check()?;
     config.sgd.check()?;

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use super::config::{Common, OptimizerConfig, RateKind};
+use super::config::{Common, Decay, OptimizerConfig, RateKind};
 
 /// The rate of step `t` (from 0) of a run of `steps` steps.
 pub fn learning_rate(config: &OptimizerConfig, t: usize, steps: usize) -> f64 {
@@ -17,7 +17,22 @@ pub fn learning_rate(config: &OptimizerConfig, t: usize, steps: usize) -> f64 {
         RateKind::Linear => lr + (min_lr - lr) * progress,
         RateKind::Cosine => min_lr + 0.5 * (lr - min_lr) * (1.0 + (PI * progress).cos()),
         RateKind::InverseSqrt => lr * (warmup.max(1) as f64 / (t + 1) as f64).sqrt(),
+        RateKind::Wsd => {
+            let decay = decay_steps(&config.common, steps);
+            let behind = (t + decay).saturating_sub(steps) as f64 / decay.max(1) as f64;
+            let left = match config.common.decay.unwrap_or(Decay::OneMinusSqrt) {
+                Decay::Linear => 1.0 - behind,
+                Decay::OneMinusSqrt => 1.0 - behind.sqrt(),
+                Decay::Cosine => 0.5 * (1.0 + (PI * behind).cos()),
+            };
+            min_lr + (lr - min_lr) * left
+        }
     }
+}
+
+/// Steps at the end of a run over which the rate of `wsd` goes down.
+pub fn decay_steps(config: &Common, steps: usize) -> usize {
+    config.decay_steps.unwrap_or(steps.div_ceil(10))
 }
 
 #[cfg(test)]
@@ -52,6 +67,38 @@ mod tests {
             }
         }
         assert!((rate(RateKind::Cosine, 109) - 0.2).abs() < 1e-3);
+    }
+
+    /// Up, level, and down over the last steps in each form.
+    #[test]
+    fn wsd_decays_at_the_end() {
+        let rate = |decay, decay_steps, t| {
+            let config = OptimizerConfig::of(Common {
+                schedule: RateKind::Wsd,
+                lr: 1.0,
+                min_lr: 0.2,
+                warmup: 10,
+                decay,
+                decay_steps,
+                ..Common::default()
+            });
+            learning_rate(&config, t, 110)
+        };
+        for (decay, half) in [
+            (Some(Decay::Linear), 0.5),
+            (Some(Decay::Cosine), 0.5),
+            (Some(Decay::OneMinusSqrt), 1.0 - 0.5f64.sqrt()),
+            (None, 1.0 - 0.5f64.sqrt()),
+        ] {
+            for (t, left) in [(9, 1.0), (10, 1.0), (89, 1.0), (90, 1.0), (100, half)] {
+                let expected = 0.2 + 0.8 * left;
+                let found = rate(decay, Some(20), t);
+                assert!((found - expected).abs() < 1e-12, "{decay:?} at {t}: {found}");
+            }
+            assert!(rate(decay, Some(20), 109) < 0.25);
+        }
+        assert!((rate(None, None, 98) - 1.0).abs() < 1e-12 && rate(None, None, 100) < 1.0);
+        assert!((rate(None, Some(0), 109) - 1.0).abs() < 1e-12);
     }
 
     #[test]

@@ -327,7 +327,7 @@ fn a_killed_preparation_goes_on() {
     let cut = |at: usize| at + all[at..].find('\n').unwrap() + 1;
     let (one, two) = (cut(third), cut(2 * third));
     std::fs::write(path("a.jsonl"), &all[..one]).unwrap();
-    let packed = zstd::encode_all(all[one..two].as_bytes(), 1).unwrap();
+    let packed = zstd::encode_all(&all.as_bytes()[one..two], 1).unwrap();
     std::fs::write(path("b.jsonl.zst"), packed).unwrap();
     std::fs::write(path("c.jsonl"), &all[two..]).unwrap();
 

@@ -327,3 +327,39 @@ fn other_bases_of_soap_are_refused_by_name() {
     let sets = [&soap[..2], &["steps=4", "optimizer.soap_limit=8192"]].concat();
     run(ouroboros(&slices(&folder.train("out", &sets, &["--resume"]))), LIMIT).expect_code(0);
 }
+
+/// A run at a stable rate, and one that decays from a state of it.
+#[test]
+fn a_decay_begins_at_a_stable_state() {
+    let folder = Folder::new();
+    let wsd = ["optimizer.schedule=wsd", "steps=8"];
+    let train = |out: &str, sets: &[&str], more: &[&str]| {
+        let args = folder.train(out, &[&wsd[..], sets].concat(), more);
+        run(ouroboros(&slices(&args)), LIMIT)
+    };
+    train("stable", &["optimizer.decay_steps=0", "checkpoint.every=4"], &[]).expect_code(0);
+    let state = folder.text("stable/checkpoints/step-4");
+    train("decay", &["optimizer.decay_steps=4"], &["--resume", &state]).expect_code(0);
+    let rates = |run: &str| -> Vec<f64> {
+        let text = std::fs::read_to_string(folder.path(run).join("metrics.jsonl")).unwrap();
+        let lines =
+            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter_map(|line| line["lr"].as_f64()).collect()
+    };
+    assert_eq!(rates("stable"), [0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01]);
+    for (i, rate) in rates("decay").into_iter().rev().take(4).enumerate() {
+        let expected = 0.01 * (1.0 - (f64::from(3 - i as u32) / 4.0).sqrt());
+        assert!((rate - expected).abs() < 1e-12, "{i}: {rate}");
+    }
+
+    for (sets, expected) in [
+        (&["optimizer.decay_steps=7"][..], "`optimizer.decay_steps`: found 7; 6 steps are left"),
+        (
+            &["optimizer.schedule=cosine", "optimizer.decay_steps=2"],
+            "`optimizer.decay_steps`: found 2; only optimizer.schedule = \"wsd\" has it",
+        ),
+    ] {
+        let refused = train("bad", sets, &[]).expect_code(2);
+        assert!(refused.stderr.contains(expected), "{refused}");
+    }
+}
