@@ -289,6 +289,7 @@ impl Coordinator {
             tokens_per_s: tokens as f64 / seconds,
             grad_norm: &of.norms(),
             table_norm: of.table_norm(),
+            source_tokens: self.setup.given(step + 1),
         };
 
         let skipped = of.skipped();

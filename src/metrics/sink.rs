@@ -19,6 +19,9 @@ pub struct StepLine<'a> {
     /// Of the tied table, which no stage's norm holds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub table_norm: Option<f64>,
+    /// Tokens that each source of a mixture has given so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_tokens: Option<Vec<usize>>,
 }
 
 /// About an evaluation after `step` updates.

@@ -38,6 +38,15 @@ impl Summary {
             );
         }
 
+        let steps = setup.config.steps;
+        for (source, given) in
+            setup.corpus.sources.iter().zip(setup.given(steps).unwrap_or_default())
+        {
+            let epochs = given as f64 / setup.epoch(source).1 as f64;
+            let (name, given) = (&source.name, thousands(given as u64));
+            say!("source              {name}: {given} tokens, {epochs:.2} epochs");
+        }
+
         say!("tokens/s            {}", thousands(self.tokens_per_s as u64));
         if let Some(checkpoint) = &self.checkpoint {
             say!("weights             {}", checkpoint.display());

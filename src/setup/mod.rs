@@ -294,6 +294,18 @@ impl Setup {
         }
     }
 
+    /// Tokens that each source of a mixture has given after so many steps.
+    pub fn given(&self, steps: usize) -> Option<Vec<usize>> {
+        let (config, sources) = (&self.config, self.corpus.sources.len());
+        if sources == 1 {
+            return None;
+        }
+
+        let mixture = self.corpus.mixture(config.data.sequence);
+        let rows = mixture.given(steps * config.batch, sources);
+        Some(rows.into_iter().map(|rows| rows * config.data.sequence).collect())
+    }
+
     /// Whether replicas compare their weights after so many updates.
     pub fn verifies_at(&self, step: usize) -> bool {
         self.config.verify_every.is_some_and(|every| step.is_multiple_of(every))

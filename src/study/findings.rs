@@ -38,6 +38,9 @@ pub(super) struct Row {
     /// One a seed.
     pub(super) losses: Vec<f64>,
     pub(super) loss: Mean,
+    /// The same in bits per byte of the text, which compare between tokenizers; none where its
+    /// bytes are not known.
+    pub(super) bits_per_byte: Option<Mean>,
     /// Of a reference: the mean losses at shares of the steps.
     pub(super) shares: Vec<(f64, f64)>,
     pub(super) against: Option<String>,
@@ -189,6 +192,10 @@ impl Row {
         let losses: Vec<f64> = seeds
             .map(|seed| runs.finite_loss(&plan.run(variant, rate, *seed, 1.0)?))
             .collect::<Result<_>>()?;
+        let seeds = plan.seeds.iter();
+        let bits: Option<Vec<f64>> = seeds
+            .map(|seed| Ok(runs.bits_per_byte(&plan.run(variant, rate, *seed, 1.0)?)))
+            .collect::<Result<_>>()?;
         let mut shares = Vec::new();
         if variant.is_reference() {
             for share in &plan.shares {
@@ -210,6 +217,7 @@ impl Row {
             rate,
             rate_at_edge: plan.at_edge(variant, rate),
             loss: Mean::of(&losses),
+            bits_per_byte: bits.map(|bits| Mean::of(&bits)),
             losses,
             shares,
             against: variant.against.clone(),

@@ -55,19 +55,20 @@ impl Findings {
         );
 
         text.push_str(
-            "| variant | grid | delays | rate | loss | difference | token tax | of the best |\n",
+            "| variant | grid | delays | rate | loss | bits/byte | difference | token tax | of the best |\n",
         );
 
-        text.push_str("|---|---|---|---|---|---|---|---|\n");
+        text.push_str("|---|---|---|---|---|---|---|---|---|\n");
         for row in &self.variants {
             let delays: Vec<String> = row.delays.iter().map(ToString::to_string).collect();
             let rate = format!("{}{}", row.rate, if row.rate_at_edge { "*" } else { "" });
             let difference = row.difference.as_ref().map_or("-".into(), |mean| mean.show(4));
+            let bits = row.bits_per_byte.as_ref().map_or("-".into(), |mean| mean.show(4));
             let tax = |tax: &Option<Tax>| tax.as_ref().map_or("-".into(), show_tax);
 
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {rate} | {} | {difference} | {} | {} |",
+                "| {} | {} | {} | {rate} | {} | {bits} | {difference} | {} | {} |",
                 row.name,
                 row.grid,
                 delays.join(","),

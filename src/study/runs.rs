@@ -84,6 +84,11 @@ impl Runs {
         found.ok_or_else(|| Error::Internal(format!("the run {} has no held-out loss", run.id)))
     }
 
+    /// The same in bits per byte of the text, where that is known.
+    pub fn bits_per_byte(&self, run: &Run) -> Option<f64> {
+        self.lines(run).iter().rev().find_map(|line| line.get("eval_bpb")?.as_f64())
+    }
+
     /// The loss of a run that counts in a result.
     ///
     /// # Errors
