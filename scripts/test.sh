@@ -38,6 +38,11 @@ models() {
     if [ -x .venv/bin/python ]; then scripts/bench-models.sh --short; else echo "bench-models: skipped: no torch in .venv"; fi
 }
 
+documents() {
+    if [ -x .venv/bin/python ]; then scripts/bench-data.sh --short; else echo "bench-data: skipped: no torch in .venv"; fi
+    scripts/documents.sh --short
+}
+
 part "set-up" scripts/setup.sh
 part "Hugging Face's libraries" hugging_face
 part "format" cargo fmt --check
@@ -51,6 +56,7 @@ part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
 part "benchmark: peers, in short" peers
 part "benchmark: models, in short" models
+part "benchmark: data, in short, and documents" documents
 part "benchmark: grids, in short" scripts/bench-grid.sh --short
 part "benchmark: hosts, in short" scripts/bench-hosts.sh --short
 part "benchmark: rules, in short" scripts/bench-rules.sh --short

@@ -474,6 +474,7 @@ impl Oracle {
                 false => remembered.unwrap_or_else(|| self.forgetful(config.model.mem_len)),
             };
             let loss = self.loss(&weights, &batch, &mut memories, dropout)?;
+            let memories = memories.into_iter().map(Memory::without_documents).collect();
             self.memories.insert((replica, microbatch), memories);
             total += self.finite(t, replica, loss.value.f_double_value(&[])?)?;
             for (sum, gradient) in sums.iter_mut().zip(self.backward(&leaves, loss)?) {

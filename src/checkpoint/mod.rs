@@ -11,7 +11,8 @@
 //! stage-K.replica-R.parts.safetensors      input parts of a tied table's gradient that have joined no update, `NAME@STEP/R`, of a
 //!                                  run under `tie = "head"` that was stopped between two sync points
 //! stage-K.replica-R.memory.safetensors     what a Transformer-XL remembers: `LAYER/ROW`, the rows of the batch from ROW on
-//! vocabulary.json                 of characters and words
+//! vocabulary.json                 of everything but bytes
+//! tokenizer.json                  of subwords
 //! manifest.json                   step, config, grid, versions; size, digest and tensors of every file
 //! ```
 //!
@@ -192,6 +193,13 @@ impl Manifest {
         }
     }
 
+    /// What the model's tokens are. States of before there was a `tokenizer.json` tell it by their
+    /// config alone.
+    fn unit(&self) -> Unit {
+        let told = self.tokenizer.as_ref().map(|tokenizer| tokenizer.unit);
+        told.unwrap_or_else(|| self.config.data.unit())
+    }
+
     /// Whether what it says can be, as far as that is known without the files.
     ///
     /// # Errors
@@ -212,15 +220,6 @@ impl Manifest {
         }
 
         Ok(())
-    }
-}
-
-impl Manifest {
-    /// What the model's tokens are. States of before there was a `tokenizer.json` tell it by their
-    /// config alone.
-    fn unit(&self) -> Unit {
-        let told = self.tokenizer.as_ref().map(|tokenizer| tokenizer.unit);
-        told.unwrap_or_else(|| self.config.data.unit())
     }
 }
 

@@ -92,7 +92,7 @@ fn config(checkpoint: &Checkpoint, sets: &[String]) -> Result<Config> {
         ..saved.model.clone()
     };
     if config.model != free {
-        let remedy = "of a saved model only mem_len, clamp_len, same_length and loss_chunk_mib can be changed";
+        let remedy = "of a saved model only mem_len, clamp_len, same_length, loss_chunk_mib and z_loss can be changed";
         return Err(Error::config("--set model", "another model than the saved one", remedy));
     }
 

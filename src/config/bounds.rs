@@ -55,6 +55,8 @@ pub(super) fn check(config: &Config) -> Result<()> {
         ("model.mem_len", Some(model.mem_len), ROWS),
         ("model.clamp_len", model.clamp_len, ROWS),
         ("data.sequence", Some(data.sequence), ROWS),
+        ("data.vocabulary_size", data.vocabulary_size, ROWS),
+        ("optimizer.decay_steps", config.optimizer.common.decay_steps, COUNT),
         ("data.synthetic", data.synthetic, TEXT),
         ("optimizer.warmup", Some(config.optimizer.common.warmup), COUNT),
         ("eval.every", eval.map(|eval| eval.every), COUNT),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::{Corpus, Evaluation, Mixture, Order, Tokens};
+use super::{Corpus, Evaluation, Order, Tokens};
 use crate::error::Result;
 use crate::random;
 
@@ -24,7 +24,7 @@ pub struct Batch {
 ///
 /// **Windows**: the training text is cut into windows of T + 1 tokens that overlap by one; an epoch
 /// shuffles them, and shifts their starts by a phase of its own, so that the cuts do not always
-/// fall at the same places. Of several texts every row takes the next window of one ([`Mixture`]).
+/// fall at the same places. Of several texts every row takes the next window of one ([`Mixture`](super::Mixture)).
 ///
 /// **Streams**: the text is cut into as many equal parts as a batch has rows; row b goes through
 /// part b, T tokens a step. All rows come to their ends at the same step, and begin anew; what is
@@ -32,7 +32,6 @@ pub struct Batch {
 #[derive(Debug, Clone)]
 pub struct Batches {
     corpus: Arc<Corpus>,
-    mixture: Mixture,
     reading: Reading,
 }
 
@@ -88,8 +87,7 @@ impl Reading {
 impl Batches {
     /// The batches of a run over its corpus.
     pub fn new(corpus: Arc<Corpus>, reading: Reading) -> Batches {
-        let mixture = corpus.mixture(reading.train.sequence);
-        Batches { corpus, mixture, reading }
+        Batches { corpus, reading }
     }
 
     /// The given rows of the global batch of `step`.
@@ -124,7 +122,7 @@ impl Batches {
         match self.reading.order {
             Order::Shuffled => {
                 let first = step * train.rows;
-                let rows = self.mixture.rows(first + rows.start..first + rows.end);
+                let rows = self.corpus.mixture.rows(first + rows.start..first + rows.end);
                 rows.into_iter().map(|(source, n)| (source, self.window(source, n))).collect()
             }
             Order::Streams => {
@@ -197,7 +195,7 @@ mod tests {
         let held_out = crate::data::HeldOutText::new(train.clone(), None);
         let source =
             crate::data::Source { name: "a".into(), tokens: train, weight: 1.0, epochs: None };
-        let corpus = Corpus::new(vec![source], held_out, vocabulary);
+        let corpus = Corpus::new(vec![source], held_out, vocabulary, sequence);
         let shape = Shape { rows: batch, sequence };
         let reading = Reading {
             seed: 7,

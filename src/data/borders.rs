@@ -11,8 +11,6 @@ pub enum Borders {
     /// The whole is one.
     #[default]
     None,
-    /// The whole is one, of so many bytes of text.
-    Text(u64),
     /// After every such token.
     After(u32),
     /// As a list says.
@@ -120,7 +118,7 @@ impl Borders {
         token: impl Fn(usize) -> i64 + 'a,
     ) -> Box<dyn Iterator<Item = usize> + 'a> {
         match self {
-            Borders::None | Borders::Text(_) => Box::new(std::iter::empty()),
+            Borders::None => Box::new(std::iter::empty()),
             Borders::After(end) => {
                 let end = i64::from(*end);
                 Box::new(range.filter(move |at| *at > 0 && token(at - 1) == end))
@@ -145,10 +143,6 @@ impl Borders {
     /// Bytes of the text of a range out of so many tokens, where that is known.
     pub fn text_bytes(&self, range: Range<usize>, tokens: usize) -> Option<u64> {
         match self {
-            Borders::Text(bytes) => {
-                let share = range.len() as f64 / tokens.max(1) as f64;
-                Some((*bytes as f64 * share).round() as u64)
-            }
             Borders::Listed(list) => {
                 let end = list.byte_at(range.end, tokens)?;
                 Some(end.saturating_sub(list.byte_at(range.start, tokens)?))
@@ -171,7 +165,6 @@ impl Borders {
                     ..list.clone()
                 })
             }
-            Borders::Text(_) => self.text_bytes(range, tokens).map_or(Borders::None, Borders::Text),
             other => other.clone(),
         }
     }

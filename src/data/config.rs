@@ -1,9 +1,10 @@
 //! The section `[data]`, and its check.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::foreign::is_foreign;
 use super::{Tokenizer, Unit};
 use crate::error::{Error, Result};
 
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// A text, or a file of `ouroboros data prepare`.
+    /// A text, a file of `ouroboros data prepare`, or token ids of nanoGPT, llm.c or Megatron-LM (.bin).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// Files read one after the other as one text.
@@ -88,6 +89,11 @@ impl DataConfig {
         self.tokenizer.as_ref().map_or(Unit::Bytes, Tokenizer::unit)
     }
 
+    /// Whether a file is one of token ids.
+    pub fn reads_ids(&self, path: &Path) -> bool {
+        is_foreign(path) && matches!(self.tokenizer, None | Some(Tokenizer::File(_)))
+    }
+
     /// What errors call the text.
     pub fn name(&self) -> String {
         match (&self.path, &self.paths) {
@@ -156,9 +162,13 @@ impl DataConfig {
     fn check_sources(&self) -> Result<()> {
         for (i, source) in self.source.iter().enumerate() {
             let key = |name: &str| format!("data.source[{i}].{name}");
-            let fits = source.weight.is_finite() && source.weight > 0.0;
-            let remedy = "a number above 0; leave out a source that is not to be read";
+            let fits = source.weight > 0.0 && source.weight <= 1e9;
+            let remedy = "a number above 0, at most 1e9; leave out a source that is not to be read";
             Error::unless(fits, &key("weight"), source.weight, remedy)?;
+            let share = source.weight / self.source.iter().map(|other| other.weight).sum::<f64>();
+            let remedy =
+                "a share of a millionth at least; leave out a source that is not to be read";
+            Error::unless(share >= 1e-6, &key("weight"), source.weight, remedy)?;
             Error::unless_at_least_one(&key("epochs"), source.epochs.unwrap_or(1))?;
         }
 
@@ -172,7 +182,7 @@ impl DataConfig {
 }
 
 /// Sources that are mixed at most.
-const MOST_SOURCES: usize = 1000;
+const MOST_SOURCES: usize = 256;
 
 impl Default for DataConfig {
     fn default() -> DataConfig {

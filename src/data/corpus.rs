@@ -9,6 +9,9 @@ use super::opening::{HeldOutText, Opened, held_out_file, open, open_file};
 use super::{DataConfig, HeldOut, Measure, Mixture, SourceConfig, Tokens, Unit, Vocabulary};
 use crate::error::{Error, Result};
 
+/// Tokens of a vocabulary at most.
+const MOST_TOKENS: usize = 1 << 24;
+
 /// Training texts and held-out text, opened and long enough.
 #[derive(Debug, Clone)]
 pub struct Corpus {
@@ -16,6 +19,8 @@ pub struct Corpus {
     pub sources: Vec<Source>,
     pub held_out: HeldOutText,
     pub vocabulary: Vocabulary,
+    /// Which source gives which row.
+    pub mixture: Mixture,
     fingerprint: OnceLock<Fingerprint>,
 }
 
@@ -60,12 +65,18 @@ impl Corpus {
                 let Opened { train, held_out, vocabulary } = open(config, seed, known)?;
                 let source =
                     Source { name: config.name(), tokens: train, weight: 1.0, epochs: None };
-                Corpus::new(vec![source], held_out, vocabulary)
+                Corpus::new(vec![source], held_out, vocabulary, config.sequence)
             }
             sources => open_mixed(config, sources, seed, known)?,
         };
 
-        let name = corpus.vocabulary.name();
+        let (name, size) = (corpus.vocabulary.name(), corpus.vocabulary.len());
+        if size > MOST_TOKENS {
+            let problem =
+                format!("a vocabulary of {size} tokens, {MOST_TOKENS} at most are possible");
+            return Err(Error::data(config.name(), problem, "give another file or tokenizer"));
+        }
+
         for source in &corpus.sources {
             long_enough(&source.tokens, &source.name, name, config.sequence)?;
         }
@@ -78,8 +89,10 @@ impl Corpus {
         sources: Vec<Source>,
         held_out: HeldOutText,
         vocabulary: Vocabulary,
+        sequence: usize,
     ) -> Corpus {
-        Corpus { sources, held_out, vocabulary, fingerprint: OnceLock::new() }
+        let mixture = Mixture::new(&sources, sequence);
+        Corpus { sources, held_out, vocabulary, mixture, fingerprint: OnceLock::new() }
     }
 
     /// Tokens to train on, of all sources.
@@ -98,11 +111,6 @@ impl Corpus {
                 .for_each(|(all, share)| *all += share * source.weight / weights);
         }
         all
-    }
-
-    /// Which source gives which row.
-    pub fn mixture(&self, sequence: usize) -> Mixture {
-        Mixture::new(&self.sources, sequence)
     }
 
     /// What tells this corpus from others; reads all of a text that was not prepared when it is
@@ -171,23 +179,20 @@ fn open_mixed(
 ) -> Result<Corpus> {
     let (mut opened, mut held) = (Vec::new(), Vec::new());
     let mut vocabulary = known.cloned();
-    // A file that is held out is opened once.
-    let file = match &config.held_out {
-        HeldOut::File(path) if path.exists() => Some(path),
-        _ => None,
+    let alone = |source: &SourceConfig| DataConfig {
+        path: Some(source.path.clone()),
+        source: Vec::new(),
+        ..config.clone()
     };
-
+    // A file that is held out is opened once; a name may be that of a split.
+    let first = sources.first().map(alone);
+    let file = first.as_ref().and_then(held_out_file);
     for source in sources {
         let held_out = match file {
             Some(_) => HeldOut::Fraction(0.0),
             None => config.held_out.clone(),
         };
-        let part = DataConfig {
-            path: Some(source.path.clone()),
-            source: Vec::new(),
-            held_out,
-            ..config.clone()
-        };
+        let part = DataConfig { held_out, ..alone(source) };
 
         let name = part.name();
         let found = open(&part, seed, vocabulary.as_ref())?;
@@ -213,7 +218,7 @@ fn open_mixed(
         Some(path) => open_file(path, config, &vocabulary)?,
         None => HeldOutText::joined(&held),
     };
-    Ok(Corpus::new(opened, held_out, vocabulary))
+    Ok(Corpus::new(opened, held_out, vocabulary, config.sequence))
 }
 
 /// What errors call the held-out text.

@@ -5,7 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use rayon::prelude::*;
 
 use super::Unit;
-use super::vocabulary::{EOS, UNK, Vocabulary, tasks, words};
+use super::vocabulary::Vocabulary;
+use super::words::{EOS, UNK, tasks, words};
 
 /// What has been counted so far.
 #[derive(Debug)]

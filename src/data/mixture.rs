@@ -50,19 +50,19 @@ impl Mixture {
             let sum: f64 = left.iter().map(|i| weights[*i]).sum();
             let sources = left.iter().map(|i| (*i, weights[*i] / sum, given[*i])).collect();
             let phase = Phase { start, sources };
-            // The source that is used up first, and when.
-            let ends = left.iter().enumerate().filter_map(|(place, i)| {
+            // The source that is used up first is the one whose last row comes first.
+            let lasts = left.iter().enumerate().filter_map(|(place, i)| {
                 let rows = limits[*i]? - given[*i];
-                Some((phase.rows_until(place, rows), *i))
+                Some((phase.threshold(place, rows - 1), place, rows))
             });
-            let first = ends.min();
+            let first = lasts.min_by(|a, b| a.0.total_cmp(&b.0));
+            let end = first.and_then(|(_, place, rows)| Some((place, phase.until(place, rows)?)));
             phases.push(phase);
-            let Some((rows, used_up)) = first else { return Mixture { phases, end: None } };
+            let Some((place, counts)) = end else { return Mixture { phases, end: None } };
 
-            let counts = phases[phases.len() - 1].counts(rows);
+            start += counts.iter().sum::<usize>();
             left.iter().zip(counts).for_each(|(i, count)| given[*i] += count);
-            start += rows;
-            left.retain(|i| *i != used_up);
+            left.remove(place);
             if left.is_empty() {
                 return Mixture { phases, end: Some(start) };
             }
@@ -127,25 +127,30 @@ impl Phase {
 
     /// The source that is furthest behind.
     fn next(&self, counts: &[usize]) -> usize {
-        let behind = |i: usize| (counts[i] as f64 + 0.5) / self.sources[i].1;
+        let behind = |i: usize| self.threshold(i, counts[i]);
         (0..counts.len()).min_by(|a, b| behind(*a).total_cmp(&behind(*b))).unwrap_or(0)
     }
 
-    /// Rows of the phase until a source has given so many.
-    fn rows_until(&self, place: usize, given: usize) -> usize {
-        let (mut low, mut high) = (given, given);
-        while self.counts(high)[place] < given {
-            (low, high) = (high, high.saturating_mul(2).max(1));
+    /// Up to which threshold a source does not give its next row, of which it gave so many.
+    fn threshold(&self, place: usize, given: usize) -> f64 {
+        (given as f64 + 0.5) / self.sources[place].1
+    }
+
+    /// What the sources have given when one of them has given so many, the last row its; none
+    /// where no run comes as far.
+    fn until(&self, place: usize, given: usize) -> Option<Vec<usize>> {
+        let about = self.threshold(place, given.saturating_sub(1));
+        if about > (1u64 << 50) as f64 {
+            return None;
         }
 
-        while low < high {
-            let middle = low.midpoint(high);
-            match self.counts(middle)[place] < given {
-                true => low = middle + 1,
-                false => high = middle,
-            }
+        let margin = 2.0 * self.sources.len() as f64 + 4.0;
+        let mut counts = self.counts((about - margin).max(0.0) as usize);
+        while counts[place] < given {
+            let next = self.next(&counts);
+            counts[next] += 1;
         }
-        low
+        Some(counts)
     }
 }
 

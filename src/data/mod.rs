@@ -23,6 +23,7 @@ mod text;
 mod tokenizer;
 mod tokens;
 mod vocabulary;
+mod words;
 
 pub use batches::{Batch, Batches, Reading, Shape};
 pub use config::{DataConfig, HeldOut, Order, SourceConfig};
@@ -36,4 +37,5 @@ pub use subword::{Subword, SubwordFacts};
 pub use text::{cut_text, made};
 pub use tokenizer::{Tokenizer, Unit};
 pub use tokens::{Tokens, Width, map};
-pub use vocabulary::{Listed, Vocabulary, utf8};
+pub use vocabulary::{Listed, Vocabulary};
+pub use words::utf8;

@@ -43,7 +43,8 @@ impl HeldOutText {
                 None if vocabulary.unit() == Unit::Subwords => {
                     let mut tokens = Vec::new();
                     self.tokens.read(0, count.min(SAMPLE), &mut tokens);
-                    Some(vocabulary.decode(&tokens).len() as f64 / tokens.len() as f64)
+                    let text = vocabulary.text_of(&tokens).ok();
+                    text.map(|text| text.len() as f64 / tokens.len() as f64)
                 }
                 None => None,
             };
@@ -165,6 +166,13 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
         HeldOut::Fraction(_) => None,
     };
 
+    refuse_ids_settings(config)?;
+    let listed = || config.paths.iter().flatten();
+    if let Some(path) = listed().find(|path| config.reads_ids(path)) {
+        let remedy = "name it as data.path, or several in [[data.source]]; with data.tokenizer = \"bytes\" its bytes are read";
+        return Err(Error::data(path.display(), "token ids where a text is read", remedy));
+    }
+
     if let Some(path) = config.paths.iter().flatten().find(|path| is_prepared(path)) {
         let remedy = "name it as data.path, or several in [[data.source]]";
         return Err(Error::data(path.display(), "a prepared file where a text is read", remedy));
@@ -188,6 +196,18 @@ fn refuse_unread(config: &DataConfig) -> Result<()> {
     }
 
     Ok(())
+}
+
+/// What is said of token ids where there are none.
+fn refuse_ids_settings(config: &DataConfig) -> Result<()> {
+    let ids = ids_path(config).is_some();
+    let size = config.vocabulary_size.map(|size| ("data.vocabulary_size", size));
+    let bytes = config.token_bytes.map(|bytes| ("data.token_bytes", bytes));
+    let remedy = format!("{} is no file of token ids (.bin); leave it out", config.name());
+    match size.or(bytes).filter(|_| !ids) {
+        Some((key, found)) => Err(Error::config(key, found, remedy)),
+        None => Ok(()),
+    }
 }
 
 /// Refuses what would be read as a text and is none.
@@ -219,8 +239,7 @@ fn synthetic_bytes(config: &DataConfig, seed: u64) -> Vec<u8> {
 
 /// The path of the config's text, if that has token ids.
 fn ids_path(config: &DataConfig) -> Option<&Path> {
-    let named = matches!(config.tokenizer, None | Some(Tokenizer::File(_)));
-    config.path.as_deref().filter(|path| named && is_foreign(path))
+    config.path.as_deref().filter(|path| config.reads_ids(path))
 }
 
 /// The path of the config's text, if that is a prepared file.
@@ -231,12 +250,10 @@ fn prepared_path(config: &DataConfig) -> Option<&Path> {
 fn open_prepared(config: &DataConfig, path: &Path, known: Option<&Vocabulary>) -> Result<Opened> {
     let prepared = Prepared::open(path)?;
     let vocabulary = prepared.vocabulary()?;
-    if let Some(tokenizer) = &config.tokenizer {
-        check_tokenizer(tokenizer, config, &vocabulary, path)?;
-    }
-
-    if let Some(known) = known {
-        same_vocabulary(&vocabulary, known, path)?;
+    match (known, &config.tokenizer) {
+        (Some(known), _) => same_vocabulary(&vocabulary, known, path)?,
+        (None, Some(tokenizer)) => check_tokenizer(tokenizer, config, &vocabulary, path)?,
+        (None, None) => {}
     }
 
     let train = prepared.split("train")?;
@@ -282,10 +299,12 @@ fn check_tokenizer(
     }
 }
 
-/// Where a document begins, if that is known and leaves something to hold out.
+/// Where a document begins, if that is known and leaves half of the share at least.
 fn cut(tokens: &Tokens, fraction: f64) -> (Tokens, Tokens) {
-    let cut = tokens.len() - (tokens.len() as f64 * fraction).round() as usize;
-    let cut = tokens.next_document(cut).filter(|next| *next < tokens.len()).unwrap_or(cut);
+    let share = (tokens.len() as f64 * fraction).round() as usize;
+    let cut = tokens.len() - share;
+    let near = |next: &usize| share > 0 && *next <= cut + share / 2;
+    let cut = tokens.next_document(cut).filter(near).unwrap_or(cut);
     (tokens.slice(0..cut), tokens.slice(cut..tokens.len()))
 }
 

@@ -59,6 +59,9 @@ pub struct InputFacts {
     pub name: String,
     pub bytes: u64,
     pub digest: String,
+    /// The split that it was given for, if it was.
+    #[serde(default)]
+    pub split: String,
 }
 
 /// A split, and what it has.
@@ -159,7 +162,7 @@ impl Prepared {
                 return wrong(format!("block {block} of {name} is damaged: its digest is another"));
             }
 
-            let largest = tokens.par_chunks(BLOCK).filter_map(|block| width.largest(block)).max();
+            let largest = tokens.par_chunks(1 << 16).filter_map(|block| width.largest(block)).max();
             if let Some(largest) = largest.filter(|largest| *largest >= vocabulary) {
                 let problem =
                     format!("it has the token {largest}, and a vocabulary of {vocabulary}");
@@ -180,13 +183,13 @@ impl Prepared {
             return false;
         }
 
-        let numbers = list.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
-        let pairs: Vec<u64> = numbers.collect();
+        let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes);
         let mut before = [0, 0];
-        pairs.as_chunks::<2>().0.iter().enumerate().all(|(i, here)| {
+        list.as_chunks::<16>().0.iter().enumerate().all(|(i, pair)| {
+            let here = [number(&pair[..8]), number(&pair[8..])];
             let rises = (0..2).all(|which| here[which] >= before[which]);
-            before = *here;
-            let begins = i > 0 || *here == [0, 0];
+            before = here;
+            let begins = i > 0 || here == [0, 0];
             begins && rises && here[0] <= split.tokens && here[1] <= split.bytes
         })
     }

@@ -1,7 +1,7 @@
 //! Tokenizers in Hugging Face's form: a `tokenizer.json`, and what its special tokens mean.
 //!
 //! ```text
-//! a document    what the tokenizer puts before a text, the text, what it puts after; the end token last
+//! a document    what the tokenizer puts before a text, the text, what it puts after; then the end token, unless it is last
 //! a prompt      what the tokenizer puts before a text, the text
 //! ```
 //!
@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokenizers::ModelWrapper;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
@@ -24,8 +25,10 @@ const USUAL_ENDS: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos
 /// Keys of a `tokenizer.json` that say how it was used last, not what it is.
 const STATE: [&str; 2] = ["truncation", "padding"];
 
-/// Characters on either side of a cut that are tokenised to see whether it changes their tokens.
+/// Bytes on either side of a cut that are tokenised to see whether it changes their tokens.
 const CONTEXT: usize = 256;
+/// Bytes in which a place to cut is looked for.
+const NEAR: usize = 1 << 18;
 /// Places that are tried for a cut before a text stays whole.
 const TRIES: usize = 32;
 
@@ -134,26 +137,41 @@ impl Subword {
         })
     }
 
-    /// What stands before a document's text, and after it.
-    ///
-    /// # Errors
-    /// [`Error::Data`] if it is no tokenizer.
-    pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
-        let Read { before, after, .. } = self.read()?;
-        let mut after = after.clone();
-        if let Some(end) = self.facts.end.filter(|end| after.last() != Some(end)) {
-            after.push(end);
-        }
-        Ok((before.clone(), after))
-    }
-
-    /// The first place from `from` on where a text can be cut so that the tokens of its two parts
-    /// are those of the whole: after a line, or else before a word. Tried out, as every tokenizer
-    /// has rules of its own.
+    /// The same of a part behind `context`, the end of the part before: a tokenizer may begin every
+    /// text in a way of its own.
     ///
     /// # Errors
     /// As [`Subword::encode_part`].
-    pub fn cut(&self, text: &str, from: usize, name: &str) -> Result<Option<usize>> {
+    pub fn encode_behind(&self, context: &str, text: &str, name: &str) -> Result<Vec<u32>> {
+        if context.is_empty() {
+            return self.encode_part(text, name);
+        }
+
+        let (before, whole) =
+            (self.encode_part(context, name)?, self.encode_part(&[context, text].concat(), name)?);
+        match whole.strip_prefix(&before[..]) {
+            Some(rest) => Ok(rest.to_vec()),
+            None => self.encode_part(text, name),
+        }
+    }
+
+    /// What the tokenizer puts before a text, and after it.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if it is no tokenizer.
+    pub fn around(&self) -> Result<(&[u32], &[u32])> {
+        let Read { before, after, .. } = self.read()?;
+        Ok((before, after))
+    }
+
+    /// The first place from `from` on where a text can be cut so that the tokens before it are those
+    /// that they are in the whole: after a line, or else before a word. Tried out, as every
+    /// tokenizer has rules of its own. Where none is found near, before a word all the same, or at
+    /// `from`.
+    ///
+    /// # Errors
+    /// As [`Subword::encode_part`].
+    pub fn cut(&self, text: &str, from: usize, name: &str) -> Result<usize> {
         let bytes = text.as_bytes();
         let line = |at: &usize| {
             bytes[at - 1] == b'\n'
@@ -166,31 +184,22 @@ impl Subword {
                 && bytes[at + 1].is_ascii_alphanumeric()
         };
 
-        let places = from.max(2)..text.len().saturating_sub(1);
-        // A line is looked for as far as a few of them may be long.
-        let near = places.start..places.end.min(places.start + (1 << 18));
+        let near = from.max(2)..text.len().saturating_sub(1).min(from.max(2) + NEAR);
         let lines = near.clone().filter(line).take(TRIES);
         for at in lines.chain(near.clone().filter(word).take(TRIES)) {
             if self.is_clean(text, at, name)? {
-                return Ok(Some(at));
+                return Ok(at);
             }
         }
-        Ok(None)
+        Ok(near.clone().find(word).unwrap_or_else(|| ceil(text, from)))
     }
 
-    /// Whether the tokens around a place are the same when the text is cut there.
+    /// Whether the tokens before a place are the same with what follows and without.
     fn is_clean(&self, text: &str, at: usize, name: &str) -> Result<bool> {
-        let floor = |mut at: usize| {
-            while !text.is_char_boundary(at) {
-                at -= 1;
-            }
-            at
-        };
-        let (start, end) = (floor(at.saturating_sub(CONTEXT)), floor(text.len().min(at + CONTEXT)));
-        let whole = self.encode_part(&text[start..end], name)?;
-        let mut parts = self.encode_part(&text[start..at], name)?;
-        parts.extend(self.encode_part(&text[at..end], name)?);
-        Ok(whole == parts)
+        let end = ceil(text, text.len().min(at + CONTEXT));
+        let context = context(&text[..at]);
+        let whole = self.encode_part(&[context, &text[at..end]].concat(), name)?;
+        Ok(whole.starts_with(&self.encode_part(context, name)?))
     }
 
     /// The text of tokens; special ones are left out, and numbers that stand for nothing.
@@ -211,10 +220,29 @@ impl Subword {
     }
 }
 
+/// The end of a text that is enough to go on behind it.
+pub fn context(text: &str) -> &str {
+    &text[ceil(text, text.len().saturating_sub(CONTEXT))..]
+}
+
+/// Where a character begins, from a place on.
+fn ceil(text: &str, at: usize) -> usize {
+    (at..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len())
+}
+
 impl Read {
     fn new(json: &[u8]) -> std::result::Result<Read, String> {
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|error| format!("no tokenizer ({error})"))?;
+        // Merges that are left out at random are for a training of another kind.
+        if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
+            && bpe.dropout.is_some()
+        {
+            let mut bpe = bpe.clone();
+            bpe.dropout = None;
+            tokenizer.with_model(bpe);
+        }
+
         tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
         tokenizer.with_padding(None);
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use super::vocabulary::utf8;
+use super::words::utf8;
 use super::{Counts, DataConfig, Subword, Tokenizer, Unit, Vocabulary, tokens};
 use crate::error::Result;
 

@@ -1,5 +1,5 @@
 //! A sequence of tokens: bytes of files mapped into memory, one after the other, or tokens of one,
-//! two or four bytes each, mapped or in memory; and where the documents among them begin.
+//! two, four or eight bytes each, mapped or in memory; and where the documents among them begin.
 
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -124,6 +124,12 @@ impl Part {
 
     fn len(&self) -> usize {
         self.bytes.len() / self.width as usize
+    }
+
+    fn token(&self, at: usize) -> i64 {
+        let mut token = Vec::with_capacity(1);
+        self.width.decode(self.bytes(at..at + 1), &mut token);
+        token[0]
     }
 
     fn bytes(&self, range: Range<usize>) -> &[u8] {
@@ -389,14 +395,6 @@ impl Tokens {
             Part { bytes, width: part.width, borders, digest, name: part.name.clone() }
         };
         self.pieces(0, self.len()).map(part).collect()
-    }
-}
-
-impl Part {
-    fn token(&self, at: usize) -> i64 {
-        let mut token = Vec::with_capacity(1);
-        self.width.decode(self.bytes(at..at + 1), &mut token);
-        token[0]
     }
 }
 

@@ -14,17 +14,11 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Unit;
-use super::subword::{Subword, SubwordFacts};
+use super::subword::{Subword, SubwordFacts, context};
+use super::words::{EOS, TASK, UNK, ids, list, words};
 use crate::error::{Error, Result};
 
-/// The end of a line.
-pub const EOS: &str = "<eos>";
-/// A word that the vocabulary leaves out.
-pub const UNK: &str = "<unk>";
-
-/// Bytes that one task counts or encodes.
-const TASK: usize = 1 << 22;
-/// The same of subwords, which take longer and more memory.
+/// Bytes of subwords that one task encodes, which take longer and more memory than others.
 const SUBWORD_TASK: usize = 1 << 18;
 
 /// What can be saved of a vocabulary.
@@ -111,60 +105,20 @@ impl Vocabulary {
         Vocabulary { listed: Arc::new(Listed::new(unit, tokens)), numbers, subword: None }
     }
 
-    /// The words of a list, one a line, in its order, each alone or before its count; `<eos>` is
-    /// added at the front if it is not among them.
+    /// The words of a list ([`list`]), in its order.
     ///
     /// # Errors
-    /// [`Error::Data`] for a list that is empty, or has a word twice or a line that is no word.
+    /// [`Error::Data`] about the list.
     pub fn of_list(text: &str, path: &str) -> Result<Vocabulary> {
-        let wrong = |problem: String| {
-            Error::data(path, problem, "one word a line, each once, alone or with its count")
-        };
-
-        let mut tokens = Vec::new();
-        for (i, line) in text.lines().enumerate() {
-            match line.split_whitespace().collect::<Vec<_>>()[..] {
-                [] => {}
-                [word] => tokens.push(word.to_owned()),
-                [word, count] if count.parse::<f64>().is_ok() => tokens.push(word.to_owned()),
-                _ => {
-                    let shown: String = line.escape_debug().take(40).collect();
-                    return Err(wrong(format!("line {} is no word: `{shown}`", i + 1)));
-                }
-            }
-        }
-
-        if tokens.is_empty() {
-            return Err(wrong("no words".into()));
-        }
-
-        if !tokens.iter().any(|token| token == EOS) {
-            tokens.insert(0, EOS.to_owned());
-        }
-
-        let count = tokens.len();
-        let vocabulary = Vocabulary::listing(Unit::Words, tokens);
-        if vocabulary.numbers.len() < count {
-            let twice = vocabulary
-                .listed
-                .tokens
-                .iter()
-                .enumerate()
-                .find(|(i, t)| vocabulary.numbers[*t] != *i as u32);
-            return Err(wrong(format!(
-                "`{}` stands in it twice",
-                twice.map_or("", |(_, token)| token)
-            )));
-        }
-
-        Ok(vocabulary)
+        Ok(Vocabulary::listing(Unit::Words, list(text, path)?))
     }
 
-    /// What can be saved, and the `tokenizer.json` of subwords.
+    /// What can be saved.
     pub fn listed(&self) -> &Listed {
         &self.listed
     }
 
+    /// The `tokenizer.json` of subwords.
     pub fn json(&self) -> Option<&[u8]> {
         self.subword.as_ref().map(|subword| &subword.json[..])
     }
@@ -215,8 +169,14 @@ impl Vocabulary {
 
         if let (Some(here), Some(there)) = (&here.subword, &there.subword) {
             let shown = |facts: &SubwordFacts| format!("{} (digest {})", facts.name, facts.digest);
-            return (here.digest != there.digest)
-                .then(|| format!("the tokenizer {} instead of {}", shown(here), shown(there)));
+            if here.digest != there.digest {
+                return Some(format!("the tokenizer {} instead of {}", shown(here), shown(there)));
+            }
+
+            let shown = |end: Option<u32>| end.map_or("none".to_owned(), |end| end.to_string());
+            return (here.end != there.end).then(|| {
+                format!("the end token {} instead of {}", shown(here.end), shown(there.end))
+            });
         }
 
         if here.size != there.size {
@@ -258,17 +218,22 @@ impl Vocabulary {
     }
 
     fn parts(&self, text: &str, name: &str) -> Result<Vec<Vec<u32>>> {
-        let pieces = match self.unit() {
-            Unit::Bytes => return Ok(vec![text.bytes().map(u32::from).collect()]),
-            Unit::Ids => return Ok(vec![ids(text, self.len(), name)?]),
-            Unit::Characters => pieces(text),
-            Unit::Words => tasks(text),
-            Unit::Subwords => self.clean_pieces(text, name)?,
-        };
+        if self.unit() == Unit::Ids {
+            return Ok(vec![ids(text, self.len(), name)?]);
+        }
 
+        let (mut pieces, mut start) = (Vec::new(), 0);
+        while text.len() - start > self.task() {
+            let Some(cut) = self.cut(&text[start..], self.task(), name)? else { break };
+            pieces.push(start..start + cut);
+            start += cut;
+        }
+
+        pieces.push(start..text.len());
         let bar = ProgressBar::new(text.len() as u64);
         let encoded = pieces.into_par_iter().map(|piece| {
-            let tokens = self.encode_piece(piece, name);
+            let before = self.context(&text[..piece.start]);
+            let tokens = self.encode_piece(before, &text[piece.clone()], name);
             bar.inc(piece.len() as u64);
             tokens
         });
@@ -276,39 +241,59 @@ impl Vocabulary {
         let encoded: Result<Vec<Vec<u32>>> = encoded.collect();
         bar.finish_and_clear();
         let mut encoded = encoded?;
-        if let Some(subword) = &self.subword {
-            let (before, after) = subword.around()?;
-            encoded.insert(0, before);
-            encoded.push(after);
-        }
+        encoded.insert(0, self.opening()?);
+        encoded.push(self.closing(encoded.iter().rev().find_map(|part| part.last().copied()))?);
         Ok(encoded)
     }
 
-    /// The tokens of a part of a text that was cut where it can be ([`Vocabulary::cut`]), without
-    /// what stands around a document.
+    /// Bytes that one task encodes.
+    fn task(&self) -> usize {
+        if self.unit() == Unit::Subwords { SUBWORD_TASK } else { TASK }
+    }
+
+    /// The tokens of a part of a text that was cut where it can be ([`Vocabulary::cut`]), behind the
+    /// end of what stands before ([`Vocabulary::context`]), without what stands around a document.
     ///
     /// # Errors
     /// As [`Vocabulary::encode`].
-    pub fn encode_piece(&self, piece: &str, name: &str) -> Result<Vec<u32>> {
+    pub fn encode_piece(&self, before: &str, piece: &str, name: &str) -> Result<Vec<u32>> {
         let mut buffer = [0u8; 4];
         match (&self.subword, self.unit()) {
-            (Some(subword), _) => subword.encode_part(piece, name),
+            (Some(subword), _) => subword.encode_behind(before, piece, name),
             (_, Unit::Bytes) => Ok(piece.bytes().map(u32::from).collect()),
             (_, Unit::Words) => words(piece).map(|word| self.number(word, name)).collect(),
             _ => piece.chars().map(|c| self.number(c.encode_utf8(&mut buffer), name)).collect(),
         }
     }
 
-    /// What stands before a document's tokens, and after them.
+    /// What stands before a document's tokens.
     ///
     /// # Errors
     /// [`Error::Data`] about a `tokenizer.json` that is none.
-    pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
-        self.subword.as_ref().map_or(Ok(Default::default()), |subword| subword.around())
+    pub fn opening(&self) -> Result<Vec<u32>> {
+        let Some(subword) = &self.subword else { return Ok(Vec::new()) };
+        Ok(subword.around()?.0.to_vec())
+    }
+
+    /// What stands after a document's tokens, of which one is the last.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::opening`].
+    pub fn closing(&self, last: Option<u32>) -> Result<Vec<u32>> {
+        let Some(subword) = &self.subword else { return Ok(Vec::new()) };
+        let mut closing = subword.around()?.1.to_vec();
+        let last = closing.last().copied().or(last);
+        closing.extend(subword.facts.end.filter(|end| last != Some(*end)));
+        Ok(closing)
+    }
+
+    /// The end of a text that whoever encodes the next piece must see.
+    pub fn context<'a>(&self, text: &'a str) -> &'a str {
+        if self.unit() == Unit::Subwords { context(text) } else { "" }
     }
 
     /// The first place from `from` on where a text can be cut so that the tokens of its parts are
-    /// those of the whole, if there is one.
+    /// those of the whole, if there is one; of subwords there always is one.
     ///
     /// # Errors
     /// As [`Vocabulary::encode`].
@@ -320,24 +305,10 @@ impl Vocabulary {
         let line =
             || text.as_bytes()[from..].iter().position(|b| *b == b'\n').map(|at| from + at + 1);
         match (&self.subword, self.unit()) {
-            (Some(subword), _) => subword.cut(text, from, name),
+            (Some(subword), _) => subword.cut(text, from, name).map(Some),
             (_, Unit::Words) => Ok(line()),
             _ => Ok((from..text.len()).find(|at| text.is_char_boundary(*at))),
         }
-    }
-
-    /// Parts of a text whose tokens are those of the whole.
-    fn clean_pieces<'a>(&self, text: &'a str, name: &str) -> Result<Vec<&'a str>> {
-        let (mut parts, mut rest) = (Vec::new(), text);
-        while rest.len() > SUBWORD_TASK {
-            let Some(cut) = self.cut(rest, SUBWORD_TASK, name)? else { break };
-            let (part, more) = rest.split_at(cut);
-            parts.push(part);
-            rest = more;
-        }
-
-        parts.push(rest);
-        Ok(parts)
     }
 
     /// The tokens of the beginning of a text that is to go on: words without the end of the last
@@ -354,9 +325,8 @@ impl Vocabulary {
         };
 
         if let Some(subword) = &self.subword {
-            let (before, _) = subword.around()?;
             let tokens = subword.encode_part(text, "--prompt").map_err(wrong)?;
-            return Ok([before, tokens].concat());
+            return Ok([self.opening()?, tokens].concat());
         }
 
         let mut tokens = self.encode(text, "--prompt").map_err(wrong)?;
@@ -370,10 +340,11 @@ impl Vocabulary {
     /// What a text of nothing yet begins with: what the tokenizer puts before one, else the end of
     /// a document, of a line, or the first token.
     pub fn beginning(&self) -> Result<Vec<u32>> {
-        let before = self.subword.as_ref().map(|subword| subword.around()).transpose()?;
-        match (before, self.end()) {
-            (Some((before, _)), _) if !before.is_empty() => Ok(before),
-            (Some(_), Some(end)) => Ok(vec![end]),
+        let opening = self.opening()?;
+        match (self.unit(), self.end()) {
+            _ if !opening.is_empty() => Ok(opening),
+            (Unit::Subwords, Some(end)) => Ok(vec![end]),
+            (Unit::Ids, _) => Ok(vec![0]),
             _ => Ok(self.encode_prompt("\n").unwrap_or_else(|_| vec![0])),
         }
     }
@@ -401,6 +372,14 @@ impl Vocabulary {
         })
     }
 
+    /// The text of subwords.
+    ///
+    /// # Errors
+    /// [`Error::Data`] about a `tokenizer.json` that is none.
+    pub fn text_of(&self, tokens: &[i64]) -> Result<String> {
+        self.subword.as_ref().map_or(Ok(String::new()), |subword| subword.decode(tokens))
+    }
+
     /// The text of tokens: characters and bytes as they are, words with a space between and lines
     /// at `<eos>`, subwords as their tokenizer has it without special ones, ids with a space
     /// between.
@@ -424,9 +403,7 @@ impl Vocabulary {
                 }
                 text
             }
-            Unit::Subwords => self.subword.as_ref().map_or_else(String::new, |subword| {
-                subword.decode(tokens).unwrap_or_else(|error| error.to_string())
-            }),
+            Unit::Subwords => self.text_of(tokens).unwrap_or_else(|error| error.to_string()),
             Unit::Ids => {
                 let words: Vec<String> = tokens.iter().map(i64::to_string).collect();
                 words.join(" ")
@@ -435,69 +412,11 @@ impl Vocabulary {
     }
 }
 
-/// Numbers with spaces or commas between.
-fn ids(text: &str, size: usize, name: &str) -> Result<Vec<u32>> {
-    let words = text.split(|c: char| c.is_whitespace() || c == ',').filter(|word| !word.is_empty());
-    let id = |word: &str| {
-        word.parse::<u32>().ok().filter(|id| (*id as usize) < size).ok_or_else(|| {
-            let shown: String = word.escape_debug().take(40).collect();
-            let remedy = "nobody has said what its tokens stand for: name a data.tokenizer";
-            Error::data(name, format!("`{shown}` is no number below {size}"), remedy)
-        })
-    };
-    words.map(id).collect()
-}
-
-/// The words of a text: those of each line, then the line's end.
-pub(super) fn words(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().flat_map(|line| line.split_whitespace().chain(std::iter::once(EOS)))
-}
-
-/// Parts of whole lines.
-pub(super) fn tasks(text: &str) -> Vec<&str> {
-    let mut parts = Vec::new();
-    let mut rest = text;
-    while rest.len() > TASK {
-        let Some(end) = rest.as_bytes()[TASK..].iter().position(|b| *b == b'\n') else { break };
-        let (part, more) = rest.split_at(TASK + end + 1);
-        parts.push(part);
-        rest = more;
-    }
-
-    parts.push(rest);
-    parts
-}
-
-/// Parts of whole characters.
-fn pieces(text: &str) -> Vec<&str> {
-    let mut parts = Vec::new();
-    let mut rest = text;
-    while rest.len() > TASK {
-        let cut = (TASK..rest.len()).find(|i| rest.is_char_boundary(*i)).unwrap_or(rest.len());
-        let (part, more) = rest.split_at(cut);
-        parts.push(part);
-        rest = more;
-    }
-
-    parts.push(rest);
-    parts
-}
-
-/// Text out of bytes.
-///
-/// # Errors
-/// [`Error::Data`] with the place of the first byte that is none.
-pub fn utf8<'a>(bytes: &'a [u8], name: &str) -> Result<&'a str> {
-    std::str::from_utf8(bytes).map_err(|error| {
-        let problem = format!("no UTF-8 at byte {}", error.valid_up_to());
-        Error::data(name, problem, "mend the text, or take data.tokenizer = \"bytes\"")
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::Counts;
+    use crate::data::words::{tasks, utf8};
 
     const TEXT: &str = "the cat saw the dog\n\n a dog  ran\nthe end\n";
 

@@ -130,12 +130,14 @@ fn write_folder(request: &ExportRequest, checkpoint: &Checkpoint, tmp: &Path) ->
     let main = targets.first().map_or(Dtype::F32, |target| target.dtype);
     let sequence = config.data.sequence;
     let mut json = written(family, &config.model, vocabulary, sequence, main, json.as_ref());
-    if let (Some(end), None) = (checkpoint.vocabulary.end(), &source) {
+    // Where the model has learned another tokenizer's tokens its files are none of the source's.
+    let kept = source.as_deref().filter(|source| is_theirs(source, &checkpoint.vocabulary));
+    if let (Some(end), None) = (checkpoint.vocabulary.end(), kept) {
         json.insert("eos_token_id".to_owned(), end.into());
     }
 
     make(checkpoint, tmp, &targets, request.shard, &json)?;
-    beside(source.as_deref(), &checkpoint.vocabulary, tmp)?;
+    beside(kept, &checkpoint.vocabulary, tmp)?;
 
     let values: usize = targets.iter().map(|t| t.piece.rows * t.piece.width()).sum();
     let (step, values) = (checkpoint.step(), thousands(values as u64));
@@ -307,16 +309,19 @@ fn copy(
     Ok(())
 }
 
-/// The files of a tokenizer and of generation: those of the source, unless the model has learned
-/// another tokenizer's tokens since.
-fn beside(source: Option<&Path>, vocabulary: &Vocabulary, folder: &Path) -> Result<()> {
-    let learned = vocabulary.json();
-    let source = source.filter(|source| {
-        let theirs = Subword::open(&source.join(TOKENIZER), None).map(Vocabulary::subwords);
-        learned.is_none() || theirs.is_ok_and(|theirs| theirs.difference(vocabulary).is_none())
-    });
+/// Whether the model's tokens are those of the source's tokenizer.
+fn is_theirs(source: &Path, vocabulary: &Vocabulary) -> bool {
+    if vocabulary.json().is_none() {
+        return true;
+    }
 
-    if let Some(json) = learned.filter(|_| source.is_none()) {
+    let theirs = Subword::open(&source.join(TOKENIZER), None).map(Vocabulary::subwords);
+    theirs.is_ok_and(|theirs| theirs.difference(vocabulary).is_none())
+}
+
+/// The files of a tokenizer and of generation: those of the source, or the model's own.
+fn beside(source: Option<&Path>, vocabulary: &Vocabulary, folder: &Path) -> Result<()> {
+    if let Some(json) = vocabulary.json().filter(|_| source.is_none()) {
         let path = folder.join(TOKENIZER);
         files::write(&path, json).map_err(|error| Error::unwritten(&path, error))?;
         let end = vocabulary.end().and_then(|end| vocabulary.token(end));

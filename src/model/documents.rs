@@ -61,10 +61,9 @@ impl Documents {
 mod tests {
     use tch::Kind;
 
-    use super::super::{Arch, Memory, ModelConfig, Stack};
+    use super::super::{Arch, Memory, ModelConfig, Parameter, Stack, initial};
     use super::*;
     use crate::model::Dimensions;
-    use crate::params::Layout;
     use crate::schedule::Tie;
 
     /// Losses of every document of a row, by itself and in the row, for every family that takes
@@ -85,9 +84,10 @@ mod tests {
                 };
                 let d = Dimensions::new(&config, 50, t as usize);
                 let stack = Stack::new(&d, 0..3);
-                let layout = Layout::new(stack.parameters());
-                let flat = layout.initial(5).unwrap();
-                let weights = layout.views(&flat).unwrap();
+                let values = |parameter: &Parameter| {
+                    Tensor::from_slice(&initial(parameter, 5)).view(&parameter.shape[..])
+                };
+                let weights: Vec<Tensor> = stack.parameters().iter().map(values).collect();
 
                 let tokens = (Tensor::arange(t + 1, (Kind::Int64, Device::Cpu)) * 37).remainder(50);
                 let starts: Vec<i64> = lengths

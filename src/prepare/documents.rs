@@ -28,7 +28,7 @@ use crate::files;
 const BATCH: usize = 4 << 20;
 /// Bytes of a piece, about.
 const PIECE: usize = 1 << 18;
-/// Bytes of a text that are looked through for a place to cut it; a longer one is cut anywhere.
+/// Bytes of a line of words that are held; a longer one is cut between its words.
 const UNCUT: usize = 16 << 20;
 /// Bytes of a record: more is none.
 const RECORD: u64 = 256 << 20;
@@ -36,7 +36,7 @@ const RECORD: u64 = 256 << 20;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Where reading goes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Place {
     /// The number of the input.
     pub input: usize,
@@ -46,12 +46,16 @@ pub struct Place {
     pub lines: u64,
     /// The split of a text whose document goes on.
     pub open: Option<usize>,
+    /// The end of what was read of it, for the tokens of what follows.
+    pub before: String,
 }
 
 /// A part of a document whose tokens can be made by themselves.
 #[derive(Debug)]
 pub struct Piece {
     pub text: Vec<u8>,
+    /// The end of what stands before it in its document.
+    pub before: String,
     pub split: usize,
     pub begins: bool,
     pub ends: bool,
@@ -81,12 +85,15 @@ pub struct Reading {
     pub seed: u64,
     /// The share of the documents that each of valid and test gets.
     pub held_out: f64,
+    /// Whether a record ends as a line where tokens have no end of a document.
+    pub ends_lines: bool,
 }
 
-/// The split of a document: a pure function of the seed and its text. 0 is train, 1 valid, 2 test.
+/// The split of a document: a pure function of the seed and its text, of which the beginning
+/// decides. 0 is train, 1 valid, 2 test.
 pub fn drawn(seed: u64, held_out: f64, text: &[u8]) -> usize {
     let mut hash = Xxh3::with_seed(seed);
-    hash.update(text);
+    hash.update(&text[..text.len().min(PIECE)]);
     let u = (hash.digest() >> 11) as f64 / (1u64 << 53) as f64;
     match () {
         () if u < held_out => 1,
@@ -109,6 +116,7 @@ pub struct Documents<'a> {
     waiting: std::collections::VecDeque<Piece>,
 }
 
+/// What is being read.
 enum Source {
     Lines(Box<dyn BufRead + Send>),
     Rows(Box<Column>),
@@ -152,8 +160,13 @@ impl<'a> Documents<'a> {
         let before = |i: usize| self.inputs[i].bytes;
         let read = (0..self.place.input.min(self.inputs.len())).map(before).sum::<u64>();
         let read = read + if self.source.is_some() { self.read.load(Ordering::Relaxed) } else { 0 };
-        let batch = Batch { pieces, end: self.place, read, skipped: self.skipped };
+        let batch = Batch { pieces, end: self.place.clone(), read, skipped: self.skipped };
         Ok((!batch.pieces.is_empty()).then_some(batch))
+    }
+
+    /// Where reading has come, and how many records were left out.
+    pub fn end(&self) -> (Place, u64) {
+        (self.place.clone(), self.skipped)
     }
 
     fn piece(&mut self) -> Result<Option<Piece>> {
@@ -253,6 +266,12 @@ impl<'a> Documents<'a> {
         let row = rows.next_row().map_err(|error| problem(input, &error))?;
         let Some(row) = row else { return Ok(false) };
         self.place.offset += 1;
+        let bytes = row.as_ref().map_or(0, |text| text.len() as u64);
+        if bytes > RECORD {
+            let found = format!("row {} is longer than {RECORD} bytes", self.place.offset);
+            return Err(problem(input, &found));
+        }
+
         // Rows are about equally long.
         let share = self.place.offset as f64 / rows.count.max(1) as f64;
         self.read.store((input.bytes as f64 * share) as u64, Ordering::Relaxed);
@@ -282,23 +301,27 @@ impl<'a> Documents<'a> {
         };
 
         // Tokens that have no end of a document end it as a line.
-        if matches!(self.vocabulary.unit(), Unit::Bytes | Unit::Characters) && !text.ends_with('\n')
-        {
+        let has_no_end = matches!(self.vocabulary.unit(), Unit::Bytes | Unit::Characters);
+        if self.reading.ends_lines && has_no_end && !text.ends_with('\n') {
             text.push('\n');
         }
 
-        let mut rest = &text[..];
-        let mut begins = true;
-        while !rest.is_empty() {
+        let mut start = 0;
+        while start < text.len() {
+            let rest = &text[start..];
             let cut = match rest.len() > 2 * PIECE {
                 true => self.vocabulary.cut(rest, PIECE, &input.name)?.unwrap_or(rest.len()),
                 false => rest.len(),
             };
-            let (now, later) = rest.split_at(cut);
-            let ends = later.is_empty();
-            let (text, input) = (now.as_bytes().to_vec(), self.place.input);
-            self.waiting.push_back(Piece { text, split, begins, ends, input });
-            (rest, begins) = (later, false);
+            self.waiting.push_back(Piece {
+                text: rest.as_bytes()[..cut].to_vec(),
+                before: self.vocabulary.context(&text[..start]).to_owned(),
+                split,
+                begins: start == 0,
+                ends: cut == rest.len(),
+                input: self.place.input,
+            });
+            start += cut;
         }
         Ok(())
     }
@@ -344,13 +367,16 @@ impl<'a> Documents<'a> {
 
             let open = self.place.open;
             let ends = cut == end && whole;
-            let split = open.unwrap_or_else(|| self.split_of(input, &text.held[..cut]));
+            let split = open.unwrap_or_else(|| self.split_of(input, &text.held[..end]));
+            let next = held.get(..cut).map(|part| self.vocabulary.context(part).to_owned());
             let rest = text.held.split_off(cut);
             let part = std::mem::replace(&mut text.held, rest);
             self.place.offset += part.len() as u64;
             self.place.open = (!ends).then_some(split);
+            let next = next.filter(|_| !ends).unwrap_or_default();
+            let before = std::mem::replace(&mut self.place.before, next);
             let (begins, input) = (open.is_none(), self.place.input);
-            self.waiting.push_back(Piece { text: part, split, begins, ends, input });
+            self.waiting.push_back(Piece { text: part, before, split, begins, ends, input });
             return Ok(true);
         }
     }
@@ -394,11 +420,12 @@ impl<'a> Documents<'a> {
             return Ok(cut);
         }
 
-        if self.vocabulary.unit() == Unit::Words {
-            let found = format!("a line of more than {UNCUT} bytes");
-            return Err(problem(input, &found));
+        // A line that is too long is cut between its words.
+        let space = held.as_bytes()[PIECE..].iter().position(u8::is_ascii_whitespace);
+        match space {
+            Some(at) => Ok(Some(PIECE + at)),
+            None => Err(problem(input, &format!("a word of more than {UNCUT} bytes"))),
         }
-        Ok((PIECE..=held.len()).find(|at| held.is_char_boundary(*at)))
     }
 }
 

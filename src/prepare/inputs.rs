@@ -6,17 +6,18 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::SPLITS;
 use crate::data::prepared::InputFacts;
 use crate::error::{Error, Result};
 use crate::files;
 
-/// Bytes of a file of which all goes into its digest.
-const SMALL: u64 = 64 << 20;
-/// Parts of a larger one that do, and bytes of each.
+/// Bytes that digests are made of, of all files together, about.
+const LOOKED_AT: u64 = 1 << 30;
+/// Parts of a file that is larger than its share.
 const PARTS: u64 = 16;
-const PART: u64 = 1 << 20;
 
 /// How a file is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,38 +95,53 @@ impl Input {
         })
     }
 
-    /// What tells it from others.
+    /// What tells it from others, of a digest of all or, of a larger file, of `share` bytes.
     ///
     /// # Errors
     /// [`Error::Data`] if it cannot be read.
-    pub fn facts(&self) -> Result<InputFacts> {
+    fn facts(&self, share: u64) -> Result<InputFacts> {
         let mut hash = Xxh3::new();
         match &self.content {
             Content::Memory(bytes) => hash.update(bytes),
             Content::File(path) => {
                 let wrong = |error: std::io::Error| unreadable(path, &error);
                 let file = files::open(path).map_err(wrong)?;
-                let places: Vec<u64> = match self.bytes <= SMALL {
-                    true => (0..self.bytes).step_by(PART as usize).collect(),
-                    false => (0..PARTS).map(|i| (self.bytes - PART) / (PARTS - 1) * i).collect(),
+                let part = share / PARTS;
+                let places: Vec<u64> = match self.bytes <= share {
+                    true => (0..self.bytes).step_by(part as usize).collect(),
+                    false => (0..PARTS).map(|i| (self.bytes - part) / (PARTS - 1) * i).collect(),
                 };
 
-                let mut buffer = vec![0; PART as usize];
+                let mut buffer = vec![0; part as usize];
                 for place in places {
-                    let part = &mut buffer[..PART.min(self.bytes - place) as usize];
-                    file.read_exact_at(part, place).map_err(wrong)?;
-                    hash.update(part);
+                    let read = &mut buffer[..part.min(self.bytes - place) as usize];
+                    file.read_exact_at(read, place).map_err(wrong)?;
+                    hash.update(read);
                 }
             }
         }
 
         let name = Path::new(&self.name).file_name().unwrap_or_default();
+        let split = match self.splitting {
+            Splitting::Whole(split) => SPLITS[split],
+            Splitting::Drawn | Splitting::Cut(_) => "",
+        };
         Ok(InputFacts {
             name: name.to_string_lossy().into_owned(),
             bytes: self.bytes,
             digest: format!("{:016x}", hash.digest()),
+            split: split.to_owned(),
         })
     }
+}
+
+/// What tells inputs from others.
+///
+/// # Errors
+/// [`Error::Data`] about one that cannot be read.
+pub fn facts(inputs: &[Input]) -> Result<Vec<InputFacts>> {
+    let share = (LOOKED_AT / inputs.len().max(1) as u64).clamp(1 << 16, 1 << 26);
+    inputs.par_iter().map(|input| input.facts(share)).collect()
 }
 
 /// What stands in the way of reading a file.
@@ -247,7 +263,7 @@ mod tests {
         let names = |what: &[&str]| -> Vec<String> {
             let what: Vec<PathBuf> = what.iter().map(|name| folder.path().join(name)).collect();
             let found = find(&what, &Splitting::Drawn).unwrap();
-            found.iter().map(|input| input.facts().unwrap().name).collect()
+            facts(&found).unwrap().into_iter().map(|facts| facts.name).collect()
         };
         assert_eq!(names(&[""]), ["a.txt", "b.jsonl", "c.parquet"]);
         assert_eq!(names(&["*.jsonl", "*.txt"]), ["b.jsonl", "a.txt"]);

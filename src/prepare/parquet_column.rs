@@ -9,7 +9,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 /// Rows that are read at a time.
-const ROWS: usize = 256;
+const ROWS: usize = 32;
 
 /// The rows of a column; missing ones are none.
 pub struct Column {

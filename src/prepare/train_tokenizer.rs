@@ -58,24 +58,46 @@ pub fn train_tokenizer(request: &TrainRequest) -> Result<()> {
         ));
     }
 
+    let tokenizer = learned(request)?;
+    let count = tokenizer.get_vocab_size(true);
+    let json = tokenizer.to_string(true).map_err(|error| Error::Internal(error.to_string()))?;
+    let temporary = files::temporary(out);
+    let written =
+        files::write(&temporary, json.as_bytes()).and_then(|()| files::place(&temporary, out));
+    written.map_err(|error| {
+        let _ = std::fs::remove_file(&temporary);
+        Error::unwritten(out, error)
+    })?;
+
+    say!("{}: {} tokens", out.display(), thousands(count as u64));
+    if count < *size {
+        let asked = thousands(*size as u64);
+        say!("note: {asked} were asked for; the texts have no more pairs that stand twice");
+    }
+    Ok(())
+}
+
+/// A tokenizer that has learned of all documents.
+fn learned(request: &TrainRequest) -> Result<Tokenizer> {
     let inputs = inputs::find(&request.what, &Splitting::Whole(0))?;
     let mut tokenizer = empty().map_err(|error| Error::Internal(error.to_string()))?;
-    let tokens = special.iter().map(|token| AddedToken::from(token.clone(), true)).collect();
+    let special = request.special.iter().map(|token| AddedToken::from(token.clone(), true));
     let mut trainer = BpeTrainerBuilder::new()
-        .vocab_size(*size)
+        .vocab_size(request.size)
         .min_frequency(2)
         .show_progress(false)
-        .special_tokens(tokens)
+        .special_tokens(special.collect())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
 
-    // Bytes can be cut anywhere, but characters stay whole.
-    let shape = crate::data::Counts::of(crate::data::Unit::Words, &[], 1);
+    // A long text may be cut between any characters.
+    let shape = crate::data::Counts::of(crate::data::Unit::Characters, &[], 1);
     let reading = Reading {
         field: request.field.clone(),
         skip_bad: request.skip_bad,
         seed: 1,
         held_out: 0.0,
+        ends_lines: false,
     };
     let bar = download::bytes_bar(inputs.iter().map(|input| input.bytes).sum(), "counting");
     let problem = Mutex::new(None);
@@ -88,24 +110,7 @@ pub fn train_tokenizer(request: &TrainRequest) -> Result<()> {
     }
 
     trained.map_err(|error| Error::data("texts", error.to_string(), "give other texts"))?;
-    let count = tokenizer.get_vocab_size(true);
-    let json = tokenizer.to_string(true).map_err(|error| Error::Internal(error.to_string()))?;
-    let temporary = files::temporary(out);
-    let written =
-        files::write(&temporary, json.as_bytes()).and_then(|()| files::place(&temporary, out));
-    written.map_err(|error| {
-        let _ = std::fs::remove_file(&temporary);
-        Error::config("--out", out.display(), format!("cannot be written ({error})"))
-    })?;
-
-    say!("{}: {} tokens", out.display(), thousands(count as u64));
-    if count < *size {
-        say!(
-            "note: {} were asked for; the texts have no more pairs that stand twice",
-            thousands(*size as u64)
-        );
-    }
-    Ok(())
+    Ok(tokenizer)
 }
 
 /// A byte-level tokenizer that has learned nothing.

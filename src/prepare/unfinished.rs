@@ -1,7 +1,9 @@
 //! A prepared file that is being made, and how it is gone on with after an interruption.
 //!
 //! ```text
-//! OUT.partial/journal.json    where reading goes on, and how long the others were then
+//! OUT.partial/lock            held while a process works here
+//!             source.json     of what it is made, and how
+//!             journal.json    where reading goes on, and how long the others were then
 //!             train.tokens    the prepared file as far as it goes: its head, the tokens of train
 //!             valid.tokens, test.tokens
 //!             train.documents, ...   where they begin, in tokens and in bytes of text, 8 bytes each
@@ -14,6 +16,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -32,6 +35,7 @@ use crate::files;
 const EVERY: Duration = Duration::from_millis(500);
 
 const JOURNAL: &str = "journal.json";
+const SOURCE: &str = "source.json";
 const VOCABULARY: &str = "vocabulary.json";
 
 /// What has been written of a split.
@@ -44,10 +48,8 @@ struct Progress {
 }
 
 /// Where a preparation stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Journal {
-    /// Of the same inputs in the same way.
-    source: Source,
     place: Place,
     skipped: u64,
     splits: [Progress; SPLITS.len()],
@@ -58,8 +60,9 @@ struct Journal {
 pub struct Unfinished {
     out: PathBuf,
     folder: PathBuf,
+    source: Source,
     journal: Journal,
-    _lock: File,
+    lock: Arc<File>,
 }
 
 /// The tokens of a piece, as they lie in a file.
@@ -77,17 +80,20 @@ impl Unfinished {
     ///
     /// # Errors
     /// [`Error::Data`] if another process makes it, or the disk says no.
-    pub fn open(out: &Path, source: &Source) -> Result<Unfinished> {
-        let folder = with_suffix(out, ".partial");
-        let wrong = |error: io::Error| unwritable(out, &error);
+    pub fn open(target: &Path, source: &Source) -> Result<Unfinished> {
+        let folder = with_suffix(target, ".partial");
+        let wrong = |error: io::Error| Error::unwritten(target, error);
         fs::create_dir_all(&folder).map_err(wrong)?;
-        let lock = alone(out, &folder)?;
-        let text = files::read_text(&folder.join(JOURNAL)).ok();
-        let found: Option<Journal> = text.and_then(|text| serde_json::from_str(&text).ok());
-        let (out, begun) = (out.to_owned(), found.is_some());
-        if let Some(journal) = found.filter(|journal| journal.source == *source) {
+        let lock = Arc::new(alone(target, &folder)?);
+        let (out, source) = (target.to_owned(), source.clone());
+        let before: Option<Source> = read_json(&folder.join(SOURCE));
+        let journal: Option<Journal> = read_json(&folder.join(JOURNAL));
+        let begun = before.is_some();
+        if let (Some(before), Some(journal)) = (before, journal)
+            && before == source
+        {
             say!("{}: going on where it was interrupted", out.display());
-            return Ok(Unfinished { out, folder, journal, _lock: lock });
+            return Ok(Unfinished { out, folder, source, journal, lock });
         }
 
         if begun {
@@ -96,11 +102,23 @@ impl Unfinished {
         }
 
         clear(&folder).map_err(wrong)?;
-        let (place, splits) = (Place::default(), Default::default());
-        let journal = Journal { source: source.clone(), place, skipped: 0, splits };
-        let unfinished = Unfinished { out, folder, journal, _lock: lock };
+        let kept = serde_json::to_vec(&source).map_err(io::Error::from);
+        kept.and_then(|json| replace(&folder.join(SOURCE), &json)).map_err(wrong)?;
+        let journal = Journal::default();
+        let unfinished = Unfinished { out, folder, source, journal, lock };
         unfinished.save().map_err(wrong)?;
         Ok(unfinished)
+    }
+
+    /// Whether a folder has nothing that could be gone on with.
+    pub fn has_nothing(folder: &Path) -> bool {
+        read_json(&folder.join(JOURNAL))
+            .is_none_or(|journal: Journal| journal == Journal::default())
+    }
+
+    /// Held as long as nobody else may work here.
+    pub fn lock(&self) -> Arc<File> {
+        Arc::clone(&self.lock)
     }
 
     /// Where it is made.
@@ -110,8 +128,7 @@ impl Unfinished {
 
     /// The vocabulary that was counted before, if it was.
     pub fn counted(&self) -> Option<Vocabulary> {
-        let bytes = files::read(&self.folder.join(VOCABULARY)).ok()?;
-        let listed: Listed = serde_json::from_slice(&bytes).ok()?;
+        let listed: Listed = read_json(&self.folder.join(VOCABULARY))?;
         Vocabulary::of(listed, None).ok()
     }
 
@@ -122,12 +139,12 @@ impl Unfinished {
     pub fn keep(&self, vocabulary: &Vocabulary) -> Result<()> {
         let kept = serde_json::to_vec(vocabulary.listed()).map_err(io::Error::from);
         let kept = kept.and_then(|json| replace(&self.folder.join(VOCABULARY), &json));
-        kept.map_err(|error| unwritable(&self.out, &error))
+        kept.map_err(|error| Error::unwritten(&self.out, error))
     }
 
     /// Where reading goes on, and how many records were left out before.
     pub fn place(&self) -> (Place, u64) {
-        (self.journal.place, self.journal.skipped)
+        (self.journal.place.clone(), self.journal.skipped)
     }
 
     /// Opens the files, as long as the journal says they are.
@@ -136,7 +153,7 @@ impl Unfinished {
     /// [`Error::Data`] if the disk says no.
     pub fn write(self, width: Width) -> Result<Writer> {
         let opened = self.files(width);
-        let (tokens, documents) = opened.map_err(|error| unwritable(&self.out, &error))?;
+        let (tokens, documents) = opened.map_err(|error| Error::unwritten(&self.out, error))?;
         Ok(Writer { unfinished: self, width, tokens, documents, saved: Instant::now() })
     }
 
@@ -180,7 +197,7 @@ impl Writer {
                 false => Ok(()),
             }
         });
-        added.map_err(|error| unwritable(&self.unfinished.out, &error))
+        added.map_err(|error| Error::unwritten(&self.unfinished.out, error))
     }
 
     fn put(&mut self, batch: &[Encoded]) -> io::Result<()> {
@@ -222,13 +239,13 @@ impl Writer {
     pub fn finish(mut self, vocabulary: &Vocabulary) -> Result<Header> {
         let finished = self.save().and_then(|()| self.assemble(vocabulary));
         let Unfinished { out, folder, .. } = &self.unfinished;
-        let header = finished.map_err(|error| unwritable(out, &error))?;
+        let header = finished.map_err(|error| Error::unwritten(out, error))?;
         files::place(&folder.join("train.tokens"), out).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => {
                 let problem = "another process has made it meanwhile";
                 Error::data(out.display(), problem, "take that, or remove it and run again")
             }
-            _ => unwritable(out, &error),
+            _ => Error::unwritten(out, error),
         })?;
 
         let _ = fs::remove_dir_all(folder);
@@ -236,7 +253,7 @@ impl Writer {
     }
 
     fn assemble(&mut self, vocabulary: &Vocabulary) -> io::Result<Header> {
-        let Journal { source, splits, skipped, .. } = &self.unfinished.journal;
+        let Unfinished { source, journal: Journal { splits, skipped, .. }, .. } = &self.unfinished;
         let mut written = Vec::new();
         for (i, progress) in splits.iter().enumerate() {
             let tokens = &self.tokens[i].file;
@@ -296,7 +313,7 @@ impl Growing {
 fn alone(out: &Path, folder: &Path) -> Result<File> {
     let lock =
         OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"));
-    let lock = lock.map_err(|error| unwritable(out, &error))?;
+    let lock = lock.map_err(|error| Error::unwritten(out, error))?;
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(Error::data(
             out.display(),
@@ -328,11 +345,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(&temporary, path)
 }
 
-fn unwritable(out: &Path, error: &io::Error) -> Error {
-    let problem = format!("cannot be written ({error})");
-    Error::data(
-        out.display(),
-        problem,
-        "choose another folder or make room; then run again to go on",
-    )
+/// What a file of JSON holds, if it can be read.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&files::read(path).ok()?).ok()
 }

@@ -39,10 +39,10 @@ pub fn open(
     if input.packing == Packing::Plain {
         file.seek(SeekFrom::Start(offset))?;
         read.store(offset, Ordering::Relaxed);
-        return Ok(Box::new(BufReader::with_capacity(
-            BUFFER,
-            Counted { file, read: Arc::clone(read) },
-        )));
+        // As long as it was when it was found: it may grow.
+        let bytes = Counted { file, read: Arc::clone(read) };
+        let bytes = bytes.take(input.bytes.saturating_sub(offset));
+        return Ok(Box::new(BufReader::with_capacity(BUFFER, bytes)));
     }
 
     read.store(0, Ordering::Relaxed);

@@ -301,8 +301,7 @@ impl Setup {
             return None;
         }
 
-        let mixture = self.corpus.mixture(config.data.sequence);
-        let rows = mixture.given(steps * config.batch, sources);
+        let rows = self.corpus.mixture.given(steps * config.batch, sources);
         Some(rows.into_iter().map(|rows| rows * config.data.sequence).collect())
     }
 

@@ -90,7 +90,7 @@ pub(super) fn check_documents(config: &Config, corpus: &Corpus) -> Result<()> {
 /// Whether sources that end have rows for all steps.
 pub(super) fn check_mixture(config: &Config, corpus: &Corpus) -> Result<()> {
     let rows = config.steps.saturating_mul(config.batch);
-    match corpus.mixture(config.data.sequence).end {
+    match corpus.mixture.end {
         Some(end) if end < rows => {
             let steps = end / config.batch;
             let remedy = format!(

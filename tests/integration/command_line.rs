@@ -95,7 +95,7 @@ fn train_eval_and_generate() {
     for (set, expected) in [
         (
             "model.layers=3",
-            "of a saved model only mem_len, clamp_len, same_length and loss_chunk_mib can be changed",
+            "of a saved model only mem_len, clamp_len, same_length, loss_chunk_mib and z_loss can be changed",
         ),
         ("data.tokenizer=characters", "the model was trained on bytes"),
     ] {

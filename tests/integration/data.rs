@@ -112,7 +112,7 @@ fn train_split(path: &Path) -> Tokens {
 fn tokens_are_those_of_the_library() {
     let Some(reference) = reference() else { return };
     let folder = TempDir::new().unwrap();
-    for tokenizer in ["gpt2", "llama3", "t5", "bert"] {
+    for tokenizer in ["gpt2", "llama3", "t5", "bert", "llama2"] {
         let out = folder.path().join(tokenizer);
         prepare(&request(reference, tokenizer, "a.jsonl", out.clone())).unwrap();
         let expected = reference.documents(tokenizer);
@@ -126,7 +126,7 @@ fn tokens_are_those_of_the_library() {
             reference.expected[tokenizer]["size"]
         );
 
-        // Cut into pieces, which t5's tokenizer would begin with a space: it stays whole.
+        // Cut into pieces, each of which two of them would begin with a space.
         let out = folder.path().join(format!("{tokenizer}-long"));
         prepare(&request(reference, tokenizer, "long.txt", out.clone())).unwrap();
         let long = numbers(&reference.expected[tokenizer]["long"]);
@@ -237,6 +237,23 @@ fn token_files_of_other_programs_are_read() {
     assert!(found.contains("two.bin: "), "{found}");
     let found = message("two.bin", Some(70_000), plain());
     assert!(found.contains("two.bin: "), "{found}");
+    let head = std::fs::read(reference.path("headed.bin")).unwrap();
+    let cut = TempDir::new().unwrap();
+    let short = cut.path().join("short.bin");
+    std::fs::write(&short, &head[..head.len() - 200]).unwrap();
+    let config = DataConfig { path: Some(short.clone()), vocabulary_size: Some(60_000), ..plain() };
+    let found = Corpus::open(&config, 1, 8, None).unwrap_err().to_string();
+    assert!(found.contains("short.bin: ") && found.contains("its head says"), "{found}");
+    let config = DataConfig { paths: Some(vec![short]), ..plain() };
+    let found = Corpus::open(&config, 1, 8, None).unwrap_err().to_string();
+    assert!(found.contains("short.bin: token ids where a text is read"), "{found}");
+    let config =
+        DataConfig { path: Some(reference.path("long.txt")), token_bytes: Some(4), ..plain() };
+    let found = Corpus::open(&config, 1, 8, None).unwrap_err().to_string();
+    assert!(
+        found.contains("`data.token_bytes`: found 4; ") && found.contains("long.txt is no file"),
+        "{found}"
+    );
     let nothing = DataConfig { path: Some(reference.path("two.bin")), ..plain() };
     let found = Corpus::open(&nothing, 1, 8, None).unwrap_err();
     assert_eq!(found.exit_code(), 2);
@@ -270,6 +287,13 @@ fn token_files_of_other_programs_are_read() {
     assert!(altered(9, 2).contains("a.idx: version 2 is not known"));
     assert!(altered(17, 6).contains("a.idx: its type 6 is none of ids"));
     assert!(altered(24, 1).contains("a.idx: cut short"));
+    let pointers = 34 + 4 * expected.len();
+    assert!(altered(pointers + 8 * 7 + 5, 9).contains("a.idx: sequence "));
+    assert!(altered(pointers + 8 * expected.len() + 8 * 7 + 6, 9).contains("a.idx: document "));
+    assert!(
+        altered(pointers - 8 + 8 * expected.len() + 7, 255)
+            .contains("a.idx: it does not fit its .bin")
+    );
     assert!(altered(17, 4).contains("a.idx: it does not fit its .bin"));
 }
 
@@ -546,9 +570,17 @@ fn mixtures_keep_their_shares() {
         Setup::new(config).map(|_| ()).unwrap_err().to_string()
     };
     let found = message(vec![source(&one, 0.0, None)], &[]);
-    assert!(found.contains("`data.source[0].weight`: found 0; a number above 0"), "{found}");
+    assert!(
+        found.contains("`data.source[0].weight`: found 0; a number above 0, at most 1e9"),
+        "{found}"
+    );
     let found = message(vec![source(&one, f64::NAN, None)], &[]);
     assert!(found.contains("`data.source[0].weight`: found NaN"), "{found}");
+    let found = message(vec![source(&one, 1e-9, None), source(&two, 1.0, None)], &[]);
+    assert!(
+        found.contains("`data.source[0].weight`: found 0.000000001; a share of a millionth"),
+        "{found}"
+    );
     let found = message(vec![source(&one, 1.0, Some(1)), source(&two, 1.0, Some(1))], &[]);
     assert!(
         found.contains("`steps`: found 1000; in so many epochs the sources have rows for"),

@@ -3,7 +3,7 @@
     python tests/reference/data.py make FOLDER TEXT
 
 writes documents of TEXT as JSON lines, Parquet and packed, token files as nanoGPT and Megatron-LM write them,
-tokenizers of four kinds, a small Llama with one of them, and expected.json: the tokens of every document.
+tokenizers of five kinds, a small Llama with one of them, and expected.json: the tokens of every document.
 
     python tests/reference/data.py encode TOKENIZER JSONL END
 
@@ -99,6 +99,25 @@ def like_t5(docs):
     tokenizer.train_from_iterator(docs, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return tokenizer
+
+
+def like_llama2(docs):
+    """One word for the whole text, whose beginning is a space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special + alphabet, show_progress=False)
+    tokenizer.train_from_iterator(docs, trainer)
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return tokenizer
 
@@ -200,6 +219,7 @@ def make(folder, text):
         "llama3": (like_llama3(docs), "<|end_of_text|>"),
         "t5": (like_t5(docs), "</s>"),
         "bert": (like_bert(docs), "[SEP]"),
+        "llama2": (like_llama2(docs), "</s>"),
     }
     expected = {}
     for name, (tokenizer, end) in tokenizers.items():
