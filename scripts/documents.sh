@@ -5,11 +5,12 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 texts=../shared/data
+missing=0
 more=()
 while [ $# -gt 0 ]; do
     case $1 in
         --short) more=(--set steps=20 --set optimizer.warmup=5 --set optimizer.decay_steps=5 --set batch=8 --set data.sequence=64 --set eval.every=20) ;;
-        --texts) texts=$2 && shift ;;
+        --texts) texts=$2 missing=3 && shift ;;
         *) echo "documents: unknown option $1" >&2 && exit 2 ;;
     esac
     shift
@@ -18,7 +19,7 @@ done
 for name in wikitext2-valid wikitext2-test tinyshakespeare; do
     if [ ! -f "$texts/$name.txt" ]; then
         echo "documents: skipped: no $texts/$name.txt (say where with --texts FOLDER)"
-        exit 0
+        exit "$missing"
     fi
 done
 

@@ -39,8 +39,8 @@ pub fn hint(args: impl Iterator<Item = std::ffi::OsString>) -> Option<String> {
     })
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 a goal of a study is missed; 2 usage or config; 3 data; 4 a peer, a link or a GPU was lost; 5 not a number; \
-                          6 saved weights unusable; 7 a file of the run cannot be written; 75 stopped on request, and saved; 70 a fault of the program.";
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 a --check missed; 2 usage, config, out of memory; 3 data; 4 a peer, a link or a GPU was lost, or a timeout; 5 not finite; \
+                          6 a checkpoint cannot be used; 7 a file of the run cannot be written; 75 stopped on request, and saved; 70 a fault of the program.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -64,7 +64,7 @@ pub enum Command {
     Study(StudyArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
-    /// Prepares datasets.
+    /// Prepares and checks datasets, and trains tokenizers.
     #[command(subcommand)]
     Data(DataCommand),
     /// Checks the installation and advises.
@@ -288,7 +288,8 @@ impl StudyArgs {
 pub struct EvalArgs {
     /// A folder of weights, or a run's folder (its newest weights).
     pub checkpoint: PathBuf,
-    /// Overrides a key of the saved config, as in data.held_out=FILE or eval.tokens=10000.
+    /// Overrides a key of the saved config, as in data.held_out=FILE or eval.tokens=10000; of a
+    /// mixture one text alone by data.source=[] and data.path=FILE.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }
@@ -297,11 +298,11 @@ pub struct EvalArgs {
 pub struct GenerateArgs {
     /// A folder of weights, or a run's folder (its newest weights).
     pub checkpoint: PathBuf,
-    /// The text to continue; may be repeated, for texts that are continued together [default: the
-    /// end of a line, or the first token of the vocabulary].
+    /// The text to continue; may be repeated, for texts that are continued together [default: what a
+    /// tokenizer begins a text with, or its end token; else the end of a line, or the first token].
     #[arg(long)]
     pub prompt: Vec<String>,
-    /// Tokens to add.
+    /// Tokens to add at most: a text of a tokenizer ends at its end token.
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
     /// Divides the logits; 0 always takes the likeliest token.
@@ -362,7 +363,8 @@ pub struct TokenizerArgs {
     /// The tokenizer.json that is made.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// A special token; may be repeated. The first ends documents.
+    /// A special token, instead of `<|endoftext|>`; may be repeated. Documents end in a usual one;
+    /// name another by --end-token when you prepare.
     #[arg(long, value_name = "TOKEN", default_value = "<|endoftext|>")]
     pub special: Vec<String>,
     /// The key of JSON lines, or the column of Parquet, that has the text.
@@ -383,20 +385,21 @@ impl TokenizerArgs {
 
 #[derive(Debug, Args)]
 pub struct PrepareArgs {
-    /// enwik8, text8 or wikitext-103; or texts, JSON lines (.jsonl, .json), Parquet, packed (.gz,
-    /// .zst) or not, directories, or patterns of them.
+    /// enwik8, text8 or wikitext-103 (a file of that name: ./text8); or texts, JSON lines (.jsonl,
+    /// .ndjson, .json: a document a line), Parquet, packed (.gz, .zst) or not, directories, or
+    /// patterns of them.
     #[arg(value_name = "NAME|FILES", required = true)]
     pub what: Vec<PathBuf>,
-    /// Texts of the split valid; may be repeated.
+    /// Texts, JSON lines, Parquet of the split valid; may be repeated.
     #[arg(long, value_name = "FILE")]
     pub valid: Vec<PathBuf>,
-    /// Texts of the split test; may be repeated.
+    /// Texts, JSON lines, Parquet of the split test; may be repeated.
     #[arg(long, value_name = "FILE")]
     pub test: Vec<PathBuf>,
     /// Where archives and prepared files go.
     #[arg(long, default_value = "data")]
     pub dir: PathBuf,
-    /// The prepared file [default: DIR/NAME.tokens].
+    /// The prepared file [default: DIR/NAME.tokens of one file or directory; needed for several].
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// An address that has the archive under its usual name, as in `https://example.org/corpora`.

@@ -39,6 +39,19 @@ pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
         .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
 }
 
+/// Runs what a library does with a file: some give up by a panic on damaged ones.
+///
+/// # Errors
+/// What `work` says, or that the library has given up.
+pub fn guarded<T>(
+    work: impl FnOnce() -> std::result::Result<T, String>,
+) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic_text(panic.as_ref());
+        Err(format!("it is damaged, or of a kind that is not known here ({text})"))
+    })
+}
+
 /// A panic as text, with its place.
 pub fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic

@@ -241,6 +241,19 @@ mod tests {
         assert_ne!(epoch(0), epoch(1));
     }
 
+    /// A sample at the start sees not every token: those that are read are looked at.
+    #[test]
+    fn a_token_that_the_vocabulary_does_not_have_is_told() {
+        let mut batches = batches(1000, 16, 4);
+        assert!(batches.train(0, 0..4).is_ok());
+        let corpus = Arc::get_mut(&mut batches.corpus).unwrap();
+        corpus.vocabulary = crate::data::Vocabulary::ids(240);
+        let found = (0..20).find_map(|step| batches.train(step, 0..4).err()).unwrap();
+        let found = found.to_string();
+        assert!(found.contains(" is 240, and the vocabulary has 240"), "{found}");
+        assert!(batches.held_out(0..60, 0).is_err());
+    }
+
     #[test]
     fn a_text_of_one_window_can_be_read() {
         let batches = batches(17, 16, 2);

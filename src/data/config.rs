@@ -8,21 +8,22 @@ use super::foreign::is_foreign;
 use super::{Tokenizer, Unit};
 use crate::error::{Error, Result};
 
-/// The text to train on. With none of `path`, `paths`, `synthetic`: 4,000,000 synthetic bytes.
+/// The text to train on. With none of `path`, `paths`, `synthetic`, `source`: 4,000,000 synthetic bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
     /// A text, a file of `ouroboros data prepare`, or token ids of nanoGPT, llm.c or Megatron-LM (.bin).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Files read one after the other as one text.
+    /// Texts read one after the other as one; prepared files and ids go into `source`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paths: Option<Vec<PathBuf>>,
     /// Bytes of the embedded text, whose entropy rate is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synthetic: Option<usize>,
     /// Texts that are mixed instead of one: tables `[[data.source]]` with `path`, `weight` (its share
-    /// of the rows, over the sum of all weights) and `epochs` (how often it is read at most).
+    /// of the rows, over the sum of all weights) and `epochs` (how often it is read at most); 256 at
+    /// most, a millionth of the rows each at least.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub source: Vec<SourceConfig>,
     /// How text becomes tokens. `bytes`: 256 tokens, one a byte. `characters`: those of the text.
@@ -55,7 +56,7 @@ pub struct DataConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
     /// What evaluation reads: a fraction of the text, its last part; the path of a file; or a split
-    /// of a prepared file.
+    /// of a prepared file; of a mixture that of every source.
     pub held_out: HeldOut,
 }
 

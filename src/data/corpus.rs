@@ -155,7 +155,9 @@ impl Corpus {
         sequence: usize,
         vocabulary: &Vocabulary,
     ) -> Result<HeldOutText> {
-        let Some(path) = held_out_file(config) else {
+        // Of a mixture a name may be that of a split of its sources.
+        let first = config.source.first().map(|source| alone(config, source));
+        let Some(path) = held_out_file(first.as_ref().unwrap_or(config)) else {
             return Ok(Corpus::open(config, seed, sequence, Some(vocabulary))?.held_out);
         };
 
@@ -170,6 +172,11 @@ impl Corpus {
     }
 }
 
+/// The config of one of the texts that are mixed.
+fn alone(config: &DataConfig, source: &SourceConfig) -> DataConfig {
+    DataConfig { path: Some(source.path.clone()), source: Vec::new(), ..config.clone() }
+}
+
 /// Opens texts that are mixed, which must have one vocabulary.
 fn open_mixed(
     config: &DataConfig,
@@ -179,20 +186,15 @@ fn open_mixed(
 ) -> Result<Corpus> {
     let (mut opened, mut held) = (Vec::new(), Vec::new());
     let mut vocabulary = known.cloned();
-    let alone = |source: &SourceConfig| DataConfig {
-        path: Some(source.path.clone()),
-        source: Vec::new(),
-        ..config.clone()
-    };
     // A file that is held out is opened once; a name may be that of a split.
-    let first = sources.first().map(alone);
+    let first = sources.first().map(|source| alone(config, source));
     let file = first.as_ref().and_then(held_out_file);
     for source in sources {
         let held_out = match file {
             Some(_) => HeldOut::Fraction(0.0),
             None => config.held_out.clone(),
         };
-        let part = DataConfig { held_out, ..alone(source) };
+        let part = DataConfig { held_out, ..alone(config, source) };
 
         let name = part.name();
         let found = open(&part, seed, vocabulary.as_ref())?;

@@ -100,7 +100,7 @@ fn headed(map: &Mmap, path: &Path) -> Result<Option<(usize, Width)>> {
     };
 
     let bytes = (map.len() as u64).saturating_sub(LLM_C_HEAD as u64);
-    if bytes != u64::from(count) * width as u64 {
+    if map.len() < LLM_C_HEAD || bytes != u64::from(count) * width as u64 {
         let problem =
             format!("{bytes} bytes of ids, its head says {count} ids of {}", width as u64);
         return Err(Error::data(path.display(), problem, "it is cut short: fetch it again"));

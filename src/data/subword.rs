@@ -17,6 +17,7 @@ use tokenizers::ModelWrapper;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
+use crate::failure::guarded;
 use crate::files;
 
 /// Ends of documents that published tokenizers have.
@@ -208,10 +209,9 @@ impl Subword {
     /// [`Error::Data`] if it is no tokenizer.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
         let ids: Vec<u32> = tokens.iter().filter_map(|token| u32::try_from(*token).ok()).collect();
-        let wrong = |error: tokenizers::Error| {
-            Error::data(&self.facts.name, error.to_string(), "take another tokenizer")
-        };
-        self.read()?.tokenizer.decode(&ids, true).map_err(wrong)
+        let read = self.read()?;
+        let text = guarded(|| read.tokenizer.decode(&ids, true).map_err(|error| error.to_string()));
+        text.map_err(|problem| Error::data(&self.facts.name, problem, "take another tokenizer"))
     }
 
     /// What a token is called.
@@ -232,6 +232,10 @@ fn ceil(text: &str, at: usize) -> usize {
 
 impl Read {
     fn new(json: &[u8]) -> std::result::Result<Read, String> {
+        guarded(|| Read::made(json))
+    }
+
+    fn made(json: &[u8]) -> std::result::Result<Read, String> {
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|error| format!("no tokenizer ({error})"))?;
         // Merges that are left out at random are for a training of another kind.
@@ -259,8 +263,10 @@ impl Read {
     }
 
     fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, String> {
-        let encoded = self.tokenizer.encode_fast(text, false).map_err(|error| error.to_string())?;
-        Ok(encoded.get_ids().to_vec())
+        guarded(|| {
+            let encoded = self.tokenizer.encode_fast(text, false);
+            Ok(encoded.map_err(|error| error.to_string())?.get_ids().to_vec())
+        })
     }
 }
 

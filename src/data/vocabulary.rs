@@ -105,7 +105,7 @@ impl Vocabulary {
         Vocabulary { listed: Arc::new(Listed::new(unit, tokens)), numbers, subword: None }
     }
 
-    /// The words of a list ([`list`]), in its order.
+    /// The words of a list, in its order.
     ///
     /// # Errors
     /// [`Error::Data`] about the list.

@@ -150,13 +150,12 @@ fn print_texts(setup: &Setup) {
         return;
     }
 
-    let config = &setup.config;
+    let given = setup.given(setup.config.steps).unwrap_or_default();
     let weights: f64 = corpus.sources.iter().map(|source| source.weight).sum();
-    for source in &corpus.sources {
+    for (source, given) in corpus.sources.iter().zip(given) {
         let (_, read) = setup.epoch(source);
         let share = source.weight / weights;
-        let epochs =
-            (config.steps * config.batch * config.data.sequence) as f64 * share / read as f64;
+        let epochs = given as f64 / read as f64;
         let most = source.epochs.map_or(String::new(), |most| format!(", {most} at most"));
         let tokens = thousands(source.tokens.len() as u64);
         say!(

@@ -8,6 +8,8 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
+use crate::failure::guarded;
+
 /// Rows that are read at a time.
 const ROWS: usize = 32;
 
@@ -30,6 +32,10 @@ impl Column {
     /// # Errors
     /// What the file lacks.
     pub fn open(file: File, field: &str, row: u64) -> Result<Column, String> {
+        guarded(|| Column::opened(file, field, row))
+    }
+
+    fn opened(file: File, field: &str, row: u64) -> Result<Column, String> {
         let file = SerializedFileReader::new(file).map_err(|error| no_parquet(&error))?;
         let schema = file.metadata().file_metadata().schema_descr_ptr();
         let names = || {
@@ -81,6 +87,14 @@ impl Column {
     /// # Errors
     /// What is wrong with the file.
     pub fn next_row(&mut self) -> Result<Option<Option<ByteArray>>, String> {
+        match self.rows.next() {
+            Some(row) => Ok(Some(row)),
+            None => guarded(|| self.read_on()),
+        }
+    }
+
+    /// The first of the next rows.
+    fn read_on(&mut self) -> Result<Option<Option<ByteArray>>, String> {
         loop {
             if let Some(row) = self.rows.next() {
                 return Ok(Some(row));

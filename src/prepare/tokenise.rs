@@ -65,7 +65,8 @@ fn make_in(
     let empty = (1..SPLITS.len()).find(|split| writer.count(*split) == 0);
     if writer.count(0) == 0 {
         let remedy = "give documents that are not empty, or another --held-out";
-        return Err(Error::data(&source.name, "nothing is left for train", remedy));
+        let name = inputs.first().map_or(&source.name, |input| &input.name);
+        return Err(Error::data(name, "nothing is left for train", remedy));
     }
 
     let header = writer.finish(&vocabulary)?;

@@ -1,6 +1,7 @@
 //! `ouroboros data tokenizer train`: a byte-level BPE of texts, as GPT-2 has it (Radford et al.,
 //! "Language Models are Unsupervised Multitask Learners", 2019), written as a `tokenizer.json`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -85,7 +86,8 @@ fn learned(request: &TrainRequest) -> Result<Tokenizer> {
     let mut trainer = BpeTrainerBuilder::new()
         .vocab_size(request.size)
         .min_frequency(2)
-        .show_progress(false)
+        // Its own bars, of what comes after counting.
+        .show_progress(std::io::stderr().is_terminal())
         .special_tokens(special.collect())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();

@@ -178,6 +178,11 @@ impl Setup {
             );
         }
 
+        if before.data.document_mask != now.data.document_mask {
+            let note = "note: data.document_mask is another than before: attention sees other tokens from here on";
+            notes.push(note.to_owned());
+        }
+
         let Some(text) = &saved.manifest.text else { return notes };
 
         let found = self.corpus.fingerprint();

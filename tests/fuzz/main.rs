@@ -17,6 +17,7 @@
 mod mutate;
 mod texts;
 mod data;
+mod records;
 mod states;
 mod folders;
 mod messages;
@@ -55,7 +56,7 @@ trait Target {
 type Make = fn(&Path) -> Box<dyn Target>;
 
 /// Each with its share of the time.
-const TARGETS: [(&str, Make, f64); 11] = [
+const TARGETS: [(&str, Make, f64); 13] = [
     ("config", texts::config, 2.0),
     ("command-line", texts::command_line, 1.0),
     ("topology", texts::topology, 0.5),
@@ -64,6 +65,8 @@ const TARGETS: [(&str, Make, f64); 11] = [
     ("prepared", data::prepared, 1.0),
     ("words", data::words, 1.0),
     ("archive", data::archive, 1.0),
+    ("records", records::records, 2.0),
+    ("ids", records::ids, 0.5),
     ("state", states::state, 2.5),
     ("folder", folders::folder, 1.0),
     ("messages", messages::messages, 0.5),
