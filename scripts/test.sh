@@ -43,14 +43,20 @@ documents() {
     scripts/documents.sh --short
 }
 
+# Compiled while libraries are fetched and one core reads the code; nothing else may run beside the tests.
+release_build() { wait "$release"; }
+
 part "set-up" scripts/setup.sh
-part "Hugging Face's libraries" hugging_face
 part "format" cargo fmt --check
+cargo build --release --quiet &
+release=$!
+trap 'kill "$release" 2>/dev/null || true' EXIT
+part "Hugging Face's libraries" hugging_face
 part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
+part "release build" release_build
 part "tests" cargo test --no-fail-fast
 part "damaged input, for a minute" scripts/fuzz.sh 1
-part "release build" cargo build --release --quiet
 part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
