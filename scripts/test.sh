@@ -56,7 +56,7 @@ part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
 part "release build" release_build
 part "tests" cargo test --no-fail-fast
-part "damaged input, for a minute" scripts/fuzz.sh 1
+part "damaged input, for half a minute" scripts/fuzz.sh 0.5
 part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
