@@ -67,7 +67,8 @@ pub fn train_tokenizer(request: &TrainRequest) -> Result<()> {
         files::write(&temporary, json.as_bytes()).and_then(|()| files::place(&temporary, out));
     written.map_err(|error| {
         let _ = std::fs::remove_file(&temporary);
-        Error::unwritten(out, error)
+        let problem = format!("cannot be written ({error})");
+        Error::data(out.display(), problem, "choose another folder or make room")
     })?;
 
     say!("{}: {} tokens", out.display(), thousands(count as u64));

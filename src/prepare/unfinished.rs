@@ -82,7 +82,7 @@ impl Unfinished {
     /// [`Error::Data`] if another process makes it, or the disk says no.
     pub fn open(target: &Path, source: &Source) -> Result<Unfinished> {
         let folder = with_suffix(target, ".partial");
-        let wrong = |error: io::Error| Error::unwritten(target, error);
+        let wrong = |error: io::Error| unwritable(target, &error);
         fs::create_dir_all(&folder).map_err(wrong)?;
         let lock = Arc::new(alone(target, &folder)?);
         let (out, source) = (target.to_owned(), source.clone());
@@ -139,7 +139,7 @@ impl Unfinished {
     pub fn keep(&self, vocabulary: &Vocabulary) -> Result<()> {
         let kept = serde_json::to_vec(vocabulary.listed()).map_err(io::Error::from);
         let kept = kept.and_then(|json| replace(&self.folder.join(VOCABULARY), &json));
-        kept.map_err(|error| Error::unwritten(&self.out, error))
+        kept.map_err(|error| unwritable(&self.out, &error))
     }
 
     /// Where reading goes on, and how many records were left out before.
@@ -153,7 +153,7 @@ impl Unfinished {
     /// [`Error::Data`] if the disk says no.
     pub fn write(self, width: Width) -> Result<Writer> {
         let opened = self.files(width);
-        let (tokens, documents) = opened.map_err(|error| Error::unwritten(&self.out, error))?;
+        let (tokens, documents) = opened.map_err(|error| unwritable(&self.out, &error))?;
         Ok(Writer { unfinished: self, width, tokens, documents, saved: Instant::now() })
     }
 
@@ -197,7 +197,7 @@ impl Writer {
                 false => Ok(()),
             }
         });
-        added.map_err(|error| Error::unwritten(&self.unfinished.out, error))
+        added.map_err(|error| unwritable(&self.unfinished.out, &error))
     }
 
     fn put(&mut self, batch: &[Encoded]) -> io::Result<()> {
@@ -239,13 +239,13 @@ impl Writer {
     pub fn finish(mut self, vocabulary: &Vocabulary) -> Result<Header> {
         let finished = self.save().and_then(|()| self.assemble(vocabulary));
         let Unfinished { out, folder, .. } = &self.unfinished;
-        let header = finished.map_err(|error| Error::unwritten(out, error))?;
+        let header = finished.map_err(|error| unwritable(out, &error))?;
         files::place(&folder.join("train.tokens"), out).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => {
                 let problem = "another process has made it meanwhile";
                 Error::data(out.display(), problem, "take that, or remove it and run again")
             }
-            _ => Error::unwritten(out, error),
+            _ => unwritable(out, &error),
         })?;
 
         let _ = fs::remove_dir_all(folder);
@@ -313,7 +313,7 @@ impl Growing {
 fn alone(out: &Path, folder: &Path) -> Result<File> {
     let lock =
         OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"));
-    let lock = lock.map_err(|error| Error::unwritten(out, error))?;
+    let lock = lock.map_err(|error| unwritable(out, &error))?;
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(Error::data(
             out.display(),
@@ -348,4 +348,10 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// What a file of JSON holds, if it can be read.
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&files::read(path).ok()?).ok()
+}
+
+fn unwritable(out: &Path, error: &io::Error) -> Error {
+    let problem = format!("cannot be written ({error})");
+    let remedy = "choose another folder or make room; then run again to go on";
+    Error::data(out.display(), problem, remedy)
 }
