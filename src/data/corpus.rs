@@ -174,7 +174,15 @@ impl Corpus {
 
 /// The config of one of the texts that are mixed.
 fn alone(config: &DataConfig, source: &SourceConfig) -> DataConfig {
-    DataConfig { path: Some(source.path.clone()), source: Vec::new(), ..config.clone() }
+    // What is said of ids is for those of the sources that have some.
+    let ids = config.reads_ids(&source.path);
+    DataConfig {
+        path: Some(source.path.clone()),
+        source: Vec::new(),
+        vocabulary_size: config.vocabulary_size.filter(|_| ids),
+        token_bytes: config.token_bytes.filter(|_| ids),
+        ..config.clone()
+    }
 }
 
 /// Opens texts that are mixed, which must have one vocabulary.

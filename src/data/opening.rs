@@ -129,73 +129,64 @@ pub fn held_out_file(config: &DataConfig) -> Option<&Path> {
     }
 }
 
-/// Settings that would not be read, and prepared files where a text is read.
+/// Settings that would not be read, and files of another kind than is read.
 fn refuse_unread(config: &DataConfig) -> Result<()> {
-    if let Some(path) = prepared_path(config) {
-        let problem = "is prepared, so its words are fixed; leave it out";
-        if config.min_count > 1 {
-            return Err(Error::config(
-                "data.min_count",
-                config.min_count,
-                format!("{} {problem}", path.display()),
-            ));
-        }
+    refuse_ids_settings(config)?;
+    match prepared_path(config) {
+        Some(path) => refuse_words_settings(config, path),
+        None => refuse_other_kinds(config),
+    }
+}
 
-        if let Some(list) = &config.vocabulary {
-            return Err(Error::config(
-                "data.vocabulary",
-                list.display(),
-                format!("{} {problem}", path.display()),
-            ));
-        }
-
-        return Ok(());
+/// What is said of words that are fixed already.
+fn refuse_words_settings(config: &DataConfig, path: &Path) -> Result<()> {
+    let remedy = format!("{} is prepared, so its words are fixed; leave it out", path.display());
+    if config.min_count > 1 {
+        return Err(Error::config("data.min_count", config.min_count, remedy));
     }
 
+    match &config.vocabulary {
+        Some(list) => Err(Error::config("data.vocabulary", list.display(), remedy)),
+        None => Ok(()),
+    }
+}
+
+/// What is no text where texts are read, and a held-out text that is not there.
+fn refuse_other_kinds(config: &DataConfig) -> Result<()> {
     if let Some(list) = config.vocabulary.as_ref().filter(|_| config.min_count > 1) {
         let found = format!("{} with data.vocabulary = {}", config.min_count, list.display());
-        return Err(Error::config(
-            "data.min_count",
-            found,
-            "a list is taken whole; leave one of them out",
-        ));
+        let remedy = "a list is taken whole; leave one of them out";
+        return Err(Error::config("data.min_count", found, remedy));
     }
 
-    let held_out = match &config.held_out {
-        HeldOut::File(path) => Some(path),
-        HeldOut::Fraction(_) => None,
-    };
-
-    refuse_ids_settings(config)?;
-    let listed = || config.paths.iter().flatten();
-    if let Some(path) = listed().find(|path| config.reads_ids(path)) {
-        let remedy = "name it as data.path, or several in [[data.source]]; with data.tokenizer = \"bytes\" its bytes are read";
-        return Err(Error::data(path.display(), "token ids where a text is read", remedy));
-    }
-
-    if let Some(path) = config.paths.iter().flatten().find(|path| is_prepared(path)) {
+    for path in config.paths.iter().flatten() {
         let remedy = "name it as data.path, or several in [[data.source]]";
-        return Err(Error::data(path.display(), "a prepared file where a text is read", remedy));
+        if config.reads_ids(path) {
+            let remedy = format!("{remedy}; with data.tokenizer = \"bytes\" its bytes are read");
+            return Err(Error::data(path.display(), "token ids where a text is read", remedy));
+        }
+
+        if is_prepared(path) {
+            let problem = "a prepared file where a text is read";
+            return Err(Error::data(path.display(), problem, remedy));
+        }
     }
 
     if ids_path(config).is_none() {
-        config
-            .path
-            .iter()
-            .chain(config.paths.iter().flatten())
-            .try_for_each(|p| refuse_packed(p))?;
+        let texts = config.path.iter().chain(config.paths.iter().flatten());
+        texts.map(PathBuf::as_path).try_for_each(refuse_packed)?;
     }
 
-    if let Some(path) = held_out.filter(|path| !path.exists()) {
-        let remedy = format!(
-            "name a text; a split needs a prepared file as data.path, and {} is none",
-            config.name()
-        );
-
-        return Err(Error::data(path.display(), "data.held_out names no file", remedy));
+    match &config.held_out {
+        HeldOut::File(path) if !path.exists() => {
+            let name = config.name();
+            let remedy = format!(
+                "name a text; a split needs a prepared file as data.path, and {name} is none"
+            );
+            Err(Error::data(path.display(), "data.held_out names no file", remedy))
+        }
+        _ => Ok(()),
     }
-
-    Ok(())
 }
 
 /// What is said of token ids where there are none.

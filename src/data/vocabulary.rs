@@ -5,7 +5,6 @@
 //! their bytes. Words that a vocabulary leaves out are `<unk>`, if it has one.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use indicatif::ProgressBar;
@@ -15,7 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::Unit;
 use super::subword::{Subword, SubwordFacts, context};
-use super::words::{EOS, TASK, UNK, ids, list, words};
+use super::words::{EOS, TASK, UNK, ids, joined, list, words};
 use crate::error::{Error, Result};
 
 /// Bytes of subwords that one task encodes, which take longer and more memory than others.
@@ -392,17 +391,7 @@ impl Vocabulary {
                 String::from_utf8_lossy(&bytes).into_owned()
             }
             Unit::Characters => tokens.iter().map(token).collect(),
-            Unit::Words => {
-                let mut text = String::new();
-                let mut begun = false;
-                for word in tokens.iter().map(token) {
-                    let (before, word) =
-                        if word == EOS { ("", "\n") } else { (if begun { " " } else { "" }, word) };
-                    let _ = write!(text, "{before}{word}");
-                    begun = word != "\n";
-                }
-                text
-            }
+            Unit::Words => joined(tokens.iter().map(token)),
             Unit::Subwords => self.text_of(tokens).unwrap_or_else(|error| error.to_string()),
             Unit::Ids => {
                 let words: Vec<String> = tokens.iter().map(i64::to_string).collect();

@@ -68,6 +68,21 @@ pub fn words(text: &str) -> impl Iterator<Item = &str> {
     text.lines().flat_map(|line| line.split_whitespace().chain(std::iter::once(EOS)))
 }
 
+/// Words with a space between, and lines at `<eos>`.
+pub fn joined<'a>(words: impl Iterator<Item = &'a str>) -> String {
+    let (mut text, mut begun) = (String::new(), false);
+    for word in words {
+        let ends = word == EOS;
+        if begun && !ends {
+            text.push(' ');
+        }
+
+        text.push_str(if ends { "\n" } else { word });
+        begun = !ends;
+    }
+    text
+}
+
 /// Parts of whole lines.
 pub fn tasks(text: &str) -> Vec<&str> {
     let mut parts = Vec::new();

@@ -118,16 +118,21 @@ pub fn download(addresses: &[String], path: &Path, sha256: &str) -> Result<()> {
 fn alone(path: &Path, part: &Path) -> Result<File> {
     let wrong = |error: io::Error| Error::data(path.display(), error, "make the folder writable");
     let file = OpenOptions::new().create(true).append(true).open(part).map_err(wrong)?;
+    hold(&file, path, "another process is downloading it")?;
+    Ok(file)
+}
 
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(Error::data(
-            path.display(),
-            "another process is downloading it",
-            "wait for its end, and run again",
-        )),
-
+/// Locks a file, or tells that another process works on what it stands for.
+///
+/// # Errors
+/// [`Error::Data`] about `path`.
+pub fn hold(file: &File, path: &Path, taken: &str) -> Result<()> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            Err(Error::data(path.display(), taken, "wait for its end, and run again"))
+        }
         // A file system without locks.
-        _ => Ok(file),
+        _ => Ok(()),
     }
 }
 

@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::metrics::thousands;
 use inputs::{Content, Format, Input, Packing, Splitting};
 use known::Known;
-use tokenise::{describe, make};
+use tokenise::{Task, describe};
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -165,7 +165,8 @@ fn prepare_known(request: &Request, known: &Known) -> Result<PathBuf> {
     let archive = known::archive(request, known, &sha256)?;
     say!("{}: unpacking", archive.display());
     let inputs = known::unpack(&archive, known, &tokenizer)?;
-    make(request, &out, &source, &inputs, &tokenizer)
+    let (out, inputs, tokenizer) = (&out, &inputs, &tokenizer);
+    Task { request, out, source, inputs, tokenizer }.make()
 }
 
 fn prepare_files(request: &Request) -> Result<PathBuf> {
@@ -202,7 +203,8 @@ fn prepare_files(request: &Request) -> Result<PathBuf> {
     }
 
     make_folder_of(&out)?;
-    make(request, &out, &source, &inputs, &tokenizer)
+    let (out, inputs, tokenizer) = (&out, &inputs, &tokenizer);
+    Task { request, out, source, inputs, tokenizer }.make()
 }
 
 /// What is read, and which split it belongs to.

@@ -14,75 +14,126 @@ use crate::data::{Counts, DataConfig, Tokenizer, Unit, Vocabulary, Width, made};
 use crate::error::{Error, Result};
 use crate::metrics::thousands;
 
-/// Tokenises the inputs and writes the prepared file.
-pub fn make(
-    request: &Request,
-    out: &Path,
-    source: &Source,
-    inputs: &[Input],
-    tokenizer: &Tokenizer,
-) -> Result<PathBuf> {
-    let unfinished = Unfinished::open(out, source)?;
-    let (folder, lock) = (unfinished.folder(), unfinished.lock());
-    let made = make_in(unfinished, request, out, source, inputs, tokenizer);
-    // What has come far is gone on with, once a disk has room or answers again.
-    if made.is_err() && Unfinished::has_nothing(&folder) {
-        let _ = fs::remove_dir_all(&folder);
-    }
-    drop(lock);
-    made
+/// A prepared file that is to be made.
+pub struct Task<'a> {
+    pub request: &'a Request,
+    pub out: &'a Path,
+    pub source: Source,
+    pub inputs: &'a [Input],
+    pub tokenizer: &'a Tokenizer,
 }
 
-fn make_in(
-    unfinished: Unfinished,
-    request: &Request,
-    out: &Path,
-    source: &Source,
-    inputs: &[Input],
-    tokenizer: &Tokenizer,
-) -> Result<PathBuf> {
-    let reading = Reading {
-        field: request.field.clone(),
-        skip_bad: request.skip_bad,
-        seed: request.seed,
-        held_out: request.held_out.unwrap_or(HELD_OUT),
-        ends_lines: true,
-    };
-
-    let vocabulary = vocabulary(request, out, inputs, tokenizer, &reading, &unfinished)?;
-    need_end(inputs, &vocabulary, tokenizer)?;
-    let (place, skipped) = unfinished.place();
-    let mut writer = unfinished.write(Width::of(vocabulary.len()))?;
-    let mut documents = Documents::new(inputs, &vocabulary, &reading, place, skipped);
-    each_batch(&mut documents, inputs, "tokenising", |batch| {
-        let encoded = encode(&batch, inputs, &vocabulary)?;
-        writer.add(&encoded, batch.end, batch.skipped)
-    })?;
-    // Records at the very end may have been left out.
-    let (end, skipped) = documents.end();
-    writer.add(&[], end, skipped)?;
-
-    let empty = (1..SPLITS.len()).find(|split| writer.count(*split) == 0);
-    if writer.count(0) == 0 {
-        let remedy = "give documents that are not empty, or another --held-out";
-        let name = inputs.first().map_or(&source.name, |input| &input.name);
-        return Err(Error::data(name, "nothing is left for train", remedy));
+impl Task<'_> {
+    /// Tokenises the inputs and writes the prepared file; its path.
+    ///
+    /// # Errors
+    /// [`Error::Data`] about an input, or a file that cannot be written.
+    pub fn make(&self) -> Result<PathBuf> {
+        let unfinished = Unfinished::open(self.out, &self.source)?;
+        let (folder, lock) = (unfinished.folder(), unfinished.lock());
+        let made = self.make_in(unfinished);
+        // What has come far is gone on with, once a disk has room or answers again.
+        if made.is_err() && Unfinished::has_nothing(&folder) {
+            let _ = fs::remove_dir_all(&folder);
+        }
+        drop(lock);
+        made
     }
 
-    let header = writer.finish(&vocabulary)?;
-    say!("{}: {}", out.display(), describe(&header));
-    let wanted = request.valid.is_empty() && request.test.is_empty() && reading.held_out > 0.0;
-    if let Some(split) = empty.filter(|_| wanted) {
-        say!("note: there are too few documents: none is held out for {}", SPLITS[split]);
+    fn make_in(&self, unfinished: Unfinished) -> Result<PathBuf> {
+        let Task { request, out, source, inputs, .. } = self;
+        let reading = Reading {
+            field: request.field.clone(),
+            skip_bad: request.skip_bad,
+            seed: request.seed,
+            held_out: request.held_out.unwrap_or(HELD_OUT),
+            ends_lines: true,
+        };
+
+        let vocabulary = self.vocabulary(&reading, &unfinished)?;
+        self.need_end(&vocabulary)?;
+        let (place, skipped) = unfinished.place();
+        let mut writer = unfinished.write(Width::of(vocabulary.len()))?;
+        let mut documents = Documents::new(inputs, &vocabulary, &reading, place, skipped);
+        each_batch(&mut documents, inputs, "tokenising", |batch| {
+            let encoded = encode(&batch, inputs, &vocabulary)?;
+            writer.add(&encoded, batch.end, batch.skipped)
+        })?;
+        // Records at the very end may have been left out.
+        let (end, skipped) = documents.end();
+        writer.add(&[], end, skipped)?;
+
+        let empty = (1..SPLITS.len()).find(|split| writer.count(*split) == 0);
+        if writer.count(0) == 0 {
+            let remedy = "give documents that are not empty, or another --held-out";
+            let name = inputs.first().map_or(&source.name, |input| &input.name);
+            return Err(Error::data(name, "nothing is left for train", remedy));
+        }
+
+        let header = writer.finish(&vocabulary)?;
+        say!("{}: {}", out.display(), describe(&header));
+        let wanted = request.valid.is_empty() && request.test.is_empty() && reading.held_out > 0.0;
+        if let Some(split) = empty.filter(|_| wanted) {
+            say!("note: there are too few documents: none is held out for {}", SPLITS[split]);
+        }
+
+        if header.source.skipped > 0 {
+            say!(
+                "note: {} records were no documents, and are left out",
+                thousands(header.source.skipped)
+            );
+        }
+        Ok(out.to_path_buf())
     }
 
-    if header.source.skipped > 0 {
-        say!(
-            "note: {} records were no documents, and are left out",
-            thousands(header.source.skipped)
-        );
+    /// The vocabulary that is asked for: read, or counted in the inputs.
+    fn vocabulary(&self, reading: &Reading, unfinished: &Unfinished) -> Result<Vocabulary> {
+        let Task { request, out, inputs, tokenizer, .. } = self;
+        let unit = tokenizer.unit();
+        let counts = Counts::new(unit).filter(|_| request.vocabulary.is_none());
+        let Some(mut counts) = counts else {
+            let config = DataConfig {
+                tokenizer: Some((*tokenizer).clone()),
+                end_token: request.end_token.clone(),
+                vocabulary: request.vocabulary.clone(),
+                ..DataConfig::default()
+            };
+            return made(&config, "", &[]);
+        };
+
+        if let Some(counted) = unfinished.counted() {
+            return Ok(counted);
+        }
+
+        say!("{}: counting {}s", out.display(), unit.name());
+        let shape = Counts::of(unit, &[], 1);
+        let mut documents = Documents::new(inputs, &shape, reading, Place::default(), 0);
+        each_batch(&mut documents, inputs, "counting", |batch| {
+            // Words are those of the training split; characters must all have a number.
+            let pieces =
+                batch.pieces.iter().filter(|piece| piece.split == 0 || unit == Unit::Characters);
+            let texts =
+                pieces.map(|piece| crate::data::utf8(&piece.text, &inputs[piece.input].name));
+            counts.add_all(texts.collect::<Result<Vec<&str>>>()?);
+            Ok(())
+        })?;
+
+        let vocabulary = counts.vocabulary(request.min_count);
+        unfinished.keep(&vocabulary)?;
+        Ok(vocabulary)
     }
-    Ok(out.to_owned())
+
+    /// Whether the end of a document can be told by the tokens, where there are several.
+    fn need_end(&self, vocabulary: &Vocabulary) -> Result<()> {
+        let Task { inputs, tokenizer, .. } = self;
+        let several = inputs.len() > 1 || inputs.iter().any(|input| input.format != Format::Text);
+        if vocabulary.unit() != Unit::Subwords || vocabulary.end().is_some() || !several {
+            return Ok(());
+        }
+
+        let remedy = "name one of its tokens by --end-token";
+        Err(Error::data(tokenizer, "it has no usual token that ends a document", remedy))
+    }
 }
 
 /// Hands every batch on, while the next one is read.
@@ -133,59 +184,6 @@ fn encode(batch: &Batch, inputs: &[Input], vocabulary: &Vocabulary) -> Result<Ve
         Ok(Encoded { tokens: encoded, bytes, split, begins })
     };
     batch.pieces.par_iter().map(encode).collect()
-}
-
-/// The vocabulary that is asked for: read, or counted in the inputs.
-fn vocabulary(
-    request: &Request,
-    out: &Path,
-    inputs: &[Input],
-    tokenizer: &Tokenizer,
-    reading: &Reading,
-    unfinished: &Unfinished,
-) -> Result<Vocabulary> {
-    let unit = tokenizer.unit();
-    let counts = Counts::new(unit).filter(|_| request.vocabulary.is_none());
-    let Some(mut counts) = counts else {
-        let config = DataConfig {
-            tokenizer: Some(tokenizer.clone()),
-            end_token: request.end_token.clone(),
-            vocabulary: request.vocabulary.clone(),
-            ..DataConfig::default()
-        };
-        return made(&config, "", &[]);
-    };
-
-    if let Some(counted) = unfinished.counted() {
-        return Ok(counted);
-    }
-
-    say!("{}: counting {}s", out.display(), unit.name());
-    let shape = Counts::of(unit, &[], 1);
-    let mut documents = Documents::new(inputs, &shape, reading, Place::default(), 0);
-    each_batch(&mut documents, inputs, "counting", |batch| {
-        // Words are those of the training split; characters must all have a number.
-        let pieces =
-            batch.pieces.iter().filter(|piece| piece.split == 0 || unit == Unit::Characters);
-        let texts = pieces.map(|piece| crate::data::utf8(&piece.text, &inputs[piece.input].name));
-        counts.add_all(texts.collect::<Result<Vec<&str>>>()?);
-        Ok(())
-    })?;
-
-    let vocabulary = counts.vocabulary(request.min_count);
-    unfinished.keep(&vocabulary)?;
-    Ok(vocabulary)
-}
-
-/// Whether the end of a document can be told by the tokens, where there are several.
-fn need_end(inputs: &[Input], vocabulary: &Vocabulary, tokenizer: &Tokenizer) -> Result<()> {
-    let several = inputs.len() > 1 || inputs.iter().any(|input| input.format != Format::Text);
-    if vocabulary.unit() != Unit::Subwords || vocabulary.end().is_some() || !several {
-        return Ok(());
-    }
-
-    let remedy = "name one of its tokens by --end-token";
-    Err(Error::data(tokenizer, "it has no usual token that ends a document", remedy))
 }
 
 /// The remedies of unknown words name settings of a config; here they are options.

@@ -19,13 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::SPLITS;
 use super::documents::Place;
-use super::download::with_suffix;
+use super::download::{hold, with_suffix};
 use crate::data::prepared::{self, HEAD, Header, MAGIC, Source, Written};
 use crate::data::{Listed, Vocabulary, Width};
 use crate::error::{Error, Result};
@@ -314,15 +312,8 @@ fn alone(out: &Path, folder: &Path) -> Result<File> {
     let lock =
         OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"));
     let lock = lock.map_err(|error| unwritable(out, &error))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(Error::data(
-            out.display(),
-            "another process is preparing it",
-            "wait for its end, and run again",
-        )),
-        // A file system without locks.
-        _ => Ok(lock),
-    }
+    hold(&lock, out, "another process is preparing it")?;
+    Ok(lock)
 }
 
 /// Removes what a preparation of something else has left.

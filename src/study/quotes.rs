@@ -6,14 +6,11 @@ use std::path::Path;
 use super::findings::Findings;
 use crate::error::{Error, Result};
 
-/// Columns of the first table, and how far at least a quoted figure may be off: other processors
-/// round in other ways.
-const LOSS_COLUMN: usize = 4;
-const TAX_COLUMN: usize = 6;
+/// How far at least a quoted figure may be off: other processors round in other ways.
 const LEAST_LOSS: f64 = 0.01;
 const LEAST_TAX: f64 = 0.03;
 
-/// The rows of the table of a study that a document quotes, cell by cell.
+/// The rows of the table of a study that a document quotes, its head first, cell by cell.
 fn quoted(text: &str, name: &str) -> Option<Vec<Vec<String>>> {
     let (_, rest) = text.split_once(&format!("<!-- study {name} -->"))?;
     let (table, _) = rest.split_once("<!-- end -->")?;
@@ -21,6 +18,12 @@ fn quoted(text: &str, name: &str) -> Option<Vec<Vec<String>>> {
         line.trim().trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()
     };
     Some(table.lines().filter(|line| line.trim_start().starts_with('|')).map(cells).collect())
+}
+
+/// The cell below a head: tables of earlier versions have fewer columns.
+fn cell<'a>(head: &[String], cells: &'a [String], what: &str) -> Option<&'a str> {
+    let column = head.iter().position(|head| head == what)?;
+    cells.get(column).map(String::as_str)
 }
 
 /// The number that a cell begins with.
@@ -57,11 +60,11 @@ impl Quoted {
                 continue;
             };
 
-            for (what, column, found, least) in [
-                ("loss", LOSS_COLUMN, Some(&row.loss), LEAST_LOSS),
-                ("token tax", TAX_COLUMN, row.tax.as_ref().map(|tax| &tax.value), LEAST_TAX),
+            for (what, found, least) in [
+                ("loss", Some(&row.loss), LEAST_LOSS),
+                ("token tax", row.tax.as_ref().map(|tax| &tax.value), LEAST_TAX),
             ] {
-                let cell = cells.get(column).map_or("", String::as_str);
+                let cell = self.rows.first().and_then(|head| cell(head, cells, what)).unwrap_or("");
                 let agrees = match (found, number(cell)) {
                     (Some(found), Some(said)) => {
                         (said - found.mean).abs() <= found.half_interval.unwrap_or(0.0).max(least)
@@ -76,5 +79,24 @@ impl Quoted {
             }
         }
         missed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_known_by_their_heads() {
+        for (head, row) in [
+            ("| variant | loss | token tax |", "| a | 2.51 ± 0.01 | ~1.20 |"),
+            ("| variant | loss | bits/byte | token tax |", "| a | 2.51 ± 0.01 | 3.62 | ~1.20 |"),
+        ] {
+            let text = format!("<!-- study s -->\n\n{head}\n|---|\n{row}\n<!-- end -->");
+            let rows = quoted(&text, "s").unwrap();
+            let found = |what| cell(&rows[0], &rows[2], what).and_then(number);
+            assert_eq!((found("loss"), found("token tax")), (Some(2.51), Some(1.2)), "{head}");
+            assert_eq!(found("difference"), None);
+        }
     }
 }

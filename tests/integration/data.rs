@@ -259,6 +259,24 @@ fn token_files_of_other_programs_are_read() {
     assert_eq!(found.exit_code(), 2);
     assert!(found.to_string().contains("`data.vocabulary_size`: found nothing"), "{found}");
 
+    // What is said of ids is for them alone, also beside a prepared text of the same tokenizer.
+    let mixed = TempDir::new().unwrap();
+    let prepared = mixed.path().join("a.tokens");
+    prepare(&request(reference, "gpt2", "a.jsonl", prepared.clone())).unwrap();
+    let of = |path: &PathBuf| SourceConfig { path: path.clone(), weight: 1.0, epochs: None };
+    let config = DataConfig {
+        source: vec![of(&prepared), of(&reference.path("four.bin"))],
+        tokenizer: Some(Tokenizer::File(reference.path("gpt2.json"))),
+        token_bytes: Some(4),
+        ..plain()
+    };
+    let corpus = Corpus::open(&config, 1, 8, None).unwrap();
+    let lengths: Vec<usize> = corpus.sources.iter().map(|source| source.tokens.len()).collect();
+    assert!(lengths.iter().all(|length| *length > flat.len() * 9 / 10), "{lengths:?}");
+    let config = DataConfig { path: Some(prepared), source: Vec::new(), ..config };
+    let found = Corpus::open(&config, 1, 8, None).unwrap_err().to_string();
+    assert!(found.contains("`data.token_bytes`: found 4; "), "{found}");
+
     // An index of other ids, and one that is damaged.
     let folder = TempDir::new().unwrap();
     let good = std::fs::read(reference.path("megatron-u16.idx")).unwrap();
