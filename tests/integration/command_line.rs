@@ -425,7 +425,8 @@ fn configs_are_valid() {
         let path = entry.path();
         let config = Config::load(&path, &[], None)
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let here = config.data.path.as_ref().is_none_or(|path| path.exists());
+        let sources = config.data.source.iter().map(|source| &source.path);
+        let here = config.data.path.iter().chain(sources).all(|path| path.exists());
         if !here {
             eprintln!("skipped: the text of {} is not here", path.display());
         } else if let Err(error) = Setup::new(config) {
