@@ -10,7 +10,7 @@
 #   OUROBOROS=/path/to/ouroboros scripts/gpu-kit.sh      takes that program instead of building one
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-LIMIT=25 # MB
+LIMIT=40 # MB: it travels with every check
 kit=$root/.gpu-kit
 
 # Components of Open MPI 4.1 for ranks of one host; a name may stand for several.
