@@ -13,8 +13,10 @@ use crate::hugging_face::{ExportRequest, ImportRequest, WeightType};
 use crate::inject::Injection;
 use crate::launch::{Job, Transport};
 use crate::prepare::{Request, TrainRequest};
+use crate::report;
 use crate::schedule::{ScheduleKind, Tie};
 use crate::study;
+use crate::trace::Window;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R
 /// data-parallel replicas.
@@ -62,6 +64,9 @@ pub enum Command {
     /// Trains variants of a config beside each other, with the oracle: what delay costs, at the
     /// best rate of each, over paired seeds.
     Study(StudyArgs),
+    /// Makes a page of what runs have left in their folders: curves, the grid's time, the proof that
+    /// nobody waited, memory, events.
+    Report(ReportArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
     /// Prepares and checks datasets, and trains tokenizers.
@@ -132,13 +137,19 @@ pub struct TrainArgs {
     /// from the seed.
     #[arg(long, value_name = "FAULT")]
     pub inject: Option<Injection>,
+    /// Writes what every place does in these steps, TO left out, into the run's folder as
+    /// trace-FROM-TO.json.gz: open it at <https://ui.perfetto.dev>. A file TRACE in the run's folder that
+    /// holds a number does so for as many steps from then on.
+    #[arg(long, value_name = "FROM..TO")]
+    pub trace: Option<Window>,
 }
 
 impl TrainArgs {
     /// The job that is asked for.
     pub fn job(self) -> Job {
         let limits = Limits { max_minutes: self.max_minutes, margin_s: self.stop_margin };
-        let mode = Mode { inject: self.inject, signals: true, limits, ..Mode::default() };
+        let (inject, trace) = (self.inject, self.trace);
+        let mode = Mode { inject, trace, signals: true, limits, ..Mode::default() };
 
         Job {
             self_test: self.self_test || self.topology.is_some(),
@@ -174,6 +185,9 @@ pub struct BenchArgs {
     /// device, as in 10,20, or the bench.json of another run.
     #[arg(long, value_name = "F,B|FILE")]
     pub emulated_compute: Option<String>,
+    /// Writes what every place does in these steps, TO left out, as trace-FROM-TO.json.gz.
+    #[arg(long, value_name = "FROM..TO")]
+    pub trace: Option<Window>,
 }
 
 impl BenchArgs {
@@ -183,7 +197,7 @@ impl BenchArgs {
     /// Times or a profile that cannot be used.
     pub fn job(self) -> Result<Job> {
         let emulated = self.emulated_compute.as_deref().map(EmulatedCompute::read).transpose()?;
-        let mode = Mode { bench: true, emulated, ..Mode::default() };
+        let mode = Mode { bench: true, emulated, trace: self.trace, ..Mode::default() };
         let job = Job::new(self.config, self.set, self.grid, self.out, self.transport, mode);
         Ok(Job { steps: self.steps, ..job })
     }
@@ -281,6 +295,27 @@ impl StudyArgs {
     pub fn request(self) -> study::Request {
         let StudyArgs { study, out, jobs, check } = self;
         study::Request { study, out, jobs, check }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Folders of runs.
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// The page [default: report.html in the first run's folder].
+    #[arg(short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print the figures as JSON instead.
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
+}
+
+impl ReportArgs {
+    /// The request that is made.
+    pub fn request(self) -> report::Request {
+        let ReportArgs { runs, output, json } = self;
+        report::Request { runs, out: output, json }
     }
 }
 
@@ -497,4 +532,7 @@ pub struct ScheduleArgs {
     /// Rows of the drawing at most.
     #[arg(long, default_value_t = 60)]
     pub rows: usize,
+    /// Also draw it as a picture, the other schedules below it.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 }

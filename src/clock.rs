@@ -5,7 +5,7 @@
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,61 @@ pub struct Times {
 }
 
 impl Times {
+    /// Of these stages, nothing yet.
+    fn none(stages: &[usize]) -> Times {
+        let stage = |stage: &usize| StageTimes { stage: *stage, ..StageTimes::default() };
+        Times { stages: stages.iter().map(stage).collect(), ..Times::default() }
+    }
+
+    /// The time of an action was so long.
+    fn count(&mut self, action: &Action, seconds: f64) {
+        let of = |times: &&mut StageTimes| times.stage == action.stage;
+        let Some(stage) = self.stages.iter_mut().find(of) else { return };
+        match action.op {
+            Op::Forward => stage.forward += seconds,
+            Op::Backward => {
+                stage.backward += seconds;
+                stage.microbatches += 1;
+            }
+            Op::Update => {
+                stage.update += seconds;
+                stage.updates += 1;
+            }
+
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => {
+                stage.copies += seconds
+            }
+
+            Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => {
+                stage.table += seconds
+            }
+
+            Op::RecvActivation
+            | Op::RecvGradient
+            | Op::RecvPart
+            | Op::RecvTable
+            | Op::AwaitTable
+            | Op::Save => {}
+        }
+    }
+
+    /// Adds the times of the same device in other steps.
+    pub fn add(&mut self, other: &Times) {
+        self.steps += other.steps;
+        self.seconds += other.seconds;
+        self.shares.iter_mut().zip(other.shares).for_each(|(sum, share)| *sum += share);
+        self.processor.iter_mut().zip(other.processor).for_each(|(sum, time)| *sum += time);
+        for (sum, stage) in self.stages.iter_mut().zip(&other.stages) {
+            sum.forward += stage.forward;
+            sum.backward += stage.backward;
+            sum.update += stage.update;
+            sum.copies += stage.copies;
+            sum.table += stage.table;
+            sum.microbatches += stage.microbatches;
+            sum.updates += stage.updates;
+        }
+    }
+
     /// A share of the device's time, from 0 to 1.
     pub fn fraction(&self, kind: TimeKind) -> f64 {
         self.shares[kind as usize] / self.seconds
@@ -170,24 +225,44 @@ pub struct Clock {
     /// Processor times when it was started.
     before: [f64; 2],
     times: Times,
+    /// Since the last question for it, when that was, and the processor times then.
+    recent: Times,
+    asked: Instant,
+    then: [f64; 2],
 }
 
 impl Clock {
     /// A clock for the stages of one device.
     pub fn new(schedule: &Schedule, stages: &[usize]) -> Clock {
-        let stages: Vec<_> = stages
-            .iter()
-            .map(|stage| StageTimes { stage: *stage, ..StageTimes::default() })
-            .collect();
+        let now = Instant::now();
         Clock {
             window: window(schedule),
             microbatches: schedule.microbatches,
-            marker: stages.first().map_or(0, |times| times.stage),
+            marker: stages.first().copied().unwrap_or(0),
             started: None,
-            last: Instant::now(),
+            last: now,
             before: [0.0; 2],
-            times: Times { stages, ..Times::default() },
+            times: Times::none(stages),
+            recent: Times::none(stages),
+            asked: now,
+            then: processor(),
         }
+    }
+
+    /// What the device has done since this was last asked, in all passes, if that is long enough ago.
+    pub fn recent(&mut self, least: Duration) -> Option<Times> {
+        let seconds = self.last.duration_since(self.asked);
+        if seconds < least {
+            return None;
+        }
+
+        let stages: Vec<usize> = self.recent.stages.iter().map(|times| times.stage).collect();
+        let mut recent = std::mem::replace(&mut self.recent, Times::none(&stages));
+        let now = processor();
+        recent.seconds = seconds.as_secs_f64();
+        recent.processor = [now[0] - self.then[0], now[1] - self.then[1]];
+        (self.asked, self.then) = (self.last, now);
+        Some(recent)
     }
 
     /// The time since the last call was spent on `share`; how much it was.
@@ -195,6 +270,7 @@ impl Clock {
         let now = Instant::now();
         let seconds = now.duration_since(self.last).as_secs_f64();
         self.last = now;
+        self.recent.shares[share as usize] += seconds;
         if self.started.is_some() {
             self.times.shares[share as usize] += seconds;
         }
@@ -208,42 +284,18 @@ impl Clock {
             return;
         }
 
-        if self.started.is_some()
-            && let Some(stage) =
-                self.times.stages.iter_mut().find(|times| times.stage == action.stage)
-        {
-            match action.op {
-                Op::Forward => stage.forward += seconds,
-                Op::Backward => {
-                    stage.backward += seconds;
-                    stage.microbatches += 1;
-                }
-                Op::Update => {
-                    stage.update += seconds;
-                    stage.updates += 1;
-                }
-
-                Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => {
-                    stage.copies += seconds
-                }
-
-                Op::Part | Op::ReduceTable | Op::SendTable | Op::UpdateTable | Op::Digest => {
-                    stage.table += seconds
-                }
-
-                Op::RecvActivation
-                | Op::RecvGradient
-                | Op::RecvPart
-                | Op::RecvTable
-                | Op::AwaitTable
-                | Op::Save => {}
-            }
+        self.recent.count(action, seconds);
+        if self.started.is_some() {
+            self.times.count(action, seconds);
         }
 
         let ends_step = action.op == Op::Backward && action.microbatch + 1 == self.microbatches;
-        if let Some(window) =
-            self.window.clone().filter(|_| ends_step && action.stage == self.marker)
-        {
+        if !ends_step || action.stage != self.marker {
+            return;
+        }
+
+        self.recent.steps += 1;
+        if let Some(window) = self.window.clone() {
             if action.step == window.start {
                 self.started = Some(self.last);
                 self.before = processor();
@@ -301,7 +353,7 @@ mod tests {
         for action in schedule.actions(0) {
             clock.lap(TimeKind::Idle);
             if action.op == Op::Forward {
-                std::thread::sleep(std::time::Duration::from_millis(2));
+                std::thread::sleep(Duration::from_millis(2));
             }
             clock.passed(&action);
         }
@@ -316,6 +368,15 @@ mod tests {
         );
         assert!((times.shares.iter().sum::<f64>() - times.seconds).abs() < 1e-6, "{times:?}");
         assert!(times.fraction(TimeKind::Compute) > 0.5, "{times:?}");
+        // What was done lately is all of it.
+        let recent = clock.recent(Duration::ZERO).unwrap();
+        assert!((recent.shares.iter().sum::<f64>() - recent.seconds).abs() < 1e-6, "{recent:?}");
+        assert_eq!((recent.steps, recent.stages[0].updates), (8, 8));
+        assert!(recent.seconds > times.seconds && clock.recent(Duration::from_secs(1)).is_none());
+        let mut sum = recent.clone();
+        sum.add(&recent);
+        assert_eq!((sum.steps, sum.stages[0].microbatches), (16, 32));
+
         // It has slept most of the time.
         assert!(times.processor[0] < times.seconds && times.processor[1] == 0.0, "{times:?}");
     }

@@ -64,6 +64,19 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     create(path)?.write_all(bytes)
 }
 
+/// Writes a whole file in the place of another, of which nobody sees a part; as [`create`].
+///
+/// # Errors
+/// What the system says, or that the path is a link.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = temporary(path);
+    let written = write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary); // The first error is the one to tell.
+    }
+    written
+}
+
 /// The bytes of a file; as [`open`].
 ///
 /// # Errors

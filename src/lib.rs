@@ -34,13 +34,15 @@
 //! emulated_compute  stages that sleep       checkpoint  saved states
 //! setup      what is true                    stage       forward and backward of a microbatch
 //! inject     faults on purpose               clock       where a device's time goes
-//! control    reports, controls, gate, heartbeat, stop    comm        links and groups: threads, MPI, NCCL
+//! trace      what every place did, and when  control     reports, controls, gate, heartbeat, stop
+//! comm       links and groups: threads, MPI, NCCL
 //! memory     predicted, measured, limited    metrics     sinks, summary, the table of a benchmark
 //! coordinator  rank 0: steps, commits, stop, watchdog    selftest    whether links do what is said of them
 //! prepare    corpora                         worker      one device at work
 //! oracle     the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! study      what delay costs: variants over paired seeds, by the oracle
+//! report     what runs have left, as a page
 //! generation  texts that grow                hugging_face  models in and out
 //! cli        what can be typed               commands    the short ones
 //! ```
@@ -84,6 +86,7 @@ pub mod setup;
 pub mod stage;
 mod inject;
 mod clock;
+pub mod trace;
 pub mod control;
 pub mod comm;
 mod memory;
@@ -95,6 +98,7 @@ mod worker;
 mod oracle;
 pub mod launch;
 pub mod study;
+pub mod report;
 pub mod generation;
 pub mod hugging_face;
 pub mod cli;

@@ -10,8 +10,8 @@ use clap::error::ErrorKind;
 use ouroboros::cli::{self, Cli, Command, DataCommand, TokenizerCommand};
 use ouroboros::error::{Error, Result};
 use ouroboros::{
-    commands, complain, console, control, device, failure, hugging_face, launch, prepare, runtime,
-    study,
+    commands, complain, console, control, device, failure, hugging_face, launch, prepare, report,
+    runtime, study,
 };
 
 fn main() -> ExitCode {
@@ -71,6 +71,7 @@ fn run(command: Command) -> u8 {
             args.job().map_or_else(|error| launch::refuse(&error), |job| launch::train(&job))
         }
         Command::Study(args) => answer_code(|| study::study(&args.request())),
+        Command::Report(args) => answer(|| report::report(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),
         Command::Import(args) => answer(|| hugging_face::import(&args.request())),
         Command::Export(args) => answer(|| hugging_face::export(&args.request())),

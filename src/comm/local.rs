@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
-use super::{Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, checked};
+use super::{Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, Transfer, checked};
 use crate::control::{Control, Controls, Gate, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
+use crate::trace::{Event, Moment, Span};
 use crate::wire::Wire;
 
 type Message = (Header, Tensor);
@@ -28,11 +29,15 @@ pub fn connect(
     limit: usize,
     reports: &Sender<Report>,
 ) -> (Vec<Ports>, Controls) {
+    let gate = |_| Arc::new(Gate::new(limit, "this process", None));
+    let gates: Vec<Arc<Gate>> = (0..grid.size()).map(gate).collect();
+    let of = |place: Place| Arc::clone(&gates[grid.rank(place)]);
+    let link = |a: Place, b: Place| link((a, of(a)), (b, of(b)), capacity);
     let mut ends: BTreeMap<Place, Endpoints> =
         grid.places().map(|place| (place, Endpoints::default())).collect();
     for place in grid.places() {
         if let Some(next) = grid.downstream(place) {
-            let (above, below) = link(place, next, capacity);
+            let (above, below) = link(place, next);
             ends.entry(place).or_default().downstream = Some(above);
             ends.entry(next).or_default().upstream = Some(below);
         }
@@ -40,7 +45,7 @@ pub fn connect(
         if place.stage == 0
             && let Some(twin) = grid.twin(place)
         {
-            let (first, last) = link(place, twin, capacity);
+            let (first, last) = link(place, twin);
             ends.entry(place).or_default().twin = Some(first);
             ends.entry(twin).or_default().twin = Some(last);
         }
@@ -48,7 +53,7 @@ pub fn connect(
 
     if grid.replicas > 1 {
         for stage in 0..grid.stages {
-            for (place, group) in grid.group(stage).zip(groups(grid, stage, wire)) {
+            for (place, group) in grid.group(stage).zip(groups(grid, stage, wire, &of)) {
                 ends.entry(place).or_default().group = Some(group);
             }
         }
@@ -63,16 +68,10 @@ pub fn connect(
         let reporter = Reporter::new(move |report| reports.send(report).map_err(gone));
         let places =
             grid.held(rank).iter().map(|place| ends.remove(place).unwrap_or_default()).collect();
-        Ports {
-            places,
-            reports: reporter,
-            gate: Arc::new(Gate::new(limit, "this process", None)),
-            transfers: None,
-        }
+        Ports { places, reports: reporter, gate: Arc::clone(&gates[rank]), transfers: None }
     };
 
     let ports: Vec<Ports> = (0..grid.size()).map(ports).collect();
-    let gates: Vec<Arc<Gate>> = ports.iter().map(|ports| Arc::clone(&ports.gate)).collect();
     let reports = reports.clone();
     let tell = move |control| {
         for (rank, gate) in gates.iter().enumerate() {
@@ -86,19 +85,23 @@ pub fn connect(
     (ports, Controls::new(tell))
 }
 
-/// Both ends of a link between two places.
-fn link(a: Place, b: Place, capacity: usize) -> (Box<dyn Link>, Box<dyn Link>) {
+/// Both ends of a link between two places, each with its rank's gate.
+fn link(
+    (a, gate_a): (Place, Arc<Gate>),
+    (b, gate_b): (Place, Arc<Gate>),
+    capacity: usize,
+) -> (Box<dyn Link>, Box<dyn Link>) {
     let (down, from_a) = sync_channel(capacity);
     let (up, from_b) = sync_channel(capacity);
-    let first =
-        LocalLink { me: a, peer: b, sender: down, receiver: from_b, expected: VecDeque::new() };
-    let second =
-        LocalLink { me: b, peer: a, sender: up, receiver: from_a, expected: VecDeque::new() };
-    (Box::new(first), Box::new(second))
+    let end = |me, gate, peer, sender, receiver| {
+        Box::new(LocalLink { me, gate, peer, sender, receiver, expected: VecDeque::new() })
+    };
+    (end(a, gate_a, b, down, from_b), end(b, gate_b, a, up, from_a))
 }
 
 struct LocalLink {
     me: Place,
+    gate: Arc<Gate>,
     peer: Place,
     sender: SyncSender<Message>,
     receiver: Receiver<Message>,
@@ -110,7 +113,10 @@ impl Link for LocalLink {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
         let lost =
             |_| Error::Lost { peer: self.peer, doing: format!("{} sends {header}", self.me) };
-        self.sender.send((header, tensor)).map_err(lost)
+        let transfer = self.gate.tracer.on().then(|| Transfer::begin(&header, self.me.stage));
+        self.sender.send((header, tensor)).map_err(lost)?;
+        transfer.into_iter().for_each(|transfer| self.gate.tracer.add(transfer.end()));
+        Ok(())
     }
 
     fn prepare(&mut self, expected: Header) -> Result<()> {
@@ -161,6 +167,7 @@ impl<T> Mailbox<T> {
 /// Replica 0 owns everything: it adds up, in the order of the replicas, so the sum is the same for
 /// every run and every R.
 struct Leader {
+    gate: Arc<Gate>,
     stage: usize,
     wire: Wire,
     members: Arc<Mutex<Vec<Member>>>,
@@ -174,6 +181,7 @@ struct Member {
 }
 
 struct Follower {
+    gate: Arc<Gate>,
     place: Place,
     wire: Wire,
     sender: Sender<Numbered<Tensor>>,
@@ -200,7 +208,12 @@ impl Started {
     }
 }
 
-fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
+fn groups(
+    grid: Grid,
+    stage: usize,
+    wire: Wire,
+    gate: &dyn Fn(Place) -> Arc<Gate>,
+) -> Vec<Box<dyn ReplicaGroup>> {
     let mut members = Vec::new();
     let mut followers: Vec<Box<dyn ReplicaGroup>> = Vec::new();
     for place in grid.group(stage).skip(1) {
@@ -209,6 +222,7 @@ fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
         members.push(Member { mailbox: Mailbox::new(receiver), sender });
         let mailbox = Arc::new(Mutex::new(Mailbox::new(from_leader)));
         followers.push(Box::new(Follower {
+            gate: gate(place),
             place,
             wire,
             sender: to_leader,
@@ -218,13 +232,34 @@ fn groups(grid: Grid, stage: usize, wire: Wire) -> Vec<Box<dyn ReplicaGroup>> {
     }
 
     let members = Arc::new(Mutex::new(members));
-    let leader: Box<dyn ReplicaGroup> =
-        Box::new(Leader { stage, wire, members, started: Started::default() });
+    let leader: Box<dyn ReplicaGroup> = Box::new(Leader {
+        gate: gate(Place { stage, replica: 0 }),
+        stage,
+        wire,
+        members,
+        started: Started::default(),
+    });
     std::iter::once(leader).chain(followers).collect()
 }
 
 /// A half of a sum that is made when it is waited for.
 type Half = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// A sum of `flat`, from now until it has been waited for, as traces show it.
+fn traced(gate: &Arc<Gate>, stage: usize, step: usize, flat: &Tensor, half: Half) -> Half {
+    if !gate.tracer.on() {
+        return half;
+    }
+
+    let (gate, begin) = (Arc::clone(gate), Moment::now());
+    let bytes = (flat.numel() * size_of::<f32>()) as u64;
+    Box::new(move || {
+        half()?;
+        let span = Span { begin, end: Moment::now() };
+        gate.tracer.add(Event::Sum { stage, step, bytes, span });
+        Ok(())
+    })
+}
 
 impl Leader {
     fn lost(stage: usize, step: usize, replica: usize) -> Error {
@@ -269,8 +304,9 @@ impl ReplicaGroup for Leader {
     fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
         let (reduce, gather) = (self.started.reduce(), self.started.gather());
         let adds = self.adds(step, reduce, flat.shallow_clone());
-        let sends = self.sends(step, gather, flat);
-        Ok(Reduction::new(move || adds().and_then(|()| sends())))
+        let sends = self.sends(step, gather, flat.shallow_clone());
+        let both: Half = Box::new(move || adds().and_then(|()| sends()));
+        Ok(Reduction::new(traced(&self.gate, self.stage, step, &flat, both)))
     }
 
     fn reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
@@ -313,7 +349,8 @@ impl Follower {
 impl ReplicaGroup for Follower {
     fn all_reduce(&mut self, step: usize, flat: Tensor) -> Result<Reduction> {
         self.send(step, &flat)?;
-        Ok(Reduction::new(self.takes(step, flat)))
+        let takes = self.takes(step, flat.shallow_clone());
+        Ok(Reduction::new(traced(&self.gate, self.place.stage, step, &flat, takes)))
     }
 
     fn owned(&self, len: usize) -> Range<usize> {

@@ -19,7 +19,8 @@ use tch::Tensor;
 use crate::control::{Gate, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::schedule::Pass;
+use crate::schedule::{Action, Op, Pass};
+use crate::trace::{Event, Moment, Span};
 use crate::wire::Wire;
 
 /// What a message carries.
@@ -100,6 +101,18 @@ impl Header {
         ]
     }
 
+    /// The action by which a stage sends it.
+    pub fn action(&self, stage: usize) -> Action {
+        let op = match self.content {
+            Content::Activation => Op::SendActivation,
+            Content::Gradient => Op::SendGradient,
+            Content::Part => Op::Part,
+            Content::Sum => Op::SendTable,
+        };
+
+        Action { stage, op, pass: self.pass, step: self.step, microbatch: self.microbatch }
+    }
+
     /// How many values it tells of; none if that is beyond any number.
     pub fn values(&self) -> Option<usize> {
         self.shape
@@ -125,6 +138,27 @@ impl Header {
 
         (magic == Header::MAGIC && header.shape.iter().all(|n| (0..1 << 31).contains(n)))
             .then_some(header)
+    }
+}
+
+/// A message under way, of a trace.
+struct Transfer {
+    action: Action,
+    bytes: u64,
+    begin: Moment,
+}
+
+impl Transfer {
+    /// A message of a stage is handed over.
+    fn begin(header: &Header, stage: usize) -> Transfer {
+        let bytes = (header.values().unwrap_or(0) * header.wire.bytes()) as u64;
+        Transfer { action: header.action(stage), bytes, begin: Moment::now() }
+    }
+
+    /// It has left.
+    fn end(self) -> Event {
+        let Transfer { action, bytes, begin } = self;
+        Event::Transfer { action, bytes, span: Span { begin, end: Moment::now() } }
     }
 }
 

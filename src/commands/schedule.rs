@@ -1,9 +1,14 @@
 //! `ouroboros schedule`: delays, memory and ideal speed-up of a schedule, and its drawing.
 
+use std::path::Path;
+
+use clap::ValueEnum;
+
 use crate::cli::ScheduleArgs;
 use crate::delay::SyncPoints;
 use crate::error::{Error, Result};
-use crate::schedule::{Costs, Schedule, draw, summary};
+use crate::files;
+use crate::schedule::{Costs, Schedule, ScheduleKind, draw, picture, summary};
 
 /// Prints the summary and the drawing.
 ///
@@ -47,6 +52,38 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         put!("{}", draw(&schedule, costs, unit, args.rows).map_err(fault)?);
     }
 
+    match &args.svg {
+        Some(path) => write_picture(&schedule, args, costs, path),
+        None => Ok(()),
+    }
+}
+
+/// Draws the schedule and below it the others of the same grid.
+fn write_picture(
+    schedule: &Schedule,
+    args: &ScheduleArgs,
+    costs: Costs,
+    path: &Path,
+) -> Result<()> {
+    if args.steps == 0 {
+        return Err(Error::config("--steps", 0, "a picture needs a step at least"));
+    }
+
+    let others = ScheduleKind::value_variants().iter().filter(|kind| **kind != args.schedule);
+    let of = |kind: &ScheduleKind| {
+        let ends = SyncPoints::ends(args.steps);
+        let mut other = Schedule::new(*kind, args.grid.stages, args.microbatches, args.slack, ends);
+        (other.placement, other.tie) = (args.placement, args.tie);
+        other
+    };
+
+    let all: Vec<Schedule> = std::iter::once(schedule.clone()).chain(others.map(of)).collect();
+    let text =
+        picture(&all, costs).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
+    files::replace(path, text.as_bytes()).map_err(|error| {
+        Error::config("--svg", path.display(), format!("cannot be written ({error})"))
+    })?;
+    say!("\npicture: {}", path.display());
     Ok(())
 }
 

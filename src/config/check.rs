@@ -1,7 +1,7 @@
 //! Whether the settings of a run can be used: each section by itself, then those that belong
 //! together.
 
-use super::{Config, OnNonfinite, bounds};
+use super::{Config, OnNonfinite, SinkKind, bounds};
 use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::files;
@@ -65,6 +65,12 @@ fn check_run(config: &Config) -> Result<()> {
     if !BUCKET_KIB.contains(&config.bucket_kib) {
         let remedy = format!("from {} to {} KiB", BUCKET_KIB.start(), BUCKET_KIB.end());
         return Err(Error::config("bucket_kib", config.bucket_kib, remedy));
+    }
+
+    let twice = |(i, kind): (usize, &SinkKind)| config.sink[..i].contains(kind);
+    if config.sink.iter().enumerate().any(twice) {
+        let found = serde_json::to_string(&config.sink).unwrap_or_default();
+        return Err(Error::config("sink", found, "a sink stands there twice; name each once"));
     }
 
     let stall = config.stall_seconds;

@@ -13,11 +13,13 @@ mod eval;
 mod grid;
 mod parse;
 mod recompute;
+mod sink;
 
 pub use checkpoint::CheckpointConfig;
 pub use eval::EvalConfig;
 pub use grid::{GridConfig, LayersPerStage};
 pub use recompute::Recompute;
+pub use sink::SinkKind;
 
 use crate::data::{DataConfig, Order, Reading, Shape};
 use crate::device::DeviceSetting;
@@ -78,6 +80,8 @@ pub struct Config {
     /// Replicas compare digests of their weights after every so many steps; none: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify_every: Option<usize>,
+    /// Where the metrics go.
+    pub sink: Vec<SinkKind>,
     pub grid: GridConfig,
     pub model: ModelConfig,
     pub data: DataConfig,
@@ -111,6 +115,7 @@ impl Default for Config {
             stall_seconds: 300.0,
             on_nonfinite: OnNonfinite::Stop,
             verify_every: None,
+            sink: vec![SinkKind::Jsonl, SinkKind::Terminal],
             grid: GridConfig::default(),
             model: ModelConfig::default(),
             data: DataConfig::default(),
@@ -136,6 +141,14 @@ impl Config {
     /// [`Error::Config`] for the first that cannot.
     pub fn check(&self) -> Result<()> {
         check::check(self)
+    }
+
+    /// The keys that have a value, each with it, as `--set` names them.
+    pub fn settings(&self) -> Vec<(String, serde_json::Value)> {
+        let mut settings = Vec::new();
+        let whole = serde_json::to_value(self).unwrap_or_default();
+        flatten("", whole, &mut settings);
+        settings
     }
 
     /// What can be done but is hardly meant, for the user to know.
@@ -271,6 +284,20 @@ fn leave_out(table: &mut toml::Table, default: &toml::Table) {
     });
 }
 
+/// The values of a tree, each by its keys from the root on.
+fn flatten(key: &str, value: serde_json::Value, into: &mut Vec<(String, serde_json::Value)>) {
+    match value {
+        serde_json::Value::Object(section) => {
+            for (name, value) in section {
+                let key = if key.is_empty() { name } else { format!("{key}.{name}") };
+                flatten(&key, value, into);
+            }
+        }
+        serde_json::Value::Null => {}
+        value => into.push((key.to_owned(), value)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,7 +417,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_head`, `kv_heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `vocabulary`, `positions`, `rope_theta`, `rope_scaling`, `attention_bias`, `qk_norm`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `shared_biases`, `norm`, `norm_eps`, `final_norm`, `init`, `init_std`, `attention_dropout`, `loss_chunk_mib`, `z_loss`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `sink`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

@@ -16,6 +16,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use super::{Activity, Control, FlightRecorder, Heartbeat};
 use crate::error::{Error, Result};
 use crate::grid::Place;
+use crate::trace::Tracer;
 
 /// What a place at its limit learns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub enum GateDecision {
 /// The gate of one rank.
 pub struct Gate {
     pub heartbeat: Heartbeat,
+    pub tracer: Tracer,
     /// Told when its place begins to wait, and when it has waited.
     waits: Box<dyn Fn(bool) + Send + Sync>,
     state: Mutex<State>,
@@ -49,6 +51,7 @@ impl Gate {
         let heartbeat = Heartbeat::new(host.to_owned(), recorder);
         Gate {
             heartbeat,
+            tracer: Tracer::default(),
             waits: Box::new(|_| ()),
             state: Mutex::new(State { limit, stop: None, ended: false }),
             changed: Condvar::new(),
@@ -71,7 +74,8 @@ impl Gate {
         match control {
             Control::Limit(limit) => state.limit = state.limit.max(limit),
             Control::Stop(at) => state.stop = Some(at),
-            Control::Ask => {}
+            Control::Trace(window) => self.tracer.plan(window),
+            Control::Ask | Control::Clock(_) => {}
             Control::Shutdown => state.ended = true,
         }
 

@@ -28,6 +28,7 @@ pub use stop::{Limits, STOPPED, Watch, left_of_job, limit};
 
 use crate::emulated_compute::EmulatedCompute;
 use crate::inject::Injection;
+use crate::trace::Window;
 
 /// How a run differs from plain training.
 #[derive(Debug, Clone, Default)]
@@ -39,4 +40,6 @@ pub struct Mode {
     /// Heed signals, which belong to the whole process.
     pub signals: bool,
     pub limits: Limits,
+    /// Steps that are traced.
+    pub trace: Option<Window>,
 }

@@ -9,6 +9,7 @@ use crate::checkpoint::Written;
 use crate::clock::Times;
 use crate::error::{Error, Result};
 use crate::grid::Place;
+use crate::trace::{ClockName, Moment, Window};
 
 /// JSON knows no number that is not finite, and writes null.
 fn or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
@@ -46,6 +47,8 @@ pub enum Report {
     Digest { place: Place, step: usize, digest: u64 },
     /// The rank needed so many seconds of work for an update.
     Busy { rank: usize, seconds: f64 },
+    /// Where the rank's time went since it last said so, up to an update; its resident bytes.
+    Times { rank: usize, step: usize, times: Times, memory: Option<u64> },
     /// What the rank is doing.
     Heartbeat { rank: usize, beat: HeartbeatReport },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From
@@ -59,6 +62,10 @@ pub enum Report {
     },
     /// The place has written its part of the state at sync point `step`.
     Saved { place: Place, step: usize, written: Written },
+    /// The rank has written its part of a trace, of the clock of this name; or why it cannot.
+    Traced { rank: usize, window: Window, clock: ClockName, failed: Option<String> },
+    /// What the rank's clock says, in answer to a question.
+    Clock { rank: usize, number: u64, at: Moment },
     /// Somebody asks the run to stop.
     Stop { reason: String },
     /// The rank has finished.
@@ -94,6 +101,10 @@ pub enum Control {
     Stop(usize),
     /// The heartbeat is asked for.
     Ask,
+    /// These steps, which nobody has begun, are to be traced.
+    Trace(Window),
+    /// What the clock says is asked for; the question's number.
+    Clock(u64),
     /// Nothing more will be told.
     Shutdown,
 }

@@ -7,6 +7,7 @@ mod divergence;
 mod steps;
 mod stop_planner;
 mod stragglers;
+mod traces;
 mod watchdog;
 
 use std::path::{Path, PathBuf};
@@ -19,22 +20,29 @@ use divergence::Divergence;
 use steps::{Complete, Step, Steps};
 use stop_planner::{StopPlanner, Stopping};
 use stragglers::Stragglers;
+use traces::Traces;
 use watchdog::Watchdog;
 
 use crate::awake::Awake;
 use crate::clock::Times;
+use crate::config::SinkKind;
 use crate::control::{Controls, Mode, Report, Watch};
 use crate::emulated_compute::EmulatedCompute;
 use crate::error::{Error, Placed, Result};
 use crate::files;
 use crate::lock::FolderLock;
-use crate::metrics::{Bench, EvalLine, JsonLines, Progress, Sink, StepLine, Summary, print_memory};
+use crate::memory::Prediction;
+use crate::metrics::{
+    Bench, EvalLine, EventKind, EventLine, EventLog, JsonLines, PlaceLine, PlacesFile, Progress,
+    Prometheus, Sink, StepLine, Summary, TensorBoard, print_memory,
+};
 use crate::number::Readback;
 use crate::optim::learning_rate;
 use crate::setup::Setup;
 
-/// Between two looks at the clock where nothing is reported.
+/// Between two looks at the clock where nothing is reported; while a trace is being written.
 const LOOK: Duration = Duration::from_millis(500);
+const LOOK_AT_TRACE: Duration = Duration::from_millis(20);
 
 /// What the ranks of a run are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +71,7 @@ pub struct Coordinator {
     emulated: Option<EmulatedCompute>,
     commits: Commits,
     planner: StopPlanner,
+    traces: Traces,
     /// When the last step was complete.
     last: Awake,
     losses: Vec<f64>,
@@ -88,6 +97,7 @@ impl Coordinator {
         check_room(&setup, out)?;
         std::fs::create_dir_all(out).map_err(wrong)?;
         let lock = FolderLock::take(out)?;
+        traces::tidy(out)?;
         files::write(&out.join("config.toml"), setup.config.to_toml().as_bytes()).map_err(wrong)?;
 
         if let Some(saved) = setup.resumed.as_ref().or(setup.initial.as_ref()) {
@@ -95,13 +105,11 @@ impl Coordinator {
         }
 
         let (start, config, grid) = (setup.start(), &setup.config, setup.grid);
-        let json = JsonLines::begin(out, setup.resumed.as_ref().map(|_| start))?;
-        let terminal = Progress::new(config.steps, start, setup.corpus.measure());
 
         Ok(Coordinator {
             out: out.to_owned(),
             lock,
-            sinks: vec![Box::new(json), Box::new(terminal)],
+            sinks: sinks(&setup, out)?,
             steps: Steps::new(grid.stages, grid.replicas, setup.dimensions.tied, start),
             divergence: Divergence::new(grid),
             stragglers: Stragglers::default(),
@@ -112,10 +120,44 @@ impl Coordinator {
             emulated: None,
             commits: Commits::begin(Arc::clone(&setup), out)?,
             planner: StopPlanner::new(config.steps, start, setup.lead()),
+            traces: Traces::new(Arc::clone(&setup), out),
             last: Awake::now(),
             losses: Vec::new(),
             eval_loss: None,
             setup,
+        })
+    }
+
+    /// What a run is, for whoever looks at it later.
+    fn facts(&self, ranks: Ranks) -> serde_json::Value {
+        let (setup, config) = (&self.setup, &self.setup.config);
+        let measure = setup.corpus.measure();
+        let predicted = |rank| Prediction::new(setup, rank).of_device(setup);
+        serde_json::json!({
+            "program": concat!("ouroboros ", env!("CARGO_PKG_VERSION")),
+            "name": config.name,
+            "grid": setup.grid.to_string(),
+            "stages": setup.grid.stages,
+            "replicas": setup.grid.replicas,
+            "ring": setup.grid.devices() < setup.grid.stages,
+            "places": (0..setup.grid.size()).map(|rank| setup.grid.name(rank)).collect::<Vec<_>>(),
+            "threads": ranks == Ranks::Threads,
+            "oracle": self.watchdog.is_none(),
+            "bench": self.bench,
+            "emulated": self.emulated.is_some(),
+            "schedule": config.schedule,
+            "microbatches": config.microbatches,
+            "delays": setup.schedule.delays,
+            "ahead": setup.schedule.ahead,
+            "start": setup.start(),
+            "steps": config.steps,
+            "tokens_a_step": config.batch * config.data.sequence,
+            "parameters": setup.parameters(),
+            "unit": measure.unit.name(),
+            "bytes_per_token": measure.bytes_per_token,
+            "vocabulary": setup.corpus.vocabulary.len(),
+            "floor": setup.corpus.held_out.floor,
+            "predicted_bytes": (0..setup.grid.size()).map(predicted).collect::<Vec<_>>(),
         })
     }
 
@@ -125,7 +167,8 @@ impl Coordinator {
     }
 
     /// The coordinator of a run of this mode.
-    pub fn of_mode(self, mode: &Mode) -> Coordinator {
+    pub fn of_mode(mut self, mode: &Mode) -> Coordinator {
+        mode.trace.into_iter().for_each(|window| self.traces.expect(window));
         Coordinator { bench: mode.bench, emulated: mode.emulated.clone(), ..self }
     }
 
@@ -147,17 +190,46 @@ impl Coordinator {
         count: usize,
         ranks: Ranks,
     ) -> Placed<Summary> {
-        self.last = Awake::now();
+        let facts = self.facts(ranks);
+        let begun = if self.setup.resumed.is_some() { "resumed" } else { "started" };
+        self.event(EventLine::now(self.setup.start(), EventKind::Start, begun).with(facts))
+            .map_err(|error| (None, error))?;
+        let result = self.collect(reports, controls, &mut watch, count, ranks);
+        if let Err((origin, error)) = &result {
+            let place = origin.as_ref().map_or(String::new(), |origin| format!("{origin}: "));
+            // The error of the run is the one to tell.
+            let _ = self.note(EventKind::Fault, &format!("{place}{error}"));
+        }
 
-        while self.done.len() < count {
-            match reports.recv_timeout(LOOK) {
+        result?;
+        self.finish(ranks).map_err(|error| (None, error))
+    }
+
+    /// Takes reports until all ranks are done.
+    fn collect(
+        &mut self,
+        reports: &Receiver<Report>,
+        controls: &Controls,
+        watch: &mut Watch,
+        count: usize,
+        ranks: Ranks,
+    ) -> Placed<()> {
+        self.last = Awake::now();
+        self.traces.of_ranks(count, ranks == Ranks::Threads);
+
+        while self.done.len() < count || self.traces.pending() {
+            let look = if self.traces.pending() { LOOK_AT_TRACE } else { LOOK };
+            match reports.recv_timeout(look) {
                 Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
-                Ok(Report::Stop { reason }) => self.stop(&reason, controls),
+                Ok(Report::Stop { reason }) => {
+                    self.stop(&reason, controls).map_err(|error| (None, error))?;
+                }
                 Ok(Report::Heartbeat { rank, beat }) => {
                     self.watchdog
                         .iter_mut()
                         .for_each(|watchdog| watchdog.heard(rank, beat.clone()));
                 }
+                Ok(Report::Clock { rank, number, at }) => self.traces.answered(rank, number, at),
                 Ok(report) => {
                     self.watchdog.iter_mut().for_each(Watchdog::moved);
                     self.take(report).map_err(|error| (None, error))?;
@@ -172,9 +244,10 @@ impl Coordinator {
             }
 
             if let Some(reason) = watch.reason(self.time_to_stop()) {
-                self.stop(&reason, controls);
+                self.stop(&reason, controls).map_err(|error| (None, error))?;
             }
 
+            self.look_at_traces(controls).map_err(|error| (None, error))?;
             self.planner.raise(self.steps.done(), controls);
             if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls))
             {
@@ -186,7 +259,10 @@ impl Coordinator {
             watch.done();
         }
 
-        self.finish(ranks).map_err(|error| (None, error))
+        let unbegun = self.traces.unbegun();
+        unbegun
+            .map_or(Ok(()), |text| self.note(EventKind::Trace, &text))
+            .map_err(|error| (None, error))
     }
 
     /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the
@@ -196,13 +272,13 @@ impl Coordinator {
     }
 
     /// Lets everybody stop at the limit, which nobody has passed.
-    fn stop(&mut self, reason: &str, controls: &Controls) {
+    fn stop(&mut self, reason: &str, controls: &Controls) -> Result<()> {
         if self.bench {
-            return;
+            return Ok(());
         }
 
         let text = match self.planner.end_at_limit(controls) {
-            Stopping::Already => return,
+            Stopping::Already => return Ok(()),
             Stopping::AtEnd => {
                 format!("{reason}: all steps up to the end are under way, so the run ends there")
             }
@@ -213,11 +289,23 @@ impl Coordinator {
             ),
         };
 
-        self.note(&text);
+        self.note(EventKind::Stop, &text)
     }
 
-    fn note(&mut self, text: &str) {
-        self.sinks.iter_mut().for_each(|sink| sink.note(text));
+    /// Whether steps are to be traced, or have been.
+    fn look_at_traces(&mut self, controls: &Controls) -> Result<()> {
+        let (limit, stop) = (self.planner.limit(), self.planner.stop());
+        let notes = self.traces.look(limit, stop, controls);
+        notes.iter().try_for_each(|text| self.note(EventKind::Trace, text))
+    }
+
+    /// Tells of something that has happened.
+    fn note(&mut self, kind: EventKind, text: &str) -> Result<()> {
+        self.event(EventLine::now(self.steps.done(), kind, text))
+    }
+
+    fn event(&mut self, line: EventLine) -> Result<()> {
+        self.sinks.iter_mut().try_for_each(|sink| sink.event(&line))
     }
 
     fn take(&mut self, report: Report) -> Result<()> {
@@ -237,10 +325,14 @@ impl Coordinator {
                 self.divergence.record_digest(place, Some(place.stage), step, digest)?;
             }
 
-            Report::Busy { rank, seconds } => self.busy(rank, seconds),
+            Report::Busy { rank, seconds } => self.busy(rank, seconds)?,
+            Report::Times { rank, step, times, memory } => {
+                self.times(rank, step, &times, memory)?;
+            }
+
             Report::Saved { place, step, written } => {
                 if let Some(text) = self.commits.saved(place, step, written)? {
-                    self.note(&text);
+                    self.note(EventKind::Saved, &text)?;
                 }
             }
 
@@ -250,7 +342,16 @@ impl Coordinator {
                 self.done.sort();
             }
 
-            Report::Failed { .. } | Report::Stop { .. } | Report::Heartbeat { .. } => {}
+            Report::Traced { rank, window, clock, failed } => {
+                if let Some(text) = self.traces.traced(rank, window, clock, failed) {
+                    self.note(EventKind::Trace, &text)?;
+                }
+            }
+
+            Report::Failed { .. }
+            | Report::Stop { .. }
+            | Report::Heartbeat { .. }
+            | Report::Clock { .. } => {}
         }
 
         while let Some(complete) = self.steps.next() {
@@ -264,13 +365,28 @@ impl Coordinator {
     }
 
     /// Tells of a rank that has become slow.
-    fn busy(&mut self, rank: usize, seconds: f64) {
-        if let Some((then, now)) = self.stragglers.take(rank, seconds) {
-            let name = self.setup.grid.name(rank);
-            self.note(&format!(
-                "note: {name} (rank {rank}) has become slow: {now:.3} s of work a step, {then:.3} s before"
-            ));
-        }
+    fn busy(&mut self, rank: usize, seconds: f64) -> Result<()> {
+        let Some((then, now)) = self.stragglers.take(rank, seconds) else { return Ok(()) };
+        let name = self.setup.grid.name(rank);
+        let text = format!(
+            "note: {name} (rank {rank}) has become slow: {now:.3} s of work a step, {then:.3} s before"
+        );
+        self.note(EventKind::Straggler, &text)
+    }
+
+    /// Tells where the time of a rank went.
+    fn times(
+        &mut self,
+        rank: usize,
+        step: usize,
+        times: &Times,
+        memory: Option<u64>,
+    ) -> Result<()> {
+        let (setup, name) = (&self.setup, self.setup.grid.name(rank));
+        let replica = setup.grid.held(rank)[0].replica;
+        let predicted = Prediction::new(setup, rank).of_device(setup);
+        let line = PlaceLine { rank, name: &name, replica, step, times, memory, predicted };
+        self.sinks.iter_mut().try_for_each(|sink| sink.place(&line))
     }
 
     fn step(&mut self, step: usize, of: &Step) -> Result<()> {
@@ -297,7 +413,7 @@ impl Coordinator {
             let whose = skipped.join(", ");
             let text =
                 format!("step {:>6}  not finite: the update of {whose} is left out", step + 1);
-            self.sinks.iter_mut().for_each(|sink| sink.note(&text));
+            self.note(EventKind::Skipped, &text)?;
         }
 
         self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
@@ -330,7 +446,14 @@ impl Coordinator {
     }
 
     fn finish(mut self, ranks: Ranks) -> Result<Summary> {
-        self.sinks.iter_mut().for_each(|sink| sink.finish());
+        let facts = serde_json::json!({
+            "stopped": self.planner.stop().is_some(),
+            "eval_loss": self.eval_loss,
+            "step_s": self.planner.median(),
+            "peak_bytes": self.done.iter().map(|(_, peak)| *peak).collect::<Vec<_>>(),
+        });
+        self.event(EventLine::now(self.steps.done(), EventKind::End, "ended").with(facts))?;
+        self.sinks.iter_mut().try_for_each(|sink| sink.finish())?;
         if self.bench {
             return self.finish_bench(ranks);
         }
@@ -385,6 +508,29 @@ impl Coordinator {
             stopped: self.planner.stop().is_some(),
         }
     }
+}
+
+/// Where the metrics of a run go.
+fn sinks(setup: &Setup, out: &Path) -> Result<Vec<Box<dyn Sink + Send>>> {
+    let (config, start) = (&setup.config, setup.start());
+    let resumed = setup.resumed.as_ref().map(|_| start);
+    let mut sinks: Vec<Box<dyn Sink + Send>> =
+        vec![Box::new(EventLog::begin(out, resumed.is_some())?), Box::new(PlacesFile::begin(out)?)];
+
+    for kind in &config.sink {
+        sinks.push(match kind {
+            SinkKind::Jsonl => Box::new(JsonLines::begin(out, resumed)?),
+            SinkKind::Terminal => {
+                Box::new(Progress::new(config.steps, start, setup.corpus.measure()))
+            }
+            SinkKind::Tensorboard => {
+                Box::new(TensorBoard::begin(out, resumed, &config.settings())?)
+            }
+            SinkKind::Prometheus => Box::new(Prometheus::begin(out, &config.name, config.steps)?),
+        });
+    }
+
+    Ok(sinks)
 }
 
 #[cfg(test)]

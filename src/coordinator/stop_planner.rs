@@ -45,6 +45,11 @@ impl StopPlanner {
         self.seconds.push(seconds);
     }
 
+    /// The first step that nobody may begin yet.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Where the run was told to stop.
     pub fn stop(&self) -> Option<usize> {
         self.stop

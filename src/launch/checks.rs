@@ -71,7 +71,7 @@ pub(super) fn begun(job: &Job, world: &World, setup: Setup) -> Result<Setup> {
         origin = if *kind == b's' { Origin::State(saved) } else { Origin::Weights(saved) };
     }
 
-    origin.begin(setup)
+    job.begin(origin, setup)
 }
 
 /// Refuses ranks that are not on the nodes where the topology has them.

@@ -47,7 +47,7 @@ impl Origin {
     ///
     /// # Errors
     /// [`Error::Config`] about a setting that would make another run, or model, of it.
-    pub fn begin(self, setup: Setup) -> Result<Setup> {
+    fn begin(self, setup: Setup) -> Result<Setup> {
         match self {
             Origin::Nothing => Ok(setup),
             Origin::Weights(saved) => setup.begin_with(saved),
@@ -133,6 +133,13 @@ impl Job {
             clock::check(&setup.schedule)?;
         }
 
+        if self.oracle
+            && let Some(window) = self.mode.trace
+        {
+            let remedy = "the oracle has no places whose time could be shown; leave --oracle out";
+            return Err(Error::config("--trace", window, remedy));
+        }
+
         if let Some(emulated) = &self.mode.emulated {
             emulated.check(setup.grid.stages)?;
         }
@@ -207,6 +214,18 @@ impl Job {
             (None, Some(path)) => Checkpoint::open(path).map(Origin::Weights),
             (None, None) => Ok(Origin::Nothing),
         }
+    }
+
+    /// The setup of the run that begins there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about a setting that would make another run, or model, of it, or about steps
+    /// to be traced that it does not make.
+    pub(super) fn begin(&self, origin: Origin, setup: Setup) -> Result<Setup> {
+        let setup = origin.begin(setup)?;
+        let (start, steps) = (setup.start(), setup.config.steps);
+        self.mode.trace.map_or(Ok(()), |window| window.check(start, steps))?;
+        Ok(setup)
     }
 
     /// The same training without the sync points that would disturb a measurement.

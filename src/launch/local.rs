@@ -42,7 +42,7 @@ fn prepare(
     let (setup, _) = job.setup()?;
     let chosen = chosen(&setup.config, Local::ALONE)?;
     let setup = setup.with_device(chosen.device());
-    let setup = job.origin(&setup)?.begin(setup)?;
+    let setup = job.begin(job.origin(&setup)?, setup)?;
 
     check(&setup, &chosen)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));

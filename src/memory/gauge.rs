@@ -96,6 +96,13 @@ fn touched(smaps: &str, name: &str) -> u64 {
     sum
 }
 
+/// Resident bytes of this process (proc(5), `statm`).
+pub fn resident() -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
 /// A line of this process's status, in bytes.
 pub(super) fn status(key: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;

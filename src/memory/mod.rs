@@ -6,6 +6,6 @@ mod limits;
 mod prediction;
 
 pub use check::{check, check_gpu, check_gpu_size};
-pub use gauge::Gauge;
+pub use gauge::{Gauge, resident};
 pub use limits::control_group;
 pub use prediction::Prediction;

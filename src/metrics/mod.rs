@@ -1,17 +1,25 @@
-//! What is measured of a run, and how it is shown: sinks of steps and evaluations, the table of a
-//! benchmark, the summary.
+//! What is measured of a run, and how it is shown: sinks of steps, evaluations, times and events, the
+//! table of a benchmark, the summary.
 
 mod bench;
-mod jsonl;
-mod progress;
+mod events;
 mod sink;
+mod jsonl;
+mod places;
+mod progress;
+mod prometheus;
 mod summary;
+mod tensorboard;
 
 pub use bench::Bench;
+pub use events::{EventKind, EventLine, EventLog};
 pub use jsonl::JsonLines;
+pub use places::{PlaceRecord, Places, PlacesFile, Spent};
 pub use progress::{Progress, thousands};
-pub use sink::{EvalLine, Sink, StepLine};
+pub use prometheus::Prometheus;
+pub use sink::{EvalLine, PlaceLine, Sink, StepLine};
 pub use summary::{Summary, print_memory};
+pub use tensorboard::TensorBoard;
 
 use crate::data::{Measure, Unit};
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{EvalLine, Sink, StepLine, quality};
+use super::{EvalLine, EventKind, EventLine, Sink, StepLine, quality};
 use crate::data::Measure;
 use crate::error::Result;
 
@@ -44,6 +44,13 @@ impl Progress {
         });
         Progress { steps, start, measure, bar, started: Instant::now(), tokens: 0.0, seconds: 0.0 }
     }
+
+    fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => say!("{text}"),
+        }
+    }
 }
 
 impl Sink for Progress {
@@ -77,24 +84,24 @@ impl Sink for Progress {
 
     fn eval(&mut self, line: &EvalLine) -> Result<()> {
         let EvalLine { step, eval_loss, .. } = *line;
-        self.note(&format!(
+        self.say(&format!(
             "step {step:>6}  eval loss {eval_loss:.4}  {}",
             quality(eval_loss, self.measure)
         ));
         Ok(())
     }
 
-    fn note(&mut self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None => say!("{text}"),
+    fn event(&mut self, line: &EventLine) -> Result<()> {
+        // The others are told by whoever begins or ends the run.
+        if !matches!(line.kind, EventKind::Start | EventKind::Fault | EventKind::End) {
+            self.say(&line.text);
         }
+        Ok(())
     }
 
-    fn finish(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish();
-        }
+    fn finish(&mut self) -> Result<()> {
+        self.bar.iter().for_each(ProgressBar::finish);
+        Ok(())
     }
 }
 

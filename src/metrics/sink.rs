@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use super::EventLine;
+use crate::clock::Times;
 use crate::error::Result;
 
 /// About a step. `step` counts the updates made; `tokens` those read so far.
@@ -42,18 +44,45 @@ pub struct EvalLine {
     pub eval_bpb: Option<f64>,
 }
 
+/// Where the time of a rank went lately.
+#[derive(Debug)]
+pub struct PlaceLine<'a> {
+    pub rank: usize,
+    pub name: &'a str,
+    pub replica: usize,
+    /// The last update.
+    pub step: usize,
+    pub times: &'a Times,
+    /// Bytes: resident now, and predicted at most.
+    pub memory: Option<u64>,
+    pub predicted: u64,
+}
+
 /// A place where metrics go. Steps and evaluations come in the order of the run; the names of the
 /// fields are those of `metrics.jsonl`.
 pub trait Sink {
     /// A step is complete.
-    fn step(&mut self, line: &StepLine) -> Result<()>;
+    fn step(&mut self, _line: &StepLine) -> Result<()> {
+        Ok(())
+    }
 
     /// An evaluation is complete.
-    fn eval(&mut self, line: &EvalLine) -> Result<()>;
+    fn eval(&mut self, _line: &EvalLine) -> Result<()> {
+        Ok(())
+    }
 
-    /// Something that people should read, and that is no number.
-    fn note(&mut self, _text: &str) {}
+    /// The times of a rank are told, every few seconds.
+    fn place(&mut self, _line: &PlaceLine) -> Result<()> {
+        Ok(())
+    }
+
+    /// Something has happened besides.
+    fn event(&mut self, _line: &EventLine) -> Result<()> {
+        Ok(())
+    }
 
     /// The run is over.
-    fn finish(&mut self) {}
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }

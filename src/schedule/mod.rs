@@ -33,6 +33,7 @@ mod draw;
 mod generate;
 mod lookahead;
 mod merge;
+mod picture;
 mod simulate;
 mod tie;
 
@@ -44,7 +45,10 @@ pub use draw::{draw, summary, word};
 pub use generate::Actions;
 pub use lookahead::Lookahead;
 pub use merge::DeviceActions;
-pub use simulate::{Costs, Ideal, Span, StageCosts, Violation, ideal, simulate, step_time};
+pub use picture::picture;
+pub use simulate::{
+    Costs, Ideal, Span, StageCosts, Violation, absorbed, ideal, simulate, step_time,
+};
 pub use tie::{TableEnd, Tie};
 
 use crate::delay::{SyncPoints, lag, least_delay};

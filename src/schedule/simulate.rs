@@ -255,7 +255,24 @@ pub fn simulate(
     lists: &[Vec<Action>],
     costs: Costs,
 ) -> Result<Vec<Vec<Span>>, Violation> {
-    simulate_stages(schedule, lists, costs.stages(schedule), costs.message)
+    simulate_stages(schedule, lists, costs.stages(schedule), costs.message, None)
+}
+
+/// A device comes late once: by so much, with the first forward of a step.
+#[derive(Clone, Copy)]
+struct Pause {
+    device: usize,
+    step: usize,
+    extra: f64,
+}
+
+impl Pause {
+    /// What it adds to an action of a device.
+    fn before(self, device: usize, action: Action) -> f64 {
+        let Action { op, step, microbatch, .. } = action;
+        let hit = (device, op, step, microbatch) == (self.device, Op::Forward, self.step, 0);
+        if hit { self.extra } else { 0.0 }
+    }
 }
 
 /// The same with times of every stage's own.
@@ -264,6 +281,7 @@ fn simulate_stages(
     lists: &[Vec<Action>],
     stages: Vec<StageCosts>,
     message: f64,
+    pause: Option<Pause>,
 ) -> Result<Vec<Vec<Span>>, Violation> {
     let devices = schedule.grid(1).devices();
     let mut world = SimState::new(schedule, lists.len() / devices, stages, message);
@@ -275,7 +293,8 @@ fn simulate_stages(
             while let Some(action) = list.get(spans[rank].len()) {
                 let Some(ready) = world.ready(rank / devices, *action)? else { break };
                 let start = clock[rank].max(ready);
-                let end = world.run(rank / devices, *action, start)?;
+                let late = pause.map_or(0.0, |pause| pause.before(rank, *action));
+                let end = world.run(rank / devices, *action, start + late)?;
                 spans[rank].push(Span { action: *action, start, end });
                 clock[rank] = end;
                 moved = true;
@@ -331,7 +350,12 @@ struct Long {
 }
 
 impl Long {
-    fn new(schedule: &Schedule, stages: Vec<StageCosts>, message: f64) -> Result<Long, Violation> {
+    fn new(
+        schedule: &Schedule,
+        stages: Vec<StageCosts>,
+        message: f64,
+        pause: Option<(usize, f64)>,
+    ) -> Result<Long, Violation> {
         let (k, m) = (schedule.stages, schedule.microbatches);
         let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
         let window = 2 * fill..2 * fill + 8 * k;
@@ -345,7 +369,8 @@ impl Long {
         let devices = schedule.grid(1).devices();
         let lists: Vec<Vec<Action>> =
             (0..devices).map(|device| long.device_actions(device).collect()).collect();
-        let spans = simulate_stages(&long, &lists, stages, message)?;
+        let at = |(device, extra)| Pause { device, step: window.start, extra };
+        let spans = simulate_stages(&long, &lists, stages, message, pause.map(at))?;
         Ok(Long { schedule: long, spans, window })
     }
 
@@ -369,7 +394,7 @@ impl Long {
 /// # Errors
 /// As [`simulate`].
 pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Violation> {
-    let long = Long::new(schedule, costs.stages(schedule), costs.message)?;
+    let long = Long::new(schedule, costs.stages(schedule), costs.message, None)?;
     let devices = schedule.grid(1).devices();
     let work =
         |steps: usize| (costs.forward + costs.backward) * (schedule.microbatches * steps) as f64;
@@ -390,9 +415,43 @@ pub fn step_time(
     stages: Vec<StageCosts>,
     message: f64,
 ) -> Result<f64, Violation> {
-    let long = Long::new(schedule, stages, message)?;
+    let long = Long::new(schedule, stages, message, None)?;
     Ok(long.time(0) / long.window.len() as f64)
 }
+
+/// How late each device may be once, in the steady state, without the run's end being later for it by
+/// more than a hundredth of a step: what its slack absorbs. At most eight steps are looked at.
+///
+/// # Errors
+/// As [`simulate`].
+pub fn absorbed(
+    schedule: &Schedule,
+    stages: &[StageCosts],
+    message: f64,
+) -> Result<Vec<f64>, Violation> {
+    let end = |pause| -> Result<(f64, f64), Violation> {
+        let long = Long::new(schedule, stages.to_vec(), message, pause)?;
+        let last = long.spans.iter().flatten().map(|span| span.end).fold(0.0, f64::max);
+        Ok((last, long.time(0) / long.window.len() as f64))
+    };
+
+    let (undisturbed, step) = end(None)?;
+    let absorbs = |device: usize| -> Result<f64, Violation> {
+        let (mut least, mut most) = (0.0, LATEST * step);
+        for _ in 0..HALVINGS {
+            let middle = 0.5 * (least + most);
+            let late = end(Some((device, middle)))?.0 - undisturbed;
+            if late <= 0.01 * step { least = middle } else { most = middle }
+        }
+        Ok(least)
+    };
+    (0..schedule.grid(1).devices()).map(absorbs).collect()
+}
+
+/// Steps that a device is late at most where what it absorbs is looked for, and how often the range
+/// is halved.
+const LATEST: f64 = 8.0;
+const HALVINGS: usize = 12;
 
 #[cfg(test)]
 mod tests {
@@ -473,6 +532,18 @@ mod tests {
             step_time(&schedule, vec![stage(1.0, 0.5), stage(1.5, 0.5), stage(1.0, 0.0)], 0.0)
                 .unwrap();
         assert!((time - 7.5).abs() < 1e-9, "2 (1.5 + 2) + 0.5, not {time}");
+    }
+
+    /// The slowest device has nothing to give; the others have what stands between them and it.
+    #[test]
+    fn a_device_with_slack_absorbs_a_pause() {
+        let schedule = line(3);
+        let costs = |forward| StageCosts { forward, backward: 2.0 * forward, update: 0.0 };
+        let uneven = [costs(0.5), costs(1.0), costs(0.25)];
+        let found = absorbed(&schedule, &uneven, 0.0).unwrap();
+        assert!(found[1] < 0.1 && found[0] > 0.5 && found[2] > 0.5, "{found:?}");
+        let even = absorbed(&schedule, &[costs(1.0); 3], 0.0).unwrap();
+        assert!(even.iter().all(|pause| *pause < 0.1), "{even:?}");
     }
 
     #[test]

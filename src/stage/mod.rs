@@ -212,6 +212,11 @@ impl Stage {
         Stage { place, stack, settings, whole, buckets, blocks, saved, memories, eval_memory }
     }
 
+    /// How many microbatches wait for their backward, and the first of them.
+    pub fn under_way(&self) -> (usize, Option<MicrobatchId>) {
+        (self.saved.len(), self.saved.front().map(|saved| saved.slot))
+    }
+
     /// Forward of a microbatch at the given versions.
     ///
     /// # Errors

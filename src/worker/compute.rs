@@ -46,6 +46,16 @@ impl Compute {
         }
     }
 
+    /// How many microbatches wait for their backward, and the first of them.
+    pub(super) fn under_way(&self) -> (usize, Option<MicrobatchId>) {
+        match self {
+            Compute::Real(stage) => stage.under_way(),
+            Compute::Asleep(stage) => {
+                (stage.saved.len(), stage.saved.front().map(|(slot, _)| *slot))
+            }
+        }
+    }
+
     /// The stage that evaluates.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //! compute      the stage, or one that sleeps instead of computing
 //! tied         the tied table at work
 //! upcoming     the next action, as far as rank 0 lets the run go
-//! probes       what is done around each action: log, heartbeat, faults on purpose, clock
+//! probes       what is done around each action: log, heartbeat, faults on purpose, trace, clock
+//! tracing      a place's actions in a trace
 //! deferred     losses and norms that are read later
 //! writer       the thread that writes checkpoints
 //! start        what is made and tried before the first action
@@ -21,11 +22,13 @@ mod place;
 mod probes;
 mod start;
 mod tied;
+mod tracing;
 mod upcoming;
 mod writer;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -36,7 +39,7 @@ use crate::control::{Activity, Mode, Report};
 use crate::data::Batches;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::memory::{Gauge, Prediction};
+use crate::memory::{Gauge, Prediction, resident};
 use crate::number::Number;
 use crate::optim::{UpdateScalars, learning_rate, norm};
 use crate::params::{bytes, to_host};
@@ -53,6 +56,9 @@ use probes::Probes;
 use tied::TiedTable;
 use upcoming::Upcoming;
 use writer::Writer;
+
+/// How often a rank tells where its time goes.
+const TOLD: Duration = Duration::from_secs(2);
 
 /// A device with everything it needs.
 pub struct Worker {
@@ -103,7 +109,10 @@ impl Worker {
         while let Some(action) = self.next_action(&mut upcoming)? {
             self.probes.begin(&action, &mut self.places[self.context.slot(&action)])?;
             self.execute(&action)?;
-            self.probes.end(&action);
+            self.probes.end(&action, &self.places[self.context.slot(&action)]);
+            if action.op == Op::Update {
+                self.tell_times(action.step + 1, TOLD)?;
+            }
         }
 
         Ok(())
@@ -328,6 +337,13 @@ impl Worker {
         self.deferred.look(action.step)
     }
 
+    /// Tells where the time went, if that is long enough ago.
+    fn tell_times(&mut self, step: usize, least: Duration) -> Result<()> {
+        let Some(times) = self.probes.recent(least) else { return Ok(()) };
+        let rank = self.context.rank;
+        self.context.reports.send(Report::Times { rank, step, times, memory: resident() })
+    }
+
     /// Tells the digest of the new weights, if it is time, for replicas to be compared.
     fn verify(&mut self, action: &Action) -> Result<()> {
         let (setup, step) = (&self.context.setup, action.step + 1);
@@ -358,16 +374,19 @@ impl Worker {
     }
 
     fn finish(mut self) -> Result<bool> {
-        let context = &self.context;
-        context.gate.heartbeat.doing(Activity::Finishing);
+        self.context.gate.heartbeat.doing(Activity::Finishing);
         self.deferred.flush()?;
+        let context = &self.context;
         context.transfers.as_ref().map_or(Ok(()), |transfers| transfers.settle())?;
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
+        self.probes.finish();
+        let step = self.stop.unwrap_or(self.context.setup.config.steps);
+        self.tell_times(step, Duration::from_millis(1))?;
 
         let peak_bytes = self.gauge.as_ref().and_then(Gauge::peak);
-        let times = self.probes.times();
+        let (context, times) = (&self.context, self.probes.times());
         context.reports.send(Report::Done { rank: context.rank, peak_bytes, times })?;
         Ok(self.stop.is_some())
     }

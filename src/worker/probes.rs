@@ -2,9 +2,11 @@
 //! in [`Probes::new`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::faults::Faults;
 use super::place::PlaceState;
+use super::tracing::Tracing;
 use crate::clock::{Clock, TimeKind, Times};
 use crate::control::Gate;
 use crate::error::Result;
@@ -20,8 +22,14 @@ pub(super) trait Probe {
     /// Within an action: its time so far was a wait of this kind.
     fn waited(&mut self, _share: TimeKind) {}
 
+    /// Between two actions: the time since the last one was a wait for rank 0.
+    fn held(&mut self) {}
+
     /// After it.
-    fn end(&mut self, _action: &Action) {}
+    fn end(&mut self, _action: &Action, _place: &PlaceState) {}
+
+    /// After the last one.
+    fn finish(&mut self) {}
 }
 
 /// The probes of a device. The clock is the innermost one: it does not count the others' time as an
@@ -32,10 +40,11 @@ pub(super) struct Probes {
 }
 
 impl Probes {
-    /// Log, heartbeat and faults on purpose around the clock.
-    pub(super) fn new(clock: Clock, gate: &Arc<Gate>, faults: Faults) -> Probes {
+    /// Log, heartbeat, faults on purpose and trace around the clock.
+    pub(super) fn new(clock: Clock, gate: &Arc<Gate>, faults: Faults, tracing: Tracing) -> Probes {
+        let beating = Beating(Arc::clone(gate));
         Probes {
-            list: vec![Box::new(Log), Box::new(Beating(Arc::clone(gate))), Box::new(faults)],
+            list: vec![Box::new(Log), Box::new(beating), Box::new(faults), Box::new(tracing)],
             clock,
         }
     }
@@ -50,9 +59,22 @@ impl Probes {
         self.list.iter_mut().for_each(|probe| probe.waited(share));
     }
 
-    pub(super) fn end(&mut self, action: &Action) {
-        self.clock.end(action);
-        self.list.iter_mut().for_each(|probe| probe.end(action));
+    pub(super) fn held(&mut self) {
+        self.list.iter_mut().for_each(|probe| probe.held());
+    }
+
+    pub(super) fn end(&mut self, action: &Action, place: &PlaceState) {
+        self.clock.end(action, place);
+        self.list.iter_mut().for_each(|probe| probe.end(action, place));
+    }
+
+    pub(super) fn finish(&mut self) {
+        self.list.iter_mut().for_each(|probe| probe.finish());
+    }
+
+    /// Where the time went since this was last asked, if that is long enough ago.
+    pub(super) fn recent(&mut self, least: Duration) -> Option<Times> {
+        self.clock.recent(least)
     }
 
     /// What the clock has measured.
@@ -91,7 +113,7 @@ impl Probe for Clock {
         self.lap(share);
     }
 
-    fn end(&mut self, action: &Action) {
+    fn end(&mut self, action: &Action, _: &PlaceState) {
         self.passed(action);
     }
 }

@@ -13,6 +13,7 @@ use super::faults::Faults;
 use super::place::{PlaceState, held};
 use super::probes::Probes;
 use super::tied::TiedTable;
+use super::tracing::Tracing;
 use super::writer::Writer;
 use crate::clock::Clock;
 use crate::comm::Ports;
@@ -61,7 +62,10 @@ pub(super) fn worker(
     let stages: Vec<usize> = held.iter().map(|place| place.stage).collect();
     let replica = held[0].replica;
     let faults = Faults { injection: mode.inject, replica };
-    let probes = Probes::new(Clock::new(&setup.schedule, &stages), &ports.gate, faults);
+    mode.trace.into_iter().for_each(|window| ports.gate.tracer.plan(window));
+    let clock = Clock::new(&setup.schedule, &stages);
+    let tracing = Tracing::new(&setup, &ports.gate, &ports.reports, out.clone(), rank, stages);
+    let probes = Probes::new(clock, &ports.gate, faults, tracing);
     Ok(Worker {
         places,
         table,
@@ -69,7 +73,7 @@ pub(super) fn worker(
         deferred: Deferred::new(setup.device, ports.reports.clone(), ports.transfers.clone())?,
         probes,
         gauge,
-        writer: Some(Writer::start(out, ports.reports.clone())?),
+        writer: Some(Writer::start(out, ports.reports.clone(), Arc::clone(&ports.gate))?),
         stop: None,
         context: Context {
             rank,

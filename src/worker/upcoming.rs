@@ -49,7 +49,9 @@ impl Worker {
 
         // Rank 0 needs our pending losses before it can raise the limit.
         self.deferred.flush()?;
-        match gate.wait(step)? {
+        let decision = gate.wait(step)?;
+        self.probes.held();
+        match decision {
             GateDecision::Proceed(limit) => actions.set_limit(limit),
             GateDecision::Stop => {
                 actions.stop(step);

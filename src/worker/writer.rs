@@ -1,16 +1,18 @@
 //! The thread that writes a rank's states to the disk, beside the training.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Worker;
 use crate::checkpoint::Snapshot;
-use crate::control::{Report, Reporter};
+use crate::control::{Gate, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
 use crate::schedule::{Action, TableEnd};
+use crate::trace::{Event, Moment, Span};
 
 /// States that wait while one is written: two stages may share a device.
 const WAITING: usize = 1;
@@ -25,15 +27,18 @@ impl Writer {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(out: PathBuf, reports: Reporter) -> Result<Writer> {
+    pub fn start(out: PathBuf, reports: Reporter, gate: Arc<Gate>) -> Result<Writer> {
         let (snapshots, received) = sync_channel::<(Snapshot, Duration)>(WAITING);
         let body = move || {
             for (snapshot, copied) in received {
-                let place = snapshot.place;
+                let (place, step, begin) = (snapshot.place, snapshot.step, Moment::now());
                 let report = match snapshot.write(&out, copied) {
-                    Ok(written) => Report::Saved { place, step: snapshot.step, written },
+                    Ok(written) => Report::Saved { place, step, written },
                     Err(error) => Report::Failed { origin: place.to_string(), error },
                 };
+
+                let span = Span { begin, end: Moment::now() };
+                gate.tracer.add(Event::Write { stage: place.stage, step, span });
 
                 if reports.send(report).is_err() {
                     return; // The run is being ended.

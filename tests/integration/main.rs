@@ -20,3 +20,4 @@ mod reference;
 mod resume;
 mod stop;
 mod study;
+mod trace;

@@ -307,7 +307,8 @@ impl Link for MpiLink {
             Some(permit) => permit,
             None => self.waiters.during(|| self.permits.acquire()),
         };
-        let command = Request::Send { to: self.grid.rank(self.peer), header, tensor, permit };
+        let (stage, to) = (self.me.stage, self.grid.rank(self.peer));
+        let command = Request::Send { stage, to, header, tensor, permit };
         self.commands.send(command).map_err(|_| self.lost(format!("{} sends {header}", self.me)))
     }
 
@@ -347,7 +348,7 @@ impl MpiGroup {
 
         let (reply, done) = channel();
         self.commands
-            .send(Request::Reduce { slot: self.slot, flat, work, reply })
+            .send(Request::Reduce { slot: self.slot, step, flat, work, reply })
             .map_err(|error| lost(error.to_string()))?;
 
         let waiters = self.waiters.clone();

@@ -31,11 +31,12 @@ use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
 use super::reduce::{Reducer, Work};
 use crate::awake::Awake;
-use crate::comm::Header;
+use crate::comm::{Header, Transfer};
 use crate::control::{Control, Gate, Report};
 use crate::device::Local;
 use crate::error::Error;
 use crate::failure::show;
+use crate::trace::{Moment, Tracer};
 use crate::wire::Wire;
 
 /// Rank 0 may be late by so much, and the ranks that find it silent are apart by so much at most.
@@ -97,6 +98,8 @@ pub enum Request {
         reply: Sender<MpiResult<Vec<Option<Tensor>>>>,
     },
     Send {
+        /// The stage that sends, and the rank that it goes to.
+        stage: usize,
         to: usize,
         header: Header,
         tensor: Tensor,
@@ -105,6 +108,8 @@ pub enum Request {
     Reduce {
         /// Which of this rank's replica groups.
         slot: usize,
+        /// Of the gradient.
+        step: usize,
         flat: Tensor,
         work: Work,
         reply: Sender<MpiResult<()>>,
@@ -188,7 +193,7 @@ struct ProgressEngine {
     waiting: Arc<AtomicUsize>,
     grids: Option<Grids>,
     /// By the rank that they go to.
-    outgoing: BTreeMap<usize, VecDeque<Outgoing>>,
+    outgoing: BTreeMap<usize, VecDeque<(Outgoing, Option<Transfer>)>>,
     incoming: Vec<Incoming>,
     /// Reports and controls that are on their way.
     notes: VecDeque<Pending<Vec<u8>>>,
@@ -307,8 +312,14 @@ impl ProgressEngine {
                 Ok(())
             }
 
-            Request::Send { to, header, tensor, permit } => self.send(to, &header, tensor, permit),
-            Request::Reduce { slot, flat, work, reply } => self.reduce(slot, flat, work, reply),
+            Request::Send { stage, to, header, tensor, permit } => {
+                let transfer = self.tracer().map(|_| Transfer::begin(&header, stage));
+                self.send(to, &header, tensor, permit, transfer)
+            }
+
+            Request::Reduce { slot, step, flat, work, reply } => {
+                self.reduce(slot, step, flat, work, reply)
+            }
             Request::Report(bytes) => self.report(bytes),
             Request::Control(control) => self.control(control),
             Request::Abort(code) => self.world.abort(code),
@@ -335,7 +346,8 @@ impl ProgressEngine {
             if let Some(group) = group {
                 let made = made.ok_or("no communicator for the replica group")?;
                 raw::return_errors(&made)?;
-                reducers.push(Reducer::new(made, wire, group.values)?);
+                let stage = group.color as usize;
+                reducers.push(Reducer::new(made, wire, group.values, stage)?);
             }
         }
 
@@ -363,22 +375,30 @@ impl ProgressEngine {
         header: &Header,
         tensor: Tensor,
         permit: Permit,
+        transfer: Option<Transfer>,
     ) -> MpiResult<()> {
         let outgoing = Outgoing::start(self.links()?, to, header, tensor, permit)?;
-        self.outgoing.entry(to).or_default().push_back(outgoing);
+        self.outgoing.entry(to).or_default().push_back((outgoing, transfer));
         Ok(())
     }
 
     fn reduce(
         &mut self,
         slot: usize,
+        step: usize,
         flat: Tensor,
         work: Work,
         reply: Sender<MpiResult<()>>,
     ) -> MpiResult<()> {
+        let traced = self.tracer().map(|_| (step, Moment::now()));
         let grids = self.grids.as_mut().ok_or("the grid is not connected")?;
-        grids.reducers[slot].push(flat, work, reply);
+        grids.reducers[slot].push(flat, work, reply, traced);
         Ok(())
+    }
+
+    /// Where events go, while they are wanted.
+    fn tracer(&self) -> Option<&Tracer> {
+        self.gate.as_ref().map(|gate| &gate.tracer).filter(|tracer| tracer.on())
     }
 
     fn report(&mut self, bytes: Vec<u8>) -> MpiResult<()> {
@@ -402,13 +422,15 @@ impl ProgressEngine {
         self.heard = Awake::now();
         let Some(gate) = &self.gate else { return Ok(()) };
         gate.apply(control);
-        if control == Control::Ask {
-            let report = Report::Heartbeat { rank: self.rank, beat: gate.heartbeat.beat() };
-            let bytes = serde_json::to_vec(&report).map_err(|error| error.to_string())?;
-            return self.report(bytes);
-        }
+        let rank = self.rank;
+        let report = match control {
+            Control::Ask => Report::Heartbeat { rank, beat: gate.heartbeat.beat() },
+            Control::Clock(number) => Report::Clock { rank, number, at: Moment::now() },
+            _ => return Ok(()),
+        };
 
-        Ok(())
+        let bytes = serde_json::to_vec(&report).map_err(|error| error.to_string())?;
+        self.report(bytes)
     }
 
     fn deliver(&mut self, bytes: &[u8]) -> MpiResult<()> {
@@ -435,18 +457,21 @@ impl ProgressEngine {
         // Only the oldest to every rank: each question lets MPI look everywhere, and messages leave
         // about in order.
         for queue in self.outgoing.values_mut() {
-            while let Some(outgoing) = queue.front_mut() {
+            while let Some((outgoing, _)) = queue.front_mut() {
                 if !outgoing.advance()? {
                     break;
                 }
 
-                queue.pop_front();
+                let left = queue.pop_front().and_then(|(_, transfer)| transfer);
+                if let Some((transfer, gate)) = left.zip(self.gate.as_ref()) {
+                    gate.tracer.add(transfer.end());
+                }
                 moved = true;
             }
         }
 
         for reducer in &mut grids.reducers {
-            moved |= reducer.advance()?;
+            moved |= reducer.advance(self.gate.as_ref().map(|gate| &gate.tracer))?;
         }
 
         while let Some(pending) = self.notes.front_mut() {
@@ -672,7 +697,13 @@ mod tests {
             for step in [4, 5] {
                 let permit = Permits::new(2).try_acquire().unwrap();
                 let tensor = &tensor + step as f64;
-                lonely.send(Request::Send { to: 0, header: header(step), tensor, permit });
+                lonely.send(Request::Send {
+                    stage: 0,
+                    to: 0,
+                    header: header(step),
+                    tensor,
+                    permit,
+                });
             }
             for step in [4, 5] {
                 let (found, values) = lonely.until(|| lonely.inbox.try_recv().ok()).unwrap();
@@ -682,7 +713,8 @@ mod tests {
 
             for work in [Work::Both, Work::Reduce, Work::Gather] {
                 let (reply, summed) = channel();
-                lonely.send(Request::Reduce { slot: 0, flat: tensor.shallow_clone(), work, reply });
+                let flat = tensor.shallow_clone();
+                lonely.send(Request::Reduce { slot: 0, step: 0, flat, work, reply });
                 assert!(
                     lonely.until(|| summed.try_recv().ok()).is_ok(),
                     "the sum of one is itself"
@@ -714,7 +746,7 @@ mod tests {
             let permit = Permits::new(2).try_acquire().unwrap();
             let header = Header { shape: [1 << 30, 1 << 30, 1 << 30], ..header(4) };
             let tensor = Tensor::zeros([6], (Kind::Float, tch::Device::Cpu));
-            lonely.send(Request::Send { to: 0, header, tensor, permit });
+            lonely.send(Request::Send { stage: 0, to: 0, header, tensor, permit });
 
             let report = lonely.until(|| lonely.reports.try_recv().ok());
             let Report::Failed { error: Error::Transport(text), .. } = report else {
@@ -749,7 +781,7 @@ mod tests {
             assert!(lonely.gate.ended() && lonely.gate.wait(3).is_err());
             let (reply, summed) = channel();
             let flat = Tensor::zeros([2], (Kind::Float, tch::Device::Cpu));
-            lonely.send(Request::Reduce { slot: 0, flat, work: Work::Both, reply });
+            lonely.send(Request::Reduce { slot: 0, step: 0, flat, work: Work::Both, reply });
             assert!(summed.recv().is_err(), "nobody answers any more");
 
             let (reply, finished) = channel();

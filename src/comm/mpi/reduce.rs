@@ -31,6 +31,7 @@ use tch::{Kind, Tensor};
 use super::in_flight::address;
 use super::raw::{self, MpiResult, Pending};
 use super::shared_memory::Shared;
+use crate::trace::{Event, Moment, Span, Tracer};
 use crate::wire::Wire;
 
 /// Values of a gradient that an all-reduce works on at once, 2 MiB of f32, and how many such chunks
@@ -48,6 +49,8 @@ const BLOCK: usize = 1 << 15;
 /// alike.
 pub struct Reducer {
     group: SimpleCommunicator,
+    /// Whose it is.
+    stage: usize,
     replicas: usize,
     me: usize,
     wire: Wire,
@@ -82,6 +85,8 @@ struct SumJob {
     started: usize,
     over: usize,
     reply: Sender<MpiResult<()>>,
+    /// Of a trace: the step that it belongs to, and when it was taken on.
+    traced: Option<(usize, Moment)>,
 }
 
 /// A chunk under way.
@@ -102,9 +107,14 @@ struct Chunk {
 }
 
 impl Reducer {
-    /// The reducer of a group whose ranks are numbered by replica, with memory for a gradient of so
-    /// many values if all can see it. All members must call this.
-    pub fn new(group: SimpleCommunicator, wire: Wire, values: usize) -> MpiResult<Reducer> {
+    /// The reducer of a stage's group, whose ranks are numbered by replica, with memory for a gradient
+    /// of so many values if all can see it. All members must call this.
+    pub fn new(
+        group: SimpleCommunicator,
+        wire: Wire,
+        values: usize,
+        stage: usize,
+    ) -> MpiResult<Reducer> {
         let (replicas, me) = (group.size() as usize, group.rank() as usize);
         let (jobs, chunks, spare) = (VecDeque::new(), VecDeque::new(), Vec::new());
         let shared = match wire {
@@ -116,7 +126,19 @@ impl Reducer {
             }
         };
 
-        Ok(Reducer { group, replicas, me, wire, shared, jobs, over: 0, chunks, started: 0, spare })
+        Ok(Reducer {
+            group,
+            stage,
+            replicas,
+            me,
+            wire,
+            shared,
+            jobs,
+            over: 0,
+            chunks,
+            started: 0,
+            spare,
+        })
     }
 
     /// This member's part of the memory that all see.
@@ -124,11 +146,26 @@ impl Reducer {
         self.shared.as_ref().map(Shared::own)
     }
 
-    /// Takes another sum on.
-    pub fn push(&mut self, flat: Tensor, work: Work, reply: Sender<MpiResult<()>>) {
+    /// Takes another sum on; `traced` is its step and this moment, where that is wanted.
+    pub fn push(
+        &mut self,
+        flat: Tensor,
+        work: Work,
+        reply: Sender<MpiResult<()>>,
+        traced: Option<(usize, Moment)>,
+    ) {
         let shared = self.shared.as_ref().and_then(|shared| shared.offset(&flat));
         let chunks = chunks_of(flat.numel(), self.replicas);
-        self.jobs.push_back(SumJob { flat, work, shared, chunks, started: 0, over: 0, reply });
+        self.jobs.push_back(SumJob {
+            flat,
+            work,
+            shared,
+            chunks,
+            started: 0,
+            over: 0,
+            reply,
+            traced,
+        });
     }
 
     /// Whether a sum is being made.
@@ -144,8 +181,8 @@ impl Reducer {
         }
     }
 
-    /// True if anything moved.
-    pub fn advance(&mut self) -> MpiResult<bool> {
+    /// True if anything moved. Sums that end are told to the tracer.
+    pub fn advance(&mut self, tracer: Option<&Tracer>) -> MpiResult<bool> {
         let mut moved = false;
         let mut i = 0;
         while i < self.chunks.len() {
@@ -167,6 +204,12 @@ impl Reducer {
         while self.jobs.front().is_some_and(|job| job.over == job.chunks) {
             if let Some(job) = self.jobs.pop_front() {
                 let _ = job.reply.send(Ok(()));
+                if let Some(((step, begin), tracer)) = job.traced.zip(tracer) {
+                    let bytes = (job.flat.numel() * self.wire.bytes()) as u64;
+                    let span = Span { begin, end: Moment::now() };
+                    tracer.add(Event::Sum { stage: self.stage, step, bytes, span });
+                }
+
                 self.over += 1;
                 moved = true;
             }

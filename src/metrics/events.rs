@@ -1,0 +1,103 @@
+//! `events.jsonl` in the run's folder: what happened to a run besides its steps, a line each, those of
+//! the processes that went on with it behind each other.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::Sink;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// What kind of thing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventKind {
+    /// A process has begun the run, or gone on with it; its facts stand beside.
+    Start,
+    /// A state is saved.
+    Saved,
+    /// Somebody has asked the run to stop.
+    Stop,
+    /// A rank has become slow.
+    Straggler,
+    /// An update was left out.
+    Skipped,
+    /// About a trace.
+    Trace,
+    /// What ended the run before its end.
+    Fault,
+    /// The process has come to its end.
+    End,
+}
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EventLine {
+    /// Seconds since 1970.
+    pub time: f64,
+    /// Complete steps.
+    pub step: usize,
+    pub kind: EventKind,
+    pub text: String,
+    /// Of a start, or an end.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub facts: serde_json::Value,
+}
+
+impl EventLine {
+    /// Something that happens now.
+    pub fn now(step: usize, kind: EventKind, text: &str) -> EventLine {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let text = text.to_owned();
+        EventLine { time: now.as_secs_f64(), step, kind, text, facts: serde_json::Value::Null }
+    }
+
+    /// The same with facts.
+    pub fn with(self, facts: serde_json::Value) -> EventLine {
+        EventLine { facts, ..self }
+    }
+}
+
+/// The file of a run.
+pub struct EventLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl EventLog {
+    /// The name of the file.
+    pub const NAME: &str = "events.jsonl";
+
+    /// That of a run's folder: a new one, or that of the run that is resumed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out`.
+    pub fn begin(out: &Path, resumed: bool) -> Result<EventLog> {
+        let path = out.join(EventLog::NAME);
+        let mut options = OpenOptions::new();
+        options.append(true);
+        let made = match resumed {
+            true => files::create_with(&path, &options),
+            false => files::create(&path),
+        };
+        let file = made.map_err(|error| {
+            let remedy = format!("cannot be written ({error}); choose another folder");
+            Error::config("--out", path.display(), remedy)
+        })?;
+        Ok(EventLog { path, file })
+    }
+}
+
+impl Sink for EventLog {
+    fn event(&mut self, line: &EventLine) -> Result<()> {
+        let text =
+            serde_json::to_string(line).map_err(|error| Error::Internal(error.to_string()))?;
+        self.file
+            .write_all(format!("{text}\n").as_bytes())
+            .map_err(|error| Error::unwritten(&self.path, error))
+    }
+}

@@ -1,0 +1,184 @@
+//! `places.json` in the run's folder: where the time of every rank went, lately and in all, and its
+//! memory. It is replaced whole, every few seconds; `watch` and `report` read it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::{PlaceLine, Sink};
+use crate::clock::{StageTimes, TimeKind, Times};
+use crate::error::{Error, Result};
+use crate::files;
+
+/// Between two files.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// What the file holds.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Places {
+    /// Seconds since 1970.
+    pub updated: f64,
+    pub places: BTreeMap<usize, PlaceRecord>,
+}
+
+/// One rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlaceRecord {
+    pub name: String,
+    pub replica: usize,
+    pub stages: Vec<usize>,
+    /// The last update that is told of, and when that was, in seconds since 1970.
+    pub step: usize,
+    pub at: f64,
+    /// Since the one told of before; since this process began.
+    pub recent: Spent,
+    pub total: Spent,
+    /// Bytes: resident now, and predicted at most.
+    pub memory: Option<u64>,
+    pub predicted: u64,
+}
+
+/// Where time went.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Spent {
+    pub steps: usize,
+    pub seconds: f64,
+    /// Seconds by kind, as `bench` names them.
+    pub kinds: BTreeMap<String, f64>,
+    pub stages: Vec<StageTimes>,
+}
+
+impl Spent {
+    fn new(times: &Times) -> Spent {
+        let kind =
+            |(kind, name): &(TimeKind, &str)| ((*name).to_owned(), times.shares[*kind as usize]);
+        Spent {
+            steps: times.steps,
+            seconds: times.seconds,
+            kinds: TimeKind::ALL.iter().map(kind).collect(),
+            stages: times.stages.clone(),
+        }
+    }
+
+    /// A kind's share of the time, from 0 to 1.
+    pub fn share(&self, kind: &str) -> f64 {
+        self.kinds.get(kind).map_or(0.0, |seconds| seconds / self.seconds.max(f64::MIN_POSITIVE))
+    }
+}
+
+/// The file of a run.
+pub struct PlacesFile {
+    path: PathBuf,
+    now: Places,
+    totals: BTreeMap<usize, Times>,
+    written: Option<Instant>,
+}
+
+impl PlacesFile {
+    /// The name of the file.
+    pub const NAME: &str = "places.json";
+
+    /// That of a run's folder; one of an earlier process is removed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out`.
+    pub fn begin(out: &Path) -> Result<PlacesFile> {
+        let path = out.join(PlacesFile::NAME);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::config(
+                "--out",
+                path.display(),
+                format!("cannot be replaced ({error}); choose another folder"),
+            )),
+            _ => Ok(PlacesFile {
+                path,
+                now: Places::default(),
+                totals: BTreeMap::new(),
+                written: None,
+            }),
+        }
+    }
+
+    fn write(&mut self) -> Result<()> {
+        self.written = Some(Instant::now());
+        self.now.updated = now();
+        let text =
+            serde_json::to_vec(&self.now).map_err(|error| Error::Internal(error.to_string()))?;
+        files::replace(&self.path, &text).map_err(|error| Error::unwritten(&self.path, error))
+    }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+impl Sink for PlacesFile {
+    fn place(&mut self, line: &PlaceLine) -> Result<()> {
+        let total = self.totals.entry(line.rank).or_default();
+        if total.stages.is_empty() {
+            *total = line.times.clone();
+        } else {
+            total.add(line.times);
+        }
+
+        let record = PlaceRecord {
+            name: line.name.to_owned(),
+            replica: line.replica,
+            stages: line.times.stages.iter().map(|times| times.stage).collect(),
+            step: line.step,
+            at: now(),
+            recent: Spent::new(line.times),
+            total: Spent::new(total),
+            memory: line.memory,
+            predicted: line.predicted,
+        };
+        self.now.places.insert(line.rank, record);
+        match self.written {
+            Some(written) if written.elapsed() < EVERY => Ok(()),
+            _ => self.write(),
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if self.now.places.is_empty() { Ok(()) } else { self.write() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_added_up() {
+        let out = tempfile::tempdir().unwrap();
+        let mut file = PlacesFile::begin(out.path()).unwrap();
+        let mut times = Times {
+            steps: 2,
+            seconds: 4.0,
+            stages: vec![StageTimes { stage: 3, forward: 1.0, ..StageTimes::default() }],
+            ..Times::default()
+        };
+        times.shares[TimeKind::Compute as usize] = 3.0;
+        for step in [2, 4] {
+            let line = PlaceLine {
+                rank: 1,
+                name: "stage 3, replica 0",
+                replica: 0,
+                step,
+                times: &times,
+                memory: None,
+                predicted: 5,
+            };
+            file.place(&line).unwrap();
+        }
+        file.finish().unwrap();
+        let bytes = std::fs::read(out.path().join(PlacesFile::NAME)).unwrap();
+        let found: Places = serde_json::from_slice(&bytes).unwrap();
+        let place = &found.places[&1];
+        assert_eq!((place.step, place.recent.steps, place.total.steps), (4, 2, 4));
+        assert_eq!((place.total.seconds, place.total.kinds["compute"]), (8.0, 6.0));
+        assert_eq!((place.total.share("compute"), place.total.stages[0].forward), (0.75, 2.0));
+    }
+}

@@ -1,0 +1,457 @@
+//! TensorBoard's event file in the run's folder: `tensorboard --logdir runs` shows the curves of all
+//! runs, and compares their settings (HParams).
+//!
+//! ```text
+//! record   length u64 | masked CRC-32C of it | Event, protobuf | masked CRC-32C of it      TFRecord
+//! Event    wall time, step, values: a tag and a number each
+//! ```
+//!
+//! Tags: `loss`, `lr`, `tokens_per_s`, `step_s`, `grad_norm/stage 0`, `eval/loss`, ... A run that is
+//! resumed takes over what the earlier file says of the steps before, so that no step is there twice.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use prost::Message;
+
+use super::{EvalLine, PlaceLine, Sink, StepLine};
+use crate::clock::TimeKind;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// Between two flushes: TensorBoard looks every few seconds.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// What TensorBoard looks for in a file's name.
+const MARK: &str = ".tfevents.";
+
+/// The parts of TensorFlow's `event.proto`, `summary.proto`, `tensor.proto` and of the HParams
+/// plugin's `plugin_data.proto` that are used, with their numbers of fields.
+mod proto {
+    use std::collections::HashMap;
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Event {
+        #[prost(double, tag = "1")]
+        pub wall_time: f64,
+        #[prost(int64, tag = "2")]
+        pub step: i64,
+        #[prost(string, optional, tag = "3")]
+        pub file_version: Option<String>,
+        #[prost(message, optional, tag = "5")]
+        pub summary: Option<Summary>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Summary {
+        #[prost(message, repeated, tag = "1")]
+        pub value: Vec<Value>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Value {
+        #[prost(string, tag = "1")]
+        pub tag: String,
+        #[prost(float, optional, tag = "2")]
+        pub simple_value: Option<f32>,
+        #[prost(message, optional, tag = "8")]
+        pub tensor: Option<Tensor>,
+        #[prost(message, optional, tag = "9")]
+        pub metadata: Option<Metadata>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Tensor {
+        #[prost(int32, tag = "1")]
+        pub dtype: i32,
+        #[prost(message, optional, tag = "2")]
+        pub shape: Option<Shape>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Shape {}
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Metadata {
+        #[prost(message, optional, tag = "1")]
+        pub plugin: Option<Plugin>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Plugin {
+        #[prost(string, tag = "1")]
+        pub name: String,
+        #[prost(bytes = "vec", tag = "2")]
+        pub content: Vec<u8>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct HParams {
+        #[prost(int32, tag = "1")]
+        pub version: i32,
+        #[prost(message, optional, tag = "3")]
+        pub start: Option<SessionStart>,
+        #[prost(message, optional, tag = "4")]
+        pub end: Option<SessionEnd>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct SessionStart {
+        #[prost(map = "string, message", tag = "1")]
+        pub hparams: HashMap<String, Setting>,
+        #[prost(double, tag = "5")]
+        pub start_time_secs: f64,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct SessionEnd {
+        #[prost(int32, tag = "1")]
+        pub status: i32,
+        #[prost(double, tag = "2")]
+        pub end_time_secs: f64,
+    }
+
+    /// `google.protobuf.Value`.
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Setting {
+        #[prost(oneof = "Kind", tags = "2, 3, 4")]
+        pub kind: Option<Kind>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Kind {
+        #[prost(double, tag = "2")]
+        Number(f64),
+        #[prost(string, tag = "3")]
+        Text(String),
+        #[prost(bool, tag = "4")]
+        Switch(bool),
+    }
+}
+
+use proto::{
+    Event, HParams, Kind, Metadata, Plugin, SessionEnd, SessionStart, Setting, Summary, Value,
+};
+
+/// `DT_FLOAT`, and `STATUS_SUCCESS`.
+const FLOAT: i32 = 1;
+const SUCCESS: i32 = 1;
+
+/// The event file of a run.
+pub struct TensorBoard {
+    path: PathBuf,
+    file: BufWriter<File>,
+    flushed: Instant,
+}
+
+impl TensorBoard {
+    /// A new file in the run's folder, with the settings of the run and, where it goes on at
+    /// `resumed`, what earlier files say of the steps up to it. Those are removed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out`.
+    pub fn begin(
+        out: &Path,
+        resumed: Option<usize>,
+        settings: &[(String, serde_json::Value)],
+    ) -> Result<TensorBoard> {
+        let wrong = |error: std::io::Error| {
+            let remedy = format!("cannot be written ({error}); choose another folder");
+            Error::config("--out", out.display(), remedy)
+        };
+
+        let earlier = event_files(out);
+        let now = wall_time();
+        let name = format!("events.out{MARK}{}.{}", now as u64, std::process::id());
+        let path = out.join(name);
+        let temporary = files::temporary(&path);
+        let mut file = BufWriter::new(files::create(&temporary).map_err(wrong)?);
+        let version = Event {
+            wall_time: now,
+            file_version: Some("brain.Event:2".into()),
+            ..Event::default()
+        };
+        let events = std::iter::once(version).chain(session(settings, now));
+        for event in events.chain(resumed.into_iter().flat_map(|start| kept(&earlier, start))) {
+            write_record(&mut file, &event.encode_to_vec()).map_err(wrong)?;
+        }
+
+        file.flush().map_err(wrong)?;
+        std::fs::rename(&temporary, &path).map_err(wrong)?;
+        let mut others = earlier.iter().filter(|other| **other != path);
+        others.try_for_each(std::fs::remove_file).map_err(wrong)?;
+        Ok(TensorBoard { path, file, flushed: Instant::now() })
+    }
+
+    fn add(&mut self, step: usize, values: Vec<(String, f64)>) -> Result<()> {
+        let scalar = |(tag, value): (String, f64)| Value {
+            tag,
+            simple_value: Some(value as f32),
+            ..Value::default()
+        };
+        let summary = Summary { value: values.into_iter().map(scalar).collect() };
+        self.write(&Event {
+            wall_time: wall_time(),
+            step: step as i64,
+            summary: Some(summary),
+            ..Event::default()
+        })
+    }
+
+    fn write(&mut self, event: &Event) -> Result<()> {
+        let due = self.flushed.elapsed() >= FLUSH;
+        if due {
+            self.flushed = Instant::now();
+        }
+
+        write_record(&mut self.file, &event.encode_to_vec())
+            .and_then(|()| if due { self.file.flush() } else { Ok(()) })
+            .map_err(|error| Error::unwritten(&self.path, error))
+    }
+}
+
+impl Sink for TensorBoard {
+    fn step(&mut self, line: &StepLine) -> Result<()> {
+        let mut values = vec![
+            ("loss".to_owned(), line.loss),
+            ("lr".to_owned(), line.lr),
+            ("tokens".to_owned(), line.tokens as f64),
+            ("tokens_per_s".to_owned(), line.tokens_per_s),
+            ("step_s".to_owned(), line.step_s),
+        ];
+        let norms = line.grad_norm.iter().enumerate();
+        values.extend(norms.map(|(stage, norm)| (format!("grad_norm/stage {stage}"), *norm)));
+        values.extend(line.table_norm.map(|norm| ("grad_norm/table".to_owned(), norm)));
+        let given = line.source_tokens.iter().flatten().enumerate();
+        values.extend(given.map(|(n, tokens)| (format!("source_tokens/{n}"), *tokens as f64)));
+        self.add(line.step, values)
+    }
+
+    fn eval(&mut self, line: &EvalLine) -> Result<()> {
+        let all = [
+            ("eval/loss", Some(line.eval_loss)),
+            ("eval/bpc", line.eval_bpc),
+            ("eval/ppl", line.eval_ppl),
+            ("eval/bpb", line.eval_bpb),
+        ];
+        let known = all.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value?)));
+        self.add(line.step, known.collect())
+    }
+
+    fn place(&mut self, line: &PlaceLine) -> Result<()> {
+        let PlaceLine { name, times, .. } = line;
+        let share = |(kind, word): &(TimeKind, &str)| {
+            (format!("time/{name}/{word}"), times.shares[*kind as usize] / times.seconds)
+        };
+        let memory =
+            line.memory.map(|bytes| (format!("memory_mib/{name}"), (bytes >> 10) as f64 / 1024.0));
+        self.add(line.step, TimeKind::ALL.iter().map(share).chain(memory).collect())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let end = SessionEnd { status: SUCCESS, end_time_secs: wall_time() };
+        let data = HParams { version: 0, start: None, end: Some(end) };
+        self.write(&hparams_event("_hparams_/session_end_info", &data, wall_time()))?;
+        self.file.flush().map_err(|error| Error::unwritten(&self.path, error))
+    }
+}
+
+/// What tells the HParams plugin the settings of a run.
+fn session(settings: &[(String, serde_json::Value)], now: f64) -> Option<Event> {
+    let setting = |value: &serde_json::Value| match value {
+        serde_json::Value::Number(number) => Kind::Number(number.as_f64().unwrap_or(f64::NAN)),
+        serde_json::Value::Bool(on) => Kind::Switch(*on),
+        serde_json::Value::String(text) => Kind::Text(text.clone()),
+        other => Kind::Text(other.to_string()),
+    };
+    let hparams: HashMap<String, Setting> = settings
+        .iter()
+        .map(|(key, value)| (key.clone(), Setting { kind: Some(setting(value)) }))
+        .collect();
+    let start = SessionStart { hparams, start_time_secs: now };
+    let data = HParams { version: 0, start: Some(start), end: None };
+    (!settings.is_empty()).then(|| hparams_event("_hparams_/session_start_info", &data, now))
+}
+
+fn hparams_event(tag: &str, data: &HParams, now: f64) -> Event {
+    let plugin = Plugin { name: "hparams".into(), content: data.encode_to_vec() };
+    let value = Value {
+        tag: tag.into(),
+        // What is looked at is the content; the plugin wants a tensor beside it.
+        tensor: Some(proto::Tensor { dtype: FLOAT, shape: Some(proto::Shape {}) }),
+        metadata: Some(Metadata { plugin: Some(plugin) }),
+        ..Value::default()
+    };
+    let summary = Some(Summary { value: vec![value] });
+    Event { wall_time: now, summary, ..Event::default() }
+}
+
+/// Seconds since 1970.
+fn wall_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// The event files of a folder, the oldest first.
+fn event_files(out: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(out)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            name.starts_with("events.out") && name.contains(MARK)
+        })
+        .map(|entry| entry.path())
+        .collect();
+    found.sort();
+    found
+}
+
+/// The scalars of earlier files that a run which goes on at `start` will not write again: as those of
+/// `metrics.jsonl`.
+fn kept(earlier: &[PathBuf], start: usize) -> Vec<Event> {
+    let mut events = Vec::new();
+    for path in earlier {
+        let Ok(bytes) = files::read(path) else { continue };
+        let mut rest = &bytes[..];
+        while let Some(event) = read_record(&mut rest) {
+            let values = event.summary.iter().flat_map(|summary| &summary.value);
+            let mut scalars = values.filter(|value| value.simple_value.is_some()).peekable();
+            let evaluates = scalars.peek().is_some_and(|value| value.tag.starts_with("eval/"));
+            let step = event.step.max(0) as usize;
+            if scalars.peek().is_some() && (step < start || step == start && !evaluates) {
+                events.push(event);
+            }
+        }
+    }
+    events
+}
+
+/// The checksum of TFRecord.
+fn masked(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+fn write_record(to: &mut impl Write, data: &[u8]) -> std::io::Result<()> {
+    let length = (data.len() as u64).to_le_bytes();
+    to.write_all(&length)?;
+    to.write_all(&masked(&length).to_le_bytes())?;
+    to.write_all(data)?;
+    to.write_all(&masked(data).to_le_bytes())
+}
+
+/// The next event; none at the end, or where the file is cut or damaged.
+fn read_record(from: &mut &[u8]) -> Option<Event> {
+    let (mut length, mut sum) = ([0; 8], [0; 4]);
+    from.read_exact(&mut length).ok()?;
+    from.read_exact(&mut sum).ok()?;
+    if masked(&length) != u32::from_le_bytes(sum) {
+        return None;
+    }
+
+    let count = usize::try_from(u64::from_le_bytes(length)).ok()?;
+    let (data, rest) = from.split_at_checked(count)?;
+    *from = rest;
+    from.read_exact(&mut sum).ok()?;
+    (masked(data) == u32::from_le_bytes(sum)).then(|| Event::decode(data).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(step: usize, loss: f64) -> StepLine<'static> {
+        StepLine {
+            step,
+            loss,
+            lr: 0.1,
+            tokens: 8 * step as u64,
+            step_s: 0.5,
+            tokens_per_s: 16.0,
+            grad_norm: &[1.0, 2.0],
+            table_norm: None,
+            source_tokens: None,
+        }
+    }
+
+    fn eval(step: usize) -> EvalLine {
+        EvalLine {
+            step,
+            eval_loss: 2.0,
+            eval_tokens: 9,
+            eval_bpc: None,
+            eval_ppl: None,
+            eval_bpb: None,
+        }
+    }
+
+    fn events(out: &Path) -> Vec<Event> {
+        let [file] = &event_files(out)[..] else { panic!("{:?}", event_files(out)) };
+        let bytes = std::fs::read(file).unwrap();
+        let mut rest = &bytes[..];
+        let events = std::iter::from_fn(|| read_record(&mut rest)).collect();
+        assert!(rest.is_empty());
+        events
+    }
+
+    fn scalars(out: &Path, tag: &str) -> Vec<(i64, f32)> {
+        let of = |event: Event| {
+            let found = event.summary?.value.into_iter().find(|value| value.tag == tag)?;
+            Some((event.step, found.simple_value?))
+        };
+        events(out).into_iter().filter_map(of).collect()
+    }
+
+    #[test]
+    fn a_resumed_run_has_no_step_twice() {
+        let out = tempfile::tempdir().unwrap();
+        let settings = [("optimizer.lr".to_owned(), serde_json::json!(0.25))];
+        let mut first = TensorBoard::begin(out.path(), None, &settings).unwrap();
+        for step in 1..=5 {
+            first.step(&line(step, 6.0 - step as f64)).unwrap();
+            first.eval(&eval(step)).unwrap();
+        }
+        drop(first);
+        // What a kill has cut off.
+        let [path] = &event_files(out.path())[..] else { panic!() };
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes.truncate(bytes.len() - 3);
+        std::fs::write(path, bytes).unwrap();
+
+        let mut second = TensorBoard::begin(out.path(), Some(3), &settings).unwrap();
+        for step in 4..=6 {
+            second.step(&line(step, 0.5)).unwrap();
+        }
+        second.finish().unwrap();
+        let losses = [(1, 5.0), (2, 4.0), (3, 3.0), (4, 0.5), (5, 0.5), (6, 0.5)];
+        assert_eq!(scalars(out.path(), "loss"), losses);
+        assert_eq!(scalars(out.path(), "grad_norm/stage 1").len(), 6);
+        // The evaluation after step 3 is made again.
+        assert_eq!(scalars(out.path(), "eval/loss"), [(1, 2.0), (2, 2.0)]);
+
+        let starts = events(out.path())
+            .into_iter()
+            .filter_map(|event| event.summary)
+            .flat_map(|of| of.value);
+        let starts: Vec<Value> =
+            starts.filter(|value| value.tag.starts_with("_hparams_")).collect();
+        assert_eq!(starts.len(), 2, "a start and an end");
+        let content = &starts[0].metadata.as_ref().unwrap().plugin.as_ref().unwrap().content[..];
+        let told = HParams::decode(content).unwrap().start.unwrap();
+        assert_eq!(told.hparams["optimizer.lr"].kind, Some(Kind::Number(0.25)));
+
+        // A run that begins anew begins a new curve.
+        drop(TensorBoard::begin(out.path(), None, &settings).unwrap());
+        assert_eq!(scalars(out.path(), "loss"), []);
+    }
+
+    /// Values of the document of TFRecord.
+    #[test]
+    fn checksums_are_masked() {
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(masked(b"123456789"), 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8));
+    }
+}

@@ -1,0 +1,283 @@
+//! What a report tells of a run, as figures: `--json` prints them, the page draws them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::history::History;
+use super::proof::{Proof, proof};
+use super::thin::thin;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::metrics::{EventLine, Spent};
+
+/// Points that are kept of a curve.
+const POINTS: usize = 600;
+
+/// Steps whose losses are averaged where single ones say little.
+const SMOOTHED: usize = 50;
+
+/// One run.
+#[derive(Debug, Serialize)]
+pub struct Figures {
+    pub name: String,
+    pub folder: String,
+    pub facts: Value,
+    /// The keys of its config.
+    pub settings: BTreeMap<String, Value>,
+    pub steps: u64,
+    pub tokens: u64,
+    /// Seconds of training.
+    pub seconds: f64,
+    pub loss: Option<f64>,
+    pub eval_loss: Option<f64>,
+    pub bits_per_byte: Option<f64>,
+    pub step_s: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub curves: Curves,
+    pub places: Vec<PlaceFigures>,
+    pub proof: Option<Proof>,
+    pub staleness: Vec<(u64, Value)>,
+    pub events: Vec<EventLine>,
+    /// What was found wrong with the folder's files.
+    pub notes: Vec<String>,
+}
+
+/// Curves, thinned without losing peaks: (x, y).
+#[derive(Debug, Default, Serialize)]
+pub struct Curves {
+    pub loss: Vec<(f64, f64)>,
+    pub loss_by_tokens: Vec<(f64, f64)>,
+    pub loss_by_seconds: Vec<(f64, f64)>,
+    pub eval: Vec<(f64, f64)>,
+    pub eval_by_tokens: Vec<(f64, f64)>,
+    pub eval_by_seconds: Vec<(f64, f64)>,
+    pub tokens_per_s: Vec<(f64, f64)>,
+}
+
+/// Where the time of a rank went, and its memory.
+#[derive(Debug, Serialize)]
+pub struct PlaceFigures {
+    pub rank: usize,
+    pub name: String,
+    pub stages: Vec<usize>,
+    pub spent: Spent,
+    pub predicted: u64,
+    /// The measured peak, or what was resident when it was last told.
+    pub memory: Option<u64>,
+}
+
+impl Figures {
+    /// Those of a run's folder.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if it has no metrics.
+    pub fn read(folder: &Path) -> Result<Figures> {
+        let wrong = |problem: &str| Error::Data {
+            path: folder.display().to_string(),
+            problem: problem.to_owned(),
+            remedy: "give the folder of a run, as in runs/quickstart".to_owned(),
+        };
+        let unread = |error: io::Error| wrong(&format!("cannot be read ({error})"));
+        if !folder.is_dir() {
+            return Err(wrong("is no folder"));
+        }
+
+        let mut history = History::new(folder);
+        history.read().map_err(unread)?;
+        if history.metrics.steps.is_empty() {
+            let problem = match folder.join("metrics.jsonl").exists() {
+                true => "has a metrics.jsonl without a step",
+                false => "has no metrics.jsonl",
+            };
+            return Err(wrong(problem));
+        }
+
+        let config = files::read_text(&folder.join("config.toml")).unwrap_or_default();
+        Ok(Figures::new(&history, settings(&config)))
+    }
+
+    fn new(history: &History, settings: BTreeMap<String, Value>) -> Figures {
+        let (metrics, facts) = (&history.metrics, history.facts().clone());
+        let last = metrics.steps.last().cloned().unwrap_or_default();
+        let tail = &metrics.steps[metrics.steps.len() - metrics.steps.len().div_ceil(10)..];
+        let eval = metrics.evals.last().copied();
+
+        let folder = history.folder.display().to_string();
+        let name = match history.folder.file_name() {
+            Some(name) => name.to_string_lossy().into_owned(),
+            None => folder.clone(),
+        };
+        Figures {
+            name,
+            folder,
+            steps: last.step,
+            tokens: last.tokens,
+            seconds: last.clock,
+            loss: mean(tail.iter().map(|point| point.loss)),
+            eval_loss: eval.map(|point| point.loss),
+            bits_per_byte: eval.and_then(|point| point.bits_per_byte),
+            step_s: median(metrics.steps.iter().map(|point| point.step_s)),
+            tokens_per_s: median(metrics.steps.iter().map(|point| point.tokens_per_s)),
+            curves: curves(history),
+            places: places(history, &facts),
+            proof: proof(&history.places, &facts),
+            staleness: metrics.staleness.clone(),
+            events: history.events.clone(),
+            notes: notes(history, &facts),
+            settings,
+            facts,
+        }
+    }
+
+    /// What makes a loss of this run bits per byte of the text; none where that is not known.
+    pub fn bits(&self) -> Option<f64> {
+        let bytes = self.facts["bytes_per_token"].as_f64().filter(|bytes| *bytes > 0.0)?;
+        Some(1.0 / (std::f64::consts::LN_2 * bytes))
+    }
+
+    /// What tells texts and tokens apart: losses of runs that differ here compare per byte only.
+    pub fn tokens_are(&self) -> (Option<String>, Option<u64>) {
+        (self.facts["unit"].as_str().map(str::to_owned), self.facts["vocabulary"].as_u64())
+    }
+}
+
+/// The keys of a config, as `--set` names them; nothing of one that is none.
+fn settings(text: &str) -> BTreeMap<String, Value> {
+    let mut found = BTreeMap::new();
+    if let Ok(table) = text.parse::<toml::Table>() {
+        flatten("", serde_json::to_value(table).unwrap_or_default(), &mut found);
+    }
+    found
+}
+
+fn flatten(key: &str, value: Value, into: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(section) => {
+            for (name, value) in section {
+                let key = if key.is_empty() { name } else { format!("{key}.{name}") };
+                flatten(&key, value, into);
+            }
+        }
+        value => {
+            into.insert(key.to_owned(), value);
+        }
+    }
+}
+
+fn curves(history: &History) -> Curves {
+    let (steps, evals) = (&history.metrics.steps, &history.metrics.evals);
+    let of = |x: &dyn Fn(usize) -> f64, y: &dyn Fn(usize) -> f64| {
+        let points: Vec<(f64, f64)> = (0..steps.len()).map(|i| (x(i), y(i))).collect();
+        thin(&points, POINTS)
+    };
+    let step = |i: usize| steps[i].step as f64;
+    let tokens = |i: usize| steps[i].tokens as f64;
+    let clock = |i: usize| steps[i].clock;
+    let loss = |i: usize| steps[i].loss;
+
+    // Where the step of an evaluation is among the others.
+    let at = |step: u64| steps.partition_point(|point| point.step < step).min(steps.len() - 1);
+    let eval = |x: &dyn Fn(usize) -> f64| {
+        let points: Vec<(f64, f64)> =
+            evals.iter().map(|point| (x(at(point.step)), point.loss)).collect();
+        thin(&points, POINTS)
+    };
+    Curves {
+        loss: of(&step, &loss),
+        loss_by_tokens: of(&tokens, &loss),
+        loss_by_seconds: of(&clock, &loss),
+        eval: thin(
+            &evals.iter().map(|point| (point.step as f64, point.loss)).collect::<Vec<_>>(),
+            POINTS,
+        ),
+        eval_by_tokens: eval(&tokens),
+        eval_by_seconds: eval(&clock),
+        tokens_per_s: rate(history),
+    }
+}
+
+/// Tokens a second over steps: of several together, since reports of single ones come in bursts.
+fn rate(history: &History) -> Vec<(f64, f64)> {
+    let steps = &history.metrics.steps;
+    let group = (steps.len() / POINTS).clamp(1, SMOOTHED).max(steps.len().min(10) / 2).max(1);
+    let points: Vec<(f64, f64)> = steps
+        .chunks(group)
+        .filter_map(|points| {
+            let seconds: f64 = points.iter().map(|point| point.step_s).sum();
+            let tokens: f64 = points.iter().map(|point| point.tokens_per_s * point.step_s).sum();
+            let last = points.last()?;
+            (seconds > 0.0).then(|| (last.step as f64, tokens / seconds))
+        })
+        .collect();
+    thin(&points, POINTS)
+}
+
+fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
+    use crate::metrics::EventKind;
+    // Of the process that wrote the times: its end, if it has come to that.
+    let end = history.events.last().filter(|event| event.kind == EventKind::End);
+    let peak = |rank: usize| match facts["threads"].as_bool() {
+        Some(true) => None,
+        _ => end?.facts["peak_bytes"].get(rank)?.as_u64(),
+    };
+    let of = |(rank, place): (&usize, &crate::metrics::PlaceRecord)| PlaceFigures {
+        rank: *rank,
+        name: place.name.clone(),
+        stages: place.stages.clone(),
+        spent: place.total.clone(),
+        predicted: place.predicted,
+        memory: peak(*rank).or(place.memory),
+    };
+    history.places.places.iter().map(of).collect()
+}
+
+/// What is wrong with the files of a run.
+fn notes(history: &History, facts: &Value) -> Vec<String> {
+    let metrics = &history.metrics;
+    let mut notes = Vec::new();
+    if metrics.damaged > 0 {
+        notes.push(format!(
+            "{} lines of metrics.jsonl cannot be read, and are left out",
+            metrics.damaged
+        ));
+    }
+    if metrics.twice > 0 {
+        notes.push(format!(
+            "{} steps were made again after a resume; the later ones are shown",
+            metrics.twice
+        ));
+    }
+    if metrics.missing > 0 {
+        notes.push(format!("{} steps are missing in metrics.jsonl", metrics.missing));
+    }
+    if facts.is_null() {
+        notes.push(
+            "events.jsonl does not say how the run began: made by an earlier version?".to_owned(),
+        );
+    }
+    if history.places.places.is_empty() {
+        notes.push(
+            "places.json does not say where the time went: too short a run, or the oracle's"
+                .to_owned(),
+        );
+    }
+    notes
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let known: Vec<f64> = values.filter(|value| value.is_finite()).collect();
+    (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut known: Vec<f64> = values.filter(|value| value.is_finite()).collect();
+    let middle = known.len() / 2;
+    if known.is_empty() {
+        return None;
+    }
+    Some(*known.select_nth_unstable_by(middle, f64::total_cmp).1)
+}

@@ -1,0 +1,115 @@
+//! The claim of the method with a run's own numbers: how long its devices were idle, beside what other
+//! schedules would make of the same stage times.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::clock::StageTimes;
+use crate::delay::SyncPoints;
+use crate::grid::Placement;
+use crate::metrics::Places;
+use crate::schedule::{Schedule, ScheduleKind, StageCosts, absorbed, step_time};
+
+/// Stages up to which a grid's slack is looked for: the search simulates it many times.
+const STAGES: usize = 16;
+
+/// What a run's times say.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Proof {
+    /// The mean share of the devices' time that was neither compute, update, copies nor the table.
+    pub measured_idle: f64,
+    /// Seconds of a step, as the devices' clocks have it.
+    pub measured_step_s: f64,
+    /// What every schedule makes of the measured stage times.
+    pub schedules: Vec<Ideal>,
+    /// Of every device: seconds of work a step, and how late it may be once without the run's end
+    /// being later; none for large grids.
+    pub work_s: Vec<f64>,
+    pub absorbs_s: Option<Vec<f64>>,
+}
+
+/// A schedule in its steady state.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Ideal {
+    pub schedule: ScheduleKind,
+    pub step_s: f64,
+    pub idle: f64,
+}
+
+/// The proof of a run; none if its times, or what it is, are not known.
+pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
+    let number = |key: &str| facts[key].as_u64().map(|number| number as usize);
+    let (stages, microbatches) = (number("stages")?, number("microbatches")?);
+    let delays: Vec<usize> = serde_json::from_value(facts["delays"].clone()).ok()?;
+    let ahead: Vec<usize> = serde_json::from_value(facts["ahead"].clone()).ok()?;
+    let kind: ScheduleKind = serde_json::from_value(facts["schedule"].clone()).ok()?;
+    if stages == 0 || microbatches == 0 || delays.len() != stages || ahead.len() != stages {
+        return None;
+    }
+
+    let costs: Vec<StageCosts> =
+        (0..stages).map(|stage| costs(places, stage)).collect::<Option<_>>()?;
+    let ring = facts["ring"].as_bool().unwrap_or(false);
+    let of = |of: ScheduleKind| {
+        let mut schedule = Schedule::new(of, stages, microbatches, 1, SyncPoints::ends(1));
+        schedule.placement = if ring { Placement::Ring } else { Placement::Line };
+        if of == kind {
+            (schedule.delays, schedule.ahead) = (delays.clone(), ahead.clone());
+        }
+        schedule
+    };
+
+    let devices = of(kind).grid(1).devices();
+    let work = work(&costs, &of(kind), devices);
+    let ideal = |kind: ScheduleKind| {
+        let step_s = step_time(&of(kind), costs.clone(), 0.0).ok()?;
+        let busy = work.iter().sum::<f64>() / (devices as f64 * step_s);
+        Some(Ideal { schedule: kind, step_s, idle: (1.0 - busy).max(0.0) })
+    };
+    let kinds = [ScheduleKind::Decoupled, ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe];
+    let (measured_idle, measured_step_s) = measured(places)?;
+    let absorbs_s = if stages <= STAGES { absorbed(&of(kind), &costs, 0.0).ok() } else { None };
+    Some(Proof {
+        measured_idle,
+        measured_step_s,
+        schedules: kinds.into_iter().map(ideal).collect::<Option<_>>()?,
+        work_s: work,
+        absorbs_s,
+    })
+}
+
+/// The times of a microbatch and an update of a stage, means over its replicas.
+fn costs(places: &Places, stage: usize) -> Option<StageCosts> {
+    let of_stage = |times: &&StageTimes| times.stage == stage && times.microbatches > 0;
+    let found: Vec<&StageTimes> =
+        places.places.values().flat_map(|place| &place.total.stages).filter(of_stage).collect();
+    let sum = |of: fn(&StageTimes) -> f64| found.iter().map(|times| of(times)).sum::<f64>();
+    let microbatches = sum(|times| times.microbatches as f64);
+    let updates = sum(|times| times.updates as f64).max(1.0);
+    (!found.is_empty()).then(|| StageCosts {
+        forward: (sum(|times| times.forward) + sum(|times| times.copies)) / microbatches,
+        backward: sum(|times| times.backward) / microbatches,
+        update: (sum(|times| times.update) + sum(|times| times.table)) / updates,
+    })
+}
+
+/// Seconds of work a step of every device.
+fn work(costs: &[StageCosts], schedule: &Schedule, devices: usize) -> Vec<f64> {
+    let grid = schedule.grid(1);
+    let mut work = vec![0.0; devices];
+    for (stage, costs) in costs.iter().enumerate() {
+        let microbatches = schedule.microbatches as f64;
+        work[grid.device(stage)] += microbatches * (costs.forward + costs.backward) + costs.update;
+    }
+    work
+}
+
+/// The share of time that was a wait, and the time of a step.
+fn measured(places: &Places) -> Option<(f64, f64)> {
+    let known = || places.places.values().filter(|place| place.total.seconds > 0.0);
+    let count = known().count() as f64;
+    let waits = ["upstream", "downstream", "reduce", "idle"];
+    let idle = known().map(|place| waits.iter().map(|kind| place.total.share(kind)).sum::<f64>());
+    let steps = known().map(|place| place.total.seconds / place.total.steps.max(1) as f64);
+    (count > 0.0).then(|| (idle.sum::<f64>() / count, steps.sum::<f64>() / count))
+}
