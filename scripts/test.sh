@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every gate, cheapest first: set-up, format, lints, documentation, tests, then whether the benchmarks run.
 # Prints the minutes of each part at the end, and fails if all of them took longer than LIMIT minutes.
+#   TEST_PROFILE=release scripts/test.sh      tests what `cargo build --release` makes, where nothing is compiled yet
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 LIMIT=${LIMIT:-35}
@@ -55,8 +56,9 @@ part "Hugging Face's libraries" hugging_face
 part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
 part "release build" release_build
-part "tests" cargo test --no-fail-fast
+part "tests" cargo test --no-fail-fast --profile "${TEST_PROFILE:-test}"
 part "damaged input, for half a minute" scripts/fuzz.sh 0.5
+part "traces, curves and reports, by their readers" scripts/test-report.sh
 part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh

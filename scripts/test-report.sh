@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# What runs leave to be looked at, read by tools that nobody here wrote: traces, TensorBoard's file, Prometheus' text, and the report, which
+# Chromium opens at two widths, light and dark, without a network. Pictures go to target/report.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+cargo build --release --quiet
+program=$root/target/release/ouroboros
+scripts/report-tools.sh
+
+LIMIT=100 # seconds a command
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+runs=$folder/runs
+check() { timeout "$LIMIT" .venv-report/bin/python tests/report/check.py "$@"; }
+# ranks COUNT ARGUMENTS...: the program under mpirun; its last lines if it fails. A run that was stopped ends with 75.
+ranks() {
+    local count=$1 code=0
+    shift
+    timeout "$LIMIT" mpirun -n "$count" --oversubscribe "$program" "$@" >"$folder/log" 2>&1 || code=$?
+    if [ "$code" != 0 ] && [ "$code" != 75 ]; then tail -n 40 "$folder/log" >&2; fi
+    return "$code"
+}
+sinks='sink=["jsonl", "terminal", "tensorboard", "prometheus"]'
+
+say "a run on 2x2, traced, stopped and gone on with"
+# train COUNT ARGUMENTS...: the first run, by so many ranks.
+train() {
+    local count=$1
+    shift
+    ranks "$count" train configs/quickstart.toml --out "$runs/first" --set steps=60 --set checkpoint.every=20 --set eval.every=20 \
+        --set batch=16 --set "$sinks" "$@"
+}
+train 4 --grid 2x2 --trace 4..9 &
+training=$!
+for ((i = 0; i < 600; i++)); do
+    if [ "$(cat "$runs/first/metrics.jsonl" 2>/dev/null | wc -l)" -ge 25 ]; then break; fi
+    sleep 0.1
+done
+touch "$runs/first/STOP"
+if wait "$training"; then
+    echo "the run was not stopped" >&2
+    exit 1
+fi
+train 2 --grid 2x1 --resume
+for kind in start saved stop trace end; do
+    grep -q "\"kind\":\"$kind\"" "$runs/first/events.jsonl" || { echo "events.jsonl tells of no $kind" >&2; exit 1; }
+done
+check trace "$runs/first/trace-4-9.json.gz"
+check tensorboard "$runs/first"
+check prometheus "$runs/first"
+
+say "a trace of ranks whose clocks are apart"
+if unshare --mount --net --time --monotonic 1000 true 2>/dev/null; then
+    timeout "$LIMIT" mpirun -n 1 "$program" bench configs/quickstart.toml --grid 2x1 --emulated-compute 3,6 --trace 4..9 --out "$runs/apart" : \
+        -n 1 unshare --time --monotonic 1000 "$program" bench configs/quickstart.toml --grid 2x1 --emulated-compute 3,6 --trace 4..9 --out "$runs/apart" >"$folder/log" 2>&1 || { tail -n 40 "$folder/log" >&2; exit 1; }
+    check trace "$runs/apart/trace-4-9.json.gz" | tee "$folder/apart"
+    grep -q "aligned within" "$folder/apart"
+else
+    echo "skipped: no time namespaces here"
+fi
+
+say "other runs beside it"
+timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 1x1 --out "$runs/second" --set steps=60 --set eval.every=20 --set batch=16 >/dev/null
+timeout "$LIMIT" "$program" report "$runs/first" "$runs/second" -o "$folder/report.html"
+timeout "$LIMIT" "$program" report "$runs/first" --json | python3 -c 'import json, sys; json.load(sys.stdin)["runs"][0]["proof"]["measured_idle"]'
+check page "$folder/report.html" target/report
+
+say "ten runs of 100,000 steps"
+python3 - "$runs" <<'PY'
+import json, pathlib, random, sys
+
+draw = random.Random(1)
+for run in range(10):
+    folder = pathlib.Path(sys.argv[1]) / f"long-{run}"
+    folder.mkdir()
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(1, 100_001):
+            loss = 2 + 3 / (1 + step / 500) + draw.gauss(0, 0.05)
+            line = {"step": step, "loss": loss, "lr": 1e-3, "tokens": 4096 * step, "step_s": 0.1, "tokens_per_s": 40960.0, "grad_norm": [0.1, 0.2, 0.3, 0.4]}
+            file.write(json.dumps(line) + "\n")
+PY
+began=$(date +%s%N)
+timeout "$LIMIT" "$program" report "$runs"/long-* -o "$folder/long.html" | tail -n 1
+took=$((($(date +%s%N) - began) / 1000000))
+size=$(stat -c %s "$folder/long.html")
+echo "report: $took ms, $((size / 1024)) KiB"
+if [ "$took" -gt 5000 ] || [ "$size" -gt 5000000 ]; then
+    echo "report: more than 5 s or 5 MB" >&2
+    exit 1
+fi
