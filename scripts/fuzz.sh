@@ -7,4 +7,4 @@ minutes=${1:?"say for how many minutes: scripts/fuzz.sh 10"}
 shift
 seconds=$(awk -v minutes="$minutes" 'BEGIN { print minutes * 60 }')
 # With the checks of a build for tests: sums that overflow are findings.
-cargo test --quiet --profile "${TEST_PROFILE:-test}" --test fuzz -- "$@" --seconds "$seconds"
+cargo test --quiet --test fuzz -- "$@" --seconds "$seconds"

@@ -9,8 +9,9 @@ scripts/report-tools.sh
 
 LIMIT=100 # seconds a command
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
 runs=$folder/runs
+mkdir -p target/report
 check() { timeout "$LIMIT" .venv-report/bin/python tests/report/check.py "$@"; }
 # ranks COUNT ARGUMENTS...: the program under mpirun; its last lines if it fails. A run that was stopped ends with 75.
 ranks() {
@@ -28,7 +29,7 @@ train() {
     local count=$1
     shift
     ranks "$count" train configs/quickstart.toml --out "$runs/first" --set steps=60 --set checkpoint.every=20 --set eval.every=20 \
-        --set batch=16 --set "$sinks" "$@"
+        --set batch=16 --set staleness.every=10 --set "$sinks" "$@"
 }
 train 4 --grid 2x2 --trace 4..9 &
 training=$!
@@ -64,6 +65,39 @@ timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 1x1 --out "$run
 timeout "$LIMIT" "$program" report "$runs/first" "$runs/second" -o "$folder/report.html"
 timeout "$LIMIT" "$program" report "$runs/first" --json | python3 -c 'import json, sys; json.load(sys.stdin)["runs"][0]["proof"]["measured_idle"]'
 check page "$folder/report.html" target/report
+
+say "a run as it goes, on a terminal"
+timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 2x1 --out "$runs/live" --set steps=100000 --set checkpoint.every=50000 \
+    --set batch=16 >"$folder/log" 2>&1 &
+training=$!
+for ((i = 0; i < 600; i++)); do
+    if [ "$(wc -l 2>/dev/null <"$runs/live/places.json")" != "" ] && [ -s "$runs/live/places.json" ]; then break; fi
+    sleep 0.1
+done
+screen() { TERM=xterm-256color tmux -L "ouroboros-$$" -f /dev/null "$@"; }
+screen new-session -d -s watch -x 110 -y 34 "$program watch $runs/live"
+sleep 3
+watching=$(screen list-panes -t watch -F '#{pane_pid}')
+ticks() { awk '{ print $14 + $15 }' "/proc/$watching/stat"; }
+before=$(ticks)
+sleep 5
+used=$((($(ticks) - before) * 100 / $(getconf CLK_TCK) / 5))
+screen capture-pane -p -t watch >target/report/watch.txt
+screen send-keys -t watch q
+touch "$runs/live/STOP"
+wait "$training" || [ $? = 75 ]
+cat target/report/watch.txt
+for words in "live   grid 2x1" "running" "tokens/s" "left" "stage 0, replica 0" "stage 1, replica 0" "events" "q quits"; do
+    grep -qF "$words" target/report/watch.txt || { echo "watch does not show \`$words\`" >&2; exit 1; }
+done
+if screen has-session -t watch 2>/dev/null; then
+    echo "watch does not end by q" >&2
+    exit 1
+fi
+echo "watch: $used % of a core"
+if [ "$used" -ge 2 ]; then exit 1; fi
+timeout "$LIMIT" "$program" watch "$runs/live" | tee "$folder/line"
+grep -q "live: stopped, step" "$folder/line"
 
 say "ten runs of 100,000 steps"
 python3 - "$runs" <<'PY'

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Every gate, cheapest first: set-up, format, lints, documentation, tests, then whether the benchmarks run.
 # Prints the minutes of each part at the end, and fails if all of them took longer than LIMIT minutes.
-#   TEST_PROFILE=release scripts/test.sh      tests what `cargo build --release` makes, where nothing is compiled yet
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 LIMIT=${LIMIT:-35}
@@ -22,26 +21,29 @@ in_minutes() { printf '%d.%d' $(($1 / 60)) $(($1 % 60 / 6)); }
 
 documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items; }
 
-# With a libtorch of one's own there is no Python package of torch, and so no peers.
-peers() {
-    if [ -x .venv/bin/python ]; then
-        scripts/bench-peers.sh --short
-    else
-        echo "bench-peers: skipped: no torch in .venv (set up without LIBTORCH to have it)"
-    fi
-}
-
 hugging_face() {
     if [ -x .venv/bin/python ]; then scripts/hugging-face.sh; else echo "hugging-face: skipped: no torch in .venv"; fi
 }
 
-models() {
-    if [ -x .venv/bin/python ]; then scripts/bench-models.sh --short; else echo "bench-models: skipped: no torch in .venv"; fi
-}
-
-documents() {
-    if [ -x .venv/bin/python ]; then scripts/bench-data.sh --short; else echo "bench-data: skipped: no torch in .venv"; fi
-    scripts/documents.sh --short
+# What asks only whether a script still works, and for no time that it takes: two at once.
+short_forms() {
+    local scripts=(
+        "scripts/bench-grid.sh --short" "scripts/bench-hosts.sh --short" "scripts/bench-rules.sh --short"
+        "scripts/bench-save.sh --short" "scripts/documents.sh --short" "scripts/gpu-check.sh --quick --processor"
+        "scripts/test-gpu-kit.sh" "scripts/test-report.sh"
+    )
+    # With a libtorch of one's own there is no Python package of torch, and so no peers.
+    if [ -x .venv/bin/python ]; then
+        scripts+=("scripts/bench-peers.sh --short" "scripts/bench-models.sh --short" "scripts/bench-data.sh --short")
+    else
+        echo "short forms: no peers, models and data: no torch in .venv (set up without LIBTORCH to have it)"
+    fi
+    # The longest first. A line of what each prints says whose it is.
+    printf '%s\n' "${scripts[@]}" | tac | xargs -P 2 -I{} bash -c '
+        set -o pipefail
+        begun=$SECONDS
+        {} 2>&1 | sed "s|^|$(basename "${1%% *}" .sh): |" || { echo "test.sh: $1 has failed" >&2; exit 255; }
+        echo "$1: $((SECONDS - begun)) s"' short {}
 }
 
 # Compiled while libraries are fetched and one core reads the code; nothing else may run beside the tests.
@@ -56,22 +58,13 @@ part "Hugging Face's libraries" hugging_face
 part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
 part "release build" release_build
-part "tests" cargo test --no-fail-fast --profile "${TEST_PROFILE:-test}"
+part "tests" cargo test --no-fail-fast
 part "damaged input, for half a minute" scripts/fuzz.sh 0.5
-part "traces, curves and reports, by their readers" scripts/test-report.sh
 part "golden numbers" scripts/golden.sh
 part "kills" scripts/torture.sh 10
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
-part "benchmark: peers, in short" peers
-part "benchmark: models, in short" models
-part "benchmark: data, in short, and documents" documents
-part "benchmark: grids, in short" scripts/bench-grid.sh --short
-part "benchmark: hosts, in short" scripts/bench-hosts.sh --short
-part "benchmark: rules, in short" scripts/bench-rules.sh --short
-part "benchmark: saves, in short" scripts/bench-save.sh --short
 part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
-part "whether its checks work, on the processor" scripts/gpu-check.sh --quick --processor
-part "whether its kit works, without MPI and network" scripts/test-gpu-kit.sh
+part "reports by their readers, GPU checks on the processor, benchmarks in short" short_forms
 
 say "minutes"
 printf '%s' "$minutes"

@@ -1,6 +1,7 @@
 //! The command line: what can be typed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -17,6 +18,7 @@ use crate::report;
 use crate::schedule::{ScheduleKind, Tie};
 use crate::study;
 use crate::trace::Window;
+use crate::watch;
 
 /// Trains Transformer language models on a grid of K decoupled pipeline stages times R
 /// data-parallel replicas.
@@ -67,6 +69,9 @@ pub enum Command {
     /// Makes a page of what runs have left in their folders: curves, the grid's time, the proof that
     /// nobody waited, memory, events.
     Report(ReportArgs),
+    /// Shows a run as it goes, from the files in its folder: loss, speed, time left, what every place
+    /// does; q quits. Without a terminal it prints a line a look, until the run has ended.
+    Watch(WatchArgs),
     /// Draws a schedule, its delays and its ideal speed-up.
     Schedule(ScheduleArgs),
     /// Prepares and checks datasets, and trains tokenizers.
@@ -316,6 +321,34 @@ impl ReportArgs {
     pub fn request(self) -> report::Request {
         let ReportArgs { runs, output, json } = self;
         report::Request { runs, out: output, json }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// The folder of a run.
+    pub run: PathBuf,
+    /// Seconds between two looks.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "1")]
+    pub every: Duration,
+    /// Look once, and print a line.
+    #[arg(long)]
+    pub once: bool,
+}
+
+impl WatchArgs {
+    /// The request that is made.
+    pub fn request(self) -> watch::Request {
+        let WatchArgs { run, every, once } = self;
+        watch::Request { run, every, once }
+    }
+}
+
+/// A time between two looks.
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    match text.trim().parse::<f64>() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("write a number from 0.1 to 3600".to_owned()),
     }
 }
 

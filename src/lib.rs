@@ -19,7 +19,8 @@
 //!
 //! ```text
 //! console    all that is printed, and what happens where nobody reads it
-//! awake      time in which this process ran    files       whole files, names of their own
+//! bar        progress of what takes long      awake       time in which this process ran
+//! files      whole files, names of their own
 //! allocator  the heap                        grid        K x R places
 //! error      what goes wrong, in words       runtime     libtorch's version, the log
 //! device     processor or GPU                topology    the nodes below the grid
@@ -30,7 +31,8 @@
 //! random     pure functions of the seed      data        [data], corpus, batches
 //! model      [model], layers, families       number      scalars of a device, read now or later
 //! params     flat buffers and versions       optim       [optimizer], one file a rule
-//! table      the tied embedding              config      what is asked: the other sections, and their checks
+//! table      the tied embedding              staleness   how far weights move while gradients travel
+//! config     what is asked: the other sections, and their checks
 //! emulated_compute  stages that sleep       checkpoint  saved states
 //! setup      what is true                    stage       forward and backward of a microbatch
 //! inject     faults on purpose               clock       where a device's time goes
@@ -42,7 +44,7 @@
 //! oracle     the same arithmetic in one process: the definition of correct
 //! launch     makes the world: threads, MPI ranks, or the oracle; first error wins
 //! study      what delay costs: variants over paired seeds, by the oracle
-//! report     what runs have left, as a page
+//! report     what runs have left, as a page  watch       a run as it goes, on a terminal
 //! generation  texts that grow                hugging_face  models in and out
 //! cli        what can be typed               commands    the short ones
 //! ```
@@ -57,6 +59,7 @@
 
 #[macro_use]
 pub mod console;
+mod bar;
 mod allocator;
 mod awake;
 mod files;
@@ -79,6 +82,7 @@ pub mod number;
 pub mod params;
 pub mod optim;
 mod table;
+mod staleness;
 pub mod config;
 pub mod emulated_compute;
 pub mod checkpoint;
@@ -99,6 +103,7 @@ mod oracle;
 pub mod launch;
 pub mod study;
 pub mod report;
+pub mod watch;
 pub mod generation;
 pub mod hugging_face;
 pub mod cli;

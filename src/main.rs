@@ -11,7 +11,7 @@ use ouroboros::cli::{self, Cli, Command, DataCommand, TokenizerCommand};
 use ouroboros::error::{Error, Result};
 use ouroboros::{
     commands, complain, console, control, device, failure, hugging_face, launch, prepare, report,
-    runtime, study,
+    runtime, study, watch,
 };
 
 fn main() -> ExitCode {
@@ -50,6 +50,7 @@ fn main() -> ExitCode {
             | Command::Man
             | Command::Eval(_)
             | Command::Generate(_)
+            | Command::Watch(_)
     ) {
         console::go_on_without_reader();
     }
@@ -72,6 +73,7 @@ fn run(command: Command) -> u8 {
         }
         Command::Study(args) => answer_code(|| study::study(&args.request())),
         Command::Report(args) => answer(|| report::report(&args.request())),
+        Command::Watch(args) => answer(|| watch::watch(&args.request())),
         Command::Init(args) => answer(|| commands::init(&args)),
         Command::Import(args) => answer(|| hugging_face::import(&args.request())),
         Command::Export(args) => answer(|| hugging_face::export(&args.request())),

@@ -30,6 +30,7 @@ use crate::optim::{Optimizer, UpdateScalars, learning_rate, norm};
 use crate::params::{Layout, UpdateBuffers, zeros};
 use crate::schedule::{TableEnd, Tie};
 use crate::setup::Setup;
+use crate::staleness::{AtUpdate, Meter, Staleness, cosine};
 
 /// A set of weights with its versions: what one stage of the grid would hold, or the tied table.
 struct Weights {
@@ -39,6 +40,9 @@ struct Weights {
     versions: BTreeMap<usize, Tensor>,
     /// Where they are not the weights: the versions that steps use, moved on.
     predicted: BTreeMap<usize, Tensor>,
+    /// Where staleness is measured, with the delay that it is measured by.
+    meter: Option<Meter>,
+    delay: usize,
 }
 
 /// The gradients of one replica's step, added up over its microbatches.
@@ -88,8 +92,15 @@ impl Oracle {
                 }
             }
 
-            versions.insert(setup.start(), setup.first_weights(&layout)?);
-            Ok(Weights { layout, optimizer, versions, predicted })
+            let first = setup.first_weights(&layout)?;
+            let mut meter = setup.meter(&layout, 0)?;
+            if let Some(meter) = &mut meter {
+                let used = setup.measured_version(meter, setup.start(), delay);
+                meter.made(setup.start(), &first, used)?;
+            }
+
+            versions.insert(setup.start(), first);
+            Ok(Weights { layout, optimizer, versions, predicted, meter, delay })
         };
 
         let delays = &setup.schedule.delays;
@@ -246,11 +257,15 @@ impl Oracle {
         };
 
         let table = [at(embedding_delay(&setup)), at(head_delay)];
+        // While the layers still remember what they did before the step.
+        let fresh = self.fresh(t)?;
         let (mut sums, mut table_sum): (Vec<Tensor>, Option<Tensor>) = (Vec::new(), None);
         // One replica has nothing to reduce.
         let reduced = (setup.grid.replicas > 1).then_some(setup.config.wire);
         for replica in 0..setup.grid.replicas {
-            let mut gradients = self.gradients(t, replica, &numbers, table)?;
+            let leaves = self.leaves(&numbers, table)?;
+            let (mut gradients, loss) = self.gradients(t, replica, &leaves)?;
+            self.reports.send(Report::Loss { replica, step: t, loss })?;
             let mut table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
             if let Some(wire) = reduced {
                 gradients
@@ -276,11 +291,20 @@ impl Oracle {
         }
 
         for (stage, sum) in sums.iter_mut().enumerate() {
+            let measured = self.stages[stage].measure(&setup, t, Some(numbers[stage]), sum)?;
+            let fresh = fresh.as_ref().map(|fresh| &fresh.stages[stage]);
+            self.tell_staleness(t, Some(stage), measured, sum, fresh)?;
             let norm = self.update(t, Some(stage), sum)?;
             self.reports.send(Report::Norm { stage, step: t, norm })?;
         }
 
         if let Some(mut sum) = table_sum.filter(|_| setup.dimensions.tied) {
+            // Under `head` and `fresh` its parts are of several steps.
+            let aligned = setup.config.model.tie == Tie::Aligned;
+            let number = Some(table[0]).filter(|_| aligned);
+            let measured = self.table.measure(&setup, t, number, &sum)?;
+            let fresh = fresh.as_ref().filter(|_| aligned).map(|fresh| &fresh.input);
+            self.tell_staleness(t, None, measured, &sum, fresh)?;
             let norm = self.update(t, None, &mut sum)?;
             self.reports.send(Report::TableNorm { step: t, norm })?;
         }
@@ -429,18 +453,16 @@ impl Oracle {
         Ok(x)
     }
 
-    /// Gradients of one replica, added up over its microbatches.
+    /// Gradients of one replica, added up over its microbatches, and their mean loss.
     fn gradients(
         &mut self,
         t: usize,
         replica: usize,
-        numbers: &[usize],
-        table: [usize; 2],
-    ) -> Result<Gradients> {
+        leaves: &[Vec<Tensor>; 3],
+    ) -> Result<(Gradients, f64)> {
         let setup = Arc::clone(&self.setup);
         let config = &setup.config;
-        let leaves = self.leaves(numbers, table)?;
-        let weights = self.weights(&leaves);
+        let weights = self.weights(leaves);
         let stages = self
             .stages
             .iter()
@@ -477,14 +499,61 @@ impl Oracle {
             let memories = memories.into_iter().map(Memory::without_documents).collect();
             self.memories.insert((replica, microbatch), memories);
             total += self.finite(t, replica, loss.value.f_double_value(&[])?)?;
-            for (sum, gradient) in sums.iter_mut().zip(self.backward(&leaves, loss)?) {
+            for (sum, gradient) in sums.iter_mut().zip(self.backward(leaves, loss)?) {
                 let _ = sum.f_add_(&gradient)?;
             }
         }
 
         let loss = total / config.microbatches as f64;
-        self.reports.send(Report::Loss { replica, step: t, loss })?;
-        Ok(Gradients { stages, input, output })
+        Ok((Gradients { stages, input, output }, loss))
+    }
+
+    /// The gradients of step t's batch at the newest weights, which nothing else is touched for, if the
+    /// staleness of the step is measured: those of the table in `input`, both parts.
+    fn fresh(&mut self, t: usize) -> Result<Option<Gradients>> {
+        if !self.stages[0].meter.as_ref().is_some_and(|meter| meter.measures(t)) {
+            return Ok(None);
+        }
+
+        let leaves = self.newest()?;
+        let remembered = std::mem::take(&mut self.memories);
+        let mut sum: Option<Gradients> = None;
+        for replica in 0..self.setup.grid.replicas {
+            self.memories = remembered
+                .iter()
+                .map(|(of, all)| (*of, all.iter().map(Memory::shallow_clone).collect()))
+                .collect();
+            let (mut of_replica, _) = self.gradients(t, replica, &leaves)?;
+            let _ = of_replica.input.f_add_(&of_replica.output)?;
+            sum = Some(match sum {
+                None => of_replica,
+                Some(mut sum) => {
+                    for (sum, part) in sum.stages.iter_mut().zip(&of_replica.stages) {
+                        let _ = sum.f_add_(part)?;
+                    }
+                    let _ = sum.input.f_add_(&of_replica.input)?;
+                    sum
+                }
+            });
+        }
+
+        self.memories = remembered;
+        Ok(sum)
+    }
+
+    /// Reports what was measured of an update, with the cosine to the fresh gradient.
+    fn tell_staleness(
+        &self,
+        step: usize,
+        stage: Option<usize>,
+        measured: Option<Staleness>,
+        stale: &Tensor,
+        fresh: Option<&Tensor>,
+    ) -> Result<()> {
+        let Some(measured) = measured else { return Ok(()) };
+        let fresh_cosine = fresh.map(|fresh| cosine(stale, fresh)).transpose()?;
+        let measured = Staleness { fresh_cosine, ..measured };
+        self.reports.send(Report::Staleness { stage, step, measured })
     }
 
     /// The gradients of a loss by all leaves: those that are ready with it, and autograd's.
@@ -553,6 +622,11 @@ impl Oracle {
             weights.predicted.insert(t + 1, new.f_add(&moved)?);
         }
 
+        if let Some(meter) = &mut weights.meter {
+            let used = self.setup.measured_version(meter, t + 1, weights.delay);
+            meter.made(t + 1, &new, used)?;
+        }
+
         weights.versions.insert(t + 1, new);
         weights.versions.retain(|number, _| number + delay > t);
         weights.predicted.retain(|number, _| number + delay > t);
@@ -589,6 +663,27 @@ impl Weights {
     fn newest(&self) -> Result<&Tensor> {
         let newest = self.versions.last_key_value().map(|(_, flat)| flat);
         newest.ok_or_else(|| Error::Internal("the oracle holds no version".into()))
+    }
+
+    /// What there is to tell of the staleness of a step's gradient, which was taken at a version, before
+    /// its update.
+    fn measure(
+        &mut self,
+        setup: &Setup,
+        step: usize,
+        number: Option<usize>,
+        gradient: &Tensor,
+    ) -> Result<Option<Staleness>> {
+        let Some(mut meter) = self.meter.take() else { return Ok(None) };
+        let kind = setup.config.precision.kind();
+        let used = number.map(|number| Ok::<Tensor, Error>(self.used(number)?.f_to_kind(kind)?));
+        let used = used.transpose()?;
+        let newest = self.newest()?;
+        let at =
+            AtUpdate { version: number.unwrap_or(step), used: used.as_ref(), newest, gradient };
+        let measured = meter.before(step, &at)?;
+        self.meter = Some(meter);
+        Ok(measured)
     }
 
     /// A version as steps use it.

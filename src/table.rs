@@ -157,6 +157,11 @@ impl Table {
         Ok(whole.f_detach_copy()?)
     }
 
+    /// The gradient of the update under way.
+    pub fn gradient(&self) -> Option<&Tensor> {
+        self.whole.as_ref()
+    }
+
     /// Takes the gradient of the next update from the other copy.
     pub fn set_sum(&mut self, sum: Tensor) {
         self.whole = Some(sum);

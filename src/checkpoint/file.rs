@@ -406,7 +406,7 @@ mod tests {
         let (size, digest) = content.write(&path).unwrap();
         let there = std::fs::read(&path).unwrap();
         assert_eq!(size, there.len() as u64);
-        assert_eq!((size, digest), super::super::digest(&path).unwrap());
+        assert_eq!((size, digest), super::super::digest(&path, |_| ()).unwrap());
         let read = SafeTensors::deserialize(&there).unwrap();
         assert_eq!(read.len(), tensors.len());
         for (name, shape, values) in &tensors {
@@ -458,7 +458,7 @@ mod tests {
             let mut stream = TensorStream::create(&path, &tensors, None).unwrap();
             values.chunks(part).for_each(|part| stream.put(part).unwrap());
             let (size, digest) = stream.finish().unwrap();
-            assert_eq!((size, digest), super::super::digest(&path).unwrap());
+            assert_eq!((size, digest), super::super::digest(&path, |_| ()).unwrap());
             let there = std::fs::read(&path).unwrap();
             let read = SafeTensors::deserialize(&there).unwrap();
             assert!(read.tensor("all").unwrap().data() == values, "{count}");

@@ -432,8 +432,8 @@ pub fn room(folder: &Path) -> Option<u64> {
     fs4::available_space(there).ok()
 }
 
-/// Size and digest of a file.
-fn digest(path: &Path) -> io::Result<(u64, String)> {
+/// Size and digest of a file; `read` hears of every so many bytes.
+fn digest(path: &Path, read: impl Fn(u64)) -> io::Result<(u64, String)> {
     let (mut file, mut hash, mut bytes) = (files::open(path)?, Xxh3::new(), 0);
     let mut buffer = vec![0u8; 1 << 20];
     loop {
@@ -442,6 +442,7 @@ fn digest(path: &Path) -> io::Result<(u64, String)> {
             n => {
                 hash.update(&buffer[..n]);
                 bytes += n as u64;
+                read(n as u64);
             }
         }
     }

@@ -14,6 +14,7 @@ use super::{
     MANIFEST, Manifest, Shard, ShardKind, TOKENIZER, VOCABULARY, age, digest, entries, index,
     older, part,
 };
+use crate::bar::Bar;
 use crate::config::Config;
 use crate::data::{Listed, Unit, Vocabulary};
 use crate::error::{Error, Result};
@@ -119,7 +120,10 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] for the first that is not.
     pub fn verify(&self) -> Result<()> {
-        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard))
+        let bytes =
+            self.manifest.shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.bytes));
+        let bar = Bar::of_bytes(bytes, "verifying checkpoint");
+        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard, &bar))
     }
 
     /// What the manifest of a state says, whose files are not looked at.
@@ -150,7 +154,7 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
     }
 
-    fn verify_shard(&self, shard: &Shard) -> Result<()> {
+    fn verify_shard(&self, shard: &Shard, bar: &Bar) -> Result<()> {
         let file = self.path.join(&shard.file);
         let found = fs::metadata(&file).map_err(|error| Error::checkpoint(&file, error))?.len();
         if found != shard.bytes {
@@ -160,7 +164,8 @@ impl Checkpoint {
             ));
         }
 
-        let (_, found) = digest(&file).map_err(|error| Error::checkpoint(&file, error))?;
+        let (_, found) = digest(&file, |bytes| bar.advance(bytes))
+            .map_err(|error| Error::checkpoint(&file, error))?;
         if found != shard.digest {
             return Err(Error::checkpoint(
                 &file,

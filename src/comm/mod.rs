@@ -113,6 +113,11 @@ impl Header {
         Action { stage, op, pass: self.pass, step: self.step, microbatch: self.microbatch }
     }
 
+    /// Bytes of its values on the wire.
+    fn bytes(&self) -> u64 {
+        (self.values().unwrap_or(0) * self.wire.bytes()) as u64
+    }
+
     /// How many values it tells of; none if that is beyond any number.
     pub fn values(&self) -> Option<usize> {
         self.shape
@@ -151,8 +156,7 @@ struct Transfer {
 impl Transfer {
     /// A message of a stage is handed over.
     fn begin(header: &Header, stage: usize) -> Transfer {
-        let bytes = (header.values().unwrap_or(0) * header.wire.bytes()) as u64;
-        Transfer { action: header.action(stage), bytes, begin: Moment::now() }
+        Transfer { action: header.action(stage), bytes: header.bytes(), begin: Moment::now() }
     }
 
     /// It has left.

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use tch::Tensor;
 
+use crate::bar::Bar;
 use crate::checkpoint::Checkpoint;
 use crate::cli::EvalArgs;
 use crate::config::Config;
@@ -134,6 +135,7 @@ fn loss_sum(
     }
 
     let (mut sum, mut scored, mut memory) = (0.0, 0, Memory::new(config.eval_mem_len()));
+    let bar = Bar::of_steps(parts.len() as u64, "evaluating");
     for (rows, segment) in parts {
         if evaluation.order == Order::Shuffled {
             memory = Memory::new(0);
@@ -151,6 +153,7 @@ fn loss_sum(
             Ok(model.losses(weights, &hidden, &batch.targets)?.f_double_value(&[])?)
         })?;
         scored += batch.counted;
+        bar.advance(1);
     }
 
     Ok((sum, scored))

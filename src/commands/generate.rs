@@ -1,5 +1,6 @@
 //! `ouroboros generate`: continues texts, one token at a time.
 
+use crate::bar::Bar;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
 use crate::data::{Unit, Vocabulary};
@@ -44,7 +45,10 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         texts[0].show(&checkpoint.vocabulary, &args.stop);
     }
 
+    // A single text shows by itself how far it is.
+    let bar = (!alone).then(|| Bar::of_steps(args.tokens as u64, "generating"));
     for _ in 0..args.tokens {
+        bar.iter().for_each(|bar| bar.advance(1));
         if texts.iter().all(|text| text.ended) {
             break;
         }
@@ -63,6 +67,7 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         }
     }
 
+    drop(bar);
     if alone {
         texts[0].show_rest(&checkpoint.vocabulary);
         return Ok(());

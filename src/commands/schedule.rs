@@ -69,7 +69,10 @@ fn write_picture(
         return Err(Error::config("--steps", 0, "a picture needs a step at least"));
     }
 
-    let others = ScheduleKind::value_variants().iter().filter(|kind| **kind != args.schedule);
+    // One stage at a time takes so long that the others could not be read beside it.
+    let shown =
+        |kind: &&ScheduleKind| **kind != args.schedule && **kind != ScheduleKind::Sequential;
+    let others = ScheduleKind::value_variants().iter().filter(shown);
     let of = |kind: &ScheduleKind| {
         let ends = SyncPoints::ends(args.steps);
         let mut other = Schedule::new(*kind, args.grid.stages, args.microbatches, args.slack, ends);

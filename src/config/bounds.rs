@@ -29,6 +29,7 @@ pub(super) fn check(config: &Config) -> Result<()> {
         ("steps", Some(config.steps), COUNT),
         ("sync_steps", Some(config.sync_steps), COUNT),
         ("verify_every", config.verify_every, COUNT),
+        ("staleness.every", config.staleness.every, COUNT),
         ("batch", Some(config.batch), ROWS),
         ("microbatches", Some(config.microbatches), ROWS),
         ("slack", Some(config.slack), DEPTH),

@@ -86,6 +86,7 @@ fn check_run(config: &Config) -> Result<()> {
         return Err(Error::config("on_nonfinite", "skip", remedy));
     }
 
+    Error::unless_at_least_one("staleness.every", config.staleness.every.unwrap_or(1))?;
     Error::unless_at_least_one("verify_every", config.verify_every.unwrap_or(1))
 }
 

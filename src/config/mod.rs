@@ -14,12 +14,14 @@ mod grid;
 mod parse;
 mod recompute;
 mod sink;
+mod staleness;
 
 pub use checkpoint::CheckpointConfig;
 pub use eval::EvalConfig;
 pub use grid::{GridConfig, LayersPerStage};
 pub use recompute::Recompute;
 pub use sink::SinkKind;
+pub use staleness::StalenessConfig;
 
 use crate::data::{DataConfig, Order, Reading, Shape};
 use crate::device::DeviceSetting;
@@ -90,6 +92,8 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalConfig>,
     pub checkpoint: CheckpointConfig,
+    #[serde(skip_serializing_if = "StalenessConfig::is_default")]
+    pub staleness: StalenessConfig,
 }
 
 impl Default for Config {
@@ -122,6 +126,7 @@ impl Default for Config {
             optimizer: OptimizerConfig::default(),
             eval: None,
             checkpoint: CheckpointConfig::default(),
+            staleness: StalenessConfig::default(),
         }
     }
 }
@@ -417,7 +422,7 @@ mod tests {
         setting `model.d_modle`: found an unknown key; expected one of `arch`, `layers`, `d_model`, `heads`, `d_head`, `kv_heads`, `d_ff`, `dropout`, `cutoffs`, `div_val`, `project_all`, `vocabulary`, `positions`, `rope_theta`, `rope_scaling`, `attention_bias`, `qk_norm`, `embedding_width`, `head_width`, `embedding_std`, `tie`, `tie_gradient`, `mem_len`, `clamp_len`, `same_length`, `shared_biases`, `norm`, `norm_eps`, `final_norm`, `init`, `init_std`, `attention_dropout`, `loss_chunk_mib`, `z_loss`
         ");
         insta::assert_snapshot!(error("stepz = 3", &[]), @r"
-        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `sink`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`
+        setting `stepz`: found an unknown key; expected one of `name`, `seed`, `steps`, `batch`, `microbatches`, `schedule`, `slack`, `recompute`, `sync_steps`, `sync_at`, `threads`, `device`, `allow_shared_gpu`, `deterministic`, `precision`, `wire`, `bucket_kib`, `stall_seconds`, `on_nonfinite`, `verify_every`, `sink`, `grid`, `model`, `data`, `optimizer`, `eval`, `checkpoint`, `staleness`
         ");
         insta::assert_snapshot!(error("", &["steps=many"]), @r#"
         setting `steps`: found invalid type: string "many"; expected a whole number, 0 or more

@@ -9,6 +9,7 @@ use crate::checkpoint::Written;
 use crate::clock::Times;
 use crate::error::{Error, Result};
 use crate::grid::Place;
+use crate::staleness::Staleness;
 use crate::trace::{ClockName, Moment, Window};
 
 /// JSON knows no number that is not finite, and writes null.
@@ -41,6 +42,9 @@ pub enum Report {
         #[serde(deserialize_with = "or_nan")]
         norm: f64,
     },
+    /// What was measured of the staleness of a stage's gradient, or the tied table's, at its update.
+    /// From replica 0.
+    Staleness { stage: Option<usize>, step: usize, measured: Staleness },
     /// The digest of a copy of the tied table after `step` updates.
     TableDigest { place: Place, step: usize, digest: u64 },
     /// The digest of a replica's weights after `step` updates.

@@ -10,6 +10,7 @@ mod stragglers;
 mod traces;
 mod watchdog;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -34,11 +35,12 @@ use crate::lock::FolderLock;
 use crate::memory::Prediction;
 use crate::metrics::{
     Bench, EvalLine, EventKind, EventLine, EventLog, JsonLines, PlaceLine, PlacesFile, Progress,
-    Prometheus, Sink, StepLine, Summary, TensorBoard, print_memory,
+    Prometheus, Sink, StageStaleness, StalenessLine, StepLine, Summary, TensorBoard, print_memory,
 };
 use crate::number::Readback;
 use crate::optim::learning_rate;
 use crate::setup::Setup;
+use crate::staleness::Staleness;
 
 /// Between two looks at the clock where nothing is reported; while a trace is being written.
 const LOOK: Duration = Duration::from_millis(500);
@@ -62,6 +64,8 @@ pub struct Coordinator {
     steps: Steps,
     divergence: Divergence,
     stragglers: Stragglers,
+    /// What was measured of steps that are not complete yet, by stage, the table last.
+    staleness: BTreeMap<usize, BTreeMap<usize, Staleness>>,
     watchdog: Option<Watchdog>,
     /// Ranks that are done, with the peak of their memory; and their times.
     done: Vec<(usize, Option<u64>)>,
@@ -113,6 +117,7 @@ impl Coordinator {
             steps: Steps::new(grid.stages, grid.replicas, setup.dimensions.tied, start),
             divergence: Divergence::new(grid),
             stragglers: Stragglers::default(),
+            staleness: BTreeMap::new(),
             watchdog: Some(Watchdog::new(grid, config.stall_seconds)),
             done: Vec::new(),
             times: Vec::new(),
@@ -317,6 +322,11 @@ impl Coordinator {
                 self.steps.evaluation(step, replica, loss_sum, tokens);
             }
 
+            Report::Staleness { stage, step, measured } => {
+                let stage = stage.unwrap_or(self.setup.grid.stages);
+                self.staleness.entry(step).or_default().insert(stage, measured);
+            }
+
             Report::TableDigest { place, step, digest } => {
                 self.divergence.record_digest(place, None, step, digest)?;
             }
@@ -417,9 +427,23 @@ impl Coordinator {
         }
 
         self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
+        self.tell_staleness(step)?;
         self.losses.push(of.loss());
         self.planner.step(seconds);
         Ok(())
+    }
+
+    /// What was measured of a step whose updates are all made: every place reports it before its norm.
+    fn tell_staleness(&mut self, step: usize) -> Result<()> {
+        let Some(found) = self.staleness.remove(&step) else { return Ok(()) };
+        let stages = self.setup.grid.stages;
+        let of = |(stage, measured): (usize, Staleness)| {
+            let stage = if stage < stages { stage.into() } else { "table".into() };
+            StageStaleness { stage, measured }
+        };
+        let staleness = found.into_iter().map(of).collect();
+        let line = StalenessLine { step: step + 1, staleness };
+        self.sinks.iter_mut().try_for_each(|sink| sink.staleness(&line))
     }
 
     fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {

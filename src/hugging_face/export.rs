@@ -12,6 +12,7 @@ use super::folder::{INDEX, WEIGHTS};
 use super::import::{check_room, read_json};
 use super::names::{HEAD, Piece, full, pieces};
 use super::{BESIDE, BLOCK, TOKENIZER, TYPES};
+use crate::bar::Bar;
 use crate::checkpoint::values::{from_f32, to_f32, transposed};
 use crate::checkpoint::{Checkpoint, TensorStream, WeightFiles};
 use crate::data::{Subword, Vocabulary};
@@ -260,8 +261,12 @@ fn write(files: &mut WeightFiles, path: &Path, targets: &[Target]) -> Result<()>
     // Readers ask for it.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut stream = TensorStream::create(path, &tensors, Some(metadata)).map_err(unwritten)?;
+    let bar = Bar::of_bytes(targets.iter().map(Target::bytes).sum(), "exporting");
     for target in targets {
-        copy(files, target, |bytes| stream.put(bytes).map_err(unwritten))?;
+        copy(files, target, |bytes| {
+            bar.advance(bytes.len() as u64);
+            stream.put(bytes).map_err(unwritten)
+        })?;
     }
 
     stream.finish().map(drop).map_err(unwritten)

@@ -11,6 +11,7 @@ use super::family::{Described, Family, described};
 use super::folder::Folder;
 use super::names::{HEAD, Piece, full, is_computed, pieces};
 use super::{BESIDE, BLOCK, TOKENIZER, TYPES};
+use crate::bar::Bar;
 use crate::checkpoint::values::{from_f32, is_known, to_f32, transposed};
 use crate::checkpoint::{self, Manifest, Pipeline, SOURCE, Shard, ShardKind, TensorStream};
 use crate::config::Config;
@@ -269,9 +270,13 @@ fn make(
     let types: BTreeMap<&str, Dtype> =
         tensors.iter().map(|(name, dtype, _)| (name.as_str(), *dtype)).collect();
     let mut stream = TensorStream::create(&path, &tensors, None).map_err(unwritten)?;
+    let bar = Bar::of_steps(values(pieces) as u64, "importing values");
     for piece in pieces {
         let (name, to) = (full(prefix, &piece.theirs), types[piece.ours.as_str()]);
-        copy(source, &name, piece, to, |bytes| stream.put(bytes).map_err(unwritten))?;
+        copy(source, &name, piece, to, |bytes| {
+            bar.advance((bytes.len() / to.size()) as u64);
+            stream.put(bytes).map_err(unwritten)
+        })?;
     }
 
     let (bytes, digest) = stream.finish().map_err(unwritten)?;

@@ -36,7 +36,7 @@ const COMMUNICATOR: u64 = 100 << 20;
 pub struct Prediction {
     /// `D_k + 1` versions.
     pub weights: u64,
-    /// With a tied table also its parts that wait for each other.
+    /// With a tied table also its parts that wait for each other; with it what measures staleness.
     pub gradient: u64,
     pub optimizer: u64,
     /// `a_k + 1` microbatches, and what the layers remember.
@@ -72,8 +72,15 @@ impl Prediction {
             let waits = setup.grid.device_of(rank) == 0 || setup.schedule.tie == Tie::Head;
             let parts = if waits { setup.schedule.delays[0] as u64 + 4 } else { 3 };
             let delay = setup.schedule.table_delay(*end);
-            let held = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
-            sum.weights += held * table / VALUE * value + master(setup, table, delay);
+            let versions = setup.schedule.tables_held(setup.grid.device_of(rank)) as u64;
+            sum.weights += versions * table / VALUE * value + master(setup, table, delay);
+            let measures = held
+                .iter()
+                .any(|place| place.replica == 0 && place.stage == setup.schedule.joiner());
+            if setup.config.staleness.every.is_some() && measures {
+                sum.gradient += table;
+            }
+
             let ends = ends.len() as u64;
             // Of both ends here the head reads the newest weights unpredicted, in bf16 a copy of
             // them.
@@ -110,6 +117,10 @@ impl Prediction {
         let stack = setup.stack(place.stage);
         let layout = Layout::new(&stack.own());
         let flat = layout.len as u64 * VALUE;
+        if setup.config.staleness.every.is_some() && place.replica == 0 {
+            self.gradient += flat;
+        }
+
         let schedule = &setup.schedule;
         let tokens = (setup.rows * setup.config.data.sequence) as u64;
         let value = setup.config.precision.bytes() as u64;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{EvalLine, Sink, StepLine};
+use super::{EvalLine, Sink, StalenessLine, StepLine};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -52,6 +52,10 @@ impl Sink for JsonLines {
     }
 
     fn eval(&mut self, line: &EvalLine) -> Result<()> {
+        self.add(line)
+    }
+
+    fn staleness(&mut self, line: &StalenessLine) -> Result<()> {
         self.add(line)
     }
 }

@@ -17,7 +17,7 @@ pub use jsonl::JsonLines;
 pub use places::{PlaceRecord, Places, PlacesFile, Spent};
 pub use progress::{Progress, thousands};
 pub use prometheus::Prometheus;
-pub use sink::{EvalLine, PlaceLine, Sink, StepLine};
+pub use sink::{EvalLine, PlaceLine, Sink, StageStaleness, StalenessLine, StepLine};
 pub use summary::{Summary, print_memory};
 pub use tensorboard::TensorBoard;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prometheus::{Encoder, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
-use super::{EvalLine, PlaceLine, Sink, StepLine};
+use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine};
 use crate::clock::{TimeKind, Times};
 use crate::error::{Error, Result};
 use crate::files;
@@ -23,6 +23,9 @@ pub struct Prometheus {
     /// By stage, replica and kind; by stage and replica.
     share: GaugeVec,
     memory: GaugeVec,
+    /// By stage: of measured staleness.
+    age: GaugeVec,
+    distance: GaugeVec,
     /// When the file was last written.
     written: Option<Instant>,
 }
@@ -82,12 +85,21 @@ impl Prometheus {
         let share = GaugeVec::new(share, &["stage", "replica", "kind"])?;
         let memory = about("resident_bytes", "Resident memory of a rank.");
         let memory = GaugeVec::new(memory, &["stage", "replica"])?;
-        for family in [&norm, &share, &memory] {
+        let age =
+            about("gradient_age_updates", "Updates that the applied gradient is old, by stage.");
+        let age = GaugeVec::new(age, &["stage"])?;
+        let distance = about(
+            "weights_moved_relative",
+            "Distance of the weights since the applied gradient was taken, over their norm.",
+        );
+        let distance = GaugeVec::new(distance, &["stage"])?;
+        for family in [&norm, &share, &memory, &age, &distance] {
             registry.register(Box::new(family.clone()))?;
         }
 
         let path = out.join("metrics.prom");
-        Ok(Prometheus { path, registry, run, norm, share, memory, written: None })
+        let written = None;
+        Ok(Prometheus { path, registry, run, norm, share, memory, age, distance, written })
     }
 
     fn write(&mut self) -> Result<()> {
@@ -131,6 +143,18 @@ impl Sink for Prometheus {
     fn eval(&mut self, line: &EvalLine) -> Result<()> {
         self.run.eval_loss.set(line.eval_loss);
         line.eval_bpb.into_iter().for_each(|bits| self.run.eval_bpb.set(bits));
+        self.write_if_due()
+    }
+
+    fn staleness(&mut self, line: &StalenessLine) -> Result<()> {
+        for of in &line.staleness {
+            let stage = of.stage.as_str().map_or_else(|| of.stage.to_string(), str::to_owned);
+            let set = |family: &GaugeVec, value: Option<f64>| {
+                value.into_iter().for_each(|value| family.with_label_values(&[&stage]).set(value));
+            };
+            set(&self.age, of.measured.age.map(|age| age as f64));
+            set(&self.distance, of.measured.relative);
+        }
         self.write_if_due()
     }
 

@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::EventLine;
 use crate::clock::Times;
 use crate::error::Result;
+use crate::staleness::Staleness;
 
 /// About a step. `step` counts the updates made; `tokens` those read so far.
 #[derive(Debug, Serialize)]
@@ -44,6 +45,22 @@ pub struct EvalLine {
     pub eval_bpb: Option<f64>,
 }
 
+/// What was measured of the staleness of the last update.
+#[derive(Debug, Serialize)]
+pub struct StalenessLine {
+    pub step: usize,
+    pub staleness: Vec<StageStaleness>,
+}
+
+/// Of one stage, or the tied table.
+#[derive(Debug, Serialize)]
+pub struct StageStaleness {
+    /// A number, or "table".
+    pub stage: serde_json::Value,
+    #[serde(flatten)]
+    pub measured: Staleness,
+}
+
 /// Where the time of a rank went lately.
 #[derive(Debug)]
 pub struct PlaceLine<'a> {
@@ -68,6 +85,11 @@ pub trait Sink {
 
     /// An evaluation is complete.
     fn eval(&mut self, _line: &EvalLine) -> Result<()> {
+        Ok(())
+    }
+
+    /// The staleness of an update was measured.
+    fn staleness(&mut self, _line: &StalenessLine) -> Result<()> {
         Ok(())
     }
 

@@ -17,10 +17,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
-use super::{EvalLine, PlaceLine, Sink, StepLine};
+use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine};
 use crate::clock::TimeKind;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::staleness::Staleness;
 
 /// Between two flushes: TensorBoard looks every few seconds.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -241,6 +242,16 @@ impl Sink for TensorBoard {
         self.add(line.step, known.collect())
     }
 
+    fn staleness(&mut self, line: &StalenessLine) -> Result<()> {
+        let values = line.staleness.iter().flat_map(|of| {
+            let name = stage_name(&of.stage);
+            numbers(&of.measured)
+                .into_iter()
+                .map(move |(key, value)| (format!("staleness/{key}/{name}"), value))
+        });
+        self.add(line.step, values.collect())
+    }
+
     fn place(&mut self, line: &PlaceLine) -> Result<()> {
         let PlaceLine { name, times, .. } = line;
         let share = |(kind, word): &(TimeKind, &str)| {
@@ -257,6 +268,31 @@ impl Sink for TensorBoard {
         self.write(&hparams_event("_hparams_/session_end_info", &data, wall_time()))?;
         self.file.flush().map_err(|error| Error::unwritten(&self.path, error))
     }
+}
+
+/// A stage, or the table.
+fn stage_name(stage: &serde_json::Value) -> String {
+    match stage {
+        serde_json::Value::String(name) => name.clone(),
+        number => format!("stage {number}"),
+    }
+}
+
+/// The numbers of a measurement.
+fn numbers(measured: &Staleness) -> Vec<(&'static str, f64)> {
+    let Staleness { age, seconds, distance, relative, travelled, cosine, fresh_cosine, .. } =
+        measured;
+    let age = age.map(|age| age as f64);
+    let all = [
+        ("age", age),
+        ("seconds", *seconds),
+        ("distance", *distance),
+        ("relative", *relative),
+        ("travelled", *travelled),
+        ("cosine", *cosine),
+        ("fresh_cosine", *fresh_cosine),
+    ];
+    all.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
 }
 
 /// What tells the HParams plugin the settings of a run.

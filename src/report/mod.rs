@@ -22,6 +22,7 @@ use serde_json::json;
 
 pub use figures::Figures;
 pub use history::{History, StepPoint};
+pub use thin::thin;
 
 use crate::error::{Error, Result};
 use crate::files;

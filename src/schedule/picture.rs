@@ -98,7 +98,7 @@ fn draw(
         for (device, row) in panel.rows.iter().enumerate() {
             let middle = top + ROW / 2;
             area.draw(&Text::new(format!("device {device}"), (LEFT - 8, middle), beside.clone()))?;
-            let ground = [(LEFT, top + 1), (x(end), top + ROW - 1)];
+            let ground = [(LEFT, top + 1), (x(panel.end), top + ROW - 1)];
             area.draw(&Rectangle::new(ground, RGBColor(238, 238, 238).filled()))?;
             for span in row {
                 block(area, span, [(x(span.start), top + 1), (x(span.end), top + ROW - 1)])?;

@@ -12,6 +12,7 @@ use tch::Device;
 use crate::checkpoint::{Checkpoint, Pipeline};
 use crate::config::Config;
 use crate::data::{Corpus, Order, Source, Unit};
+use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::{self, Dimensions, Stack, TieGradient};
@@ -19,6 +20,7 @@ use crate::number::{READBACK_STEPS, Readback};
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule};
+use crate::staleness::Meter;
 use crate::wire::Wire;
 
 /// A run, ready to be started.
@@ -82,6 +84,7 @@ impl Setup {
         };
 
         plan::check_schedule(&schedule, grid)?;
+        plan::check_staleness(&config, &schedule)?;
         Ok(Setup {
             config,
             grid,
@@ -96,6 +99,19 @@ impl Setup {
             device: Device::Cpu,
             readback: Readback::Now,
         })
+    }
+
+    /// What measures the staleness of weights on the ranks of a replica; none where nothing is
+    /// measured, or another replica does.
+    pub fn meter(&self, layout: &Layout, replica: usize) -> Result<Option<Meter>> {
+        let every = self.config.staleness.every.filter(|_| replica == 0);
+        every.map(|every| Meter::new(layout, every, self.device)).transpose()
+    }
+
+    /// The version that the first measured step from `step` on uses of weights with a delay.
+    pub fn measured_version(&self, meter: &Meter, step: usize, delay: usize) -> usize {
+        let measured = meter.next(step);
+        version(self.schedule.sync.before(measured), measured, delay)
     }
 
     /// The same run on another device.

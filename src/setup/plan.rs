@@ -11,6 +11,7 @@ use crate::grid::{Grid, Placement};
 use crate::model::{self, Dimensions};
 use crate::partition;
 use crate::schedule::{Evals, Schedule, check};
+use crate::staleness;
 
 /// Steps of a run whose action lists are checked before it starts; the pattern repeats long before.
 const CHECKED_STEPS: usize = 64;
@@ -57,6 +58,17 @@ pub(super) fn evaluation(
 
     let remedy = "two are needed at least; change data.held_out or use a longer text";
     Err(Error::config("data.held_out", format!("{} held-out tokens", held_out.len()), remedy))
+}
+
+/// Whether the steps whose staleness is measured are far enough apart.
+pub(super) fn check_staleness(config: &Config, schedule: &Schedule) -> Result<()> {
+    let Some(every) = config.staleness.every else { return Ok(()) };
+    let least = staleness::least(schedule.delays.iter().max().copied().unwrap_or(0));
+    if every >= least {
+        return Ok(());
+    }
+    let remedy = format!("with the delays of this grid at least {least}");
+    Err(Error::config("staleness.every", every, remedy))
 }
 
 /// Whether the training text is long enough for its streams.

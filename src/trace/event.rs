@@ -25,7 +25,7 @@ impl Lane {
 }
 
 /// From when to when.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Span {
     pub begin: Moment,
     pub end: Moment,
@@ -81,6 +81,19 @@ pub enum Event {
 }
 
 impl Event {
+    /// The same at other moments; a count is of the last of them.
+    pub fn at(mut self, at_span: Span) -> Event {
+        match &mut self {
+            Event::Action { span, .. }
+            | Event::Wait { span, .. }
+            | Event::Transfer { span, .. }
+            | Event::Sum { span, .. }
+            | Event::Write { span, .. } => *span = at_span,
+            Event::Count { at, .. } => *at = at_span.end,
+        }
+        self
+    }
+
     /// When it was over.
     pub fn end(&self) -> Moment {
         match self {

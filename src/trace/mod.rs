@@ -13,6 +13,9 @@
 //! a backward of step TO, and have the table of that step, so that it is whole: what other steps do meanwhile is in it too. While
 //! there is no window a place reads one number before an action, and nothing else is done.
 //!
+//! On a GPU the moments are the device's: marks in its queues, read when it has come past them
+//! ([`Later`]).
+//!
 //! The lanes of a place, as the file has them (pid = replica, tid = 4 * stage + lane):
 //!
 //! ```text
@@ -25,6 +28,7 @@
 mod alignment;
 mod chrome;
 mod event;
+mod later;
 mod moment;
 mod part;
 mod tracer;
@@ -33,6 +37,7 @@ mod window;
 pub use alignment::{Alignment, Offset};
 pub use chrome::{About, merge};
 pub use event::{Count, Event, Lane, Span, Wait};
+pub use later::Later;
 pub use moment::{ClockName, Moment};
 pub use part::{Part, remove_left};
 pub use tracer::Tracer;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::files;
 
 /// Nanoseconds of the monotonic clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Moment(pub u64);
 
 impl Moment {

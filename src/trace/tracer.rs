@@ -1,9 +1,12 @@
 //! The tracer of a rank: what all its threads hand their events to.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{Event, Part, Window};
+use cudarc::driver::CudaEvent;
+
+use super::{Event, Later, Moment, Part, Window};
+use crate::error::Result;
 
 /// No step.
 const NEVER: usize = usize::MAX;
@@ -15,12 +18,15 @@ pub struct Tracer {
     from: AtomicUsize,
     to: AtomicUsize,
     part: Mutex<Option<Part>>,
+    /// Of a GPU: what it has not come past yet.
+    later: Mutex<Option<Later<CudaEvent>>>,
 }
 
 impl Default for Tracer {
     fn default() -> Tracer {
         let (from, to) = (AtomicUsize::new(NEVER), AtomicUsize::new(NEVER));
-        Tracer { on: AtomicBool::new(false), from, to, part: Mutex::default() }
+        let on = AtomicBool::new(false);
+        Tracer { on, from, to, part: Mutex::default(), later: Mutex::default() }
     }
 }
 
@@ -65,13 +71,45 @@ impl Tracer {
         }
     }
 
+    /// The window begins on a GPU, a mark of which was passed at a moment.
+    pub fn begin_on_device(&self, base: Arc<CudaEvent>, at: Moment) {
+        *lock(&self.later) = Some(Later::new(base, at));
+    }
+
+    /// Adds an event of the GPU, between two marks.
+    pub fn add_later(&self, begin: Arc<CudaEvent>, end: Arc<CudaEvent>, event: Event) {
+        if self.on()
+            && let Some(later) = lock(&self.later).as_mut()
+        {
+            later.add(begin, end, event);
+        }
+    }
+
+    /// Adds what the GPU has come past; true if nothing is left.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn look(&self) -> Result<bool> {
+        let (known, empty) = match lock(&self.later).as_mut() {
+            Some(later) => (later.passed()?, later.is_empty()),
+            None => return Ok(true),
+        };
+        known.into_iter().for_each(|event| self.add(event));
+        Ok(empty)
+    }
+
     /// The window is over: what it holds, to be written out.
     pub fn end(&self) -> Option<Part> {
         self.on.store(false, Ordering::Relaxed);
+        *lock(&self.later) = None;
         self.part().take()
     }
 
     fn part(&self) -> MutexGuard<'_, Option<Part>> {
-        self.part.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.part)
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -109,7 +109,7 @@ impl Worker {
         while let Some(action) = self.next_action(&mut upcoming)? {
             self.probes.begin(&action, &mut self.places[self.context.slot(&action)])?;
             self.execute(&action)?;
-            self.probes.end(&action, &self.places[self.context.slot(&action)]);
+            self.probes.end(&action, &self.places[self.context.slot(&action)])?;
             if action.op == Op::Update {
                 self.tell_times(action.step + 1, TOLD)?;
             }
@@ -300,7 +300,7 @@ impl Worker {
     /// `W[t+1] = W[t] + optimizer(mean over microbatches and replicas)`.
     fn update(&mut self, action: &Action) -> Result<()> {
         self.place(action).reductions.drain(..).try_for_each(Reduction::wait)?;
-        self.probes.waited(TimeKind::Reduce);
+        self.probes.waited(TimeKind::Reduce)?;
 
         let Worker { context, places, .. } = self;
         let place = &mut places[context.slot(action)];
@@ -319,12 +319,22 @@ impl Worker {
             return Err(place.bad_gradient(action.step)?);
         }
 
+        if let Some(measured) = place.measure(&context.setup.schedule, action.step)? {
+            let (stage, step) = (Some(place.place.stage), action.step);
+            context.reports.send(Report::Staleness { stage, step, measured })?;
+        }
+
         let (lr, mean) =
             (learning_rate(&config.optimizer, action.step, config.steps), context.mean());
         let (optimizer, scalars) = (&mut place.optimizer, UpdateScalars { lr, mean, norm: &norm });
         let horizon =
             context.setup.horizon(context.setup.schedule.delays[place.place.stage], action.step);
         place.versions.advance(horizon, |buffers| optimizer.update(buffers, &scalars))?;
+        if let Some(meter) = &mut place.meter {
+            let (made, delay) = (action.step + 1, context.setup.schedule.delays[place.place.stage]);
+            let used = context.setup.measured_version(meter, made, delay);
+            meter.made(made, place.versions.flat(), used)?;
+        }
         if context.faults.hit(Fault::AlterWeights, action) {
             place.versions.alter(flip)?;
         }
@@ -381,7 +391,7 @@ impl Worker {
         if let Some(writer) = self.writer.take() {
             writer.finish()?;
         }
-        self.probes.finish();
+        self.probes.finish()?;
         let step = self.stop.unwrap_or(self.context.setup.config.steps);
         self.tell_times(step, Duration::from_millis(1))?;
 

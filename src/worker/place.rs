@@ -1,5 +1,8 @@
 //! The state of a place that a device holds.
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
 use tch::Tensor;
 
 use super::compute::{Compute, SleepingStage};
@@ -13,9 +16,10 @@ use crate::grid::Place;
 use crate::number::Number;
 use crate::optim::Optimizer;
 use crate::params::{Versions, zeros};
-use crate::schedule::{Action, TableEnd};
+use crate::schedule::{Action, Schedule, TableEnd};
 use crate::setup::Setup;
 use crate::stage::{Held, Input, MicrobatchId, Output, Settings, Stage, UsedVersions, is_finite};
+use crate::staleness::{AtUpdate, Meter, Staleness};
 use crate::table::Table;
 
 /// A place with what is its own; the registers hold what one action leaves for the next.
@@ -25,6 +29,9 @@ pub(super) struct PlaceState {
     pub(super) compute: Compute,
     pub(super) versions: Versions,
     pub(super) optimizer: Optimizer,
+    /// Of replica 0, where staleness is measured; when the steps that are measured have begun.
+    pub(super) meter: Option<Meter>,
+    pub(super) begun: BTreeMap<usize, Instant>,
     /// Bytes of the gradient that the other replicas see too.
     pub(super) shared: usize,
     /// The last sync point at or before the step that is being forwarded.
@@ -89,6 +96,12 @@ impl PlaceState {
             versions.recall(number, &values)?;
         }
 
+        let mut meter = setup.meter(&layout, place.replica)?.filter(|_| emulated.is_none());
+        if let Some(meter) = &mut meter {
+            let used = setup.measured_version(meter, setup.start(), delay);
+            meter.made(setup.start(), versions.flat(), used)?;
+        }
+
         let settings = Settings::new(config, setup.readback);
         let mut compute = match emulated {
             None => Compute::Real(Box::new(Stage::new(place, stack, settings))),
@@ -108,6 +121,8 @@ impl PlaceState {
             compute,
             versions,
             optimizer,
+            meter,
+            begun: BTreeMap::new(),
             shared,
             sync: setup.schedule.sync.since,
             reductions: Vec::new(),
@@ -132,6 +147,10 @@ impl PlaceState {
             self.sync = step;
         }
 
+        if microbatch == 0 && self.meter.as_ref().is_some_and(|meter| meter.measures(step)) {
+            self.begun.insert(step, Instant::now());
+        }
+
         let at = |delay| version(self.sync, step, delay);
         let of_table = |of| {
             schedule
@@ -153,6 +172,22 @@ impl PlaceState {
             held(&self.versions, table),
             input,
         )
+    }
+
+    /// What there is to tell of the staleness of a step's gradient, before its update.
+    pub(super) fn measure(
+        &mut self,
+        schedule: &Schedule,
+        step: usize,
+    ) -> Result<Option<Staleness>> {
+        let Some(meter) = &mut self.meter else { return Ok(None) };
+        let number = version(self.sync, step, schedule.delays[self.place.stage]);
+        let used = self.versions.used(number..number + 1).next().map(|(_, flat)| flat);
+        let (newest, gradient) = (self.versions.flat(), self.versions.gradient(0));
+        let at = AtUpdate { version: number, used, newest, gradient };
+        let measured = meter.before(step, &at)?;
+        let seconds = self.begun.remove(&step).map(|begun| begun.elapsed().as_secs_f64());
+        Ok(measured.map(|measured| Staleness { seconds, ..measured }))
     }
 
     /// Forward of a microbatch of an evaluation, at the newest versions.

@@ -20,16 +20,22 @@ pub(super) trait Probe {
     }
 
     /// Within an action: its time so far was a wait of this kind.
-    fn waited(&mut self, _share: TimeKind) {}
+    fn waited(&mut self, _share: TimeKind) -> Result<()> {
+        Ok(())
+    }
 
     /// Between two actions: the time since the last one was a wait for rank 0.
     fn held(&mut self) {}
 
     /// After it.
-    fn end(&mut self, _action: &Action, _place: &PlaceState) {}
+    fn end(&mut self, _action: &Action, _place: &PlaceState) -> Result<()> {
+        Ok(())
+    }
 
     /// After the last one.
-    fn finish(&mut self) {}
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The probes of a device. The clock is the innermost one: it does not count the others' time as an
@@ -54,22 +60,22 @@ impl Probes {
         self.clock.begin(action, place)
     }
 
-    pub(super) fn waited(&mut self, share: TimeKind) {
-        self.clock.waited(share);
-        self.list.iter_mut().for_each(|probe| probe.waited(share));
+    pub(super) fn waited(&mut self, share: TimeKind) -> Result<()> {
+        self.clock.waited(share)?;
+        self.list.iter_mut().try_for_each(|probe| probe.waited(share))
     }
 
     pub(super) fn held(&mut self) {
         self.list.iter_mut().for_each(|probe| probe.held());
     }
 
-    pub(super) fn end(&mut self, action: &Action, place: &PlaceState) {
-        self.clock.end(action, place);
-        self.list.iter_mut().for_each(|probe| probe.end(action, place));
+    pub(super) fn end(&mut self, action: &Action, place: &PlaceState) -> Result<()> {
+        self.clock.end(action, place)?;
+        self.list.iter_mut().try_for_each(|probe| probe.end(action, place))
     }
 
-    pub(super) fn finish(&mut self) {
-        self.list.iter_mut().for_each(|probe| probe.finish());
+    pub(super) fn finish(&mut self) -> Result<()> {
+        self.list.iter_mut().try_for_each(|probe| probe.finish())
     }
 
     /// Where the time went since this was last asked, if that is long enough ago.
@@ -109,11 +115,13 @@ impl Probe for Clock {
         Ok(())
     }
 
-    fn waited(&mut self, share: TimeKind) {
+    fn waited(&mut self, share: TimeKind) -> Result<()> {
         self.lap(share);
+        Ok(())
     }
 
-    fn end(&mut self, action: &Action, _: &PlaceState) {
+    fn end(&mut self, action: &Action, _: &PlaceState) -> Result<()> {
         self.passed(action);
+        Ok(())
     }
 }

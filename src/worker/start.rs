@@ -65,7 +65,7 @@ pub(super) fn worker(
     mode.trace.into_iter().for_each(|window| ports.gate.tracer.plan(window));
     let clock = Clock::new(&setup.schedule, &stages);
     let tracing = Tracing::new(&setup, &ports.gate, &ports.reports, out.clone(), rank, stages);
-    let probes = Probes::new(clock, &ports.gate, faults, tracing);
+    let probes = Probes::new(clock, &ports.gate, faults, tracing?);
     Ok(Worker {
         places,
         table,

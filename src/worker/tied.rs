@@ -6,6 +6,7 @@ use super::messages::link;
 use crate::clock::TimeKind;
 use crate::comm::{Content, Header, Reduction};
 use crate::control::Report;
+use crate::delay::version;
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::inject::Fault;
@@ -13,8 +14,9 @@ use crate::model;
 use crate::number::Number;
 use crate::optim::learning_rate;
 use crate::params::{Layout, Master};
-use crate::schedule::{Action, Pass, TableEnd, Tie};
+use crate::schedule::{Action, Pass, Schedule, TableEnd, Tie};
 use crate::setup::Setup;
+use crate::staleness::{AtUpdate, Meter, Staleness};
 use crate::table::Table;
 use crate::wire::Wire;
 
@@ -22,6 +24,8 @@ use crate::wire::Wire;
 pub(super) struct TiedTable {
     table: Table,
     reduction: Option<Reduction>,
+    /// Where the table's gradient is put together on replica 0, if staleness is measured.
+    meter: Option<Meter>,
     /// How old the version is that steps use of this copy: with the newest one, if the embedding
     /// uses it.
     delay: usize,
@@ -65,7 +69,17 @@ impl TiedTable {
             .iter()
             .try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
         waiting.into_iter().for_each(|(step, part)| table.keep(TableEnd::Input, step, part));
-        Ok(Some(TiedTable { table, reduction: None, delay }))
+        let joiner = joins.filter(|place| place.replica == 0);
+        let mut meter = match joiner {
+            Some(place) => setup.meter(table.layout(), place.replica)?,
+            None => None,
+        };
+        if let Some(meter) = &mut meter {
+            let used = setup.measured_version(meter, setup.start(), delay);
+            meter.made(setup.start(), table.flat(), used)?;
+        }
+
+        Ok(Some(TiedTable { table, reduction: None, meter, delay }))
     }
 
     pub(super) fn table(&self) -> &Table {
@@ -74,6 +88,33 @@ impl TiedTable {
 
     pub(super) fn table_mut(&mut self) -> &mut Table {
         &mut self.table
+    }
+
+    /// What there is to tell of the staleness of the gradient of an update, before it. Under `head`
+    /// and `fresh` its parts are of several steps, of no one age.
+    fn measure(
+        &mut self,
+        schedule: &Schedule,
+        step: usize,
+        sync: usize,
+    ) -> Result<Option<Staleness>> {
+        let Some((meter, gradient)) = self.meter.as_mut().zip(self.table.gradient()) else {
+            return Ok(None);
+        };
+        let number = version(sync, step, self.delay);
+        let aligned = schedule.tie == Tie::Aligned;
+        let versions = self.table.versions();
+        let used = versions.used(number..number + 1).next().map(|(_, flat)| flat);
+        let newest = versions.flat();
+        let used = used.filter(|_| aligned);
+        meter.before(step, &AtUpdate { version: number, used, newest, gradient })
+    }
+
+    /// A version is made.
+    fn made(&mut self, setup: &Setup, version: usize) -> Result<()> {
+        let Some(meter) = &mut self.meter else { return Ok(()) };
+        let used = setup.measured_version(meter, version, self.delay);
+        meter.made(version, self.table.flat(), used)
     }
 }
 
@@ -144,7 +185,7 @@ impl Worker {
     fn wait_for_table(&mut self) -> Result<()> {
         let reduction = self.table.as_mut().and_then(|table| table.reduction.take());
         let result = reduction.map_or(Ok(()), Reduction::wait);
-        self.probes.waited(TimeKind::Table); // The wait is the table's, but no work of the action.
+        self.probes.waited(TimeKind::Table)?; // The wait is the table's, but no work of the action.
         result
     }
 
@@ -172,7 +213,11 @@ impl Worker {
         let skips = self.context.skips();
         let delay = self.table.as_ref().map_or(0, |table| table.delay);
         let horizon = setup.horizon(delay, action.step);
+        self.measure_table(action)?;
         let norm = self.table(action)?.update(lr, horizon, mean, readback)?;
+        if let Some(table) = &mut self.table {
+            table.made(&self.context.setup, action.step + 1)?;
+        }
 
         let place = self.place(action).place;
         let wrong = move |step| {
@@ -207,6 +252,20 @@ impl Worker {
             true => Ok(Some(Report::TableNorm { step, norm })),
             false => Err(wrong(step)),
         })
+    }
+
+    /// Tells what is measured of the table's gradient.
+    fn measure_table(&mut self, action: &Action) -> Result<()> {
+        let Worker { context, places, table, .. } = self;
+        let sync = places[context.slot(action)].sync;
+        let Some(table) = table else { return Ok(()) };
+        let step = action.step;
+        match table.measure(&context.setup.schedule, step, sync)? {
+            Some(measured) => {
+                context.reports.send(Report::Staleness { stage: None, step, measured })
+            }
+            None => Ok(()),
+        }
     }
 
     pub(super) fn await_table(&mut self, action: &Action) -> Result<()> {

@@ -18,6 +18,7 @@ mod prepare;
 mod real_text;
 mod reference;
 mod resume;
+mod staleness;
 mod stop;
 mod study;
 mod trace;

@@ -109,6 +109,13 @@ fn drawn(number: usize) -> (Vec<String>, BTreeSet<&'static str>) {
     if travel.one_in(4) {
         cover("recompute by blocks", "recompute=blocks".into());
     }
+    let mut measured = Draw::new(number as u64 * 32_452_843 + 5);
+    if measured.one_in(3) {
+        let longest = (slack * (stages - 1)).div_ceil(microbatches) + 2;
+        let least = if kind == "decoupled" { longest + 2 } else { 2 };
+        covers_more.insert("staleness");
+        sets.push(format!("staleness.every={}", least + measured.below(2)));
+    }
     covers.extend(covers_more);
     if number < DRAWN {
         draw_family(&mut Draw::new(number as u64 * 15_485_863 + 3), &mut sets, &mut covers);

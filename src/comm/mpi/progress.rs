@@ -313,7 +313,9 @@ impl ProgressEngine {
             }
 
             Request::Send { stage, to, header, tensor, permit } => {
-                let transfer = self.tracer().map(|_| Transfer::begin(&header, stage));
+                // Values that travel another way are shown there.
+                let shown = self.tracer().filter(|_| !header.payload_elsewhere);
+                let transfer = shown.map(|_| Transfer::begin(&header, stage));
                 self.send(to, &header, tensor, permit, transfer)
             }
 

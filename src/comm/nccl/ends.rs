@@ -12,6 +12,7 @@ use crate::comm::{AsyncTransfers, Endpoints, Header, Link, Reduction, ReplicaGro
 use crate::device::queues::Queues;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
+use crate::trace::{Event, Span};
 use crate::wire::Wire;
 
 /// Between two looks at transfers that are waited for at the end.
@@ -49,6 +50,7 @@ where
     let Travel { grid, rank, device, wire, tied } = travel;
     let find = |purpose| own.iter().position(|channel| channel.purpose == purpose);
     let link = |headers: Option<Box<dyn Link>>,
+                stage: usize,
                 out: Purpose,
                 back: Option<Purpose>|
      -> Result<Option<Box<dyn Link>>> {
@@ -58,26 +60,35 @@ where
         };
 
         let (fabric, rooms) = (fabric.clone(), VecDeque::new());
-        Ok(Some(made(FabricLink { headers, fabric, out, back, device, rooms })))
+        Ok(Some(made(FabricLink { headers, fabric, out, back, device, stage, rooms })))
     };
 
     let mut places = Vec::new();
     for (place, ends) in grid.held(rank).into_iter().zip(headers) {
         let group = find(Purpose::Group(place.stage)).filter(|_| ends.group.is_some());
-        let group = group.map(|channel| FabricGroup { fabric: fabric.clone(), channel, wire });
+        let stage = place.stage;
+        let group =
+            group.map(|channel| FabricGroup { fabric: fabric.clone(), channel, stage, wire });
         places.push(Endpoints {
             upstream: link(
                 ends.upstream,
+                stage,
                 Purpose::Up(place),
                 grid.upstream(place).map(Purpose::Down),
             )?,
             downstream: link(
                 ends.downstream,
+                stage,
                 Purpose::Down(place),
                 grid.downstream(place).map(Purpose::Up),
             )?,
             twin: match tied {
-                true => link(ends.twin, Purpose::Twin(place), grid.twin(place).map(Purpose::Twin))?,
+                true => link(
+                    ends.twin,
+                    stage,
+                    Purpose::Twin(place),
+                    grid.twin(place).map(Purpose::Twin),
+                )?,
                 false => None,
             },
             group: group.map(|group| Box::new(group) as Box<dyn ReplicaGroup>),
@@ -136,6 +147,8 @@ pub(super) struct FabricLink<Q: Queues, C: Carrier<Q>> {
     out: usize,
     pub(super) back: usize,
     device: Device,
+    /// The stage that sends here.
+    stage: usize,
     rooms: Rooms<Q::Mark, C::Buffer>,
 }
 
@@ -146,7 +159,10 @@ where
     C: Carrier<Q, Buffer = Tensor> + Send,
 {
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        self.fabric.lock().send(self.out, tensor.f_contiguous()?)?;
+        let (action, bytes) = (header.action(self.stage), header.bytes());
+        let fabric = &mut self.fabric.lock();
+        fabric.about(Event::Transfer { action, bytes, span: Span::default() });
+        fabric.send(self.out, tensor.f_contiguous()?)?;
         self.headers.send(Header { payload_elsewhere: true, ..header }, Tensor::new())
     }
 
@@ -183,6 +199,7 @@ where
 struct FabricGroup<Q: Queues, C: Carrier<Q>> {
     fabric: Shared<Q, C>,
     channel: usize,
+    stage: usize,
     wire: Wire,
 }
 
@@ -192,13 +209,18 @@ where
     Q::Mark: Send,
     C: Carrier<Q, Buffer = Tensor> + Send + 'static,
 {
-    fn all_reduce(&mut self, _step: usize, mut flat: Tensor) -> Result<Reduction> {
+    fn all_reduce(&mut self, step: usize, mut flat: Tensor) -> Result<Reduction> {
         let packed = match self.wire {
             Wire::F32 => flat.shallow_clone(),
             Wire::Bf16 => self.wire.pack(&flat)?,
         };
 
-        let done = self.fabric.lock().sum(self.channel, packed.shallow_clone())?;
+        let bytes = (packed.numel() * self.wire.bytes()) as u64;
+        let done = {
+            let mut fabric = self.fabric.lock();
+            fabric.about(Event::Sum { stage: self.stage, step, bytes, span: Span::default() });
+            fabric.sum(self.channel, packed.shallow_clone())?
+        };
         let (fabric, channel, wire) = (self.fabric.clone(), self.channel, self.wire);
         Ok(Reduction::new(move || {
             fabric.lock().wait(channel, &done)?;

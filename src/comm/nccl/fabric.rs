@@ -28,6 +28,7 @@ use std::collections::VecDeque;
 
 use crate::device::queues::{Queue, Queues};
 use crate::error::Result;
+use crate::trace::Event;
 
 /// What moves values between the members of a channel. Tests have a model of one.
 pub trait Carrier<Q: Queues> {
@@ -64,6 +65,9 @@ pub trait Carrier<Q: Queues> {
         queues: &Q,
         queue: Queue,
     ) -> Result<()>;
+
+    /// What the next sending or sum is in a trace.
+    fn about(&self, _event: Event) {}
 
     /// Compute has come to where it needs a channel's oldest sum.
     fn wanted(&self, _channel: usize, _queues: &Q) -> Result<()> {
@@ -147,6 +151,11 @@ impl<Q: Queues, C: Carrier<Q>> Fabric<Q, C> {
         }
 
         Ok(())
+    }
+
+    /// What the next sending or sum is in a trace.
+    pub fn about(&self, event: Event) {
+        self.carrier.about(event);
     }
 
     /// Sends what compute has made.

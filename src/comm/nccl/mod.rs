@@ -29,9 +29,9 @@ mod deadlock;
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::ncclDataType_t;
@@ -45,11 +45,14 @@ use fabric::{Carrier, Fabric};
 use times::Times;
 
 use super::Ports;
+use crate::control::Gate;
 use crate::device::context;
 use crate::device::queues::{CudaQueues, Queue};
+use crate::device::timing::mark;
 use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::params::to_host;
+use crate::trace::Event;
 use crate::wire::Wire;
 
 /// Parts of a device that a channel's kernels take at most (blocks of threads). A link moves one
@@ -63,6 +66,9 @@ struct Nccl {
     api: Api,
     joined: Vec<Joined>,
     times: Times,
+    /// Of the rank: its tracer; what the next sending or sum is.
+    gate: Arc<Gate>,
+    about: Mutex<Option<Event>>,
     /// Which device it is.
     index: usize,
     /// Whether sums of more than two have the order of the replicas.
@@ -177,8 +183,34 @@ impl Nccl {
     }
 }
 
+impl Nccl {
+    /// Puts work on a queue, with marks around it where it is traced.
+    fn traced(
+        &self,
+        queues: &CudaQueues,
+        queue: Queue,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let tracer = &self.gate.tracer;
+        let about = self.about.lock().ok().and_then(|mut about| about.take());
+        let Some(event) = about.filter(|_| tracer.on()) else { return work() };
+        let begin = Arc::new(mark(queues.stream(queue))?);
+        work()?;
+        tracer.add_later(begin, Arc::new(mark(queues.stream(queue))?), event);
+        Ok(())
+    }
+}
+
 impl Carrier<CudaQueues> for Nccl {
     type Buffer = Tensor;
+
+    fn about(&self, event: Event) {
+        if self.gate.tracer.on()
+            && let Ok(mut about) = self.about.lock()
+        {
+            *about = Some(event);
+        }
+    }
 
     fn send(
         &self,
@@ -187,7 +219,8 @@ impl Carrier<CudaQueues> for Nccl {
         queues: &CudaQueues,
         queue: Queue,
     ) -> Result<()> {
-        self.put(Transfer::To(self.joined[channel].other), channel, buffer, queues, queue)
+        let to = Transfer::To(self.joined[channel].other);
+        self.traced(queues, queue, || self.put(to, channel, buffer, queues, queue))
     }
 
     fn receive(
@@ -222,7 +255,8 @@ impl Carrier<CudaQueues> for Nccl {
             None => self.put(Transfer::Sum, channel, buffer, queues, queue),
         };
 
-        self.times.around(channel, queues, queue, sum)
+        let traced = || self.traced(queues, queue, sum);
+        self.times.around(channel, queues, queue, traced)
     }
 
     fn wanted(&self, channel: usize, queues: &CudaQueues) -> Result<()> {
@@ -269,7 +303,7 @@ pub fn over(ports: Ports, connection: &Connection) -> Result<Ports> {
     let Connection { grid, rank, index, wire, tied, .. } = *connection;
     let api = Api::load().map_err(Error::Device)?;
     let named = named(&api, connection)?;
-    let (fabric, own) = connected(api, named, connection)?;
+    let (fabric, own) = connected(api, named, connection, &ports.gate)?;
 
     if !connection.deterministic {
         let receives = |channel: &&Channel| {
@@ -323,6 +357,7 @@ fn connected(
     api: Api,
     named: Vec<(Channel, Vec<u8>)>,
     connection: &Connection,
+    gate: &Arc<Gate>,
 ) -> Result<(Cuda, Vec<Channel>)> {
     let Connection { rank, index, patience, .. } = *connection;
     // NCCL rounds a sum of bf16 after every addition; of two there is only one.
@@ -330,9 +365,9 @@ fn connected(
     let purposes: Vec<Purpose> = named.iter().map(|(channel, _)| channel.purpose).collect();
     let steps = Arc::new(AtomicUsize::new(0));
     let (done, result) = sync_channel(1);
-    let counted = Arc::clone(&steps);
+    let (counted, gate) = (Arc::clone(&steps), Arc::clone(gate));
     let body = move || {
-        let _ = done.send(meet(api, named, rank, index, ordered, &counted)); // Nobody listens any more if it was too late.
+        let _ = done.send(meet(api, named, rank, index, ordered, gate, &counted)); // Nobody listens any more if it was too late.
     };
 
     let thread = std::thread::Builder::new().name("nccl set-up".into()).spawn(body);
@@ -371,6 +406,7 @@ fn meet(
     rank: usize,
     index: usize,
     ordered: bool,
+    gate: Arc<Gate>,
     steps: &AtomicUsize,
 ) -> Result<(Cuda, Vec<Channel>)> {
     // NCCL takes the device that is this thread's when a communicator is made.
@@ -393,7 +429,8 @@ fn meet(
         steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    let nccl = Nccl { api, joined, times: Times::new(), index, ordered };
+    let (times, about) = (Times::new(), Mutex::default());
+    let nccl = Nccl { api, joined, times, gate, about, index, ordered };
     let mut fabric = Fabric::new(queues, nccl, own.len())?;
     for (channel, Channel { purpose, members }) in own.iter().enumerate() {
         // So many values that of an ordered sum every member has some.

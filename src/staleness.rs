@@ -1,0 +1,283 @@
+//! Measured staleness: how old the gradients are that are applied, and how far the weights have moved
+//! meanwhile. Every so many steps (`staleness.every`), for every stage and the tied table.
+//!
+//! The update of step t takes W[t] to W[t+1] by a gradient that was taken at V[v], the weights as
+//! steps use them, v = max(s, t - D): W[v] itself, or a prediction of W[t] made of it.
+//!
+//! ```text
+//! age         t - v, updates
+//! distance    |V[v] - W[t]|                 relative: over |W[t]|; of the whole stage and by role
+//! travelled   |W[v] - W[t]|                 where W[v] is known: what the distance would be without a prediction
+//! cosine      of g_t and g_{t+1}, the gradients of successive updates; told with the second of them
+//! ```
+//!
+//! One flat buffer serves both: it keeps W[v] from its making to the update t, then g_t for one more
+//! update. So the measured steps must be further apart than the longest delay ([`least`]).
+//!
+//! Sums are made in f64, in one order: the oracle has the same bits.
+
+use std::collections::BTreeMap;
+
+use multiversion::multiversion;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::Role;
+use crate::params::{Layout, slice, zeros};
+
+/// Values of a chunk, and independent partial sums in it, so that additions do not wait for each
+/// other.
+const CHUNK: usize = 4096;
+const LANES: usize = 8;
+
+/// The least steps between two measured ones, at a longest delay.
+pub fn least(delay: usize) -> usize {
+    delay + 2
+}
+
+/// What is measured at one update.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Staleness {
+    /// Updates between the weights of the gradient and those that it is applied to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub age: Option<usize>,
+    /// Seconds between the beginning of the gradient's first forward and its update.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relative: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub travelled: Option<f64>,
+    /// Relative distances by what the parameters are in the model.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<String, f64>,
+    /// Of this gradient and that of the update before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cosine: Option<f64>,
+    /// Of the gradient that is applied and the one of the same batch at the newest weights; by the
+    /// oracle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fresh_cosine: Option<f64>,
+}
+
+/// What the buffer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    /// The weights of a version.
+    Weights(usize),
+    /// The gradient of a step.
+    Gradient(usize),
+}
+
+/// Measures the staleness of one set of weights.
+pub struct Meter {
+    layout: Layout,
+    every: usize,
+    buffer: Tensor,
+    kept: Kept,
+}
+
+/// The weights at an update: as the gradient's step used them, with the number of that version, and
+/// as they are now.
+pub struct AtUpdate<'a> {
+    pub version: usize,
+    /// None of a table whose gradient has parts of several steps.
+    pub used: Option<&'a Tensor>,
+    pub newest: &'a Tensor,
+    pub gradient: &'a Tensor,
+}
+
+impl Meter {
+    /// Of weights of this layout on a device, every so many steps.
+    pub fn new(layout: &Layout, every: usize, device: Device) -> Result<Meter> {
+        let buffer = zeros(layout.len, device)?;
+        Ok(Meter { layout: layout.clone(), every, buffer, kept: Kept::Nothing })
+    }
+
+    /// Whether the distance is measured at the update of a step.
+    pub fn measures(&self, step: usize) -> bool {
+        step.is_multiple_of(self.every)
+    }
+
+    /// The first step from `step` on that is measured.
+    pub fn next(&self, step: usize) -> usize {
+        step.next_multiple_of(self.every)
+    }
+
+    /// Before the update of a step: what there is to tell of it.
+    pub fn before(&mut self, step: usize, at: &AtUpdate) -> Result<Option<Staleness>> {
+        if self.measures(step) {
+            let measured = match at.used {
+                Some(used) => self.distances(step, at, used)?,
+                None => Staleness::default(),
+            };
+            self.buffer.f_copy_(at.gradient)?;
+            self.kept = Kept::Gradient(step);
+            return Ok(Some(measured));
+        }
+
+        if step.checked_sub(1).is_none_or(|before| self.kept != Kept::Gradient(before)) {
+            return Ok(None);
+        }
+
+        self.kept = Kept::Nothing;
+        let cosine = Some(cosine(&self.buffer, at.gradient)?);
+        Ok(Some(Staleness { cosine, ..Staleness::default() }))
+    }
+
+    /// Version `version`, of which these are the weights, is made; `used` is the version that the
+    /// next measured step uses.
+    pub fn made(&mut self, version: usize, weights: &Tensor, used: usize) -> Result<()> {
+        let free = !matches!(self.kept, Kept::Gradient(_));
+        if free && version == used && !self.measures(version) {
+            self.buffer.f_copy_(weights)?;
+            self.kept = Kept::Weights(version);
+        }
+        Ok(())
+    }
+
+    fn distances(&self, step: usize, at: &AtUpdate, used: &Tensor) -> Result<Staleness> {
+        let known = self.kept == Kept::Weights(at.version);
+        let mut sums: BTreeMap<&str, [f64; 2]> = BTreeMap::new();
+        let (mut apart, mut whole, mut travelled) = (0.0, 0.0, 0.0);
+        for entry in &self.layout.entries {
+            let (from, count) = (entry.offset as i64, entry.parameter.count() as i64);
+            let part = |flat: &Tensor| flat.f_narrow(0, from, count);
+            let newest = part(at.newest)?;
+            let used = part(used)?.f_to_kind(Kind::Float)?;
+            let (distance, norm) = (squared_distance(&used, &newest)?, dot(&newest, &newest)?);
+            if known {
+                travelled += squared_distance(&part(&self.buffer)?, &newest)?;
+            }
+
+            apart += distance;
+            whole += norm;
+            let of_role = sums.entry(name(entry.parameter.role)).or_default();
+            of_role[0] += distance;
+            of_role[1] += norm;
+        }
+
+        let relative = |[apart, whole]: [f64; 2]| (apart / whole.max(f64::MIN_POSITIVE)).sqrt();
+        // Of the newest version itself nothing is kept: it has not moved.
+        let still = (at.version == step).then_some(0.0);
+        Ok(Staleness {
+            age: Some(step - at.version),
+            distance: Some(apart.sqrt()),
+            relative: Some(relative([apart, whole])),
+            travelled: known.then(|| travelled.sqrt()).or(still),
+            roles: sums.into_iter().map(|(role, sums)| (role.to_owned(), relative(sums))).collect(),
+            ..Staleness::default()
+        })
+    }
+}
+
+/// A role in a word.
+fn name(role: Role) -> &'static str {
+    match role {
+        Role::Table => "tables",
+        Role::Head => "head",
+        Role::Matrix => "matrices",
+        Role::Vector => "vectors",
+    }
+}
+
+/// The cosine of two flat buffers; 0 where one of them is.
+pub fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let norms = (dot(a, a)? * dot(b, b)?).sqrt();
+    Ok(if norms > 0.0 { dot(a, b)? / norms } else { 0.0 })
+}
+
+fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
+    match a.device() {
+        Device::Cpu => Ok(over_chunks(slice(a), slice(b), products)),
+        _ => Ok(a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[])?),
+    }
+}
+
+fn squared_distance(a: &Tensor, b: &Tensor) -> Result<f64> {
+    match a.device() {
+        Device::Cpu => Ok(over_chunks(slice(a), slice(b), squares)),
+        _ => Ok(a.f_sub(b)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?),
+    }
+}
+
+fn over_chunks(a: &[f32], b: &[f32], sum: fn(&[f32], &[f32]) -> f64) -> f64 {
+    a.chunks(CHUNK).zip(b.chunks(CHUNK)).map(|(a, b)| sum(a, b)).sum()
+}
+
+#[multiversion(targets("x86_64+avx2", "aarch64+neon"))]
+fn products(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        lanes[i % LANES] += f64::from(*a) * f64::from(*b);
+    }
+    lanes.iter().sum()
+}
+
+#[multiversion(targets("x86_64+avx2", "aarch64+neon"))]
+fn squares(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        let apart = f64::from(*a) - f64::from(*b);
+        lanes[i % LANES] += apart * apart;
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::tests::layout;
+
+    fn flat(layout: &Layout, value: f32) -> Tensor {
+        let flat = zeros(layout.len, Device::Cpu).unwrap();
+        for entry in &layout.entries {
+            let count = entry.parameter.count() as i64;
+            let _ = flat.narrow(0, entry.offset as i64, count).fill_(f64::from(value));
+        }
+        flat
+    }
+
+    #[test]
+    fn distances_and_cosines_by_hand() {
+        let layout = layout();
+        let count = layout.count() as f64;
+        let mut meter = Meter::new(&layout, 4, Device::Cpu).unwrap();
+        assert_eq!((meter.next(1), meter.next(4)), (4, 4));
+
+        // Delay 2, predicted: step 4 uses version 2, which was 1 and stood for 1.5; by now it is 2.
+        meter.made(1, &flat(&layout, 0.5), 2).unwrap();
+        meter.made(2, &flat(&layout, 1.0), 2).unwrap();
+        let (used, newest) = (flat(&layout, 1.5), flat(&layout, 2.0));
+        let gradient = flat(&layout, 3.0);
+        let at = |gradient| AtUpdate { version: 2, used: Some(&used), newest: &newest, gradient };
+        assert_eq!(meter.before(3, &at(&gradient)).unwrap(), None);
+        let found = meter.before(4, &at(&gradient)).unwrap().unwrap();
+        let close = |found: Option<f64>, value: f64| (found.unwrap() - value).abs() < 1e-9;
+        assert_eq!(found.age, Some(2));
+        assert!(
+            close(found.distance, 0.5 * count.sqrt()) && close(found.relative, 0.25),
+            "{found:?}"
+        );
+        assert!(close(found.travelled, count.sqrt()) && found.cosine.is_none());
+        assert!(found.roles.values().all(|relative| (relative - 0.25).abs() < 1e-9), "{found:?}");
+
+        let opposite = flat(&layout, -1.0);
+        let found = meter.before(5, &at(&opposite)).unwrap().unwrap();
+        assert!(close(found.cosine, -1.0) && found.distance.is_none());
+        assert_eq!(meter.before(6, &at(&opposite)).unwrap(), None);
+
+        // Nothing is known of what it was; nothing has moved.
+        let found = meter.before(8, &at(&gradient)).unwrap().unwrap();
+        assert_eq!((found.age, found.travelled), (Some(6), None));
+        let still =
+            AtUpdate { version: 12, used: Some(&newest), newest: &newest, gradient: &gradient };
+        let found = meter.before(12, &still).unwrap().unwrap();
+        assert_eq!((found.age, found.distance, found.travelled), (Some(0), Some(0.0), Some(0.0)));
+    }
+}

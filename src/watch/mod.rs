@@ -1,0 +1,114 @@
+//! `ouroboros watch`: a run as it goes, from the files in its folder alone: nothing here can hurt it, and
+//! it works over ssh, on any machine that sees the folder.
+//!
+//! ```text
+//! history (report)  --> state: where the run is --> screen: a page of the terminal
+//!                                               '-> a line, where there is no terminal
+//! ```
+
+mod state;
+mod screen;
+
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+
+use crate::error::{Error, Result};
+use crate::report::History;
+use state::{Phase, State};
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub run: PathBuf,
+    /// Between two looks at the files.
+    pub every: Duration,
+    /// One look, printed as a line.
+    pub once: bool,
+}
+
+/// Shows the run until somebody types q; without a terminal prints a line a look until the run has
+/// ended.
+///
+/// # Errors
+/// [`Error::Data`] for a folder that is no run's.
+pub fn watch(request: &Request) -> Result<()> {
+    let wrong = |problem: String| Error::Data {
+        path: request.run.display().to_string(),
+        problem,
+        remedy: "give the folder of a run, as in runs/quickstart".to_owned(),
+    };
+    if !request.run.is_dir() {
+        return Err(wrong("is no folder".to_owned()));
+    }
+
+    let unread = |error: io::Error| wrong(format!("cannot be read ({error})"));
+    let mut history = History::new(&request.run);
+    history.read().map_err(unread)?;
+    if history.metrics.steps.is_empty() && history.events.is_empty() {
+        return Err(wrong("has neither metrics.jsonl nor events.jsonl".to_owned()));
+    }
+
+    if request.once || !io::stdout().is_terminal() {
+        return lines(request, history).map_err(unread);
+    }
+
+    let mut terminal = ratatui::try_init().map_err(unread)?;
+    let shown = show(request, &mut history, &mut terminal);
+    ratatui::restore();
+    shown.map_err(unread)
+}
+
+/// A line a look.
+fn lines(request: &Request, mut history: History) -> io::Result<()> {
+    loop {
+        let state = State::new(&history);
+        say!("{}", state.line());
+        if request.once || state.phase.is_over() {
+            return Ok(());
+        }
+
+        std::thread::sleep(request.every);
+        history.read()?;
+    }
+}
+
+/// The page, drawn anew after every look and when the window changes.
+fn show(
+    request: &Request,
+    history: &mut History,
+    terminal: &mut ratatui::DefaultTerminal,
+) -> io::Result<()> {
+    let mut state = State::new(history);
+    let mut looked = Instant::now();
+    loop {
+        terminal.draw(|frame| screen::draw(frame, &state))?;
+        let left = request.every.saturating_sub(looked.elapsed());
+        if event::poll(left)? && leaves(&event::read()?) {
+            return Ok(());
+        }
+
+        if looked.elapsed() >= request.every {
+            // What has ended does not change; its folder may be far away.
+            if !matches!(state.phase, Phase::Ended) {
+                history.read()?;
+                state = State::new(history);
+            }
+            looked = Instant::now();
+        }
+    }
+}
+
+/// q, Escape, or Ctrl-C.
+fn leaves(event: &Event) -> bool {
+    let Event::Key(key) = event else { return false };
+    let control = key.modifiers.contains(KeyModifiers::CONTROL);
+    key.kind == KeyEventKind::Press
+        && match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => true,
+            KeyCode::Char('c') => control,
+            _ => false,
+        }
+}

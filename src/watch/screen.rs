@@ -1,0 +1,213 @@
+//! The page of a run on a terminal.
+
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::symbols::Marker;
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{
+    Axis, Block, Borders, Cell, Chart, Dataset, Gauge, GraphType, Paragraph, Row, Table,
+};
+
+use super::state::{Phase, State, clock, doing};
+use crate::metrics::{PlaceRecord, thousands};
+
+/// Blocks of the bar that shows where a place's time goes.
+const BAR: usize = 24;
+
+/// The kinds of time that the bar shows, each with its colour; what is left is waiting for something
+/// else.
+const KINDS: [(&str, Color); 7] = [
+    ("compute", Color::Green),
+    ("upstream", Color::Yellow),
+    ("downstream", Color::Red),
+    ("reduce", Color::Magenta),
+    ("update", Color::Cyan),
+    ("copies", Color::Blue),
+    ("table", Color::White),
+];
+
+/// Draws a look at a run.
+pub fn draw(frame: &mut Frame, state: &State) {
+    let places = state.places.len() as u16 + 3;
+    let [head, chart, grid, events, foot] = Layout::vertical([
+        Constraint::Length(4),
+        Constraint::Min(8),
+        Constraint::Length(places.min(frame.area().height / 3)),
+        Constraint::Length((state.events.len() as u16 + 2).clamp(3, 8)),
+        Constraint::Length(1),
+    ])
+    .areas(frame.area());
+
+    draw_head(frame, head, state);
+    draw_losses(frame, chart, state);
+    draw_grid(frame, grid, state);
+    draw_events(frame, events, state);
+    let colors = KINDS.iter().flat_map(|(kind, color)| {
+        [Span::styled("█ ", Style::new().fg(*color)), Span::raw(format!("{kind}  "))]
+    });
+    let keys = std::iter::once(Span::raw("q quits   "));
+    frame.render_widget(Line::from_iter(keys.chain(colors)), foot);
+}
+
+fn draw_head(frame: &mut Frame, area: Rect, state: &State) {
+    let color = match state.phase {
+        Phase::Running | Phase::Ended => Color::Green,
+        Phase::Stopped | Phase::Silent(_) => Color::Yellow,
+        Phase::Failed => Color::Red,
+    };
+    let mut words = vec![
+        Span::styled(state.phase.text(), Style::new().fg(color).add_modifier(Modifier::BOLD)),
+        Span::raw(format!("   loss {:.4}", state.loss)),
+    ];
+    words.extend(state.eval_loss.map(|loss| Span::raw(format!("   held-out {loss:.4}"))));
+    let rate = state.tokens_per_s.filter(|rate| rate.is_finite());
+    words.extend(rate.map(|rate| Span::raw(format!("   {} tokens/s", thousands(rate as u64)))));
+    words.extend(state.left.map(|left| Span::raw(format!("   {} left", clock(left)))));
+
+    let block = Block::new().borders(Borders::TOP);
+    let block = block.title(format!(" {}   grid {} ", state.name, state.grid));
+    let [first, second] =
+        Layout::vertical([Constraint::Length(1), Constraint::Length(1)]).areas(block.inner(area));
+    frame.render_widget(block, area);
+    frame.render_widget(Line::from(words), first);
+    let steps = state.steps.map_or("?".to_owned(), |steps| steps.to_string());
+    let gauge = Gauge::default()
+        .gauge_style(Style::new().fg(Color::Blue))
+        .label(format!("step {} of {steps}", state.step))
+        .ratio(state.done());
+    frame.render_widget(gauge, second);
+}
+
+fn draw_losses(frame: &mut Frame, area: Rect, state: &State) {
+    let block = Block::new().borders(Borders::TOP).title(" loss, nats per token ");
+    let mut losses: Vec<f64> = state.curve.iter().map(|(_, loss)| *loss).collect();
+    losses.sort_by(f64::total_cmp);
+    let (Some(least), Some(most)) = (losses.first(), losses.last()) else {
+        frame.render_widget(Paragraph::new("no step yet").block(block), area);
+        return;
+    };
+
+    // The first steps would flatten the rest.
+    let middle = losses[losses.len() / 2];
+    let high = most.min(middle + 1.6 * (middle - least)).max(least + 1e-3);
+    let (first, last) = (state.curve[0].0, state.curve[state.curve.len() - 1].0.max(1.0));
+    let shown = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+        points.iter().copied().filter(|(_, loss)| *loss <= high).collect()
+    };
+    let (curve, evals) = (shown(&state.curve), shown(&state.evals));
+    let line = Dataset::default()
+        .name("training")
+        .marker(Marker::Braille)
+        .graph_type(GraphType::Line)
+        .style(Style::new().fg(Color::Cyan))
+        .data(&curve);
+    let dots = Dataset::default()
+        .name("held out")
+        .marker(Marker::Dot)
+        .style(Style::new().fg(Color::Yellow))
+        .data(&evals);
+    let sets = if evals.is_empty() { vec![line] } else { vec![line, dots] };
+    let chart = Chart::new(sets)
+        .block(block)
+        .x_axis(
+            Axis::default()
+                .bounds([first, last.max(first + 1.0)])
+                .labels([format!("{first:.0}"), format!("{last:.0}")]),
+        )
+        .y_axis(
+            Axis::default()
+                .bounds([*least, high])
+                .labels([format!("{least:.3}"), format!("{high:.3}")]),
+        );
+    frame.render_widget(chart, area);
+}
+
+fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
+    let rows = state.places.iter().map(|place| {
+        let memory =
+            place.memory.map_or("-".to_owned(), |bytes| format!("{} MiB", bytes.div_ceil(1 << 20)));
+        Row::new(vec![
+            Cell::from(place.name.clone()),
+            Cell::from(doing(place)),
+            Cell::from(format!("{:>5.1} %", 100.0 * place.recent.share("compute"))),
+            Cell::from(bar(place)),
+            Cell::from(memory),
+        ])
+    });
+    let widths = [
+        Constraint::Length(24),
+        Constraint::Length(22),
+        Constraint::Length(8),
+        Constraint::Length(BAR as u16 + 1),
+        Constraint::Min(8),
+    ];
+    let head = Row::new(["place", "lately", "compute", "time", "memory"])
+        .style(Style::new().add_modifier(Modifier::DIM));
+    let block = Block::new().borders(Borders::TOP).title(" grid ");
+    frame.render_widget(Table::new(rows, widths).header(head).block(block), area);
+}
+
+/// Where a place's time went lately, a block for as much of it.
+fn bar(place: &PlaceRecord) -> Line<'static> {
+    let (mut spans, mut drawn, mut sum) = (Vec::new(), 0, 0.0);
+    for (kind, color) in KINDS {
+        sum += place.recent.share(kind);
+        let end = ((sum * BAR as f64).round() as usize).clamp(drawn, BAR);
+        spans.push(Span::styled("█".repeat(end - drawn), Style::new().fg(color)));
+        drawn = end;
+    }
+    spans.push(Span::styled("░".repeat(BAR - drawn), Style::new().add_modifier(Modifier::DIM)));
+    Line::from(spans)
+}
+
+fn draw_events(frame: &mut Frame, area: Rect, state: &State) {
+    let lines: Vec<Line> = state
+        .events
+        .iter()
+        .map(|event| Line::from(format!("{:>7}  {}", event.step, event.text.trim())))
+        .collect();
+    let block = Block::new().borders(Borders::TOP).title(" events, the newest first ");
+    frame.render_widget(Paragraph::new(lines).block(block), area);
+}
+
+#[cfg(test)]
+mod tests {
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    use super::*;
+    use crate::report::History;
+
+    #[test]
+    fn a_page_has_room_for_everything() {
+        let folder = tempfile::tempdir().unwrap();
+        let step = |step: usize| {
+            format!(
+                "{{\"step\":{step},\"loss\":{},\"lr\":0.1,\"tokens\":{},\"step_s\":0.5,\"tokens_per_s\":8.0}}\n",
+                9.0 / step as f64,
+                4 * step
+            )
+        };
+        std::fs::write(folder.path().join("metrics.jsonl"), (1..=40).map(step).collect::<String>())
+            .unwrap();
+        std::fs::write(
+            folder.path().join("events.jsonl"),
+            r#"{"time":1,"step":0,"kind":"start","text":"started","facts":{"grid":"1x1","steps":100}}"#.to_owned() + "\n",
+        )
+        .unwrap();
+        let mut history = History::new(folder.path());
+        history.read().unwrap();
+        let state = State::new(&history);
+        for (width, height) in [(100, 30), (40, 12), (20, 5), (200, 60)] {
+            let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+            terminal.draw(|frame| draw(frame, &state)).unwrap();
+            let text: String =
+                terminal.backend().buffer().content().iter().map(|cell| cell.symbol()).collect();
+            if width == 100 {
+                assert!(text.contains("running") && text.contains("step 40 of 100"), "{text}");
+                assert!(text.contains("started") && text.contains("q quits"), "{text}");
+            }
+        }
+    }
+}
