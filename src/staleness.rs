@@ -1,8 +1,8 @@
 //! Measured staleness: how old the gradients are that are applied, and how far the weights have moved
 //! meanwhile. Every so many steps (`staleness.every`), for every stage and the tied table.
 //!
-//! The update of step t takes W[t] to W[t+1] by a gradient that was taken at V[v], the weights as
-//! steps use them, v = max(s, t - D): W[v] itself, or a prediction of W[t] made of it.
+//! The update of step t takes `W[t]` to `W[t+1]` by a gradient that was taken at `V[v]`, the weights as
+//! steps use them, v = max(s, t - D): `W[v]` itself, or a prediction of `W[t]` made of it.
 //!
 //! ```text
 //! age         t - v, updates
@@ -11,7 +11,7 @@
 //! cosine      of g_t and g_{t+1}, the gradients of successive updates; told with the second of them
 //! ```
 //!
-//! One flat buffer serves both: it keeps W[v] from its making to the update t, then g_t for one more
+//! One flat buffer serves both: it keeps `W[v]` from its making to the update t, then g_t for one more
 //! update. So the measured steps must be further apart than the longest delay ([`least`]).
 //!
 //! Sums are made in f64, in one order: the oracle has the same bits.
