@@ -60,6 +60,17 @@ else
     echo "skipped: no time namespaces here"
 fi
 
+say "a trace on a disk that is nearly full"
+mkdir -p "$folder/small"
+if unshare --mount true 2>/dev/null; then
+    unshare --mount bash -c 'mount -t tmpfs -o size=60m none "$2" && exec timeout "$3" "$1" train configs/quickstart.toml --grid 2x1 \
+        --set steps=30 --set batch=8 --out "$2/run" --trace 0..30' full "$program" "$folder/small" "$LIMIT" >"$folder/log" 2>&1 || { tail -n 40 "$folder/log" >&2; exit 1; }
+    grep "are not traced" "$folder/log"
+    [ "$(grep -c "which the run may need" "$folder/log")" = 1 ]
+else
+    echo "skipped: no namespaces of mounts here"
+fi
+
 say "other runs beside it"
 timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 1x1 --out "$runs/second" --set steps=60 --set eval.every=20 --set batch=16 >/dev/null
 timeout "$LIMIT" "$program" report "$runs/first" "$runs/second" -o "$folder/report.html"

@@ -29,7 +29,7 @@ hugging_face() {
 short_forms() {
     local scripts=(
         "scripts/bench-grid.sh --short" "scripts/bench-hosts.sh --short" "scripts/bench-rules.sh --short"
-        "scripts/bench-save.sh --short" "scripts/documents.sh --short" "scripts/gpu-check.sh --quick --processor"
+        "scripts/bench-save.sh --short" "scripts/bench-trace.sh --short" "scripts/documents.sh --short" "scripts/gpu-check.sh --quick --processor"
         "scripts/test-gpu-kit.sh" "scripts/test-report.sh"
     )
     # With a libtorch of one's own there is no Python package of torch, and so no peers.

@@ -265,6 +265,7 @@ impl Oracle {
         for replica in 0..setup.grid.replicas {
             let leaves = self.leaves(&numbers, table)?;
             let (mut gradients, loss) = self.gradients(t, replica, &leaves)?;
+            let loss = self.finite(t, replica, loss)?;
             self.reports.send(Report::Loss { replica, step: t, loss })?;
             let mut table = self.joined(t, sync, replica, gradients.input, gradients.output)?;
             if let Some(wire) = reduced {
@@ -498,7 +499,7 @@ impl Oracle {
             let loss = self.loss(&weights, &batch, &mut memories, dropout)?;
             let memories = memories.into_iter().map(Memory::without_documents).collect();
             self.memories.insert((replica, microbatch), memories);
-            total += self.finite(t, replica, loss.value.f_double_value(&[])?)?;
+            total += loss.value.f_double_value(&[])?;
             for (sum, gradient) in sums.iter_mut().zip(self.backward(leaves, loss)?) {
                 let _ = sum.f_add_(&gradient)?;
             }
@@ -551,7 +552,7 @@ impl Oracle {
         fresh: Option<&Tensor>,
     ) -> Result<()> {
         let Some(measured) = measured else { return Ok(()) };
-        let fresh_cosine = fresh.map(|fresh| cosine(stale, fresh)).transpose()?;
+        let fresh_cosine = fresh.map_or(Ok(None), |fresh| cosine(stale, fresh))?;
         let measured = Staleness { fresh_cosine, ..measured };
         self.reports.send(Report::Staleness { stage, step, measured })
     }

@@ -6,8 +6,9 @@
 //!
 //! ```text
 //! age         t - v, updates
-//! distance    |V[v] - W[t]|                 relative: over |W[t]|; of the whole stage and by role
-//! travelled   |W[v] - W[t]|                 where W[v] is known: what the distance would be without a prediction
+//! travelled   |W[v] - W[t]|                 how far the weights have moved, where W[v] is known
+//! distance    |V[v] - W[t]|                 how far those of the gradient are off: with a prediction its error, else what
+//!                                           the weights have travelled; relative: over |W[t]|, of all and by role
 //! cosine      of g_t and g_{t+1}, the gradients of successive updates; told with the second of them
 //! ```
 //!
@@ -26,8 +27,10 @@ use crate::error::Result;
 use crate::model::Role;
 use crate::params::{Layout, slice, zeros};
 
-/// Values of a chunk, and independent partial sums in it, so that additions do not wait for each
-/// other.
+/// Values that are looked at together, so that nothing of a parameter's size is needed beside it; of a
+/// chunk that is summed at once, and independent partial sums in it, so that additions do not wait for
+/// each other.
+const PIECE: i64 = 1 << 22;
 const CHUNK: usize = 4096;
 const LANES: usize = 8;
 
@@ -99,6 +102,15 @@ impl Meter {
         Ok(Meter { layout: layout.clone(), every, buffer, kept: Kept::Nothing })
     }
 
+    /// Measures nothing, so that a device has loaded all kernels: `used` is a version as steps use it.
+    pub fn rehearse(&self, used: &Tensor) -> Result<()> {
+        let few = |flat: &Tensor| flat.f_narrow(0, 0, flat.size()[0].min(8));
+        let (used, buffer) = (few(used)?, few(&self.buffer)?);
+        over_pieces(&used, &buffer, squares, apart)?;
+        over_pieces(&used, &buffer, products, product)?;
+        Ok(())
+    }
+
     /// Whether the distance is measured at the update of a step.
     pub fn measures(&self, step: usize) -> bool {
         step.is_multiple_of(self.every)
@@ -126,7 +138,7 @@ impl Meter {
         }
 
         self.kept = Kept::Nothing;
-        let cosine = Some(cosine(&self.buffer, at.gradient)?);
+        let cosine = cosine(&self.buffer, at.gradient)?;
         Ok(Some(Staleness { cosine, ..Staleness::default() }))
     }
 
@@ -144,18 +156,19 @@ impl Meter {
     fn distances(&self, step: usize, at: &AtUpdate, used: &Tensor) -> Result<Staleness> {
         let known = self.kept == Kept::Weights(at.version);
         let mut sums: BTreeMap<&str, [f64; 2]> = BTreeMap::new();
-        let (mut apart, mut whole, mut travelled) = (0.0, 0.0, 0.0);
+        let (mut all, mut whole, mut travelled) = (0.0, 0.0, 0.0);
         for entry in &self.layout.entries {
             let (from, count) = (entry.offset as i64, entry.parameter.count() as i64);
             let part = |flat: &Tensor| flat.f_narrow(0, from, count);
             let newest = part(at.newest)?;
-            let used = part(used)?.f_to_kind(Kind::Float)?;
-            let (distance, norm) = (squared_distance(&used, &newest)?, dot(&newest, &newest)?);
+            let used = part(used)?;
+            let distance = over_pieces(&used, &newest, squares, apart)?;
+            let norm = over_pieces(&newest, &newest, products, product)?;
             if known {
-                travelled += squared_distance(&part(&self.buffer)?, &newest)?;
+                travelled += over_pieces(&part(&self.buffer)?, &newest, squares, apart)?;
             }
 
-            apart += distance;
+            all += distance;
             whole += norm;
             let of_role = sums.entry(name(entry.parameter.role)).or_default();
             of_role[0] += distance;
@@ -167,8 +180,8 @@ impl Meter {
         let still = (at.version == step).then_some(0.0);
         Ok(Staleness {
             age: Some(step - at.version),
-            distance: Some(apart.sqrt()),
-            relative: Some(relative([apart, whole])),
+            distance: Some(all.sqrt()),
+            relative: Some(relative([all, whole])),
             travelled: known.then(|| travelled.sqrt()).or(still),
             roles: sums.into_iter().map(|(role, sums)| (role.to_owned(), relative(sums))).collect(),
             ..Staleness::default()
@@ -186,24 +199,46 @@ fn name(role: Role) -> &'static str {
     }
 }
 
-/// The cosine of two flat buffers; 0 where one of them is.
-pub fn cosine(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let norms = (dot(a, a)? * dot(b, b)?).sqrt();
-    Ok(if norms > 0.0 { dot(a, b)? / norms } else { 0.0 })
+/// The cosine of two flat buffers; none where it is no number.
+pub fn cosine(a: &Tensor, b: &Tensor) -> Result<Option<f64>> {
+    let dot = |a: &Tensor, b: &Tensor| over_pieces(a, b, products, product);
+    let cosine = dot(a, b)? / (dot(a, a)? * dot(b, b)?).sqrt();
+    Ok(Some(cosine).filter(|cosine| cosine.is_finite()))
 }
 
-fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
-    match a.device() {
-        Device::Cpu => Ok(over_chunks(slice(a), slice(b), products)),
-        _ => Ok(a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[])?),
+/// A sum over the values of two buffers, on the processor by `here`, on a device by `there`.
+fn over_pieces(
+    a: &Tensor,
+    b: &Tensor,
+    here: fn(&[f32], &[f32]) -> f64,
+    there: fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<f64> {
+    let (mut sum, mut on_device) = (0.0, None);
+    let count = a.numel() as i64;
+    for from in (0..count).step_by(PIECE as usize) {
+        let piece =
+            |flat: &Tensor| flat.f_narrow(0, from, PIECE.min(count - from))?.f_to_kind(Kind::Float);
+        let (a, b) = (piece(a)?, piece(b)?);
+        if a.device() == Device::Cpu {
+            sum += over_chunks(slice(&a), slice(&b), here);
+            continue;
+        }
+
+        let part = there(&a, &b)?.f_sum(Kind::Double)?;
+        on_device = Some(match on_device {
+            None => part,
+            Some(sum) => part.f_add(&sum)?,
+        });
     }
+    Ok(sum + on_device.map_or(Ok(0.0), |sum: Tensor| sum.f_double_value(&[]))?)
 }
 
-fn squared_distance(a: &Tensor, b: &Tensor) -> Result<f64> {
-    match a.device() {
-        Device::Cpu => Ok(over_chunks(slice(a), slice(b), squares)),
-        _ => Ok(a.f_sub(b)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?),
-    }
+fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.f_mul(b)?)
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.f_sub(b)?.f_square()?)
 }
 
 fn over_chunks(a: &[f32], b: &[f32], sum: fn(&[f32], &[f32]) -> f64) -> f64 {
@@ -243,9 +278,21 @@ mod tests {
         flat
     }
 
+    /// A gradient that is not finite, or nothing, is at no angle.
+    #[test]
+    fn what_has_no_cosine_has_none() {
+        let one = Tensor::from_slice(&[1f32, 2.0]);
+        for value in [0.0, f32::NAN, f32::INFINITY] {
+            let other = Tensor::from_slice(&[value, value]);
+            assert_eq!(cosine(&one, &other).unwrap(), None, "{value}");
+        }
+        assert!(cosine(&one, &one).unwrap().is_some_and(|cosine| (cosine - 1.0).abs() < 1e-12));
+    }
+
     #[test]
     fn distances_and_cosines_by_hand() {
-        let layout = layout();
+        let mut layout = layout();
+        layout.entries[1].parameter.role = Role::Vector;
         let count = layout.count() as f64;
         let mut meter = Meter::new(&layout, 4, Device::Cpu).unwrap();
         assert_eq!((meter.next(1), meter.next(4)), (4, 4));
@@ -265,12 +312,24 @@ mod tests {
             "{found:?}"
         );
         assert!(close(found.travelled, count.sqrt()) && found.cosine.is_none());
-        assert!(found.roles.values().all(|relative| (relative - 0.25).abs() < 1e-9), "{found:?}");
+        let found: Vec<(&str, f64)> =
+            found.roles.iter().map(|(role, value)| (role.as_str(), *value)).collect();
+        assert_eq!(found, [("matrices", 0.25), ("vectors", 0.25)]);
 
         let opposite = flat(&layout, -1.0);
         let found = meter.before(5, &at(&opposite)).unwrap().unwrap();
         assert!(close(found.cosine, -1.0) && found.distance.is_none());
         assert_eq!(meter.before(6, &at(&opposite)).unwrap(), None);
+
+        // One role alone has moved.
+        let (vectors, entry) = (flat(&layout, 2.0), &layout.entries[1]);
+        let count = entry.parameter.count() as i64;
+        let _ = vectors.narrow(0, entry.offset as i64, count).fill_(4.0);
+        let moved =
+            AtUpdate { version: 2, used: Some(&vectors), newest: &newest, gradient: &gradient };
+        let found =
+            Meter::new(&layout, 4, Device::Cpu).unwrap().before(4, &moved).unwrap().unwrap();
+        assert_eq!((found.roles["matrices"], found.roles["vectors"]), (0.0, 1.0));
 
         // Nothing is known of what it was; nothing has moved.
         let found = meter.before(8, &at(&gradient)).unwrap().unwrap();

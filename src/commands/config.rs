@@ -7,7 +7,7 @@ use schemars::{JsonSchema, schema_for};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::config::{CheckpointConfig, Config, EvalConfig, GridConfig};
+use crate::config::{CheckpointConfig, Config, EvalConfig, GridConfig, StalenessConfig};
 use crate::data::DataConfig;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
@@ -51,6 +51,7 @@ fn page() -> Result<String> {
     section::<crate::optim::SgdKeys>(&mut page, "`[optimizer]`, `kind = \"sgd\"`", &sgd)?;
     section::<EvalConfig>(&mut page, "`[eval]`", &of(&EvalConfig::default())?)?;
     section::<CheckpointConfig>(&mut page, "`[checkpoint]`", &of(&CheckpointConfig::default())?)?;
+    section::<StalenessConfig>(&mut page, "`[staleness]`", &of(&StalenessConfig::default())?)?;
     Ok(page)
 }
 

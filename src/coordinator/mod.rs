@@ -46,6 +46,9 @@ use crate::staleness::Staleness;
 const LOOK: Duration = Duration::from_millis(500);
 const LOOK_AT_TRACE: Duration = Duration::from_millis(20);
 
+/// How long a run that is done waits for a trace to be written.
+const LONGEST_MERGE: Duration = Duration::from_secs(60);
+
 /// What the ranks of a run are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {
@@ -55,12 +58,18 @@ pub enum Ranks {
     Threads,
 }
 
+/// A sink, and whether a run that cannot write it has failed.
+struct Told {
+    needed: bool,
+    sink: Box<dyn Sink + Send>,
+}
+
 /// Collects reports until every place is done.
 pub struct Coordinator {
     setup: Arc<Setup>,
     out: PathBuf,
     lock: FolderLock,
-    sinks: Vec<Box<dyn Sink + Send>>,
+    sinks: Vec<Told>,
     steps: Steps,
     divergence: Divergence,
     stragglers: Stragglers,
@@ -161,6 +170,8 @@ impl Coordinator {
             "unit": measure.unit.name(),
             "bytes_per_token": measure.bytes_per_token,
             "vocabulary": setup.corpus.vocabulary.len(),
+            "tokens": setup.corpus.fingerprint().vocabulary,
+            "device": if setup.device.is_cuda() { "cuda" } else { "cpu" },
             "floor": setup.corpus.held_out.floor,
             "predicted_bytes": (0..setup.grid.size()).map(predicted).collect::<Vec<_>>(),
         })
@@ -220,25 +231,22 @@ impl Coordinator {
         ranks: Ranks,
     ) -> Placed<()> {
         self.last = Awake::now();
-        self.traces.of_ranks(count, ranks == Ranks::Threads);
+        let places = self.watchdog.is_some();
+        self.traces.of_ranks(count, ranks == Ranks::Threads, places);
 
+        let mut done = None;
         while self.done.len() < count || self.traces.pending() {
+            if self.done.len() == count
+                && done.get_or_insert_with(Awake::now).elapsed() > LONGEST_MERGE
+            {
+                let text = "note: the trace takes too long to be written, and is given up";
+                let _ = self.note(EventKind::Trace, text); // It is a trace only.
+                break;
+            }
+
             let look = if self.traces.pending() { LOOK_AT_TRACE } else { LOOK };
             match reports.recv_timeout(look) {
-                Ok(Report::Failed { origin, error }) => return Err((Some(origin), error)),
-                Ok(Report::Stop { reason }) => {
-                    self.stop(&reason, controls).map_err(|error| (None, error))?;
-                }
-                Ok(Report::Heartbeat { rank, beat }) => {
-                    self.watchdog
-                        .iter_mut()
-                        .for_each(|watchdog| watchdog.heard(rank, beat.clone()));
-                }
-                Ok(Report::Clock { rank, number, at }) => self.traces.answered(rank, number, at),
-                Ok(report) => {
-                    self.watchdog.iter_mut().for_each(Watchdog::moved);
-                    self.take(report).map_err(|error| (None, error))?;
-                }
+                Ok(report) => self.hear(report, controls)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err((
@@ -254,8 +262,9 @@ impl Coordinator {
 
             self.look_at_traces(controls).map_err(|error| (None, error))?;
             self.planner.raise(self.steps.done(), controls);
-            if let Some(error) = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(controls))
-            {
+            // Ranks that are done have nothing more to do.
+            let watchdog = self.watchdog.as_mut().filter(|_| self.done.len() < count);
+            if let Some(error) = watchdog.and_then(|watchdog| watchdog.look(controls)) {
                 return Err((None, error));
             }
         }
@@ -268,6 +277,24 @@ impl Coordinator {
         unbegun
             .map_or(Ok(()), |text| self.note(EventKind::Trace, &text))
             .map_err(|error| (None, error))
+    }
+
+    /// Takes a report, of whatever kind.
+    fn hear(&mut self, report: Report, controls: &Controls) -> Placed<()> {
+        let nowhere = |error| (None, error);
+        match report {
+            Report::Failed { origin, error } => return Err((Some(origin), error)),
+            Report::Stop { reason } => self.stop(&reason, controls).map_err(nowhere)?,
+            Report::Clock { rank, number, at } => self.traces.answered(rank, number, at),
+            Report::Heartbeat { rank, beat } => {
+                self.watchdog.iter_mut().for_each(|watchdog| watchdog.heard(rank, beat.clone()));
+            }
+            report => {
+                self.watchdog.iter_mut().for_each(Watchdog::moved);
+                self.take(report).map_err(nowhere)?;
+            }
+        }
+        Ok(())
     }
 
     /// How long a stop takes from now on: the steps up to the limit, and the save, as long as the
@@ -309,8 +336,28 @@ impl Coordinator {
         self.event(EventLine::now(self.steps.done(), kind, text))
     }
 
+    /// Tells all sinks. One that fails and is not needed is left out from then on.
+    fn tell(&mut self, say: impl Fn(&mut dyn Sink) -> Result<()>) -> Result<()> {
+        let mut kept = Vec::with_capacity(self.sinks.len());
+        for mut told in std::mem::take(&mut self.sinks) {
+            match say(told.sink.as_mut()) {
+                Ok(()) => kept.push(told),
+                Err(error) if told.needed => return Err(error),
+                Err(Error::Unwritten { path, problem }) => {
+                    complain!(
+                        "note: {path} cannot be written ({problem}); the run goes on without it"
+                    );
+                }
+                Err(error) => complain!("note: {error}; the run goes on without it"),
+            }
+        }
+
+        self.sinks = kept;
+        Ok(())
+    }
+
     fn event(&mut self, line: EventLine) -> Result<()> {
-        self.sinks.iter_mut().try_for_each(|sink| sink.event(&line))
+        self.tell(|sink| sink.event(&line))
     }
 
     fn take(&mut self, report: Report) -> Result<()> {
@@ -396,7 +443,7 @@ impl Coordinator {
         let replica = setup.grid.held(rank)[0].replica;
         let predicted = Prediction::new(setup, rank).of_device(setup);
         let line = PlaceLine { rank, name: &name, replica, step, times, memory, predicted };
-        self.sinks.iter_mut().try_for_each(|sink| sink.place(&line))
+        self.tell(|sink| sink.place(&line))
     }
 
     fn step(&mut self, step: usize, of: &Step) -> Result<()> {
@@ -426,7 +473,7 @@ impl Coordinator {
             self.note(EventKind::Skipped, &text)?;
         }
 
-        self.sinks.iter_mut().try_for_each(|sink| sink.step(&line))?;
+        self.tell(|sink| sink.step(&line))?;
         self.tell_staleness(step)?;
         self.losses.push(of.loss());
         self.planner.step(seconds);
@@ -443,7 +490,7 @@ impl Coordinator {
         };
         let staleness = found.into_iter().map(of).collect();
         let line = StalenessLine { step: step + 1, staleness };
-        self.sinks.iter_mut().try_for_each(|sink| sink.staleness(&line))
+        self.tell(|sink| sink.staleness(&line))
     }
 
     fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {
@@ -457,7 +504,7 @@ impl Coordinator {
             eval_bpb: measure.bits_per_byte(eval_loss),
         };
 
-        self.sinks.iter_mut().try_for_each(|sink| sink.eval(&line))?;
+        self.tell(|sink| sink.eval(&line))?;
 
         self.eval_loss = Some(eval_loss);
         // The time of an evaluation is not that of the next step; where it is read late it may come
@@ -477,7 +524,7 @@ impl Coordinator {
             "peak_bytes": self.done.iter().map(|(_, peak)| *peak).collect::<Vec<_>>(),
         });
         self.event(EventLine::now(self.steps.done(), EventKind::End, "ended").with(facts))?;
-        self.sinks.iter_mut().try_for_each(|sink| sink.finish())?;
+        self.tell(|sink| sink.finish())?;
         if self.bench {
             return self.finish_bench(ranks);
         }
@@ -535,14 +582,16 @@ impl Coordinator {
 }
 
 /// Where the metrics of a run go.
-fn sinks(setup: &Setup, out: &Path) -> Result<Vec<Box<dyn Sink + Send>>> {
+fn sinks(setup: &Setup, out: &Path) -> Result<Vec<Told>> {
     let (config, start) = (&setup.config, setup.start());
     let resumed = setup.resumed.as_ref().map(|_| start);
-    let mut sinks: Vec<Box<dyn Sink + Send>> =
-        vec![Box::new(EventLog::begin(out, resumed.is_some())?), Box::new(PlacesFile::begin(out)?)];
+    let mut sinks = vec![
+        Told { needed: false, sink: Box::new(EventLog::begin(out, resumed.is_some())?) },
+        Told { needed: false, sink: Box::new(PlacesFile::begin(out)) },
+    ];
 
     for kind in &config.sink {
-        sinks.push(match kind {
+        let sink: Box<dyn Sink + Send> = match kind {
             SinkKind::Jsonl => Box::new(JsonLines::begin(out, resumed)?),
             SinkKind::Terminal => {
                 Box::new(Progress::new(config.steps, start, setup.corpus.measure()))
@@ -550,8 +599,9 @@ fn sinks(setup: &Setup, out: &Path) -> Result<Vec<Box<dyn Sink + Send>>> {
             SinkKind::Tensorboard => {
                 Box::new(TensorBoard::begin(out, resumed, &config.settings())?)
             }
-            SinkKind::Prometheus => Box::new(Prometheus::begin(out, &config.name, config.steps)?),
-        });
+            SinkKind::Prometheus => Box::new(Prometheus::begin(out, config.steps)?),
+        };
+        sinks.push(Told { needed: *kind == SinkKind::Jsonl, sink });
     }
 
     Ok(sinks)

@@ -17,11 +17,12 @@ use crate::trace::{About, Alignment, ClockName, Moment, Offset, Part, Window, me
 /// Between two looks at the file `TRACE`: it may be far away.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Between two questions to the clocks, how many there are at least before a trace is written, and at
-/// most, and how long the last answers are waited for.
+/// Between two questions to the clocks: of the first ones of a window, of the others; how many answers
+/// there are at least before a trace is written, and how long the last ones are waited for.
 const ASK: Duration = Duration::from_millis(20);
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+const FIRST: usize = 200;
 const LEAST: usize = 8;
-const MOST: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The traces of a run.
@@ -31,9 +32,20 @@ pub struct Traces {
     /// Ranks, and whether they are threads of one process.
     ranks: usize,
     threads: bool,
+    /// Whether there are places that can be traced: the oracle has none.
+    possible: bool,
     looked: Instant,
+    /// The file `TRACE` that could not be read has been told of.
+    unread: bool,
     open: Option<Open>,
-    merging: Vec<(Window, JoinHandle<io::Result<()>>)>,
+    merging: Vec<Merging>,
+}
+
+/// A trace that is being written; a failed one whose parts are being removed.
+struct Merging {
+    window: Window,
+    failed: bool,
+    thread: JoinHandle<io::Result<()>>,
 }
 
 /// A window that is being traced.
@@ -51,12 +63,14 @@ impl Traces {
     /// None yet, of so many ranks.
     pub fn new(setup: Arc<Setup>, out: &Path) -> Traces {
         let (out, looked) = (out.to_owned(), Instant::now());
-        Traces { setup, out, ranks: 0, threads: false, looked, open: None, merging: Vec::new() }
+        let (threads, possible, unread) = (false, true, false);
+        let (open, merging) = (None, Vec::new());
+        Traces { setup, out, ranks: 0, threads, possible, looked, unread, open, merging }
     }
 
-    /// The ranks are so many.
-    pub fn of_ranks(&mut self, ranks: usize, threads: bool) {
-        (self.ranks, self.threads) = (ranks, threads);
+    /// The ranks are so many; whether they are threads of one process, and can be traced.
+    pub fn of_ranks(&mut self, ranks: usize, threads: bool, possible: bool) {
+        (self.ranks, self.threads, self.possible) = (ranks, threads, possible);
     }
 
     /// All ranks know that these steps are traced.
@@ -81,34 +95,50 @@ impl Traces {
             notes.extend(self.asked_for(limit, controls));
         }
 
-        self.ask(controls);
-        self.begin_merging(stop);
+        self.ask(limit, controls);
+        notes.extend(self.begin_merging(stop));
         let (over, merging): (Vec<_>, Vec<_>) = std::mem::take(&mut self.merging)
             .into_iter()
-            .partition(|(_, thread)| thread.is_finished());
+            .partition(|merging| merging.thread.is_finished());
         self.merging = merging;
-        notes.extend(over.into_iter().map(|(window, thread)| self.merged(window, thread)));
+        notes.extend(over.into_iter().filter_map(|merging| self.merged(merging)));
         notes
     }
 
-    /// What a file `TRACE` in the run's folder comes to, which is removed.
+    /// What a file `TRACE` in the run's folder comes to, which is removed. One that is empty is being
+    /// written.
     fn asked_for(&mut self, limit: usize, controls: &Controls) -> Option<String> {
         let path = self.out.join("TRACE");
-        let text = files::read_text(&path).ok()?;
+        let text = match files::read_text(&path) {
+            Ok(text) if text.trim().is_empty() => return None,
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                let told = format!("the file TRACE cannot be read ({error})");
+                return (!std::mem::replace(&mut self.unread, true)).then_some(told);
+            }
+        };
+
+        self.unread = false;
         if let Err(error) = fs::remove_file(&path) {
             return Some(format!("the file TRACE cannot be removed ({error}), and traces nothing"));
         }
 
-        let steps = self.setup.config.steps;
+        let (steps, planned) =
+            (self.setup.config.steps, self.open.as_ref().map(|open| open.window));
         let count = text.trim().parse::<usize>().ok().filter(|count| *count > 0);
         Some(match count {
             None => format!(
                 "the file TRACE holds `{}`: write a number of steps, as in 10",
                 text.trim().chars().take(40).collect::<String>()
             ),
-            Some(_) if self.open.is_some() => {
-                "the file TRACE came while steps are traced: ask again later".to_owned()
+            Some(_) if !self.possible => {
+                "the file TRACE is not heeded: the oracle has no places".to_owned()
             }
+            Some(_) if planned.is_some() => format!(
+                "the file TRACE came before the trace of the steps {} is made: ask again after it",
+                planned.map_or(String::new(), |window| window.to_string())
+            ),
             Some(_) if limit >= steps => {
                 "the file TRACE came too late: all steps up to the end are under way".to_owned()
             }
@@ -122,11 +152,13 @@ impl Traces {
     }
 
     /// Asks all ranks what their clocks say.
-    fn ask(&mut self, controls: &Controls) {
-        let Some(open) = self.open.as_mut().filter(|_| self.ranks > 1 && !self.threads) else {
-            return;
-        };
-        if open.asked.elapsed() >= ASK && open.alignment.questions() < MOST {
+    fn ask(&mut self, limit: usize, controls: &Controls) {
+        let several = self.ranks > 1 && !self.threads;
+        // Clocks drift: not before somebody may have begun.
+        let begun = |open: &&mut Open| several && limit > open.window.from;
+        let Some(open) = self.open.as_mut().filter(begun) else { return };
+        let wait = if open.alignment.questions() < FIRST { ASK } else { ASK_AGAIN };
+        if open.asked.elapsed() >= wait {
             open.asked = Instant::now();
             controls.send(Control::Clock(open.alignment.ask()));
         }
@@ -161,7 +193,7 @@ impl Traces {
     }
 
     /// Begins to write the trace of a window that is complete, once the clocks have said enough.
-    fn begin_merging(&mut self, stop: Option<usize>) {
+    fn begin_merging(&mut self, stop: Option<usize>) -> Option<String> {
         let one = self.ranks == 1 || self.threads;
         let ready = |open: &Open, complete: &Instant| {
             let same = open.parts.iter().all(|(_, clock)| *clock == ClockName::own());
@@ -171,20 +203,22 @@ impl Traces {
             open.failed && open.complete.is_some()
                 || open.complete.as_ref().is_some_and(|complete| ready(open, complete))
         }) {
-            return;
+            return None;
         }
 
-        let Some(open) = self.open.take() else { return };
-        let window = open.window;
+        let open = self.open.take()?;
+        let (window, now) = (open.window, Moment::now());
         let parts: Vec<(usize, PathBuf, Option<Offset>)> = open
             .parts
             .iter()
             .map(|(rank, clock)| {
                 let path = Part::path(&self.out, window, *rank);
-                (*rank, path, open.alignment.offset(*rank, clock))
+                (*rank, path, open.alignment.offset(*rank, clock, now))
             })
             .collect();
         let to = stop.map_or(window.to, |stop| stop.min(window.to));
+        // The save of a stop right before the window has begun it, and nothing else.
+        let (empty, unbegun) = (to <= window.from, unbegun(window));
         let window = Window { to, ..window };
         let about = About {
             name: self.setup.config.name.clone(),
@@ -194,7 +228,7 @@ impl Traces {
             threads: self.threads,
         };
 
-        let (path, failed) = (self.out.join(window.file()), open.failed);
+        let (path, failed) = (self.out.join(window.file()), open.failed || empty);
         let work = move || {
             let remove = parts.iter().map(|(_, path, _)| path.clone()).collect::<Vec<_>>();
             let done = if failed { Ok(()) } else { write(&about, parts, &path) };
@@ -204,10 +238,10 @@ impl Traces {
             done
         };
         match std::thread::Builder::new().name("trace".into()).spawn(work) {
-            Ok(thread) if failed => drop(thread),
-            Ok(thread) => self.merging.push((window, thread)),
-            Err(error) => tracing::warn!(%error, "no thread that writes the trace"),
+            Ok(thread) => self.merging.push(Merging { window, failed, thread }),
+            Err(error) => return Some(format!("note: no thread that writes the trace ({error})")),
         }
+        empty.then_some(unbegun)
     }
 
     /// Whether a trace is still to be written.
@@ -217,22 +251,31 @@ impl Traces {
 
     /// At the end of the run: what there is to say of steps that were to be traced and were not made.
     pub fn unbegun(&self) -> Option<String> {
-        let window = self.open.as_ref()?.window;
-        Some(format!("note: the steps {window} are not traced: the run ends before them"))
+        self.open.as_ref().map(|open| unbegun(open.window))
     }
 
     /// How a trace's writing ended, in words.
-    fn merged(&self, window: Window, thread: JoinHandle<io::Result<()>>) -> String {
-        let path = self.out.join(window.file());
-        match thread.join() {
+    fn merged(&self, merging: Merging) -> Option<String> {
+        let Merging { window, failed, thread } = merging;
+        let (path, end) = (self.out.join(window.file()), thread.join());
+        if failed {
+            return None; // That has been told.
+        }
+
+        Some(match end {
             Ok(Ok(())) => format!("trace of the steps {window}: {}", path.display()),
             Ok(Err(error)) => format!(
                 "note: the trace of the steps {window} cannot be written ({})",
                 Error::unwritten(&path, error)
             ),
             Err(_) => format!("note: the trace of the steps {window} could not be made"),
-        }
+        })
     }
+}
+
+/// What there is to say of steps that were to be traced and were not made.
+fn unbegun(window: Window) -> String {
+    format!("note: the steps {window} are not traced: the run ends before them")
 }
 
 /// Writes a trace of parts whose clocks are known.

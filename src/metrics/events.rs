@@ -88,7 +88,22 @@ impl EventLog {
             let remedy = format!("cannot be written ({error}); choose another folder");
             Error::config("--out", path.display(), remedy)
         })?;
-        Ok(EventLog { path, file })
+        let mut log = EventLog { path, file };
+        log.end_line()?;
+        Ok(log)
+    }
+}
+
+impl EventLog {
+    /// Ends the last line of a process that could not.
+    fn end_line(&mut self) -> Result<()> {
+        let bytes = files::read(&self.path).unwrap_or_default();
+        match bytes.last() {
+            None | Some(b'\n') => Ok(()),
+            Some(_) => {
+                self.file.write_all(b"\n").map_err(|error| Error::unwritten(&self.path, error))
+            }
+        }
     }
 }
 
@@ -99,5 +114,32 @@ impl Sink for EventLog {
         self.file
             .write_all(format!("{text}\n").as_bytes())
             .map_err(|error| Error::unwritten(&self.path, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_takes_no_other_with_it() {
+        let out = tempfile::tempdir().unwrap();
+        let line = |text: &str| EventLine::now(3, EventKind::Saved, text);
+        EventLog::begin(out.path(), false).unwrap().event(&line("first")).unwrap();
+        let path = out.path().join(EventLog::NAME);
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text.push_str("{\"time\":1,\"st");
+        std::fs::write(&path, text).unwrap();
+
+        EventLog::begin(out.path(), true).unwrap().event(&line("second")).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let read: Vec<EventLine> =
+            text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        assert_eq!(
+            read.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(),
+            ["first", "second"]
+        );
+        EventLog::begin(out.path(), false).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
     }
 }

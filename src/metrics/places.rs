@@ -80,25 +80,10 @@ impl PlacesFile {
     /// The name of the file.
     pub const NAME: &str = "places.json";
 
-    /// That of a run's folder; one of an earlier process is removed.
-    ///
-    /// # Errors
-    /// [`Error::Config`] about `--out`.
-    pub fn begin(out: &Path) -> Result<PlacesFile> {
-        let path = out.join(PlacesFile::NAME);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::config(
-                "--out",
-                path.display(),
-                format!("cannot be replaced ({error}); choose another folder"),
-            )),
-            _ => Ok(PlacesFile {
-                path,
-                now: Places::default(),
-                totals: BTreeMap::new(),
-                written: None,
-            }),
-        }
+    /// That of a run's folder; one of an earlier process stays until there is something to tell.
+    pub fn begin(out: &Path) -> PlacesFile {
+        let (path, now) = (out.join(PlacesFile::NAME), Places::default());
+        PlacesFile { path, now, totals: BTreeMap::new(), written: None }
     }
 
     fn write(&mut self) -> Result<()> {
@@ -153,7 +138,7 @@ mod tests {
     #[test]
     fn times_are_added_up() {
         let out = tempfile::tempdir().unwrap();
-        let mut file = PlacesFile::begin(out.path()).unwrap();
+        let mut file = PlacesFile::begin(out.path());
         let mut times = Times {
             steps: 2,
             seconds: 4.0,

@@ -44,12 +44,13 @@ struct Gauges {
 }
 
 impl Prometheus {
-    /// Of the run `name` of `steps` steps, in its folder.
+    /// Of a run of `steps` steps, in its folder, whose name tells it from other runs of one config.
     ///
     /// # Errors
     /// [`Error::Internal`] if a name is no name to Prometheus.
-    pub fn begin(out: &Path, name: &str, steps: usize) -> Result<Prometheus> {
-        Prometheus::new(out, name, steps).map_err(|error| Error::Internal(error.to_string()))
+    pub fn begin(out: &Path, steps: usize) -> Result<Prometheus> {
+        let name = out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned();
+        Prometheus::new(out, &name, steps).map_err(|error| Error::Internal(error.to_string()))
     }
 
     fn new(out: &Path, name: &str, steps: usize) -> prometheus::Result<Prometheus> {
@@ -89,8 +90,8 @@ impl Prometheus {
             about("gradient_age_updates", "Updates that the applied gradient is old, by stage.");
         let age = GaugeVec::new(age, &["stage"])?;
         let distance = about(
-            "weights_moved_relative",
-            "Distance of the weights since the applied gradient was taken, over their norm.",
+            "weights_distance_relative",
+            "Distance between the weights of the applied gradient and those it is applied to, over their norm.",
         );
         let distance = GaugeVec::new(distance, &["stage"])?;
         for family in [&norm, &share, &memory, &age, &distance] {
@@ -187,8 +188,10 @@ mod tests {
 
     #[test]
     fn the_file_says_what_the_run_is_at() {
-        let out = tempfile::tempdir().unwrap();
-        let mut sink = Prometheus::begin(out.path(), "a \"run\"", 9).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a \"run\"");
+        std::fs::create_dir(&out).unwrap();
+        let mut sink = Prometheus::begin(&out, 9).unwrap();
         let line = StepLine {
             step: 3,
             loss: 2.5,
@@ -202,7 +205,7 @@ mod tests {
         };
         sink.step(&line).unwrap();
         sink.step(&StepLine { step: 4, ..line }).unwrap();
-        let text = || std::fs::read_to_string(out.path().join("metrics.prom")).unwrap();
+        let text = || std::fs::read_to_string(out.join("metrics.prom")).unwrap();
         // The second comes too soon after the first.
         assert!(text().contains("ouroboros_step{run=\"a \\\"run\\\"\"} 3\n"), "{}", text());
         assert!(text().contains("ouroboros_gradient_norm{run=\"a \\\"run\\\"\",stage=\"1\"} 2\n"));

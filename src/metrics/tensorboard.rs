@@ -245,9 +245,14 @@ impl Sink for TensorBoard {
     fn staleness(&mut self, line: &StalenessLine) -> Result<()> {
         let values = line.staleness.iter().flat_map(|of| {
             let name = stage_name(&of.stage);
-            numbers(&of.measured)
-                .into_iter()
+            let roles = of.measured.roles.iter();
+            let roles = roles.map(|(role, value)| (format!("relative/{role}"), *value));
+            let numbers = numbers(&of.measured).into_iter();
+            numbers
+                .map(|(key, value)| (key.to_owned(), value))
+                .chain(roles)
                 .map(move |(key, value)| (format!("staleness/{key}/{name}"), value))
+                .collect::<Vec<_>>()
         });
         self.add(line.step, values.collect())
     }

@@ -9,6 +9,9 @@ use serde::Serialize;
 /// Width and height of a chart with axes, in units of its own.
 const SIZE: (u32, u32) = (760, 380);
 
+/// Of a group of bars with its name.
+const GROUP: u32 = 140;
+
 /// Ink that the page chooses: it stands nowhere else.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_AS_TEXT: &str = "#010203";
@@ -27,9 +30,8 @@ pub const COLORS: [RGBColor; 10] = [
     RGBColor(160, 160, 30),
 ];
 
-/// Losses above the middle one by more than so many times the way from it to the least are of the
-/// first steps, and would flatten the rest.
-const HEADROOM: f64 = 1.6;
+/// Losses of the first part of a run would flatten the rest: one part of so many is not looked at.
+const FIRST: usize = 10;
 
 type Drawn<'a> = DrawingAreaErrorKind<std::io::Error>;
 
@@ -59,27 +61,36 @@ pub fn css(color: usize) -> String {
     format!("#{r:02x}{g:02x}{b:02x}")
 }
 
+/// What is shown of the y axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shown {
+    /// All from 0 on; all there is; all but the peaks of the first steps.
+    FromZero,
+    All,
+    Losses,
+}
+
 /// Curves over one x. None without a point.
-pub fn lines(x: &str, y: &str, series: &[Series], floor: bool) -> Option<Chart> {
+pub fn lines(x: &str, y: &str, series: &[Series], shown: Shown) -> Option<Chart> {
     let points = || series.iter().flat_map(|series| series.points.iter().copied());
-    let (low, high) = range(points().map(|(_, y)| y).collect(), floor)?;
+    let (low, high) = range(series, shown)?;
     let (first, last) = extent(points().map(|(x, _)| x))?;
     let last = if last > first { last } else { first + 1.0 };
 
     let (mut svg, mut frame) = (String::new(), (0..0, 0..0));
     {
         let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        frame = curves(&area, (x, y), series, (first..last, low..high)).ok().unwrap_or(frame);
+        frame = draw_curves(&area, (x, y), series, (first..last, low..high)).ok().unwrap_or(frame);
     }
 
-    let shown: Vec<serde_json::Value> = series
+    let curves: Vec<serde_json::Value> = series
         .iter()
         .map(|series| serde_json::json!({"name": series.name, "color": css(series.color), "points": series.points}))
         .collect();
     let data = serde_json::json!({
         "x": {"name": x, "from": first, "to": last, "left": frame.0.start, "right": frame.0.end},
         "y": {"name": y, "from": low, "to": high, "top": frame.1.start, "bottom": frame.1.end},
-        "series": shown,
+        "series": curves,
     });
     Some(Chart { svg: inked(&svg), data })
 }
@@ -87,7 +98,7 @@ pub fn lines(x: &str, y: &str, series: &[Series], floor: bool) -> Option<Chart> 
 /// Pixels, of x and of y.
 type Frame = (std::ops::Range<i32>, std::ops::Range<i32>);
 
-fn curves<'a>(
+fn draw_curves<'a>(
     area: &DrawingArea<SVGBackend<'a>, Shift>,
     (x, y): (&str, &str),
     series: &[Series],
@@ -117,7 +128,8 @@ fn curves<'a>(
 
     for series in series {
         let color = COLORS[series.color % COLORS.len()];
-        let shown = series.points.iter().copied().filter(|(_, y)| *y <= high);
+        // What is above the frame is drawn on its edge.
+        let shown = series.points.iter().map(|(x, y)| (*x, y.min(high)));
         if series.dots {
             let dot = |(x, y)| Circle::new((x, y), 3, color.filled());
             chart.draw_series(shown.map(dot))?;
@@ -135,10 +147,12 @@ fn curves<'a>(
 pub fn bars(y: &str, names: &[String], groups: &[(String, Vec<Option<f64>>)]) -> Option<Chart> {
     let most = extent(groups.iter().flat_map(|(_, values)| values.iter().flatten().copied()))?.1;
     let most = if most > 0.0 { most * 1.08 } else { 1.0 };
+    // Wide enough for the names of the groups.
+    let size = (SIZE.0.max(90 + GROUP * groups.len() as u32), SIZE.1);
     let mut svg = String::new();
     let mut marks = Vec::new();
     {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
         marks = draw_bars(&area, y, names, groups, most).ok().unwrap_or(marks);
     }
 
@@ -266,17 +280,22 @@ fn extent(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     })
 }
 
-/// What is shown of a y axis: from 0 on, or the values without the peaks of the first steps.
-fn range(mut values: Vec<f64>, floor: bool) -> Option<(f64, f64)> {
-    values.retain(|value| value.is_finite());
-    values.sort_by(f64::total_cmp);
-    let (least, most, middle) = (*values.first()?, *values.last()?, values[values.len() / 2]);
-    if floor {
-        return Some((0.0, if most > 0.0 { most * 1.05 } else { 1.0 }));
-    }
+/// From where to where a y axis goes.
+fn range(series: &[Series], shown: Shown) -> Option<(f64, f64)> {
+    let all = || series.iter().flat_map(|series| &series.points).map(|(_, y)| *y);
+    let (least, most) = extent(all())?;
+    let most = match shown {
+        Shown::FromZero => return Some((0.0, if most > 0.0 { most * 1.05 } else { 1.0 })),
+        Shown::All => most,
+        Shown::Losses => {
+            let later = |series: &'_ Series| series.points.len().div_ceil(FIRST);
+            let values = series.iter().flat_map(|of| &of.points[later(of).min(of.points.len())..]);
+            extent(values.map(|(_, y)| *y)).map_or(most, |(_, most)| most)
+        }
+    };
 
-    let most = most.min(middle + HEADROOM * (middle - least));
-    let margin = ((most - least) * 0.05).max(1e-3);
+    let margin = (most - least) * 0.05;
+    let margin = if margin > 0.0 { margin } else { least.abs().max(1e-12) * 0.05 };
     Some((least - margin, most + margin))
 }
 
@@ -302,7 +321,10 @@ pub fn short(value: f64) -> String {
 /// With the ink of the page, and as wide as it has room.
 fn inked(svg: &str) -> String {
     let ink = svg.replace(INK_AS_TEXT, "currentColor");
-    ink.replacen("<svg ", "<svg role=\"img\" ", 1)
+    let width = ink.split("width=\"").nth(1).and_then(|text| text.split('"').next());
+    let wide = width.and_then(|width| width.parse::<u32>().ok()).filter(|width| *width > SIZE.0);
+    let style = wide.map_or(String::new(), |width| format!("style=\"min-width:{width}px\" "));
+    ink.replacen("<svg ", &format!("<svg role=\"img\" {style}"), 1)
 }
 
 #[cfg(test)]
@@ -318,13 +340,31 @@ mod tests {
             dots,
         };
         let chart =
-            lines("step", "loss", &[series("a", 0, false), series("b", 1, true)], false).unwrap();
+            lines("step", "loss", &[series("a", 0, false), series("b", 1, true)], Shown::Losses)
+                .unwrap();
         assert!(chart.svg.contains("<polyline") && chart.svg.contains("<circle"));
         assert!(!chart.svg.contains(INK_AS_TEXT) && chart.svg.contains("currentColor"));
         let x = &chart.data["x"];
         assert!(x["left"].as_i64().unwrap() > 0 && x["right"].as_i64().unwrap() < 760, "{x}");
         assert_eq!(chart.data["series"][1]["points"][2], serde_json::json!([3.0, 3.0]));
-        assert!(lines("step", "loss", &[], false).is_none());
+        assert!(lines("step", "loss", &[], Shown::All).is_none());
+        // Of two stages one is a step old: it is shown.
+        let of = |values: &[f64]| Series {
+            name: "a".to_owned(),
+            points: values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect(),
+            color: 0,
+            dots: false,
+        };
+        let high = |series: &[Series], shown| range(series, shown).unwrap().1;
+        assert_eq!(high(&[of(&[0.0, 0.0]), of(&[1.0, 1.0])], Shown::FromZero), 1.05);
+        // The first losses are above the frame, a late peak and a worse run are in it.
+        let falls = of(&[9.0, 1.0, 1.1, 1.0]);
+        assert!(high(std::slice::from_ref(&falls), Shown::Losses) < 2.0);
+        assert!(high(&[falls.clone(), of(&[9.0, 6.0, 6.0, 6.0])], Shown::Losses) > 6.0);
+        assert!(high(&[of(&[3.0, 2.0, 1.0, 7.0, 1.0])], Shown::Losses) > 7.0);
+        let (low, most) = range(&[of(&[-0.5, 0.9])], Shown::All).unwrap();
+        assert!(low < -0.5 && most > 0.9);
+        assert!(high(&[of(&[1e-5, 2e-5])], Shown::All) < 3e-5);
 
         let names = ["idle".to_owned()];
         let groups = [("gpipe".to_owned(), vec![Some(0.5)]), ("decoupled".to_owned(), vec![None])];

@@ -41,14 +41,13 @@ pub struct Reached {
 impl Comparison {
     /// Of the runs of a report.
     pub fn new(runs: &[Figures]) -> Comparison {
-        let other_tokens = runs.windows(2).any(|pair| {
-            let (one, other) = (pair[0].tokens_are(), pair[1].tokens_are());
-            one.0.is_some() && other.0.is_some() && one != other
-        });
+        let tokens: Vec<Option<String>> = runs.iter().map(Figures::tokens).collect();
+        let kinds: BTreeSet<&String> = tokens.iter().flatten().collect();
+        let other_tokens = kinds.len() > 1 || !kinds.is_empty() && tokens.contains(&None);
         let known = runs.iter().all(|run| run.bits().is_some());
         let incomparable = (other_tokens && !known).then(|| {
-            "the runs have other tokens, and how many bytes of text a token stands for is not known of all: \
-             their losses cannot be compared"
+            "the runs have other tokens, or it is not known which, and how many bytes of text a token stands for \
+             is not known of all: their losses cannot be compared"
                 .to_owned()
         });
 
@@ -56,7 +55,12 @@ impl Comparison {
         Comparison {
             differences: differences(runs),
             per_byte,
-            to_loss: if incomparable.is_none() { to_loss(runs, per_byte) } else { None },
+            to_loss: match incomparable.is_none()
+                && runs.iter().all(|run| run.no_training().is_none())
+            {
+                true => to_loss(runs, per_byte),
+                false => None,
+            },
             incomparable,
         }
     }
@@ -90,8 +94,8 @@ fn to_loss(runs: &[Figures], per_byte: bool) -> Option<ToLoss> {
     let held_out = runs.iter().all(|run| run.curves.eval.len() > 1);
     let curve = |run: &Figures| -> Vec<(f64, f64)> {
         let scale = if per_byte { run.bits().unwrap_or(1.0) } else { 1.0 };
-        let points = if held_out { run.curves.eval.clone() } else { smooth(&run.curves.loss) };
-        points.into_iter().map(|(step, loss)| (step, loss * scale)).collect()
+        let points = if held_out { &run.curves.eval } else { &run.curves.smooth };
+        points.iter().map(|(step, loss)| (*step, loss * scale)).collect()
     };
 
     let curves: Vec<Vec<(f64, f64)>> = runs.iter().map(curve).collect();
@@ -104,18 +108,6 @@ fn to_loss(runs: &[Figures], per_byte: bool) -> Option<ToLoss> {
     };
     let runs = runs.iter().zip(&curves).map(reached).collect::<Option<_>>()?;
     Some(ToLoss { held_out, loss, runs })
-}
-
-/// Means of neighbours: single losses say little.
-fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let group = (points.len() / 40).max(1);
-    points
-        .chunks(group)
-        .map(|points| {
-            let mean = points.iter().map(|(_, loss)| loss).sum::<f64>() / points.len() as f64;
-            (points[points.len() - 1].0, mean)
-        })
-        .collect()
 }
 
 /// Where a curve first comes down to a loss, between its points by a straight line.
@@ -138,7 +130,5 @@ mod tests {
         let points = [(10.0, 4.0), (20.0, 3.0), (30.0, 2.0)];
         assert_eq!(crossing(&points, 2.5), Some(25.0));
         assert_eq!((crossing(&points, 4.0), crossing(&points, 1.0)), (Some(10.0), None));
-        let many: Vec<(f64, f64)> = (0..400).map(|i| (f64::from(i), f64::from(i % 2))).collect();
-        assert!(smooth(&many).iter().all(|(_, loss)| *loss == 0.5));
     }
 }

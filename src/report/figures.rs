@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::history::History;
+use super::history::{History, StepPoint};
 use super::proof::{Proof, proof};
 use super::thin::thin;
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ use crate::files;
 use crate::metrics::{EventLine, Spent};
 
 /// Points that are kept of a curve.
-const POINTS: usize = 600;
+pub const POINTS: usize = 600;
 
 /// Steps whose losses are averaged where single ones say little.
 const SMOOTHED: usize = 50;
@@ -50,6 +50,8 @@ pub struct Figures {
 #[derive(Debug, Default, Serialize)]
 pub struct Curves {
     pub loss: Vec<(f64, f64)>,
+    /// Means of neighbours: single losses say little.
+    pub smooth: Vec<(f64, f64)>,
     pub loss_by_tokens: Vec<(f64, f64)>,
     pub loss_by_seconds: Vec<(f64, f64)>,
     pub eval: Vec<(f64, f64)>,
@@ -117,14 +119,15 @@ impl Figures {
             steps: last.step,
             tokens: last.tokens,
             seconds: last.clock,
-            loss: mean(tail.iter().map(|point| point.loss)),
-            eval_loss: eval.map(|point| point.loss),
+            // Of a run that has diverged there is none.
+            loss: mean(tail.iter().map(|point| point.loss)).filter(|_| last.loss.is_finite()),
+            eval_loss: eval.map(|point| point.loss).filter(|loss| loss.is_finite()),
             bits_per_byte: eval.and_then(|point| point.bits_per_byte),
             step_s: median(metrics.steps.iter().map(|point| point.step_s)),
             tokens_per_s: median(metrics.steps.iter().map(|point| point.tokens_per_s)),
             curves: curves(history),
             places: places(history, &facts),
-            proof: proof(&history.places, &facts),
+            proof: proof(&history.places, &facts).filter(|_| facts["device"] != "cuda"),
             staleness: metrics.staleness.clone(),
             events: history.events.clone(),
             notes: notes(history, &facts),
@@ -139,9 +142,22 @@ impl Figures {
         Some(1.0 / (std::f64::consts::LN_2 * bytes))
     }
 
-    /// What tells texts and tokens apart: losses of runs that differ here compare per byte only.
-    pub fn tokens_are(&self) -> (Option<String>, Option<u64>) {
-        (self.facts["unit"].as_str().map(str::to_owned), self.facts["vocabulary"].as_u64())
+    /// What tells vocabularies apart: losses of runs that differ here compare per byte only. None where it
+    /// is not known.
+    pub fn tokens(&self) -> Option<String> {
+        let tokens = &self.facts["tokens"];
+        (!tokens.is_null()).then(|| tokens.to_string())
+    }
+
+    /// Whether its steps and their time are those of a training on a grid; why not.
+    pub fn no_training(&self) -> Option<&'static str> {
+        let is = |key: &str| self.facts[key] == Value::Bool(true);
+        match () {
+            () if is("oracle") => Some("oracle"),
+            () if is("emulated") => Some("emulated"),
+            () if is("bench") => Some("bench"),
+            () => None,
+        }
     }
 }
 
@@ -188,6 +204,7 @@ fn curves(history: &History) -> Curves {
     };
     Curves {
         loss: of(&step, &loss),
+        smooth: smooth(history),
         loss_by_tokens: of(&tokens, &loss),
         loss_by_seconds: of(&clock, &loss),
         eval: thin(
@@ -198,6 +215,17 @@ fn curves(history: &History) -> Curves {
         eval_by_seconds: eval(&clock),
         tokens_per_s: rate(history),
     }
+}
+
+/// Means of the losses of as many neighbours as make a hundred groups of the run.
+fn smooth(history: &History) -> Vec<(f64, f64)> {
+    let steps = &history.metrics.steps;
+    let group = (steps.len() / 100).max(1);
+    let mean = |points: &[StepPoint]| {
+        let loss = points.iter().map(|point| point.loss).sum::<f64>() / points.len() as f64;
+        Some((points.last()?.step as f64, loss)).filter(|(_, loss)| loss.is_finite())
+    };
+    steps.chunks(group).filter_map(mean).collect()
 }
 
 /// Tokens a second over steps: of several together, since reports of single ones come in bursts.
@@ -230,7 +258,8 @@ fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
         stages: place.stages.clone(),
         spent: place.total.clone(),
         predicted: place.predicted,
-        memory: peak(*rank).or(place.memory),
+        // What is resident on a host says nothing of its GPU.
+        memory: peak(*rank).or(place.memory.filter(|_| facts["device"] != "cuda")),
     };
     history.places.places.iter().map(of).collect()
 }
@@ -251,12 +280,21 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
             metrics.twice
         ));
     }
-    if metrics.missing > 0 {
-        notes.push(format!("{} steps are missing in metrics.jsonl", metrics.missing));
+    if metrics.missing() > 0 {
+        notes.push(format!("{} steps are missing in metrics.jsonl", metrics.missing()));
+    }
+    if let Some(first) = metrics.steps.iter().find(|point| !point.loss.is_finite()) {
+        let count = metrics.steps.iter().filter(|point| !point.loss.is_finite()).count();
+        notes.push(format!("{count} losses are not finite, from step {} on", first.step));
     }
     if facts.is_null() {
         notes.push(
             "events.jsonl does not say how the run began: made by an earlier version?".to_owned(),
+        );
+    }
+    if facts["device"] == "cuda" {
+        notes.push(
+            "on GPUs times are those of the hosts, which do not wait for them: no proof".to_owned(),
         );
     }
     if history.places.places.is_empty() {

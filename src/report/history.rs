@@ -46,7 +46,8 @@ struct Line {
     tokens_per_s: Option<f64>,
     #[serde(default)]
     grad_norm: Option<Vec<Option<f64>>>,
-    eval_loss: Option<f64>,
+    #[serde(default, deserialize_with = "some")]
+    eval_loss: Option<Option<f64>>,
     eval_bpb: Option<f64>,
     staleness: Option<serde_json::Value>,
 }
@@ -65,13 +66,19 @@ pub struct Metrics {
     pub evals: Vec<EvalPoint>,
     /// Lines of measured staleness: the step, and what is told of every stage.
     pub staleness: Vec<(u64, serde_json::Value)>,
-    /// Lines that could not be read; steps that were there before; steps that are missing.
+    /// Lines that could not be read; steps that were there before.
     pub damaged: usize,
     pub twice: usize,
-    pub missing: u64,
 }
 
 impl Metrics {
+    /// Steps that are missing between the first and the last.
+    pub fn missing(&self) -> u64 {
+        let (first, last) = (self.steps.first(), self.steps.last());
+        let whole = first.zip(last).map_or(0, |(first, last)| last.step - first.step + 1);
+        whole.saturating_sub(self.steps.len() as u64)
+    }
+
     fn add(&mut self, text: &str) {
         let Ok(line) = serde_json::from_str::<Line>(text) else {
             self.damaged += 1;
@@ -79,12 +86,16 @@ impl Metrics {
         };
 
         if let Some(staleness) = line.staleness {
-            self.staleness.retain(|(step, _)| *step != line.step);
+            while self.staleness.last().is_some_and(|(step, _)| *step >= line.step) {
+                self.staleness.pop();
+            }
             self.staleness.push((line.step, staleness));
         } else if let Some(loss) = line.eval_loss {
-            self.evals.retain(|point| point.step < line.step);
+            while self.evals.last().is_some_and(|point| point.step >= line.step) {
+                self.evals.pop();
+            }
             let (step, bits_per_byte) = (line.step, line.eval_bpb);
-            self.evals.push(EvalPoint { step, loss, bits_per_byte });
+            self.evals.push(EvalPoint { step, loss: loss.unwrap_or(f64::NAN), bits_per_byte });
         } else if let Some(loss) = line.loss {
             self.step(&line, loss.unwrap_or(f64::NAN));
             self.grad_norm =
@@ -101,10 +112,14 @@ impl Metrics {
             self.steps.pop();
         }
 
-        self.twice += before - self.steps.len();
-        let (expected, clock) =
-            self.steps.last().map_or((line.step, 0.0), |last| (last.step + 1, last.clock));
-        self.missing += line.step.saturating_sub(expected);
+        if before > self.steps.len() {
+            // What was measured of them is measured again; an evaluation may stand before its step.
+            self.twice += before - self.steps.len();
+            self.staleness.retain(|(step, _)| *step < line.step);
+            self.evals.retain(|point| point.step < line.step);
+        }
+
+        let clock = self.steps.last().map_or(0.0, |last| last.clock);
         let step_s = line.step_s.filter(|seconds| seconds.is_finite()).unwrap_or(0.0);
         self.steps.push(StepPoint {
             step: line.step,
@@ -253,7 +268,7 @@ mod tests {
         history.read().unwrap();
         let metrics = &history.metrics;
         let steps: Vec<u64> = metrics.steps.iter().map(|point| point.step).collect();
-        assert_eq!((steps, metrics.damaged, metrics.missing), (vec![1, 2, 3, 6], 2, 2));
+        assert_eq!((steps, metrics.damaged, metrics.missing()), (vec![1, 2, 3, 6], 2, 2));
         assert!(metrics.steps[2].loss.is_nan() && metrics.steps[3].clock == 2.0);
         assert_eq!(metrics.evals[0].bits_per_byte, Some(1.5));
 

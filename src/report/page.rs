@@ -3,9 +3,10 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
-use super::chart::{Chart, Series, bars, css, heat, lines, short};
+use super::chart::{Chart, Series, Shown, bars, css, heat, lines, short};
 use super::compare::Comparison;
-use super::figures::Figures;
+use super::figures::{Figures, POINTS};
+use super::thin::thin;
 use crate::clock::TimeKind;
 use crate::metrics::thousands;
 use crate::schedule::word;
@@ -103,7 +104,7 @@ fn overview(runs: &[Figures]) -> Markup {
             @for run in runs {
                 tr {
                     td { (run.name) }
-                    td { (run.facts["grid"].as_str().unwrap_or("-")) @if run.facts["oracle"] == Value::Bool(true) { " (oracle)" } }
+                    td { (run.facts["grid"].as_str().unwrap_or("-")) @if let Some(what) = run.no_training() { " (" (what) ")" } }
                     td { (run.facts["parameters"].as_u64().map_or("-".to_owned(), thousands)) }
                     td { (thousands(run.steps)) }
                     td { (thousands(run.tokens)) }
@@ -197,7 +198,7 @@ fn losses(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mar
                 series.push(Series { name, points: scaled(held_out), color, dots: true });
             }
         }
-        charts.figure(title, &legend(runs), lines(x, comparison.unit(), &series, false))
+        charts.figure(title, &legend(runs), lines(x, comparison.unit(), &series, Shown::Losses))
     };
 
     html! {
@@ -205,7 +206,7 @@ fn losses(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mar
         @if let Some(why) = &comparison.incomparable { p { (why) "." } }
         @if comparison.per_byte { p { "The runs have other tokens: losses are shown as bits per byte of the text, which compare." } }
         @for pick in picks { (figure(pick)) }
-        p class="soft" { "Lines: training; dots: held out. Thinned so that no peak is lost; the first steps may lie above the frame." }
+        p class="soft" { "Lines: training; dots: held out. Thinned so that no peak is lost; what lies above the frame, as the first steps may, is drawn on its edge." }
     }
 }
 
@@ -222,7 +223,7 @@ fn speed(runs: &[Figures], charts: &mut Charts) -> Markup {
         .collect();
     html! {
         h2 { "Speed" }
-        (charts.figure("Tokens a second", &legend(runs), lines("step", "tokens/s", &series, true)))
+        (charts.figure("Tokens a second", &legend(runs), lines("step", "tokens/s", &series, Shown::FromZero)))
     }
 }
 
@@ -269,7 +270,7 @@ fn proof(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mark
     html! {
         @if !known.is_empty() || comparison.to_loss.is_some() { h2 { "The proof" } }
         @if !known.is_empty() {
-            p { "Was no device idle? The measured share of the devices' time that was a wait, beside what each schedule would have with the stage times of this very run." }
+            p { "Was no device idle? The measured share of the devices' time that was a wait, beside what each schedule would have with the stage times of this very run, where messages and sums over replicas take no time. What is measured is of all the last process did: filling, draining and evaluations are in it." }
             (charts.figure("Idle, % of the devices' time", &colors, bars("idle, %", &names, &groups)))
             div class="scroll" { table {
                 tr { th { "run" } th { "schedule" } th { "idle, %" } th { "step, s" } th { "of the measured step" } }
@@ -308,41 +309,47 @@ fn staleness(runs: &[Figures], charts: &mut Charts) -> Markup {
     let curves = |run: &Figures, key: &str| -> Vec<Series> {
         let stages = run.facts["stages"].as_u64().unwrap_or(0) as usize;
         let of = |stage: usize| {
-            let point = |(step, told): &(u64, Value)| {
-                let mine = told
-                    .as_array()?
-                    .iter()
-                    .find(|of| of["stage"].as_u64() == Some(stage as u64))?;
-                Some((*step as f64, mine[key].as_f64()?))
+            let table = stage == stages;
+            let whose = |of: &&Value| match table {
+                true => of["stage"] == "table",
+                false => of["stage"].as_u64() == Some(stage as u64),
             };
-            Series {
-                name: format!("stage {stage}"),
-                points: run.staleness.iter().filter_map(point).collect(),
-                color: stage,
-                dots: false,
-            }
+            let point = |(step, told): &(u64, Value)| {
+                Some((*step as f64, told.as_array()?.iter().find(whose)?[key].as_f64()?))
+            };
+            let points: Vec<(f64, f64)> = run.staleness.iter().filter_map(point).collect();
+            let name = if table { "table".to_owned() } else { format!("stage {stage}") };
+            Series { name, points: thin(&points, POINTS), color: stage, dots: false }
         };
-        (0..stages).map(of).filter(|series| !series.points.is_empty()).collect()
+        (0..=stages).map(of).filter(|series| !series.points.is_empty()).collect()
     };
     let kinds = [
-        ("age", "Age of the applied gradients", "updates"),
-        ("seconds", "Age of the applied gradients in time", "seconds"),
+        ("age", "Age of the applied gradients", "updates", Shown::FromZero),
+        ("seconds", "Age of the applied gradients in time", "seconds", Shown::FromZero),
+        ("travelled", "How far the weights have moved since", "norm", Shown::FromZero),
         (
-            "relative",
-            "Distance between the weights of a gradient and those it is applied to",
-            "of the weights' norm",
+            "distance",
+            "How far the weights of the gradient are off: with a prediction its error",
+            "norm",
+            Shown::FromZero,
         ),
-        ("cosine", "Cosine between gradients of successive steps", "cosine"),
-        ("fresh_cosine", "Cosine between the applied gradient and a fresh one", "cosine"),
+        ("relative", "The same over the norm of the weights", "share", Shown::FromZero),
+        ("cosine", "Cosine between gradients of successive steps", "cosine", Shown::All),
+        (
+            "fresh_cosine",
+            "Cosine between the applied gradient and a fresh one",
+            "cosine",
+            Shown::All,
+        ),
     ];
 
     html! {
         @for run in runs.iter().filter(|run| !run.staleness.is_empty()) {
             h2 { "Staleness of " (run.name) }
-            @for (key, title, unit) in kinds {
+            @for (key, title, unit, shown) in kinds {
                 @let series = curves(run, key);
                 @let names: Vec<(String, usize)> = series.iter().map(|of| (of.name.clone(), of.color)).collect();
-                (charts.figure(title, &names, lines("step", unit, &series, false)))
+                (charts.figure(title, &names, lines("step", unit, &series, shown)))
             }
         }
     }

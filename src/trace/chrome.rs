@@ -50,6 +50,9 @@ pub fn merge(about: &About, parts: &[Aligned], path: &Path) -> io::Result<()> {
     written
 }
 
+/// Nanoseconds by which two actions of a GPU may seem to overlap.
+const ROUNDED: u64 = 10_000;
+
 /// A message whose ends are in the trace, by its replica: the number of its arrow.
 type Flows = HashMap<(usize, Message), usize>;
 
@@ -105,7 +108,7 @@ fn write(
         "microbatches": about.schedule.microbatches,
         "program": concat!("ouroboros ", env!("CARGO_PKG_VERSION")),
         "clocks": clocks(parts),
-        "clock_error_us": parts.iter().map(|(.., offset)| offset.error).max().unwrap_or(0) as f64 / 1e3,
+        "clock_error_us": error(parts) as f64 / 1e3,
     });
     write!(out.file, "{{\"displayTimeUnit\":\"ms\",\"otherData\":{other},\"traceEvents\":[")?;
     names(about, &mut out)?;
@@ -126,9 +129,16 @@ fn write(
     out.file.into_inner().map_err(io::IntoInnerError::into_error)?.finish()?.sync_all()
 }
 
+/// By how much the clocks of two ranks may be apart at most: each is known beside rank 0's.
+fn error(parts: &[Aligned]) -> u64 {
+    let mut errors: Vec<u64> = parts.iter().map(|(.., offset)| offset.error).collect();
+    errors.sort_unstable();
+    errors.iter().rev().take(2).sum()
+}
+
 /// How well the clocks of the ranks are aligned, in words.
 fn clocks(parts: &[Aligned]) -> String {
-    match parts.iter().map(|(.., offset)| offset.error).max().unwrap_or(0) {
+    match error(parts) {
         0 => "one clock".to_owned(),
         error => format!("aligned within {:.1} us", error as f64 / 1e3),
     }
@@ -245,15 +255,19 @@ impl Lanes<'_> {
         }
     }
 
-    /// Draws a slice; where on its lane. What waits on a lane that takes one thing after the other is
-    /// drawn from when it is its turn on.
+    /// Draws a slice; where on its lane. Beside compute several things may be under way at once: one that
+    /// began before another ended is drawn from there on, and says so.
     fn slice(&mut self, slice: Slice, out: &mut Out) -> io::Result<Span> {
         let Slice { lane, stage, name, kind, span, mut args } = slice;
         let tid = tid(stage, lane);
-        let free = self.busy.insert(tid, span.end).unwrap_or(Moment(0));
-        let begin = span.begin.max(free).min(span.end);
-        if begin > span.begin {
-            args["queued_us"] = json!(micros(begin.since(span.begin)));
+        let free = self.busy.get(&tid).copied().unwrap_or(Moment(0));
+        self.busy.insert(tid, free.max(span.end));
+        let overlap = free.min(span.end).since(span.begin);
+        // A GPU's moments are rounded; anything else on the compute lane is an error to be seen.
+        let drawn_later = lane != Lane::Compute || overlap < ROUNDED;
+        let begin = if drawn_later { Moment(span.begin.0 + overlap) } else { span.begin };
+        if lane != Lane::Compute && overlap > 0 {
+            args["overlap_us"] = json!(micros(overlap));
         }
 
         let (ts, dur) = (self.at(begin), micros(span.end.since(begin)));
@@ -448,7 +462,7 @@ mod tests {
         // The second transfer has its turn when the first is over.
         let second = of("X").into_iter().filter(|slice| slice["tid"] == 1).nth(1).unwrap().clone();
         assert_eq!((second["ts"].as_f64(), second["dur"].as_f64()), (Some(1.5), Some(0.5)));
-        assert_eq!(second["args"]["queued_us"], 0.3);
+        assert_eq!(second["args"]["overlap_us"], 0.3);
         assert_eq!(of("C")[0]["args"]["activations"], 1);
         assert_eq!(of("M").len(), 2 + 2 * 2 * 4);
     }

@@ -1,5 +1,7 @@
 //! Moments of a host's monotonic clock, as processes of one host share it.
 
+use std::sync::LazyLock;
+
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -26,12 +28,22 @@ impl Moment {
 pub struct ClockName(String);
 
 impl ClockName {
-    /// That of this process: by the boot of its kernel, and the namespace that may move its clock
+    /// That of this process, as it is found once: by the boot of its kernel, and the namespace that may move its clock
     /// (time_namespaces(7)).
     pub fn own() -> ClockName {
+        static OWN: LazyLock<ClockName> = LazyLock::new(ClockName::found);
+        OWN.clone()
+    }
+
+    fn found() -> ClockName {
         let boot = files::read_text("/proc/sys/kernel/random/boot_id".as_ref()).unwrap_or_default();
         let space = std::fs::read_link("/proc/self/ns/time").unwrap_or_default();
-        ClockName(format!("{} {}", boot.trim(), space.display()))
+        // Where that cannot be read every process has a clock of its own.
+        let boot = match boot.trim() {
+            "" => format!("of process {} at {:?}", std::process::id(), Moment::now()),
+            boot => boot.to_owned(),
+        };
+        ClockName(format!("{boot} {}", space.display()))
     }
 }
 

@@ -1,24 +1,34 @@
 //! A rank's part of a trace: a file beside the trace-to-be, an event a line, written by a thread of
-//! its own. Only so much waits for that thread in memory; beyond it whoever has an event waits too.
+//! its own. Nobody waits for that thread: if the disk is too slow for it the trace ends, and it does
+//! so while the disk still has room for the run.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
 use super::{Event, Window};
+use crate::checkpoint::room;
 use crate::error::{Error, Result};
 use crate::files;
 
 /// Events that are handed over at once, and how many such hands may wait.
 const BATCH: usize = 1 << 10;
-const WAITING: usize = 16;
+const WAITING: usize = 64;
+
+/// Bytes that a trace leaves free on the disk, and how many are written between two looks.
+const RESERVE: u64 = 64 << 20;
+const LOOK: u64 = 1 << 20;
 
 /// Writes the events of one rank.
 pub struct Part {
     events: Vec<Event>,
-    batches: SyncSender<Vec<Event>>,
+    /// None once the disk has been too slow.
+    batches: Option<SyncSender<Vec<Event>>>,
+    slow: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
@@ -32,7 +42,7 @@ impl Part {
     }
 
     /// An empty file, and the thread that writes it; `told` hears when it is complete, or why it
-    /// cannot be.
+    /// cannot be: then it is gone.
     ///
     /// # Errors
     /// If there is no thread.
@@ -41,12 +51,22 @@ impl Part {
         told: impl FnOnce(io::Result<()>) + Send + 'static,
     ) -> Result<Part> {
         let (batches, received) = sync_channel(WAITING);
-        let told: Told = Box::new(told);
-        let body = move || told(write(&path, &received));
+        let (told, slow): (Told, _) = (Box::new(told), Arc::new(AtomicBool::new(false)));
+        let was_slow = Arc::clone(&slow);
+        let body = move || {
+            let mut end = write(&path, &received);
+            if was_slow.load(Ordering::Relaxed) {
+                end = Err(io::Error::other("the disk is too slow for it"));
+            }
+            if end.is_err() {
+                let _ = fs::remove_file(&path); // The first error is the one to tell.
+            }
+            told(end);
+        };
         let thread = std::thread::Builder::new().name("trace".into()).spawn(body);
         let thread =
             thread.map_err(|error| Error::Internal(format!("no thread for traces ({error})")))?;
-        Ok(Part { events: Vec::with_capacity(BATCH), batches, thread })
+        Ok(Part { events: Vec::with_capacity(BATCH), batches: Some(batches), slow, thread })
     }
 
     /// Adds an event; false if it cannot be written.
@@ -57,13 +77,22 @@ impl Part {
         }
 
         let batch = std::mem::replace(&mut self.events, Vec::with_capacity(BATCH));
-        self.batches.send(batch).is_ok()
+        match self.batches.as_ref().map(|batches| batches.try_send(batch)) {
+            Some(Ok(())) => true,
+            Some(Err(TrySendError::Full(_))) => {
+                self.slow.store(true, Ordering::Relaxed);
+                self.batches = None;
+                false
+            }
+            _ => false,
+        }
     }
 
     /// Hands the rest over; the thread, to wait for.
     pub fn end(self) -> JoinHandle<()> {
-        let Part { events, batches, thread } = self;
-        let _ = batches.send(events); // A thread that is gone has said why.
+        let Part { events, batches, thread, .. } = self;
+        // A thread that is gone has said why.
+        batches.into_iter().for_each(|batches| drop(batches.send(events.clone())));
         thread
     }
 
@@ -79,11 +108,29 @@ impl Part {
 
 fn write(path: &Path, batches: &Receiver<Vec<Event>>) -> io::Result<()> {
     let mut file: BufWriter<File> = BufWriter::with_capacity(1 << 16, files::create(path)?);
+    let (mut written, mut looked) = (0, None);
     for event in batches.iter().flatten() {
-        serde_json::to_writer(&mut file, &event)?;
+        if looked.is_none_or(|looked| written - looked >= LOOK) {
+            looked = Some(written);
+            leave_room(path)?;
+        }
+
+        let line = serde_json::to_vec(&event)?;
+        file.write_all(&line)?;
         file.write_all(b"\n")?;
+        written += line.len() as u64 + 1;
     }
     file.flush()
+}
+
+/// Whether the disk has room for the run beside a trace.
+fn leave_room(path: &Path) -> io::Result<()> {
+    let left = path.parent().and_then(room).unwrap_or(u64::MAX);
+    if left >= RESERVE {
+        return Ok(());
+    }
+    let told = format!("its disk has {} MiB left, which the run may need", left >> 20);
+    Err(io::Error::new(io::ErrorKind::StorageFull, told))
 }
 
 /// Removes the parts of runs that were killed.
@@ -128,15 +175,31 @@ mod tests {
         assert!(!path.exists() && folder.path().join("trace-3-5.json.gz").exists());
     }
 
-    /// A disk that is full.
+    /// A disk that is full: the file is gone, and the reason is told once.
     #[test]
     fn what_cannot_be_written_is_told_once() {
         let (told, hears) = channel();
-        let full = Path::new("/dev/full").to_owned();
-        let mut part = Part::begin(full, move |end| told.send(end).unwrap()).unwrap();
-        // The pipe takes some events before the thread is gone.
-        assert!((0..1 << 20).any(|value| !part.add(event(value))));
+        let nowhere = Path::new("/proc/nowhere").to_owned();
+        let mut part = Part::begin(nowhere, move |end| told.send(end).unwrap()).unwrap();
+        let written = (0..1 << 18).all(|value| part.add(event(value)));
         part.end().join().unwrap();
-        assert!(hears.recv().unwrap().is_err() && hears.recv().is_err());
+        assert!(!written && hears.recv().unwrap().is_err() && hears.recv().is_err());
+    }
+
+    /// Nobody waits for a disk that does not keep up.
+    #[test]
+    fn a_slow_disk_ends_a_part() {
+        let (batches, received) = sync_channel::<Vec<Event>>(1);
+        let slow = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            drop(received);
+        });
+        let (events, was_slow) = (Vec::new(), Arc::clone(&slow));
+        let mut part = Part { events, batches: Some(batches), slow, thread };
+        let taken = (0..1 << 16).take_while(|value| part.add(event(*value))).count();
+        assert!(taken < 3 * BATCH && was_slow.load(Ordering::Relaxed), "{taken}");
+        assert!(!part.add(event(0)) || part.events.len() < BATCH);
+        part.end().join().unwrap();
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::CudaEvent;
 
-use super::{Event, Later, Moment, Part, Window};
+use super::{Event, Later, Moment, Part, Span, Window};
 use crate::error::Result;
 
 /// No step.
@@ -20,13 +20,17 @@ pub struct Tracer {
     part: Mutex<Option<Part>>,
     /// Of a GPU: what it has not come past yet.
     later: Mutex<Option<Later<CudaEvent>>>,
+    ending: AtomicBool,
+    /// Stage and step of the state that is being written, and since when.
+    writing: Mutex<Option<(usize, usize, Moment)>>,
 }
 
 impl Default for Tracer {
     fn default() -> Tracer {
         let (from, to) = (AtomicUsize::new(NEVER), AtomicUsize::new(NEVER));
-        let on = AtomicBool::new(false);
-        Tracer { on, from, to, part: Mutex::default(), later: Mutex::default() }
+        let (on, ending) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (part, later, writing) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Tracer { on, from, to, part, later, ending, writing }
     }
 }
 
@@ -39,18 +43,23 @@ impl Tracer {
 
     /// The window that a step begins, if it is planned.
     pub fn due(&self, step: usize) -> Option<Window> {
-        let from = self.from.load(Ordering::Relaxed);
+        let from = self.from.load(Ordering::Acquire);
         if step < from {
             return None;
         }
 
-        self.from.load(Ordering::Acquire);
-        Some(Window { from, to: self.to.load(Ordering::Relaxed) })
+        let window = Window { from, to: self.to.load(Ordering::Relaxed) };
+        if step < window.to {
+            return Some(window);
+        }
+        self.from.store(NEVER, Ordering::Relaxed); // It was missed.
+        None
     }
 
     /// The window begins: events go into `part`.
     pub fn begin(&self, part: Part) {
         self.from.store(NEVER, Ordering::Relaxed);
+        self.ending.store(false, Ordering::Relaxed);
         *self.part() = Some(part);
         self.on.store(true, Ordering::Release);
     }
@@ -79,10 +88,21 @@ impl Tracer {
     /// Adds an event of the GPU, between two marks.
     pub fn add_later(&self, begin: Arc<CudaEvent>, end: Arc<CudaEvent>, event: Event) {
         if self.on()
+            && !self.ending.load(Ordering::Relaxed)
             && let Some(later) = lock(&self.later).as_mut()
         {
             later.add(begin, end, event);
         }
+    }
+
+    /// The GPU is asked for nothing more in this window.
+    pub fn ending(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
+    /// A state is being written since a moment, or is not any more.
+    pub fn writing(&self, state: Option<(usize, usize, Moment)>) {
+        *lock(&self.writing) = state;
     }
 
     /// Adds what the GPU has come past; true if nothing is left.
@@ -100,6 +120,11 @@ impl Tracer {
 
     /// The window is over: what it holds, to be written out.
     pub fn end(&self) -> Option<Part> {
+        if let Some((stage, step, begin)) = *lock(&self.writing) {
+            let span = Span { begin, end: Moment::now() };
+            self.add(Event::Write { stage, step, span });
+        }
+
         self.on.store(false, Ordering::Relaxed);
         *lock(&self.later) = None;
         self.part().take()

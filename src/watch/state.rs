@@ -118,7 +118,7 @@ impl State {
     pub fn line(&self) -> String {
         let of = self.steps.map_or(String::new(), |steps| format!("/{steps}"));
         let mut text = format!("{}: {}, step {}{of}", self.name, self.phase.text(), self.step);
-        if self.loss.is_finite() {
+        if self.step > 0 {
             text.push_str(&format!(", loss {:.4}", self.loss));
         }
         if let Some(loss) = self.eval_loss {

@@ -185,8 +185,8 @@ impl PlaceState {
         let used = self.versions.used(number..number + 1).next().map(|(_, flat)| flat);
         let (newest, gradient) = (self.versions.flat(), self.versions.gradient(0));
         let at = AtUpdate { version: number, used, newest, gradient };
-        let measured = meter.before(step, &at)?;
         let seconds = self.begun.remove(&step).map(|begun| begun.elapsed().as_secs_f64());
+        let measured = meter.before(step, &at)?;
         Ok(measured.map(|measured| Staleness { seconds, ..measured }))
     }
 

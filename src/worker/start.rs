@@ -50,7 +50,7 @@ pub(super) fn worker(
 
     let shared = places.iter().map(|place| place.shared as u64).sum();
     gauge.iter_mut().for_each(|gauge| gauge.exclude_shared(shared));
-    let mut table = TiedTable::of_rank(&setup, rank)?;
+    let mut table = TiedTable::of_rank(&setup, rank, mode.emulated.is_some())?;
     if setup.readback == Readback::Deferred {
         rehearse(&setup, &mut places, &mut table)?;
     }
@@ -95,7 +95,7 @@ pub(super) fn worker(
 fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTable>) -> Result<()> {
     let (rows, sequence, device) =
         (setup.rows as i64, setup.config.data.sequence as i64, setup.device);
-    for PlaceState { place, compute, versions, optimizer, .. } in places {
+    for PlaceState { place, compute, versions, optimizer, meter, .. } in places {
         let Compute::Real(stage) = compute else { continue };
         // Of all clusters that the vocabulary has.
         let spread = Tensor::f_arange(rows * sequence, (Kind::Int64, Device::Cpu))?;
@@ -120,6 +120,17 @@ fn rehearse(setup: &Setup, places: &mut [PlaceState], table: &mut Option<TiedTab
         )?;
 
         optimizer.rehearse(versions.gradient(0))?;
+        let newest = versions.newest();
+        let used = versions.used(newest..newest + 1).next().map(|(_, flat)| flat);
+        if let Some((meter, used)) = meter.as_ref().zip(used) {
+            meter.rehearse(used)?;
+        }
+    }
+
+    if let Some((meter, table)) =
+        table.as_ref().and_then(|tied| Some((tied.meter()?, tied.table())))
+    {
+        meter.rehearse(table.flat())?;
     }
 
     table.as_mut().map_or(Ok(()), |table| table.table_mut().forget())

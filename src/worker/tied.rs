@@ -33,7 +33,7 @@ pub(super) struct TiedTable {
 
 impl TiedTable {
     /// That of a rank, if its stages use one.
-    pub(super) fn of_rank(setup: &Setup, rank: usize) -> Result<Option<TiedTable>> {
+    pub(super) fn of_rank(setup: &Setup, rank: usize, emulated: bool) -> Result<Option<TiedTable>> {
         let ends: Vec<TableEnd> = setup
             .grid
             .held(rank)
@@ -69,7 +69,7 @@ impl TiedTable {
             .iter()
             .try_for_each(|(number, values)| table.versions_mut().recall(*number, values))?;
         waiting.into_iter().for_each(|(step, part)| table.keep(TableEnd::Input, step, part));
-        let joiner = joins.filter(|place| place.replica == 0);
+        let joiner = joins.filter(|place| place.replica == 0 && !emulated);
         let mut meter = match joiner {
             Some(place) => setup.meter(table.layout(), place.replica)?,
             None => None,
@@ -88,6 +88,11 @@ impl TiedTable {
 
     pub(super) fn table_mut(&mut self) -> &mut Table {
         &mut self.table
+    }
+
+    /// What measures its staleness, if that is done here.
+    pub(super) fn meter(&self) -> Option<&Meter> {
+        self.meter.as_ref()
     }
 
     /// What there is to tell of the staleness of the gradient of an update, before it. Under `head`

@@ -115,7 +115,14 @@ impl Tracing {
         };
 
         self.align()?;
-        self.gate.tracer.begin(Part::begin(Part::path(&self.out, window, rank), told)?);
+        match Part::begin(Part::path(&self.out, window, rank), told) {
+            Ok(part) => self.gate.tracer.begin(part),
+            Err(error) => {
+                let (clock, failed) = (ClockName::own(), Some(error.to_string()));
+                self.gate.tracer.plan(Window { from: usize::MAX, to: usize::MAX });
+                return self.reports.send(Report::Traced { rank, window, clock, failed });
+            }
+        }
         let now = self.stamp()?;
         let (schedule, backwards) = (&self.setup.schedule, self.stages.clone());
         let has_table =
@@ -154,7 +161,11 @@ impl Tracing {
             self.add(at, at, Event::Count { stage, count, value, at: Moment::default() });
         };
         if action.op == Op::Update && place.place.stage == self.stages[0] {
-            resident().into_iter().for_each(|bytes| count(Count::Memory, bytes));
+            let bytes = match &self.queues {
+                Some(queues) => queues.taken().ok(),
+                None => resident(),
+            };
+            bytes.into_iter().for_each(|bytes| count(Count::Memory, bytes));
         }
 
         if !matches!(action.op, Op::Forward | Op::Backward | Op::Update)
@@ -174,6 +185,10 @@ impl Tracing {
 
 impl Probe for Tracing {
     fn begin(&mut self, action: &Action, _: &mut PlaceState) -> Result<()> {
+        if self.open.is_some() && !self.gate.tracer.on() {
+            self.close(); // It could not be written.
+        }
+
         if self.open.is_none() {
             let due = self.gate.tracer.due(action.step).filter(|_| action.pass == Pass::Train);
             match due {
@@ -202,8 +217,10 @@ impl Probe for Tracing {
         (open.begun, open.action, open.held) = (now.clone(), *action, false);
         let span = Span::default();
         self.add(&ended, &now, Event::Wait { stage: action.stage, wait, span });
-        if over && self.queues.is_none() {
-            self.close();
+        match (over, &self.queues) {
+            (true, None) => self.close(),
+            (true, Some(_)) => self.gate.tracer.ending(),
+            (false, _) => {}
         }
         Ok(())
     }

@@ -32,12 +32,14 @@ impl Writer {
         let body = move || {
             for (snapshot, copied) in received {
                 let (place, step, begin) = (snapshot.place, snapshot.step, Moment::now());
+                gate.tracer.writing(Some((place.stage, step, begin)));
                 let report = match snapshot.write(&out, copied) {
                     Ok(written) => Report::Saved { place, step, written },
                     Err(error) => Report::Failed { origin: place.to_string(), error },
                 };
 
                 let span = Span { begin, end: Moment::now() };
+                gate.tracer.writing(None);
                 gate.tracer.add(Event::Write { stage: place.stage, step, span });
 
                 if reports.send(report).is_err() {

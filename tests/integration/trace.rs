@@ -130,7 +130,14 @@ impl Trace {
                 assert!(within, "{end} is in no slice");
             }
         }
-        assert!(self.of("t").all(|step| starts.contains_key(&step["id"].as_u64().unwrap())));
+        // Those that travel when the window ends are not there.
+        let transfers: BTreeSet<u64> = self.of("t").map(|of| of["id"].as_u64().unwrap()).collect();
+        assert!(transfers.iter().all(|id| starts.contains_key(id)));
+        assert!(2 * transfers.len() >= starts.len(), "{} of {}", transfers.len(), starts.len());
+        let on_compute = |slice: &&Value| slice["tid"].as_u64().unwrap().is_multiple_of(4);
+        assert!(
+            self.of("X").filter(on_compute).all(|slice| slice["args"].get("overlap_us").is_none())
+        );
     }
 
     /// The ends of arrows, by their numbers.
@@ -143,7 +150,7 @@ impl Trace {
     }
 }
 
-const SETS: &[&str] = &["steps=12", "microbatches=2", "checkpoint.every=6"];
+const SETS: &[&str] = &["steps=12", "microbatches=2", "checkpoint.every=6", "eval.every=5"];
 
 #[test]
 fn a_trace_has_every_action_of_its_steps() {
@@ -292,7 +299,9 @@ fn a_file_asks_for_a_trace() {
     assert_eq!(windows[0].1 - windows[0].0, 20);
     assert!(windows[1].1 - windows[1].0 < 99_000);
     let setup = setup_of(TINY, &["steps=100000", "grid.stages=2"]);
-    Trace::read(&windows[0].2).check(&setup, windows[0].0, windows[0].1);
+    for (from, to, path) in &windows {
+        Trace::read(path).check(&setup, *from, *to);
+    }
 }
 
 /// A disk that is full ends the trace, and not the training.

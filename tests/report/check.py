@@ -57,6 +57,8 @@ def trace(path):
             at = round(end["ts"] * 1000)
             assert any(a <= at <= b for a, b, _ in lanes[end["pid"], end["tid"]]), f"an end in no slice: {end}"
 
+    assert steps > 0 and arrows, f"{steps} steps covered, {len(arrows)} arrows"
+    assert not any("overlap_us" in event.get("args", {}) for event in events if event.get("tid", 0) % 4 == 0)
     names = {(event["pid"], event.get("tid")) for event in events if event["ph"] == "M"}
     assert all(lane in names for lane in lanes), "a lane without a name"
     print(f"trace: {len(events)} events on {len(lanes)} lanes, {steps} steps covered, {len(arrows)} arrows; {whole['otherData']['clocks']}")
@@ -81,9 +83,11 @@ def tensorboard(run):
         step = line["step"]
         if "staleness" in line:
             for of in line["staleness"]:
-                for key, value in of.items():
-                    if key != "stage" and isinstance(value, (int, float)):
-                        expected[f"staleness/{key}/stage {of['stage']}" if isinstance(of["stage"], int) else f"staleness/{key}/{of['stage']}"].append((step, value))
+                name = f"stage {of['stage']}" if isinstance(of["stage"], int) else of["stage"]
+                numbers = {key: value for key, value in of.items() if key not in ("stage", "roles")}
+                numbers |= {f"relative/{role}": value for role, value in of.get("roles", {}).items()}
+                for key, value in numbers.items():
+                    expected[f"staleness/{key}/{name}"].append((step, value))
         elif "eval_loss" in line:
             for key in ("loss", "bpc", "ppl", "bpb"):
                 if f"eval_{key}" in line:
@@ -207,11 +211,13 @@ def check_chart(driver, figure, chains, by):
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", svg)
     marks, outside, width, height = driver.execute_script(MARKS, svg)
     assert marks > 3 and not outside, f"{title}: {marks} marks, outside of the frame {outside[:3]}"
+    curves, dots = driver.execute_script("const s = arguments[0]; return ['polyline', 'circle'].map(of => s.querySelectorAll(of).length)", svg)
 
     # The values on hover are those of the data at that point.
     data = json.loads(driver.execute_script("return document.getElementById(arguments[0].dataset.chart).textContent", figure))
     if "series" in data:
         series = next(of for of in data["series"] if of["points"])
+        assert curves + dots >= len(data["series"]), f"{title}: {curves} curves and {dots} dots of {len(data['series'])} series"
         x, y = series["points"][len(series["points"]) // 2]
         at = data["x"]
         place = at["left"] + (x - at["from"]) / (at["to"] - at["from"]) * (at["right"] - at["left"])
@@ -225,7 +231,8 @@ def check_chart(driver, figure, chains, by):
     dx, dy = frame[0] + place / width * frame[2], frame[1] + middle / height * frame[3]
     driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": dx, "y": dy})
     tip = driver.execute_script("const t = document.getElementById('tip'); return t.style.display === 'block' ? t.textContent : ''")
-    assert expected in tip, f"{title}: `{tip}` on hover, expected `{expected}`"
+    told = [line.split("  (")[0] for line in tip.split("\n")]
+    assert expected in told, f"{title}: `{tip}` on hover, expected `{expected}`"
 
     # Its numbers are a table.
     rows = driver.execute_script(

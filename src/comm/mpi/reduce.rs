@@ -203,12 +203,13 @@ impl Reducer {
 
         while self.jobs.front().is_some_and(|job| job.over == job.chunks) {
             if let Some(job) = self.jobs.pop_front() {
-                let _ = job.reply.send(Ok(()));
+                // Before the reply: whoever has it may end the trace.
                 if let Some(((step, begin), tracer)) = job.traced.zip(tracer) {
                     let bytes = (job.flat.numel() * self.wire.bytes()) as u64;
                     let span = Span { begin, end: Moment::now() };
                     tracer.add(Event::Sum { stage: self.stage, step, bytes, span });
                 }
+                let _ = job.reply.send(Ok(()));
 
                 self.over += 1;
                 moved = true;

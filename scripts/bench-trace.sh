@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What a trace costs: step times of 4x2 ranks with emulated compute of 10 + 20 ms, with a trace of half of the steps, which is written while
+# the others are made, over without, in alternating pairs.
+#   scripts/bench-trace.sh [--pairs N] [--short]     about two minutes; --short only tries whether it works
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+pairs=5 steps=40
+while [ $# -gt 0 ]; do
+    case $1 in
+        --pairs) pairs=${2:?"--pairs needs a number"}; shift ;;
+        --short) pairs=1 steps=28 ;;
+        *) echo "bench-trace: $1 is not known" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+cargo build --release --quiet
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# step NAME ARGUMENTS...: the seconds of a step.
+step() {
+    local out=$folder/$1
+    shift
+    timeout 120 mpirun -n 8 --oversubscribe --bind-to none target/release/ouroboros bench configs/scaling.toml --grid 4x2 \
+        --emulated-compute 10,20 --steps "$steps" --out "$out" "$@" >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; return 1; }
+    python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["step_s"])' "$out/bench.json"
+}
+
+ratios=()
+for ((pair = 1; pair <= pairs; pair++)); do
+    off=$(step off)
+    on=$(step on --trace "4..$((steps / 2))")
+    ratios+=("$(awk -v on="$on" -v off="$off" 'BEGIN { printf "%.4f", on / off }')")
+    echo "pair $pair: off $off s, on $on s, ratio ${ratios[-1]}"
+done
+median=$(printf '%s\n' "${ratios[@]}" | sort -n | awk '{ a[NR] = $1 } END { print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2 }')
+echo "bench-trace: a step with a trace takes $median times as long (median of $pairs pairs; 1.02 at most is wanted)"
+if [ "$pairs" -gt 1 ] && awk -v median="$median" 'BEGIN { exit !(median > 1.02) }'; then exit 1; fi
