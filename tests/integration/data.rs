@@ -390,11 +390,18 @@ fn a_killed_preparation_goes_on() {
         std::thread::sleep(
             Duration::from_millis(900).min(time / 3) + Duration::from_millis(37 * kill),
         );
-        let ended = child.try_wait().unwrap().is_some();
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let journal = folder.path().join("killed.tokens.partial/journal.json");
+        let begun = std::time::Instant::now();
+        while child.try_wait().unwrap().is_none()
+            && !journal.exists()
+            && begun.elapsed() < Duration::from_secs(30)
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = child.kill(); // It may have come to its end by itself.
+        let ended = child.wait().unwrap().success();
         assert!(ended || !Path::new(&out).exists(), "half a file under its own name");
-        gone_on += usize::from(folder.path().join("killed.tokens.partial/journal.json").exists());
+        gone_on += usize::from(journal.exists());
         if ended {
             std::fs::remove_file(&out).unwrap();
         }
