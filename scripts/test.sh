@@ -27,9 +27,12 @@ hugging_face() {
 
 # What asks only whether a script still works, and for no time that it takes: two at once.
 short_forms() {
+    # One check of each kind; all of them say the same of the processor.
+    local few='--only "agree (f32)" --only "oracle, bf16" --only "as a ring equals the oracle (" --only resumed --only "oracle, SOAP" --only side'
     local scripts=(
         "scripts/bench-grid.sh --short" "scripts/bench-hosts.sh --short" "scripts/bench-rules.sh --short"
-        "scripts/bench-save.sh --short" "scripts/bench-trace.sh --short" "scripts/documents.sh --short" "scripts/gpu-check.sh --quick --processor"
+        "scripts/bench-save.sh --short" "scripts/bench-trace.sh --short" "scripts/documents.sh --short"
+        "scripts/gpu-check.sh --quick --processor $few"
         "scripts/test-gpu-kit.sh" "scripts/test-report.sh"
     )
     # With a libtorch of one's own there is no Python package of torch, and so no peers.
@@ -39,7 +42,7 @@ short_forms() {
         echo "short forms: no peers, models and data: no torch in .venv (set up without LIBTORCH to have it)"
     fi
     # The longest first. A line of what each prints says whose it is.
-    printf '%s\n' "${scripts[@]}" | tac | xargs -P 2 -I{} bash -c '
+    printf '%s\n' "${scripts[@]}" | tac | xargs -d '\n' -P 2 -I{} bash -c '
         set -o pipefail
         begun=$SECONDS
         {} 2>&1 | sed "s|^|$(basename "${1%% *}" .sh): |" || { echo "test.sh: $1 has failed" >&2; exit 255; }
@@ -61,7 +64,7 @@ part "release build" release_build
 part "tests" cargo test --no-fail-fast
 part "damaged input, for half a minute" scripts/fuzz.sh 0.5
 part "golden numbers" scripts/golden.sh
-part "kills" scripts/torture.sh 10
+part "kills" scripts/torture.sh 6
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
 part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
 part "reports by their readers, GPU checks on the processor, benchmarks in short" short_forms
