@@ -25,7 +25,8 @@ hugging_face() {
     if [ -x .venv/bin/python ]; then scripts/hugging-face.sh; else echo "hugging-face: skipped: no torch in .venv"; fi
 }
 
-# What asks only whether a script still works, and for no time that it takes: two at once.
+# What asks for no time that it takes, two at once: damaged input, golden numbers, kills, readers of reports, the GPU checks on the
+# processor, and whether the benchmarks still work.
 short_forms() {
     # One check of each kind; all of them say the same of the processor.
     local few='--only "agree (f32)" --only "oracle, bf16" --only "as a ring equals the oracle (" --only resumed --only "oracle, SOAP" --only side'
@@ -33,7 +34,7 @@ short_forms() {
         "scripts/bench-grid.sh --short" "scripts/bench-hosts.sh --short" "scripts/bench-rules.sh --short"
         "scripts/bench-save.sh --short" "scripts/bench-trace.sh --short" "scripts/documents.sh --short"
         "scripts/gpu-check.sh --quick --processor $few"
-        "scripts/test-gpu-kit.sh" "scripts/test-report.sh"
+        "scripts/test-gpu-kit.sh" "scripts/test-report.sh" "scripts/torture.sh 6" "scripts/golden.sh" "scripts/fuzz.sh 0.5"
     )
     # With a libtorch of one's own there is no Python package of torch, and so no peers.
     if [ -x .venv/bin/python ]; then
@@ -62,12 +63,9 @@ part "clippy" cargo clippy --quiet --all-targets -- -D warnings
 part "documentation" documentation
 part "release build" release_build
 part "tests" cargo test --no-fail-fast
-part "damaged input, for half a minute" scripts/fuzz.sh 0.5
-part "golden numbers" scripts/golden.sh
-part "kills" scripts/torture.sh 6
 part "batch jobs, with a real Slurm" scripts/test-slurm.sh
 part "what needs a GPU, where there is one" scripts/gpu-check.sh --quick
-part "reports by their readers, GPU checks on the processor, benchmarks in short" short_forms
+part "damaged input, golden numbers, kills, reports, benchmarks in short" short_forms
 
 say "minutes"
 printf '%s' "$minutes"
