@@ -19,7 +19,8 @@
 //!
 //! ```text
 //! console    all that is printed, and what happens where nobody reads it
-//! bar        progress of what takes long      awake       time in which this process ran
+//! palette    colours of pictures               bar         progress of what takes long
+//! awake       time in which this process ran
 //! files      whole files, names of their own
 //! allocator  the heap                        grid        K x R places
 //! error      what goes wrong, in words       runtime     libtorch's version, the log
@@ -60,6 +61,7 @@
 #[macro_use]
 pub mod console;
 mod bar;
+mod palette;
 mod allocator;
 mod awake;
 mod files;

@@ -289,8 +289,8 @@ fn leave_out(table: &mut toml::Table, default: &toml::Table) {
     });
 }
 
-/// The values of a tree, each by its keys from the root on.
-fn flatten(key: &str, value: serde_json::Value, into: &mut Vec<(String, serde_json::Value)>) {
+/// The values of a tree, each by its keys from the root on, as `--set` names them.
+pub fn flatten(key: &str, value: serde_json::Value, into: &mut Vec<(String, serde_json::Value)>) {
     match value {
         serde_json::Value::Object(section) => {
             for (name, value) in section {

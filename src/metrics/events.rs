@@ -4,11 +4,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::Sink;
+use super::{Sink, wall_time};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -51,9 +50,8 @@ pub struct EventLine {
 impl EventLine {
     /// Something that happens now.
     pub fn now(step: usize, kind: EventKind, text: &str) -> EventLine {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let text = text.to_owned();
-        EventLine { time: now.as_secs_f64(), step, kind, text, facts: serde_json::Value::Null }
+        let (time, text) = (wall_time(), text.to_owned());
+        EventLine { time, step, kind, text, facts: serde_json::Value::Null }
     }
 
     /// The same with facts.

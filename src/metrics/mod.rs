@@ -21,7 +21,23 @@ pub use sink::{EvalLine, PlaceLine, Sink, StageStaleness, StalenessLine, StepLin
 pub use summary::{Summary, print_memory};
 pub use tensorboard::TensorBoard;
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use crate::data::{Measure, Unit};
+
+/// Seconds since 1970.
+pub fn wall_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Minutes and seconds, or hours.
+pub fn clock(time: Duration) -> String {
+    let seconds = time.as_secs_f64().round() as u64;
+    match seconds {
+        3600.. => format!("{}:{:02}:{:02} h", seconds / 3600, seconds / 60 % 60, seconds % 60),
+        _ => format!("{}:{:02}", seconds / 60, seconds % 60),
+    }
+}
 
 /// What a loss in nats per token is called in the field: bits per byte or character, perplexity per
 /// word or token; and bits per byte of the original text, which compare between tokenizers.

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{PlaceLine, Sink};
+use super::{PlaceLine, Sink, wall_time};
 use crate::clock::{StageTimes, TimeKind, Times};
 use crate::error::{Error, Result};
 use crate::files;
@@ -88,15 +88,11 @@ impl PlacesFile {
 
     fn write(&mut self) -> Result<()> {
         self.written = Some(Instant::now());
-        self.now.updated = now();
+        self.now.updated = wall_time();
         let text =
             serde_json::to_vec(&self.now).map_err(|error| Error::Internal(error.to_string()))?;
         files::replace(&self.path, &text).map_err(|error| Error::unwritten(&self.path, error))
     }
-}
-
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 impl Sink for PlacesFile {
@@ -113,7 +109,7 @@ impl Sink for PlacesFile {
             replica: line.replica,
             stages: line.times.stages.iter().map(|times| times.stage).collect(),
             step: line.step,
-            at: now(),
+            at: wall_time(),
             recent: Spent::new(line.times),
             total: Spent::new(total),
             memory: line.memory,

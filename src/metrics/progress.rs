@@ -1,11 +1,11 @@
 //! Progress for people: a bar on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{EvalLine, EventKind, EventLine, Sink, StepLine, quality};
+use super::{EvalLine, EventKind, EventLine, Sink, StepLine, clock, quality};
 use crate::data::Measure;
 use crate::error::Result;
 
@@ -119,19 +119,16 @@ pub fn thousands(n: u64) -> String {
     out
 }
 
-/// Minutes and seconds.
-fn clock(time: Duration) -> String {
-    let seconds = time.as_secs_f64().round() as u64;
-    format!("{}:{:02}", seconds / 60, seconds % 60)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn numbers_for_people() {
         assert_eq!([0, 999, 1000, 1234567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!(clock(Duration::from_millis(61_600)), "1:02");
+        assert_eq!(clock(Duration::from_secs(3_661)), "1:01:01 h");
     }
 }

@@ -2,11 +2,11 @@
 //! node exporter, or anything that scrapes files. It is replaced whole, every few seconds.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use prometheus::{Encoder, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
-use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine};
+use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
 use crate::clock::{TimeKind, Times};
 use crate::error::{Error, Result};
 use crate::files;
@@ -105,8 +105,7 @@ impl Prometheus {
 
     fn write(&mut self) -> Result<()> {
         self.written = Some(Instant::now());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.run.updated.set(now.as_secs_f64());
+        self.run.updated.set(wall_time());
 
         let mut text = Vec::new();
         TextEncoder::new()

@@ -13,11 +13,11 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use prost::Message;
 
-use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine};
+use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
 use crate::clock::TimeKind;
 use crate::error::{Error, Result};
 use crate::files;
@@ -328,11 +328,6 @@ fn hparams_event(tag: &str, data: &HParams, now: f64) -> Event {
     };
     let summary = Some(Summary { value: vec![value] });
     Event { wall_time: now, summary, ..Event::default() }
-}
-
-/// Seconds since 1970.
-fn wall_time() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// The event files of a folder, the oldest first.

@@ -6,6 +6,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use serde::Serialize;
 
+use crate::palette::COLORS;
+
 /// Width and height of a chart with axes, in units of its own.
 const SIZE: (u32, u32) = (760, 380);
 
@@ -16,14 +18,8 @@ const GROUP: u32 = 140;
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_AS_TEXT: &str = "#010203";
 
-/// Colours that can be told apart on light and on dark ground: Okabe and Ito's, and some more.
-pub const COLORS: [RGBColor; 10] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
+/// More colours for many runs, that can be told apart on light and on dark ground.
+const MORE: [RGBColor; 4] = [
     RGBColor(148, 103, 189),
     RGBColor(160, 100, 80),
     RGBColor(127, 127, 127),
@@ -55,9 +51,15 @@ pub struct Chart {
     pub data: serde_json::Value,
 }
 
-/// A colour as CSS has it.
-pub fn css(color: usize) -> String {
-    let RGBColor(r, g, b) = COLORS[color % COLORS.len()];
+/// The colour of a curve or bar.
+fn color(number: usize) -> RGBColor {
+    let number = number % (COLORS.len() + MORE.len());
+    COLORS.get(number).copied().unwrap_or_else(|| MORE[number - COLORS.len()])
+}
+
+/// The same as CSS has it.
+pub fn css(number: usize) -> String {
+    let RGBColor(r, g, b) = color(number);
     format!("#{r:02x}{g:02x}{b:02x}")
 }
 
@@ -127,7 +129,7 @@ fn draw_curves<'a>(
         .draw()?;
 
     for series in series {
-        let color = COLORS[series.color % COLORS.len()];
+        let color = color(series.color);
         // What is above the frame is drawn on its edge.
         let shown = series.points.iter().map(|(x, y)| (*x, y.min(high)));
         if series.dots {
@@ -197,7 +199,7 @@ fn draw_bars<'a>(
         for (i, value) in values.iter().enumerate() {
             let Some(value) = value else { continue };
             let from = group as f64 + 0.1 + i as f64 * width;
-            let color = COLORS[i % COLORS.len()];
+            let color = color(i);
             let corners = [(from, 0.0), (from + width * 0.92, *value)];
             chart.draw_series(std::iter::once(Rectangle::new(corners, color.mix(0.9).filled())))?;
             let [a, b] = corners.map(|corner| chart.backend_coord(&corner));

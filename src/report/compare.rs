@@ -125,6 +125,65 @@ fn crossing(points: &[(f64, f64)], loss: f64) -> Option<f64> {
 mod tests {
     use super::*;
 
+    /// A run of a folder: a loss that falls by a tenth a step from `first` on, of tokens of so many
+    /// bytes.
+    fn run(name: &str, first: f64, step_s: f64, facts: Value) -> Figures {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        let line = |step: usize| {
+            let loss = first - step as f64 / 10.0;
+            let line = serde_json::json!({
+                "step": step, "loss": loss, "lr": 0.1, "tokens": 8 * step, "step_s": step_s, "tokens_per_s": 8.0 / step_s
+            });
+            format!("{line}\n")
+        };
+        std::fs::write(path.join("metrics.jsonl"), (1..=20).map(line).collect::<String>()).unwrap();
+        std::fs::write(path.join("config.toml"), format!("seed = {first}\nname = \"same\"\n"))
+            .unwrap();
+        let start = serde_json::json!({"time": 0.0, "step": 0, "kind": "start", "text": "started", "facts": facts});
+        std::fs::write(path.join("events.jsonl"), format!("{start}\n")).unwrap();
+        Figures::read(&path).unwrap()
+    }
+
+    #[test]
+    fn runs_are_compared_by_what_they_have_in_common() {
+        let of = |tokens: &str, bytes: f64| serde_json::json!({"tokens": tokens, "bytes_per_token": bytes, "stages": 2});
+        let (quick, slow) = (run("a", 4.0, 0.5, of("x", 2.0)), run("b", 5.0, 0.25, of("x", 2.0)));
+        let found = Comparison::new(&[quick, slow]);
+        assert!(!found.per_byte && found.incomparable.is_none());
+        let differ: Vec<&str> = found.differences.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(differ, ["seed"]);
+        // The second comes down to 3, which the first has after ten steps.
+        let to_loss = found.to_loss.unwrap();
+        assert!((to_loss.loss - 3.0).abs() < 1e-9 && !to_loss.held_out, "{to_loss:?}");
+        let reached: Vec<(f64, f64)> =
+            to_loss.runs.iter().map(|run| (run.steps.round(), run.seconds.round())).collect();
+        assert_eq!(reached, [(10.0, 5.0), (20.0, 5.0)]);
+
+        let other = run("c", 5.0, 0.5, of("y", 4.0));
+        let found = Comparison::new(&[run("a", 4.0, 0.5, of("x", 2.0)), other]);
+        assert!(found.per_byte && found.unit().contains("per byte"));
+        let unknown = run("d", 5.0, 0.5, Value::Null);
+        let found = Comparison::new(&[run("a", 4.0, 0.5, of("x", 2.0)), unknown]);
+        assert!(found.incomparable.is_some() && found.to_loss.is_none());
+
+        // What is no training on a grid takes no time that could be compared.
+        let mut facts = of("x", 2.0);
+        facts["oracle"] = true.into();
+        let found = Comparison::new(&[run("a", 4.0, 0.5, of("x", 2.0)), run("e", 4.0, 0.5, facts)]);
+        assert!(found.to_loss.is_none() && found.incomparable.is_none());
+    }
+
+    /// A name is text and nothing else on the page.
+    #[test]
+    fn names_do_not_become_markup() {
+        let odd = run("<b>&\"'", 4.0, 0.5, serde_json::json!({"stages": 1, "grid": "<i>"}));
+        let page = super::super::page::page(&[odd], &Comparison::new(&[]));
+        assert!(!page.contains("<b>") && !page.contains("<i>"), "{page}");
+        assert!(page.contains("&lt;b&gt;&amp;") && page.contains("\\u003cb>"));
+    }
+
     #[test]
     fn a_curve_crosses_a_loss_between_its_points() {
         let points = [(10.0, 4.0), (20.0, 3.0), (30.0, 2.0)];

@@ -10,9 +10,10 @@ use serde_json::Value;
 use super::history::{History, StepPoint};
 use super::proof::{Proof, proof};
 use super::thin::thin;
+use crate::config::flatten;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::metrics::{EventLine, Spent};
+use crate::metrics::{EventKind, EventLine, PlaceRecord, Spent};
 
 /// Points that are kept of a curve.
 pub const POINTS: usize = 600;
@@ -163,25 +164,11 @@ impl Figures {
 
 /// The keys of a config, as `--set` names them; nothing of one that is none.
 fn settings(text: &str) -> BTreeMap<String, Value> {
-    let mut found = BTreeMap::new();
+    let mut found = Vec::new();
     if let Ok(table) = text.parse::<toml::Table>() {
         flatten("", serde_json::to_value(table).unwrap_or_default(), &mut found);
     }
-    found
-}
-
-fn flatten(key: &str, value: Value, into: &mut BTreeMap<String, Value>) {
-    match value {
-        Value::Object(section) => {
-            for (name, value) in section {
-                let key = if key.is_empty() { name } else { format!("{key}.{name}") };
-                flatten(&key, value, into);
-            }
-        }
-        value => {
-            into.insert(key.to_owned(), value);
-        }
-    }
+    found.into_iter().collect()
 }
 
 fn curves(history: &History) -> Curves {
@@ -245,14 +232,13 @@ fn rate(history: &History) -> Vec<(f64, f64)> {
 }
 
 fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
-    use crate::metrics::EventKind;
     // Of the process that wrote the times: its end, if it has come to that.
     let end = history.events.last().filter(|event| event.kind == EventKind::End);
     let peak = |rank: usize| match facts["threads"].as_bool() {
         Some(true) => None,
         _ => end?.facts["peak_bytes"].get(rank)?.as_u64(),
     };
-    let of = |(rank, place): (&usize, &crate::metrics::PlaceRecord)| PlaceFigures {
+    let of = |(rank, place): (&usize, &PlaceRecord)| PlaceFigures {
         rank: *rank,
         name: place.name.clone(),
         stages: place.stages.clone(),

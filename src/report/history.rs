@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::files;
-use crate::metrics::{EventLine, EventLog, Places, PlacesFile};
+use crate::metrics::{EventKind, EventLine, EventLog, Places, PlacesFile};
 
 /// A step, after so many updates.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -227,7 +227,6 @@ impl History {
 
     /// The facts of the last process that began the run or went on with it.
     pub fn facts(&self) -> &serde_json::Value {
-        use crate::metrics::EventKind;
         let start = self.events.iter().rev().find(|event| event.kind == EventKind::Start);
         start.map_or(&serde_json::Value::Null, |start| &start.facts)
     }

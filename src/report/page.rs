@@ -1,5 +1,7 @@
 //! The page: one HTML file with everything in it, which a browser opens from a disk.
 
+use std::time::Duration;
+
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
@@ -8,7 +10,7 @@ use super::compare::Comparison;
 use super::figures::{Figures, POINTS};
 use super::thin::thin;
 use crate::clock::TimeKind;
-use crate::metrics::thousands;
+use crate::metrics::{clock, thousands};
 use crate::schedule::word;
 
 const STYLE: &str = include_str!("page.css");
@@ -88,13 +90,9 @@ fn number(value: Option<f64>) -> String {
     value.map_or("-".to_owned(), short)
 }
 
-/// Minutes and seconds, or hours.
+/// Seconds as people say them.
 fn duration(seconds: f64) -> String {
-    let whole = seconds.round() as u64;
-    match whole {
-        3600.. => format!("{}:{:02}:{:02} h", whole / 3600, whole / 60 % 60, whole % 60),
-        _ => format!("{}:{:02} min", whole / 60, whole % 60),
-    }
+    clock(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 fn overview(runs: &[Figures]) -> Markup {

@@ -125,3 +125,68 @@ fn measured(places: &Places) -> Option<(f64, f64)> {
     let steps = known().map(|place| place.total.seconds / place.total.steps.max(1) as f64);
     (count > 0.0).then(|| (idle.sum::<f64>() / count, steps.sum::<f64>() / count))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::metrics::Spent;
+
+    /// Two stages, whose microbatch takes one second forward and two backward, over ten steps of one
+    /// microbatch.
+    fn places(seconds: f64, kinds: &[(&str, f64)]) -> Places {
+        let place = |stage: usize| {
+            let times = StageTimes {
+                stage,
+                forward: 10.0,
+                backward: 20.0,
+                table: 1.0,
+                microbatches: 10,
+                updates: 10,
+                ..StageTimes::default()
+            };
+            let total = Spent {
+                steps: 10,
+                seconds,
+                kinds: kinds.iter().map(|(kind, time)| ((*kind).to_owned(), *time)).collect(),
+                stages: vec![times],
+            };
+            let record = PlaceRecord {
+                name: format!("stage {stage}"),
+                replica: 0,
+                stages: vec![stage],
+                step: 10,
+                at: 0.0,
+                recent: Spent::default(),
+                total,
+                memory: None,
+                predicted: 0,
+            };
+            (stage, record)
+        };
+        Places { updated: 0.0, places: (0..2).map(place).collect() }
+    }
+
+    #[test]
+    fn idle_time_is_what_nobody_worked_in() {
+        let facts = json!({
+            "stages": 2, "microbatches": 1, "delays": [1, 0], "ahead": [1, 0], "schedule": "decoupled", "ring": false
+        });
+        // Of 40 seconds 30 are compute, 4 a wait; 3 of the table, of which one is work.
+        let kinds = [("compute", 30.0), ("upstream", 4.0), ("table", 3.0), ("update", 3.0)];
+        let found = proof(&places(40.0, &kinds), &facts).unwrap();
+        assert!((found.measured_idle - 0.15).abs() < 1e-12, "{found:?}");
+        assert_eq!(found.measured_step_s, 4.0);
+        assert_eq!(found.work_s, [3.1, 3.1]);
+
+        let ideal = |kind: ScheduleKind| {
+            found.schedules.iter().find(|ideal| ideal.schedule == kind).unwrap()
+        };
+        assert!(ideal(ScheduleKind::Decoupled).idle < 0.001, "{found:?}");
+        let gpipe = ideal(ScheduleKind::Gpipe);
+        assert!((gpipe.idle - 0.5).abs() < 0.02 && gpipe.step_s > 6.0, "{found:?}");
+        assert!(proof(&places(40.0, &kinds), &Value::Null).is_none());
+        assert!(proof(&Places::default(), &facts).is_none());
+    }
+}

@@ -6,6 +6,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::{Action, Costs, Op, Schedule, Span, Violation, ideal, simulate, word};
+use crate::palette::COLORS;
 
 /// Pixels: of the whole picture, of what stands left of the rows, of a row, a title, a gap.
 const WIDTH: u32 = 1120;
@@ -15,16 +16,6 @@ const ROW: i32 = 26;
 const TITLE: i32 = 30;
 const GAP: i32 = 18;
 const AXIS: i32 = 40;
-
-/// The colours of steps in turn, forwards pale and backwards full: Okabe and Ito's, which everybody
-/// can tell apart.
-const STEPS: [RGBColor; 5] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-];
 
 /// Blocks narrower than so many pixels have no text.
 const LABELLED: i32 = 22;
@@ -113,13 +104,13 @@ fn draw(
     area.present()
 }
 
-/// A forward or a backward.
+/// A forward, pale, or a backward; a colour for every step in turn.
 fn block(
     area: &Area,
     span: &Span,
     [from, to]: [(i32, i32); 2],
 ) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
-    let color = STEPS[span.action.step % STEPS.len()];
+    let color = COLORS[span.action.step % COLORS.len()];
     let forward = span.action.op == Op::Forward;
     let strength = if forward { 0.35 } else { 0.95 };
     area.draw(&Rectangle::new([from, to], color.mix(strength).filled()))?;

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
+use crate::palette::COLORS;
+
 /// A variant's mean held-out losses, nats a token, after so many tokens.
 pub struct Curve {
     pub name: String,
@@ -12,15 +14,6 @@ pub struct Curve {
 
 const SIZE: (u32, u32) = (900, 540);
 const FONT: (&str, u32) = ("sans-serif", 15);
-/// Okabe and Ito's, which everybody can tell apart, but for black and yellow.
-const COLORS: [RGBColor; 6] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-];
 /// Losses above the middle one by more than so many times the way from it to the least are of the
 /// first steps, and would flatten the rest.
 const HEADROOM: f64 = 1.6;

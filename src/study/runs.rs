@@ -8,11 +8,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::plan::{Plan, Run, Variant};
 use crate::error::{Error, NOT_FINITE, Result};
 use crate::files;
+use crate::metrics::clock;
 
 /// Steps of the run that the time of a study is guessed from.
 const PILOT_STEPS: usize = 6;
@@ -201,7 +202,7 @@ impl Runs {
                         say!(
                             "{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left",
                             run.id,
-                            minutes(left)
+                            clock(left)
                         );
                     }
                     Err(error) => {
@@ -269,9 +270,4 @@ impl Runs {
         let _ = fs::remove_dir_all(folder.join("checkpoints"));
         fs::rename(&folder, self.folder.join(&run.id)).map_err(wrong)
     }
-}
-
-fn minutes(time: Duration) -> String {
-    let seconds = time.as_secs();
-    format!("{}:{:02}", seconds / 60, seconds % 60)
 }

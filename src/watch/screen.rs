@@ -9,8 +9,8 @@ use ratatui::widgets::{
     Axis, Block, Borders, Cell, Chart, Dataset, Gauge, GraphType, Paragraph, Row, Table,
 };
 
-use super::state::{Phase, State, clock, doing};
-use crate::metrics::{PlaceRecord, thousands};
+use super::state::{Phase, State, doing};
+use crate::metrics::{PlaceRecord, clock, thousands};
 
 /// Blocks of the bar that shows where a place's time goes.
 const BAR: usize = 24;

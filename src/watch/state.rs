@@ -1,8 +1,8 @@
 //! Where a run is, of what its folder says.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
-use crate::metrics::{EventKind, EventLine, PlaceRecord, thousands};
+use crate::metrics::{EventKind, EventLine, PlaceRecord, clock, thousands, wall_time};
 use crate::report::{History, thin};
 
 /// Steps that the rate is taken over, and points of the loss curve.
@@ -78,7 +78,7 @@ impl State {
         let step = steps.last().map_or(0, |point| point.step);
         let all = facts["steps"].as_u64();
 
-        let phase = phase(history, step_s.unwrap_or(0.0), now());
+        let phase = phase(history, step_s.unwrap_or(0.0), wall_time());
         let still = matches!(phase, Phase::Running);
         let left = all.zip(step_s).filter(|_| still).map(|(all, step_s)| {
             Duration::try_from_secs_f64(all.saturating_sub(step) as f64 * step_s)
@@ -162,10 +162,6 @@ pub fn doing(place: &PlaceRecord) -> String {
     }
 }
 
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
-}
-
 fn phase(history: &History, step_s: f64, now: f64) -> Phase {
     let ending =
         history.events.iter().rev().find(|event| {
@@ -188,15 +184,6 @@ fn phase(history: &History, step_s: f64, now: f64) -> Phase {
     });
     let silent = now - written.fold(0.0, f64::max);
     if silent > (SILENT * step_s).max(SILENT_S) { Phase::Silent(silent) } else { Phase::Running }
-}
-
-/// Minutes and seconds, or hours.
-pub fn clock(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match seconds {
-        3600.. => format!("{}:{:02}:{:02} h", seconds / 3600, seconds / 60 % 60, seconds % 60),
-        _ => format!("{}:{:02}", seconds / 60, seconds % 60),
-    }
 }
 
 #[cfg(test)]
@@ -266,8 +253,8 @@ mod tests {
 
         let (_folder, history) = history(20, &[START]);
         assert!(
-            matches!(phase(&history, 0.5, now() + 45.0), Phase::Silent(seconds) if seconds > 44.0)
+            matches!(phase(&history, 0.5, wall_time() + 45.0), Phase::Silent(seconds) if seconds > 44.0)
         );
-        assert_eq!(phase(&history, 10.0, now() + 45.0), Phase::Running);
+        assert_eq!(phase(&history, 10.0, wall_time() + 45.0), Phase::Running);
     }
 }
