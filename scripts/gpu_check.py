@@ -14,7 +14,7 @@ import speed
 from command import CLOCK, PROGRAM, Skipped, end_all, run
 
 # Seconds that a check may take; one of speed, more.
-LIMIT, LIMIT_OF_SPEED = 75, 150
+LIMIT, LIMIT_OF_SPEED = 100, 150
 
 
 def rows(args):
@@ -31,11 +31,21 @@ def rows(args):
 
 
 def wanted(args):
-    anywhere = (*checks.ANYWHERE, speed.peer_works)
+    anywhere, part = (*checks.ANYWHERE, speed.peer_works), 0
     for name, check, limit in rows(args):
         asked = not args.only or any(part in name for part in args.only)
         if asked and (not args.processor or check in anywhere or "oracle" in name):
-            yield name.replace("NCCL", "MPI") if args.processor else name, check, limit
+            part = part % args.part[1] + 1
+            if part == args.part[0]:
+                yield name.replace("NCCL", "MPI") if args.processor else name, check, limit
+
+
+def part(text):
+    """`I/N` as numbers."""
+    which, of = (int(number) for number in text.split("/"))
+    if not 1 <= which <= of:
+        raise ValueError
+    return which, of
 
 
 def why_not():
@@ -83,6 +93,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="without the measurements of speed")
     parser.add_argument("--processor", action="store_true", help="the checks that need no GPU, on the processor: whether they work")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="checks whose name holds this; may be repeated")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th check from the I-th: N programs at once")
     parser.add_argument("--minutes", type=float, default=60, help="in all; checks that do not fit any more are skipped [60]")
     parser.add_argument("--compile", action="store_true", help="also PyTorch with torch.compile, which takes minutes")
     parser.add_argument("--json", default=os.path.join("runs", "gpu-check.json"), help="what was found, in figures too")

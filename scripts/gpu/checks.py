@@ -5,10 +5,13 @@ with a reason; it returns what it found, in words, or words and figures.
 import contextlib
 import functools
 import os
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from command import PROGRAM, end_all, lines_of, peak_memory, ranks, run, settings
+from command import PROGRAM, ROOT, end_all, lines_of, peak_memory, ranks, run, settings
+
+sys.path.insert(0, os.path.join(ROOT, "tests", "report"))
 
 # Of f32 losses of the processor and a GPU, relative, after as many steps as SMALL has: sums in another order.
 LOSS_TOLERANCE = 1e-3
@@ -20,7 +23,7 @@ MEMORY = 1.10
 SMALL = {"model.layers": 4, "model.d_model": 128, "model.heads": 4, "model.d_ff": 512, "data.sequence": 64, "batch": 8,
          "microbatches": 2, "steps": 30}
 # A run that hangs is to name the place before its check is over.
-CUDA = {"device": "cuda", "deterministic": "true", "allow_shared_gpu": "true", "stall_seconds": 20}
+CUDA = {"device": "cuda", "deterministic": "true", "allow_shared_gpu": "true", "stall_seconds": 45}
 
 
 def train(folder, grid, sets, more=(), count=1, config="configs/scaling.toml"):
@@ -30,6 +33,9 @@ def train(folder, grid, sets, more=(), count=1, config="configs/scaling.toml"):
     lines = lines_of(folder)
     for line in lines:
         line.pop("step_s", None), line.pop("tokens_per_s", None)
+        for of in line.get("staleness", []):
+            # By the clock; and what only the oracle knows.
+            of.pop("seconds", None), of.pop("fresh_cosine", None)
     return lines, text
 
 
@@ -120,6 +126,19 @@ def resumed(work):
     return "10 steps after a resume equal those of the run that was not stopped"
 
 
+def traced(work):
+    """Of a trace whose moments are the device's, all that must be true of a trace; and the numbers are those without one."""
+    import check as traces
+
+    sets = {**CUDA, "deterministic": "false"}
+    (plain, _), (found, _) = together(
+        lambda: train(f"{work}/plain", "2x2", CUDA, count=4), lambda: train(f"{work}/traced", "2x2", CUDA, ["--trace", "10..14"], 4))
+    assert losses(plain) == losses(found), "the traced run is another"
+    train(f"{work}/ring", "3x1", {**sets, "grid.placement": "ring"}, ["--trace", "10..14"], 2)
+    said = [traces.holds(traces.unpacked(f"{work}/{name}/trace-10-14.json.gz")) for name in ("traced", "ring")]
+    return f"2x2: {said[0]}; 3x1 as a ring: {said[1]}"
+
+
 def precisions(work):
     of = lambda precision: losses(train(f"{work}/{precision}", "1x1", {**CUDA, "precision": precision})[0])[-1]
     wide, *others = together(*(functools.partial(of, precision) for precision in ("f32", "tf32", "bf16")))
@@ -182,6 +201,8 @@ REST = [
     equals_oracle("2x1 equals the oracle, Llama, bf16 (NCCL)", 2, model__arch="llama", model__kv_heads=2,
                   model__vocabulary=9000, model__loss_chunk_mib=2, precision="bf16"),
     ("tf32 and bf16 beside f32", precisions),
+    ("a trace of the device's moments", traced),
+    equals_oracle("3x1 equals the oracle, measured staleness (NCCL)", 3, staleness__every=7),
     equals_oracle("2x1 equals the oracle, Muon (NCCL)", 2, optimizer__kind="muon"),
     equals_oracle("3x1 equals the oracle, SOAP (NCCL)", 3, optimizer__kind="soap", optimizer__soap_every=3),
     ("memory against its prediction", memory),
@@ -198,4 +219,4 @@ REST = [
     equals_oracle("2x2 equals the oracle, with a self-test of all links (NCCL)", 4, ["--self-test"]),
 ]
 # What shows on a processor that the checks themselves work; besides everything about the oracle.
-ANYWHERE = (*(check for _, check in AGREE), resumed)
+ANYWHERE = (*(check for _, check in AGREE), resumed, traced)

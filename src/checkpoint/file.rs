@@ -47,15 +47,18 @@ struct Buffer {
 }
 
 impl Content {
-    /// Copies tensors, each with its name, its shape and its values.
+    /// Adds tensors, each with its name and its shape; `append` appends the values of one, by its
+    /// number, to what memory has.
     ///
     /// # Errors
-    /// [`Error::Memory`].
-    pub fn add<'a>(
+    /// [`Error::Memory`], and those of `append`.
+    pub fn add(
         &mut self,
-        tensors: impl Iterator<Item = (String, &'a [i64], &'a [f32])> + Clone,
+        tensors: &[(String, &[i64])],
+        mut append: impl FnMut(usize, &mut Vec<f32>) -> Result<()>,
     ) -> Result<()> {
-        let count: usize = tensors.clone().map(|(.., values)| values.len()).sum();
+        let values = |shape: &[i64]| shape.iter().product::<i64>() as usize;
+        let count: usize = tensors.iter().map(|(_, shape)| values(shape)).sum();
         let mut memory: Vec<f32> = Vec::new();
         let reserved = memory.try_reserve_exact(count + ALIGN / 4);
         reserved.map_err(|_| {
@@ -68,9 +71,9 @@ impl Content {
         // The allocation does not move: it has room for everything.
         let lead = (self.bytes + memory.as_ptr().align_offset(ALIGN) * 4) % ALIGN / 4;
         memory.resize(lead, 0.0);
-        for (name, shape, values) in tensors {
-            memory.extend_from_slice(values);
-            self.tensors.push((name, shape.iter().map(|n| *n as usize).collect()));
+        for (number, (name, shape)) in tensors.iter().enumerate() {
+            append(number, &mut memory)?;
+            self.tensors.push((name.clone(), shape.iter().map(|n| *n as usize).collect()));
         }
 
         self.bytes += 4 * count;
@@ -395,12 +398,13 @@ mod tests {
             .collect();
         let mut content = Content::default();
         for part in [&tensors[..2], &tensors[2..3], &tensors[3..]] {
-            content
-                .add(
-                    part.iter()
-                        .map(|(name, shape, values)| (name.clone(), &shape[..], &values[..])),
-                )
-                .unwrap();
+            let named: Vec<_> =
+                part.iter().map(|(name, shape, _)| (name.clone(), &shape[..])).collect();
+            let append = |number: usize, memory: &mut Vec<f32>| {
+                memory.extend_from_slice(&part[number].2);
+                Ok(())
+            };
+            content.add(&named, append).unwrap();
         }
         let path = folder.join("values");
         let (size, digest) = content.write(&path).unwrap();
@@ -436,10 +440,12 @@ mod tests {
     fn buffers_lie_as_in_the_file() {
         let mut content = Content::default();
         for count in [3usize, 5000, 12_345, 1024] {
-            let (position, values) = (content.bytes(), vec![1.0; count]);
-            content
-                .add([("any".to_owned(), &[count as i64][..], &values[..])].into_iter())
-                .unwrap();
+            let position = content.bytes();
+            let append = |_, memory: &mut Vec<f32>| {
+                memory.extend(std::iter::repeat_n(1.0, count));
+                Ok(())
+            };
+            content.add(&[("any".to_owned(), &[count as i64][..])], append).unwrap();
             let Buffer { memory, lead } = content.buffers.last().unwrap();
             assert_eq!(memory[*lead..].as_ptr().addr() % ALIGN, position % ALIGN);
         }

@@ -13,7 +13,7 @@ use super::{Shard, ShardKind, Written, folder, older, part, room};
 use crate::error::{Error, Result};
 use crate::grid::Place;
 use crate::optim::Optimizer;
-use crate::params::{Entry, Layout, slice, to_host};
+use crate::params::{Entry, Layout, append};
 
 /// A flat buffer that all replicas of a stage hold alike, so that one of them saves it: they share
 /// the buffers out.
@@ -43,6 +43,8 @@ pub struct Snapshot {
     pub step: usize,
     replicas: usize,
     contents: BTreeMap<ShardKind, Content>,
+    /// What a GPU copies into.
+    pinned: Option<Tensor>,
     /// A fault on purpose.
     disk_is_full: bool,
 }
@@ -50,7 +52,14 @@ pub struct Snapshot {
 impl Snapshot {
     /// Nothing yet, of a place of `replicas` that share the files out.
     pub fn new(place: Place, step: usize, replicas: usize) -> Snapshot {
-        Snapshot { place, step, replicas, contents: BTreeMap::new(), disk_is_full: false }
+        Snapshot {
+            place,
+            step,
+            replicas,
+            contents: BTreeMap::new(),
+            pinned: None,
+            disk_is_full: false,
+        }
     }
 
     fn writes(&self, buffer: SavedBuffer) -> bool {
@@ -58,15 +67,14 @@ impl Snapshot {
     }
 
     /// Copies a flat buffer with its layout.
-    fn copy(&mut self, kind: ShardKind, layout: &Layout, flat: &Tensor) -> Result<()> {
-        let flat = to_host(flat)?;
-        let flat = slice(&flat);
-        self.contents.entry(kind).or_default().add(layout.entries.iter().map(
-            |Entry { parameter, offset }| {
-                let values = &flat[*offset..offset + parameter.count()];
-                (parameter.name.clone(), &parameter.shape[..], values)
-            },
-        ))
+    fn copy<'a>(&mut self, kind: ShardKind, layout: &'a Layout, flat: &Tensor) -> Result<()> {
+        let named = |entry: &'a Entry| (entry.parameter.name.clone(), &entry.parameter.shape[..]);
+        let tensors: Vec<_> = layout.entries.iter().map(named).collect();
+        let pinned = &mut self.pinned;
+        self.contents.entry(kind).or_default().add(&tensors, |number, memory| {
+            let Entry { parameter, offset } = &layout.entries[number];
+            append(flat, *offset..offset + parameter.count(), memory, pinned)
+        })
     }
 
     /// Copies weights and their optimizer's state, as far as this replica writes them.
@@ -132,13 +140,12 @@ impl Snapshot {
     /// Copies what layers remember of the rows of the batch from `row` on.
     pub fn remember(&mut self, row: usize, states: Vec<(String, &Tensor)>) -> Result<()> {
         for (layer, states) in states {
-            let (shape, flat) = (
-                states.size(),
-                to_host(&states.f_to_kind(tch::Kind::Float)?)?.f_contiguous()?.f_view([-1])?,
-            );
-
-            let tensor = (format!("{layer}/{row}"), &shape[..], slice(&flat));
-            self.contents.entry(ShardKind::Memory).or_default().add(std::iter::once(tensor))?;
+            let (shape, name) = (states.size(), format!("{layer}/{row}"));
+            let flat = states.f_to_kind(tch::Kind::Float)?.f_contiguous()?.f_view([-1])?;
+            let content = self.contents.entry(ShardKind::Memory).or_default();
+            content.add(&[(name, &shape[..])], |_, memory| {
+                append(&flat, 0..flat.numel(), memory, &mut self.pinned)
+            })?;
         }
 
         Ok(())

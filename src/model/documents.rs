@@ -61,7 +61,7 @@ impl Documents {
 mod tests {
     use tch::Kind;
 
-    use super::super::{Arch, Memory, ModelConfig, Parameter, Stack, initial};
+    use super::super::{Arch, Memory, ModelConfig, Parameter, Stack, initial_tensor};
     use super::*;
     use crate::model::Dimensions;
     use crate::schedule::Tie;
@@ -84,9 +84,7 @@ mod tests {
                 };
                 let d = Dimensions::new(&config, 50, t as usize);
                 let stack = Stack::new(&d, 0..3);
-                let values = |parameter: &Parameter| {
-                    Tensor::from_slice(&initial(parameter, 5)).view(&parameter.shape[..])
-                };
+                let values = |parameter: &Parameter| initial_tensor(parameter, 5);
                 let weights: Vec<Tensor> = stack.parameters().iter().map(values).collect();
 
                 let tokens = (Tensor::arange(t + 1, (Kind::Int64, Device::Cpu)) * 37).remainder(50);

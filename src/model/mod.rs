@@ -77,7 +77,7 @@ pub use dimensions::Dimensions;
 pub use documents::Documents;
 pub use dropout::Dropout;
 pub use memory::{Memory, Remembered};
-pub use parameter::{Init, Parameter, Role, initial};
+pub use parameter::{Init, Parameter, Role, initial, initial_tensor};
 use parameter::{TABLE_STD, fused, named};
 
 use crate::error::Result;
@@ -527,7 +527,7 @@ mod tests {
     }
 
     fn initial_values(parameters: &[Parameter]) -> Vec<Tensor> {
-        parameters.iter().map(|p| Tensor::from_slice(&initial(p, 3)).view(&p.shape[..])).collect()
+        parameters.iter().map(|p| initial_tensor(p, 3)).collect()
     }
 
     fn values(stack: &Stack) -> Vec<Tensor> {

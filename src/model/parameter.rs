@@ -1,6 +1,8 @@
 //! A parameter: its name, shape and first values.
 
 use super::config::InitKind;
+use tch::Tensor;
+
 use crate::random;
 
 /// How a parameter begins.
@@ -141,22 +143,22 @@ impl FirstValues {
 /// Transformer-XL.
 const PROJECTION_STD: f64 = 0.01;
 
-/// The first values of a parameter: a pure function of the seed and the name.
-pub fn initial(parameter: &Parameter, seed: u64) -> Vec<f32> {
+/// Fills `values` with the first ones of a parameter: a pure function of the seed and the name.
+pub fn initial(parameter: &Parameter, seed: u64, values: &mut [f32]) {
+    let drawn = values.iter_mut().zip(random::normal(seed, &parameter.name));
     match parameter.init {
-        Init::Zeros => vec![0.0; parameter.count()],
-        Init::Ones => vec![1.0; parameter.count()],
-        Init::Normal(std) => {
-            let mut values = random::normal(seed, &parameter.name, parameter.count());
-            values.iter_mut().for_each(|v| *v *= std as f32);
-            values
-        }
-        Init::NormalAroundOne(std) => {
-            let mut values = random::normal(seed, &parameter.name, parameter.count());
-            values.iter_mut().for_each(|v| *v = 1.0 + *v * std as f32);
-            values
-        }
+        Init::Zeros => values.fill(0.0),
+        Init::Ones => values.fill(1.0),
+        Init::Normal(std) => drawn.for_each(|(value, x)| *value = x * std as f32),
+        Init::NormalAroundOne(std) => drawn.for_each(|(value, x)| *value = 1.0 + x * std as f32),
     }
+}
+
+/// The first values of a parameter as a tensor of its shape, for models without flat buffers.
+pub fn initial_tensor(parameter: &Parameter, seed: u64) -> Tensor {
+    let mut values = vec![0.0; parameter.count()];
+    initial(parameter, seed, &mut values);
+    Tensor::from_slice(&values).view(&parameter.shape[..])
 }
 
 #[cfg(test)]
@@ -168,7 +170,8 @@ mod tests {
     /// Mean and standard deviation of a parameter's first values.
     fn moments(parameters: &[Parameter], name: &str) -> (f64, f64) {
         let parameter = parameters.iter().find(|parameter| parameter.name == name).unwrap();
-        let values = initial(parameter, 3);
+        let mut values = vec![0.0; parameter.count()];
+        initial(parameter, 3, &mut values);
         let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
         let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>()
             / values.len() as f64;

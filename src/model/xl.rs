@@ -332,7 +332,7 @@ impl Layer for XlBlock {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Arch, Memory, ModelConfig, Stack, initial};
+    use super::super::{Arch, Memory, ModelConfig, Stack, initial_tensor};
     use super::*;
     use crate::schedule::Tie;
     use tch::Kind;
@@ -352,9 +352,7 @@ mod tests {
             ..ModelConfig::default()
         };
         let stack = Stack::new(&Dimensions::new(&config, 5, 4), 1..2);
-        let value = |p: &Parameter| {
-            Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).to_kind(Kind::Double)
-        };
+        let value = |p: &Parameter| initial_tensor(p, 1).to_kind(Kind::Double);
         let weights: Vec<Tensor> = stack.parameters().iter().map(value).collect();
         let x = Tensor::randn([2, 12, 16], (Kind::Double, tch::Device::Cpu));
         let whole = stack.forward(&weights, &x, &mut Memory::new(0), None).unwrap();

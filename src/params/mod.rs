@@ -10,6 +10,9 @@ mod add;
 mod publish;
 mod versions;
 
+use std::ops::Range;
+
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 pub use add::add;
@@ -71,13 +74,22 @@ impl Layout {
         self.entries.iter().map(view).collect()
     }
 
-    /// A flat buffer of the initial weights.
+    /// A flat buffer of the initial weights, which all of the process' cores make.
     pub fn initial(&self, seed: u64) -> Result<Tensor> {
-        let mut flat = zeros(self.len, Device::Cpu)?;
-        let values = slice_mut(&mut flat);
-        for Entry { parameter, offset } in &self.entries {
-            values[*offset..offset + parameter.count()].copy_from_slice(&initial(parameter, seed));
+        let mut flat = Tensor::f_empty([self.len as i64], (Kind::Float, Device::Cpu))?;
+        let mut rest = slice_mut(&mut flat);
+        let mut parts = Vec::with_capacity(self.entries.len());
+        for (i, Entry { parameter, offset }) in self.entries.iter().enumerate() {
+            let (part, behind) = rest.split_at_mut(self.offset(i + 1) - offset);
+            parts.push((parameter, part));
+            rest = behind;
         }
+
+        parts.into_par_iter().for_each(|(parameter, part)| {
+            let (values, padding) = part.split_at_mut(parameter.count());
+            initial(parameter, seed, values);
+            padding.fill(0.0);
+        });
         Ok(flat)
     }
 }
@@ -90,6 +102,39 @@ pub fn zeros(len: usize, device: Device) -> Result<Tensor> {
 /// A buffer's values where the processor can read them.
 pub fn to_host(flat: &Tensor) -> Result<Tensor> {
     Ok(flat.f_to_device(Device::Cpu)?)
+}
+
+/// Values of one piece on its way from a GPU: 64 MiB.
+const PIECE: usize = 16 << 20;
+
+/// Appends values of a flat buffer to `memory`, all of the process' cores at once: what is touched
+/// for the first time takes the kernel longer than it takes to copy. Those of a GPU go through `pinned`
+/// memory, which is made when it is needed.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn append(
+    flat: &Tensor,
+    range: Range<usize>,
+    memory: &mut Vec<f32>,
+    pinned: &mut Option<Tensor>,
+) -> Result<()> {
+    if flat.device() == Device::Cpu {
+        memory.par_extend(slice(flat)[range].par_iter());
+        return Ok(());
+    }
+
+    let room = match pinned {
+        Some(room) => room,
+        None => pinned.insert(zeros(PIECE, Device::Cpu)?.f_internal_pin_memory(flat.device())?),
+    };
+    for from in range.clone().step_by(PIECE) {
+        let count = PIECE.min(range.end - from);
+        let mut piece = room.f_narrow(0, 0, count as i64)?;
+        piece.f_copy_(&flat.f_narrow(0, from as i64, count as i64)?)?;
+        memory.par_extend(slice(&piece).par_iter());
+    }
+    Ok(())
 }
 
 /// The values of a flat buffer.
@@ -156,7 +201,7 @@ fn check_flat(flat: &Tensor) {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::model::{Init, Role};
+    use crate::model::{Init, Role, initial_tensor};
 
     /// Two matrices and a vector.
     pub(crate) fn layout() -> Layout {
@@ -178,9 +223,11 @@ pub(crate) mod tests {
         assert_eq!(layout.entries.iter().map(|e| e.offset).collect::<Vec<_>>(), [0, 128, 256]);
         assert_eq!((layout.len, layout.count()), (384, 26));
         let flat = layout.initial(1).unwrap();
-        for view in layout.views(&flat).unwrap() {
+        for (view, entry) in layout.views(&flat).unwrap().iter().zip(&layout.entries) {
             assert_eq!(view.data_ptr().addr() % 64, 0);
+            assert_eq!(*view, initial_tensor(&entry.parameter, 1));
         }
-        assert_eq!(slice(&flat)[15], 0.0);
+        assert!(slice(&flat)[15..128].iter().all(|padding| *padding == 0.0));
+        assert!(slice(&flat)[260..].iter().all(|padding| *padding == 0.0));
     }
 }

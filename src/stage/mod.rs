@@ -476,7 +476,7 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
 mod tests {
     use super::*;
     use crate::config::{Config, OnNonfinite};
-    use crate::model::{Dimensions, initial};
+    use crate::model::{Dimensions, initial_tensor};
     use crate::number::Readback;
     use crate::params::{Layout, slice};
     use crate::schedule::Tie;
@@ -538,9 +538,7 @@ mod tests {
         let dimensions = Dimensions::new(&config.model, 11, SEQUENCE as usize);
         let stack = Stack::new(&dimensions, 1..3);
         let layout = Layout::new(&stack.own());
-        let leaf = |p: &crate::model::Parameter| {
-            Tensor::from_slice(&initial(p, 1)).view(&p.shape[..]).set_requires_grad(true)
-        };
+        let leaf = |p: &crate::model::Parameter| initial_tensor(p, 1).set_requires_grad(true);
         let weights: Vec<Tensor> = stack.parameters().iter().map(leaf).collect();
         let Input { x, targets, .. } = input();
         let x = x.set_requires_grad(true);

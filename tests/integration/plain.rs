@@ -2,7 +2,7 @@
 
 use ouroboros::data::Batches;
 use ouroboros::grid::Place;
-use ouroboros::model::{Memory, Parameter, Stack, initial};
+use ouroboros::model::{Memory, Parameter, Stack, initial_tensor};
 use ouroboros::number::Readback;
 use ouroboros::params::{Layout, Versions, slice, slice_mut};
 use ouroboros::stage::{Held, Input, MicrobatchId, Output, Settings, Stage, UsedVersions};
@@ -78,9 +78,7 @@ fn a_tied_model_on_one_device_is_plain_training() {
         let model = Stack::new(&setup.dimensions, 0..setup.dimensions.layers);
         let batches = Batches::new(Arc::clone(&setup.corpus), config.reading());
         let parameters = ouroboros::model::parameters(&setup.dimensions);
-        let leaf = |p: &Parameter| {
-            Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true)
-        };
+        let leaf = |p: &Parameter| initial_tensor(p, config.seed).set_requires_grad(true);
         let mut values: Vec<Tensor> = parameters.iter().map(leaf).collect();
         let mut momenta: Vec<Tensor> = values.iter().map(Tensor::zeros_like).collect();
         let mut losses = Vec::new();
@@ -135,7 +133,7 @@ fn a_fresh_head_follows_its_formula() {
     let parameters = ouroboros::model::parameters(&setup.dimensions);
     // Behind the table those of the first stage, then those of the last.
     let first = 1 + setup.stack(0).own().len();
-    let start = |p: &Parameter| Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]);
+    let start = |p: &Parameter| initial_tensor(p, config.seed);
     let mut versions: Vec<Vec<Tensor>> = vec![parameters.iter().map(start).collect()];
 
     let (mut parts, mut losses): (Vec<Tensor>, Vec<f64>) = (Vec::new(), Vec::new());
@@ -179,9 +177,7 @@ fn plain_loop(steps: usize) -> Vec<f64> {
     let mut weights: Vec<Tensor> = model
         .parameters()
         .iter()
-        .map(|p| {
-            Tensor::from_slice(&initial(p, config.seed)).view(&p.shape[..]).set_requires_grad(true)
-        })
+        .map(|p| initial_tensor(p, config.seed).set_requires_grad(true))
         .collect();
     let zeros = || weights.iter().map(|w| w.zeros_like().to_kind(Kind::Double)).collect::<Vec<_>>();
     let (mut first, mut second) = (zeros(), zeros());

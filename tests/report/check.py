@@ -22,8 +22,17 @@ HERE = pathlib.Path(__file__).parent
 def trace(path):
     import jsonschema
 
-    whole = json.loads(gzip.decompress(pathlib.Path(path).read_bytes()))
+    whole = unpacked(path)
     jsonschema.validate(whole, json.loads((HERE / "trace.schema.json").read_text()))
+    print("trace: " + holds(whole))
+
+
+def unpacked(path):
+    return json.loads(gzip.decompress(pathlib.Path(path).read_bytes()))
+
+
+def holds(whole):
+    """What must be true of every trace; what it has, in words."""
     events = whole["traceEvents"]
 
     # No lane does two things at once; of the compute lanes every moment of a step is somebody's.
@@ -61,7 +70,7 @@ def trace(path):
     assert not any("overlap_us" in event.get("args", {}) for event in events if event.get("tid", 0) % 4 == 0)
     names = {(event["pid"], event.get("tid")) for event in events if event["ph"] == "M"}
     assert all(lane in names for lane in lanes), "a lane without a name"
-    print(f"trace: {len(events)} events on {len(lanes)} lanes, {steps} steps covered, {len(arrows)} arrows; {whole['otherData']['clocks']}")
+    return f"{len(events)} events on {len(lanes)} lanes, {steps} steps covered, {len(arrows)} arrows; {whole['otherData']['clocks']}"
 
 
 def as_f32(value):
