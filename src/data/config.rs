@@ -31,8 +31,9 @@ pub struct DataConfig {
     /// `tokenizer.json`. By default as a prepared file has it, else bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<Tokenizer>,
-    /// The token of a `tokenizer.json` that ends a document; by default `eos_token` of the
-    /// `tokenizer_config.json` beside it, or a usual one.
+    /// The token that ends a document. Of a `tokenizer.json` by default `eos_token` of the
+    /// `tokenizer_config.json` beside it, or a usual one; of bytes or characters one that is named
+    /// here, as `"\n"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_token: Option<String>,
     /// How many ids a file of token ids (.bin of nanoGPT, llm.c or Megatron-LM) may have where no
@@ -123,11 +124,18 @@ impl DataConfig {
             }
         }
 
-        if let Some(token) = &self.end_token
-            && !matches!(self.tokenizer, Some(Tokenizer::File(_)))
-        {
-            let remedy = "only a data.tokenizer that is a tokenizer.json has one; leave it out";
-            return Err(Error::config("data.end_token", token, remedy));
+        if let Some(token) = &self.end_token {
+            let remedy = match &self.tokenizer {
+                Some(Tokenizer::File(_)) => None,
+                None | Some(Tokenizer::Bytes) => (token.len() != 1).then_some("name one byte"),
+                Some(Tokenizer::Characters) => {
+                    (token.chars().count() != 1).then_some("name one character")
+                }
+                Some(Tokenizer::Words) => Some("words have none; leave it out"),
+            };
+            if let Some(remedy) = remedy {
+                return Err(Error::config("data.end_token", format!("{token:?}"), remedy));
+            }
         }
 
         let mixed = !self.source.is_empty();

@@ -32,7 +32,7 @@ pub use counting::Counts;
 pub use evaluation::{Evaluation, UNCOUNTED};
 pub use measure::Measure;
 pub use mixture::Mixture;
-pub use opening::HeldOutText;
+pub use opening::{HeldOutText, document_end};
 pub use subword::{Subword, SubwordFacts};
 pub use text::{cut_text, made};
 pub use tokenizer::{Tokenizer, Unit};

@@ -105,15 +105,28 @@ pub fn open_file(path: &Path, config: &DataConfig, vocabulary: &Vocabulary) -> R
     refuse_packed(path)?;
     if vocabulary.unit() == Unit::Bytes {
         let tokens = Tokens::of_files(&[path.to_owned()])?;
+        let tokens = tokens.ended_by(document_end(config, vocabulary));
         let bytes = Some(tokens.len() as u64);
         return Ok(HeldOutText::new(tokens, bytes));
     }
 
     let text = file_text(path, vocabulary.unit())?;
     let ids = vocabulary.encode(&text, &path.display().to_string())?;
-    let end = vocabulary.end().filter(|_| vocabulary.unit() == Unit::Subwords);
+    let end = document_end(config, vocabulary);
     let tokens = Tokens::of_ids(&ids, vocabulary.len()).ended_by(end);
     Ok(HeldOutText::new(tokens, Some(text.len() as u64)))
+}
+
+/// The token that ends a document of a text in these tokens, if there is one.
+pub fn document_end(config: &DataConfig, vocabulary: &Vocabulary) -> Option<u32> {
+    let named = config.end_token.as_deref();
+    match vocabulary.unit() {
+        Unit::Subwords => vocabulary.end(),
+        Unit::Bytes => named?.bytes().next().map(u32::from),
+        Unit::Characters => vocabulary.encode(named?, "data.end_token").ok()?.first().copied(),
+        // A line is no document.
+        Unit::Words | Unit::Ids => None,
+    }
 }
 
 /// The file that is held out, if that is no split of a prepared one.
@@ -132,6 +145,13 @@ pub fn held_out_file(config: &DataConfig) -> Option<&Path> {
 /// Settings that would not be read, and files of another kind than is read.
 fn refuse_unread(config: &DataConfig) -> Result<()> {
     refuse_ids_settings(config)?;
+    let ended = prepared_path(config).or_else(|| ids_path(config));
+    let named = config.end_token.as_ref().filter(|_| config.unit() != Unit::Subwords);
+    if let Some((path, token)) = ended.zip(named) {
+        let remedy = format!("{} has tokens already; leave it out", path.display());
+        return Err(Error::config("data.end_token", format!("{token:?}"), remedy));
+    }
+
     match prepared_path(config) {
         Some(path) => refuse_words_settings(config, path),
         None => refuse_other_kinds(config),
@@ -334,6 +354,7 @@ fn open_bytes(config: &DataConfig, seed: u64) -> Result<Opened> {
     };
 
     let vocabulary = Vocabulary::bytes();
+    let whole = whole.ended_by(document_end(config, &vocabulary));
     let (train, held_out) = match &config.held_out {
         HeldOut::Fraction(fraction) => {
             let (train, held_out) = cut(&whole, *fraction);
@@ -378,7 +399,7 @@ fn open_text(
     };
 
     let unknown = |error| unknown_word(error, config, known);
-    let end = vocabulary.end().filter(|_| unit == Unit::Subwords);
+    let end = document_end(config, &vocabulary);
     let tokens = |ids: &[u32]| Tokens::of_ids(ids, vocabulary.len()).ended_by(end);
     let train = tokens(&vocabulary.encode(train, &config.name()).map_err(unknown)?);
     let held_out = match (held, &config.held_out) {

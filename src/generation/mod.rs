@@ -5,6 +5,8 @@
 //!                            look at what was read
 //! learned positions          so far as they reach; then every text's last tokens are read anew for each token
 //! Transformer-XL             one text after the other, with its memory
+//! attention that ends        one text after the other; behind an end token it begins anew
+//! where documents do
 //! ```
 
 mod sampling;
@@ -15,6 +17,7 @@ pub use sampling::Sampling;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
+use crate::data::{Unit, document_end};
 use crate::error::{Error, Result};
 use crate::model::{Dimensions, Memory, Stack};
 
@@ -51,8 +54,20 @@ enum Reading {
     Cached { memory: Memory, read: usize },
     /// Of every text a memory, and how many tokens it has taken in.
     Recurrent(Vec<(Memory, usize)>),
+    /// Of every text its last document, which such a token ends.
+    Documents(i64, Vec<Document>),
     /// Nothing: the last so many tokens are read anew.
     Windows(usize),
+}
+
+/// The last document of a text.
+struct Document {
+    /// Keys and values of its tokens.
+    memory: Memory,
+    /// Its first token.
+    begun: usize,
+    /// Tokens of the text that have been read.
+    read: usize,
 }
 
 /// A model that reads texts as they grow.
@@ -80,12 +95,23 @@ impl Reader {
         let sequence = config.data.sequence;
         let positions = config.model.learned_positions(sequence);
         let has_memory = config.model.architecture().has_memory;
-        let reading = match positions {
-            _ if has_memory => {
+        let end = document_end(&config.data, &checkpoint.vocabulary).map(i64::from);
+        // A text of subwords ends with its document, so that only prompts can have others before it.
+        let goes_on = |end: &i64| {
+            checkpoint.vocabulary.unit() != Unit::Subwords
+                || prompts.iter().any(|prompt| prompt.contains(end))
+        };
+        let ends = end.filter(|end| config.data.document_mask && goes_on(end));
+        let reading = match (ends, positions) {
+            (Some(end), _) => {
+                let room = positions.unwrap_or(longest.saturating_add(more).min(1 << 40));
+                Reading::Documents(end, prompts.iter().map(|_| Document::new(room, 0)).collect())
+            }
+            (None, _) if has_memory => {
                 Reading::Recurrent(prompts.iter().map(|_| (recurrent(config), 0)).collect())
             }
-            Some(positions) if longest > positions => Reading::Windows(positions),
-            positions => {
+            (None, Some(positions)) if longest > positions => Reading::Windows(positions),
+            (None, positions) => {
                 let grown = longest.saturating_add(more).min(1 << 40);
                 let capacity = positions.map_or(grown, |positions| grown.min(positions));
                 Reading::Cached { memory: Memory::growing(capacity, pads(prompts)?), read: 0 }
@@ -144,6 +170,14 @@ impl Reader {
                 }
                 Ok(all)
             }
+            Reading::Documents(end, documents) => {
+                let room = self.positions.unwrap_or(usize::MAX);
+                let of = |(text, document): (&Vec<i64>, &mut Document)| {
+                    document.next(text, *end, segment.min(room), room, &forward)
+                };
+                let all = texts.iter().zip(documents).map(of).collect::<Result<Vec<_>>>()?;
+                Ok(all.concat())
+            }
             Reading::Windows(positions) => {
                 let mut all = Vec::with_capacity(texts.len());
                 for text in texts {
@@ -153,6 +187,41 @@ impl Reader {
                 Ok(all)
             }
         }
+    }
+}
+
+impl Document {
+    /// One that begins at a token of its text, and has room for so many.
+    fn new(room: usize, begun: usize) -> Document {
+        Document { memory: Memory::growing(room, None), begun, read: begun }
+    }
+
+    /// Reads a text on, `segment` tokens at once; the scores of what follows.
+    fn next(
+        &mut self,
+        text: &[i64],
+        end: i64,
+        segment: usize,
+        room: usize,
+        forward: &impl Fn(&[&[i64]], &mut Memory) -> Result<Vec<Vec<f64>>>,
+    ) -> Result<Vec<Vec<f64>>> {
+        let mut last = Vec::new();
+        while self.read < text.len() {
+            if self.read > 0 && text[self.read - 1] == end {
+                *self = Document::new(room, self.read);
+            }
+
+            let rest = &text[self.read..text.len().min(self.read + segment)];
+            let ended = rest.iter().position(|token| *token == end);
+            let to = self.read + ended.map_or(rest.len(), |at| at + 1);
+            // Beyond the positions that are learned its last tokens are read anew.
+            last = match to - self.begun > room {
+                true => forward(&[&text[to - room..to]], &mut Memory::new(0))?,
+                false => forward(&[&text[self.read..to]], &mut self.memory)?,
+            };
+            self.read = to;
+        }
+        Ok(last)
     }
 }
 

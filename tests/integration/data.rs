@@ -15,7 +15,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::harness::{
-    Finished, Folder, TINY, as_threads, by_oracle, mpirun, ouroboros, run, setup_of, trained,
+    Finished, Folder, TINY, as_threads, by_oracle, mpirun, ouroboros, run, setup_of, slices,
+    trained,
 };
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -678,6 +679,54 @@ fn mixtures_and_documents_equal_the_oracle_bit_for_bit() {
     assert_eq!(rest.len(), 3);
     assert!((rest[0] - first[3]).abs() < 1e-5, "{rest:?} {first:?}");
     assert_ne!(rest, expected[..3]);
+}
+
+/// Lines of bytes or characters as documents: a grid equals the oracle, a text goes on as if nothing stood before its last
+/// line, and an end that is none is refused.
+#[test]
+fn lines_are_documents_where_their_end_is_named() {
+    let lines =
+        ["data.document_mask=true", "data.end_token=\"\\n\"", "data.sequence=64", "batch=8"];
+    for more in [&["grid.stages=2", "grid.replicas=2"][..], &["data.tokenizer=characters"]] {
+        let sets = [&lines[..], more].concat();
+        let setup = setup_of(TINY, &sets);
+        let oracle = by_oracle(&setup);
+        assert_eq!(as_threads(&setup).lines, oracle.lines, "{more:?}");
+        let whole = setup_of(TINY, &[&sets[..], &["data.document_mask=false"]].concat());
+        assert_ne!(by_oracle(&whole).losses(), oracle.losses(), "{more:?}");
+    }
+
+    let folder = Folder::new();
+    let program = |args: &[&str]| run(ouroboros(args), 120);
+    for (out, more) in [("learned", &[][..]), ("rotary", &["model.arch=llama"])] {
+        let sets =
+            [&lines[..], &["steps=150", "model.layers=2", "optimizer.lr=2e-2"], more].concat();
+        program(&slices(&folder.train(out, &sets, &[]))).expect_code(0);
+        // Longer than the 64 positions that are learned.
+        let on = |prompt: &str| {
+            let args = ["--prompt", prompt, "--tokens", "90", "--temperature", "0.5"];
+            let text = program(&[&["generate", &folder.text(out)][..], &args].concat());
+            text.expect_code(0).stdout[prompt.len()..].to_owned()
+        };
+        let alone = on("ban: ker");
+        assert_eq!(on("ban: pan, ban.\nban: ker"), alone);
+        assert_ne!(on("ban: ker, ban: ker"), alone);
+        // Several at once.
+        let args = ["--prompt", "ban: ker", "--prompt", "x\nban: ker", "--tokens", "9"];
+        let both =
+            program(&[&["generate", &folder.text(out), "--temperature", "0"][..], &args].concat());
+        let both = both.expect_code(0).stdout;
+        let parts: Vec<&str> = both.split("ban: ker").collect();
+        assert_eq!(parts[1].lines().next(), parts[2].lines().next(), "{both}");
+    }
+
+    for (tokenizer, end) in [("bytes", "ab"), ("characters", "ab"), ("words", "a")] {
+        let sets = [format!("data.tokenizer={tokenizer}"), format!("data.end_token={end}")];
+        let args = folder.train("refused", &[&sets[0], &sets[1]], &[]);
+        let refused = program(&slices(&args)).expect_code(2);
+        let named = format!("setting `data.end_token`: found \"{end}\"");
+        assert!(refused.stderr.contains(&named), "{refused}");
+    }
 }
 
 /// A model with its tokenizer: in, generated with, trained under mpirun on documents, evaluated, out again; what the
