@@ -77,6 +77,22 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written
 }
 
+/// Writes what is asked for under a path: a link, a pipe or a device, as `/dev/stdout`, takes it as it is; else
+/// as [`replace`]. Gives whether it is a file of its own.
+///
+/// # Errors
+/// What the system says.
+pub fn put(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let found = fs::symlink_metadata(path);
+    if found.is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        OpenOptions::new().write(true).truncate(true).open(path)?.write_all(bytes)?;
+        return Ok(false);
+    }
+
+    replace(path, bytes)?;
+    Ok(true)
+}
+
 /// The bytes of a file; as [`open`].
 ///
 /// # Errors
@@ -136,6 +152,19 @@ mod tests {
         assert_eq!(open(folder.path()).unwrap_err().to_string(), "a folder, not a file");
         assert_eq!(open(Path::new("/dev/null")).unwrap_err().to_string(), "a device, not a file");
         assert_eq!(open(&folder.path().join("a")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_no_file_takes_a_text_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        assert!(put(&file, b"a page").unwrap());
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(!put(&link, b"new").unwrap() && link.is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "new");
+        assert!(!put(Path::new("/dev/null"), b"a page").unwrap());
+        assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+        put(folder.path(), b"a page").unwrap_err();
     }
 
     #[test]

@@ -83,10 +83,12 @@ fn write_picture(
     let all: Vec<Schedule> = std::iter::once(schedule.clone()).chain(others.map(of)).collect();
     let text =
         picture(&all, costs).map_err(|fault| Error::Internal(format!("schedule: {fault}")))?;
-    files::replace(path, text.as_bytes()).map_err(|error| {
+    let apart = files::put(path, text.as_bytes()).map_err(|error| {
         Error::config("--svg", path.display(), format!("cannot be written ({error})"))
     })?;
-    say!("\npicture: {}", path.display());
+    if apart {
+        say!("\npicture: {}", path.display());
+    }
     Ok(())
 }
 

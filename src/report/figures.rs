@@ -110,7 +110,8 @@ impl Figures {
         let eval = metrics.evals.last().copied();
 
         let folder = history.folder.display().to_string();
-        let name = match history.folder.file_name() {
+        let whole = history.folder.canonicalize().unwrap_or_else(|_| history.folder.clone());
+        let name = match whole.file_name() {
             Some(name) => name.to_string_lossy().into_owned(),
             None => folder.clone(),
         };

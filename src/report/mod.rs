@@ -57,15 +57,17 @@ pub fn report(request: &Request) -> Result<()> {
 
     let path = request.out.clone().unwrap_or_else(|| request.runs[0].join("report.html"));
     let page = page::page(&runs, &comparison);
-    files::replace(&path, page.as_bytes()).map_err(|error| {
+    let apart = files::put(&path, page.as_bytes()).map_err(|error| {
         Error::config(
             "-o",
             path.display(),
             format!("cannot be written ({error}); choose another file"),
         )
     })?;
-    say!("{}: {} KiB, opens in a browser", path.display(), page.len().div_ceil(1024));
-    runs.iter().flat_map(|run| &run.notes).for_each(|note| say!("note: {note}"));
+    if apart {
+        say!("{}: {} KiB, opens in a browser", path.display(), page.len().div_ceil(1024));
+        runs.iter().flat_map(|run| &run.notes).for_each(|note| say!("note: {note}"));
+    }
     Ok(())
 }
 

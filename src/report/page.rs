@@ -398,13 +398,21 @@ fn slack(runs: &[Figures]) -> Markup {
                             td { (device) @if *work >= pace { ", sets the pace" } }
                             td { (short(1e3 * work)) }
                             td { (short(1e3 * (pace - work))) }
-                            td { (proof.absorbs_s.as_ref().map_or("-".to_owned(), |of| short(1e3 * of[device]))) }
+                            td { (late(proof, device).unwrap_or_else(|| "-".to_owned())) }
                         }
                     }
                 }
             } }
         }
     }
+}
+
+/// How late a device may be once, in milliseconds.
+fn late(proof: &super::proof::Proof, device: usize) -> Option<String> {
+    let absorbs_s = proof.absorbs_s.as_ref()?.get(device)?;
+    // The search ends just below the most that it looks for.
+    let all = proof.absorbs_most_s.is_some_and(|most| *absorbs_s > 0.99 * most);
+    Some(format!("{}{}", if all { "≥ " } else { "" }, short(1e3 * absorbs_s)))
 }
 
 fn events(runs: &[Figures]) -> Markup {

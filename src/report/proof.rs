@@ -27,6 +27,9 @@ pub struct Proof {
     /// being later; none for large grids.
     pub work_s: Vec<f64>,
     pub absorbs_s: Option<Vec<f64>>,
+    /// The most that is looked for: who absorbs it may absorb more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub absorbs_most_s: Option<f64>,
 }
 
 /// A schedule in its steady state.
@@ -69,10 +72,9 @@ pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
     };
     let kinds = [ScheduleKind::Decoupled, ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe];
     let (measured_idle, measured_step_s) = measured(places)?;
-    let absorbs_s = if stages * microbatches <= SIMULATED {
-        absorbed(&of(kind), &costs, 0.0).ok()
-    } else {
-        None
+    let (absorbs_s, absorbs_most_s) = match stages * microbatches <= SIMULATED {
+        true => absorbed(&of(kind), &costs, 0.0).ok().unzip(),
+        false => (None, None),
     };
     Some(Proof {
         measured_idle,
@@ -80,6 +82,7 @@ pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
         schedules: kinds.into_iter().map(ideal).collect::<Option<_>>()?,
         work_s: work,
         absorbs_s,
+        absorbs_most_s,
     })
 }
 

@@ -420,7 +420,8 @@ pub fn step_time(
 }
 
 /// How late each device may be once, in the steady state, without the run's end being later for it by
-/// more than a hundredth of a step: what its slack absorbs. At most eight steps are looked at.
+/// more than a hundredth of a step: what its slack absorbs; and the most that is looked for, eight
+/// steps.
 ///
 /// # Errors
 /// As [`simulate`].
@@ -428,7 +429,7 @@ pub fn absorbed(
     schedule: &Schedule,
     stages: &[StageCosts],
     message: f64,
-) -> Result<Vec<f64>, Violation> {
+) -> Result<(Vec<f64>, f64), Violation> {
     let end = |pause| -> Result<(f64, f64), Violation> {
         let long = Long::new(schedule, stages.to_vec(), message, pause)?;
         let last = long.spans.iter().flatten().map(|span| span.end).fold(0.0, f64::max);
@@ -436,8 +437,9 @@ pub fn absorbed(
     };
 
     let (undisturbed, step) = end(None)?;
+    let latest = LATEST * step;
     let absorbs = |device: usize| -> Result<f64, Violation> {
-        let (mut least, mut most) = (0.0, LATEST * step);
+        let (mut least, mut most) = (0.0, latest);
         for _ in 0..HALVINGS {
             let middle = 0.5 * (least + most);
             let late = end(Some((device, middle)))?.0 - undisturbed;
@@ -445,7 +447,8 @@ pub fn absorbed(
         }
         Ok(least)
     };
-    (0..schedule.grid(1).devices()).map(absorbs).collect()
+    let found = (0..schedule.grid(1).devices()).map(absorbs).collect::<Result<_, _>>()?;
+    Ok((found, latest))
 }
 
 /// Steps that a device is late at most where what it absorbs is looked for, and how often the range
@@ -540,9 +543,10 @@ mod tests {
         let schedule = line(3);
         let costs = |forward| StageCosts { forward, backward: 2.0 * forward, update: 0.0 };
         let uneven = [costs(0.5), costs(1.0), costs(0.25)];
-        let found = absorbed(&schedule, &uneven, 0.0).unwrap();
+        let (found, most) = absorbed(&schedule, &uneven, 0.0).unwrap();
         assert!(found[1] < 0.1 && found[0] > 0.5 && found[2] > 0.5, "{found:?}");
-        let even = absorbed(&schedule, &[costs(1.0); 3], 0.0).unwrap();
+        assert!(found.iter().all(|pause| *pause <= most), "{found:?} {most}");
+        let (even, _) = absorbed(&schedule, &[costs(1.0); 3], 0.0).unwrap();
         assert!(even.iter().all(|pause| *pause < 0.1), "{even:?}");
     }
 

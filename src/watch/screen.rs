@@ -124,7 +124,15 @@ fn draw_losses(frame: &mut Frame, area: Rect, state: &State) {
 }
 
 fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
-    let rows = state.places.iter().map(|place| {
+    // Beside the frame's line and the head.
+    let room = usize::from(area.height).saturating_sub(2);
+    let shown = match state.places.len() <= room {
+        true => room,
+        false => room.saturating_sub(1),
+    };
+    let left = state.places.len().saturating_sub(shown);
+    let more = (left > 0).then(|| Row::new(vec![Cell::from(format!("and {left} more"))]));
+    let rows = state.places.iter().take(shown).map(|place| {
         let memory =
             place.memory.map_or("-".to_owned(), |bytes| format!("{} MiB", bytes.div_ceil(1 << 20)));
         Row::new(vec![
@@ -145,7 +153,7 @@ fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
     let head = Row::new(["place", "lately", "compute", "time", "memory"])
         .style(Style::new().add_modifier(Modifier::DIM));
     let block = Block::new().borders(Borders::TOP).title(" grid ");
-    frame.render_widget(Table::new(rows, widths).header(head).block(block), area);
+    frame.render_widget(Table::new(rows.chain(more), widths).header(head).block(block), area);
 }
 
 /// Where a place's time went lately, a block for as much of it.
@@ -177,6 +185,7 @@ mod tests {
     use ratatui::backend::TestBackend;
 
     use super::*;
+    use crate::metrics::Spent;
     use crate::report::History;
 
     #[test]
@@ -198,7 +207,19 @@ mod tests {
         .unwrap();
         let mut history = History::new(folder.path());
         history.read().unwrap();
-        let state = State::new(&history);
+        let mut state = State::new(&history);
+        let place = |number: usize| PlaceRecord {
+            name: format!("stage {number}, replica 0"),
+            replica: 0,
+            stages: vec![number],
+            step: 40,
+            at: 1.0,
+            recent: Spent::default(),
+            total: Spent::default(),
+            memory: None,
+            predicted: 0,
+        };
+        state.places = (0..24).map(place).collect();
         for (width, height) in [(100, 30), (40, 12), (20, 5), (200, 60)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
             terminal.draw(|frame| draw(frame, &state)).unwrap();
@@ -207,6 +228,8 @@ mod tests {
             if width == 100 {
                 assert!(text.contains("running") && text.contains("step 40 of 100"), "{text}");
                 assert!(text.contains("started") && text.contains("q quits"), "{text}");
+                let shown = (0..24).filter(|i| text.contains(&format!("stage {i},"))).count();
+                assert!(text.contains(&format!("and {} more", 24 - shown)) && shown > 2, "{text}");
             }
         }
     }

@@ -117,3 +117,24 @@ fn a_resumed_run_goes_on_to_measure() {
     };
     assert_eq!(timeless("out"), timeless("whole"));
 }
+
+/// Gradients that are no numbers, which a run passes over: the grid measures at the same steps and the same as the oracle.
+#[test]
+fn steps_that_are_passed_over_are_measured_alike() {
+    let folder = Folder::new();
+    let sets = [
+        "optimizer.lr=1e30",
+        "optimizer.clip=1e30",
+        "on_nonfinite=skip",
+        "steps=9",
+        "staleness.every=4",
+    ];
+    for (out, more) in [("grid", &[][..]), ("oracle", &["--oracle"])] {
+        let args = folder.train(out, &sets, &[&["--grid", "3x1"][..], more].concat());
+        run(ouroboros(&slices(&args)), LIMIT).expect_code(0);
+    }
+    let [grid, oracle] = ["grid", "oracle"].map(|out| Outcome::read(&folder.path(out)));
+    assert!(grid.lines.iter().any(|line| line["loss"].is_null() && line["grad_norm"].is_array()));
+    assert_eq!(grid, oracle);
+    assert!(lines(&folder, "grid").len() >= 2);
+}
