@@ -96,8 +96,11 @@ def arguments():
     parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th check from the I-th: N programs at once")
     parser.add_argument("--minutes", type=float, default=60, help="in all; checks that do not fit any more are skipped [60]")
     parser.add_argument("--compile", action="store_true", help="also PyTorch with torch.compile, which takes minutes")
-    parser.add_argument("--json", default=os.path.join("runs", "gpu-check.json"), help="what was found, in figures too")
-    return parser.parse_args()
+    parser.add_argument("--json", help="what was found, in figures too [runs/gpu-check.json, of a part runs/gpu-check-I-of-N.json]")
+    args = parser.parse_args()
+    of = "-{}-of-{}".format(*args.part) if args.part[1] > 1 else ""
+    args.json = args.json or os.path.join("runs", f"gpu-check{of}.json")
+    return args
 
 
 def main():

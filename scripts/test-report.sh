@@ -115,14 +115,27 @@ python3 - "$runs" <<'PY'
 import json, pathlib, random, sys
 
 draw = random.Random(1)
+runs = pathlib.Path(sys.argv[1])
+begun = json.loads((runs / "first" / "events.jsonl").read_text().splitlines()[0])
 for run in range(10):
-    folder = pathlib.Path(sys.argv[1]) / f"long-{run}"
+    folder = runs / f"long-{run}"
     folder.mkdir()
+    (folder / "places.json").write_text((runs / "first" / "places.json").read_text())
+    with open(folder / "events.jsonl", "w") as file:
+        file.write(json.dumps(begun) + "\n")
+        for step in range(100, 100_001, 100):
+            file.write(json.dumps({"time": begun["time"] + step / 10, "step": step, "kind": "saved", "text": f"step {step}  saved 579.0 MiB"}) + "\n")
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, 100_001):
             loss = 2 + 3 / (1 + step / 500) + draw.gauss(0, 0.05)
             line = {"step": step, "loss": loss, "lr": 1e-3, "tokens": 4096 * step, "step_s": 0.1, "tokens_per_s": 40960.0, "grad_norm": [0.1, 0.2, 0.3, 0.4]}
             file.write(json.dumps(line) + "\n")
+            if step % 100 == 0:
+                file.write(json.dumps({"step": step, "eval_loss": loss, "eval_bpc": 1.44 * loss, "eval_tokens": 32768}) + "\n")
+            if step % 50 in (48, 49):
+                kinds = ("age", "seconds", "distance", "relative", "travelled") if step % 50 == 48 else ("cosine",)
+                told = [{"stage": stage, **{kind: draw.random() for kind in kinds}} for stage in (0, 1, 2, 3, "table")]
+                file.write(json.dumps({"step": step, "staleness": told}) + "\n")
 PY
 began=$(date +%s%N)
 timeout "$LIMIT" "$program" report "$runs"/long-* -o "$folder/long.html" | tail -n 1

@@ -77,20 +77,36 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written
 }
 
-/// Writes what is asked for under a path: a link, a pipe or a device, as `/dev/stdout`, takes it as it is; else
-/// as [`replace`]. Gives whether it is a file of its own.
+/// Whether a path that is asked for stands for standard output.
+pub fn is_stdout(path: &Path) -> bool {
+    path == "-" || path == "/dev/stdout"
+}
+
+/// Writes what is asked for under a path: to standard output; a pipe or a device takes it as it is;
+/// else as [`replace`], where a link leads. Gives whether it is a file.
 ///
 /// # Errors
 /// What the system says.
 pub fn put(path: &Path, bytes: &[u8]) -> io::Result<bool> {
-    let found = fs::symlink_metadata(path);
-    if found.is_ok_and(|found| !found.is_file() && !found.is_dir()) {
-        OpenOptions::new().write(true).truncate(true).open(path)?.write_all(bytes)?;
+    if is_stdout(path) {
+        io::stdout().lock().write_all(bytes)?;
         return Ok(false);
     }
 
-    replace(path, bytes)?;
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if fs::metadata(&path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        OpenOptions::new().write(true).open(path)?.write_all(bytes)?;
+        return Ok(false);
+    }
+
+    replace(&path, bytes)?;
     Ok(true)
+}
+
+/// What a folder is called, also where it is `.`.
+pub fn name(folder: &Path) -> String {
+    let whole = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    whole.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned()
 }
 
 /// The bytes of a file; as [`open`].
@@ -155,12 +171,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_takes_a_text_as_it_is() {
+    fn what_is_asked_for_is_written_where_it_leads() {
         let folder = tempfile::tempdir().unwrap();
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         assert!(put(&file, b"a page").unwrap());
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(!put(&link, b"new").unwrap() && link.is_symlink());
+        assert!(put(&link, b"new").unwrap() && link.is_symlink());
         assert_eq!(fs::read_to_string(&file).unwrap(), "new");
         assert!(!put(Path::new("/dev/null"), b"a page").unwrap());
         assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());

@@ -1,5 +1,5 @@
 //! Measured staleness: how old the gradients are that are applied, and how far the weights have moved
-//! meanwhile. Every so many steps (`staleness.every`), for every stage and the tied table.
+//! meanwhile. Every so many steps (`staleness.every`), two steps before the multiples, for every stage and the tied table.
 //!
 //! The update of step t takes `W[t]` to `W[t+1]` by a gradient that was taken at `V[v]`, the weights as
 //! steps use them, v = max(s, t - D): `W[v]` itself, or a prediction of `W[t]` made of it.
@@ -67,6 +67,9 @@ pub struct Staleness {
     pub fresh_cosine: Option<f64>,
 }
 
+/// Measured steps are so many before the multiples.
+const BEFORE: usize = 2;
+
 /// What the buffer holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kept {
@@ -111,14 +114,16 @@ impl Meter {
         Ok(())
     }
 
-    /// Whether the distance is measured at the update of a step.
+    /// Whether the distance is measured at the update of a step: two steps before the multiples, where
+    /// pipelines are drained, so that the delay is whole and the step after it is still of the same
+    /// process.
     pub fn measures(&self, step: usize) -> bool {
-        step.is_multiple_of(self.every)
+        (step + BEFORE).is_multiple_of(self.every)
     }
 
     /// The first step from `step` on that is measured.
     pub fn next(&self, step: usize) -> usize {
-        step.next_multiple_of(self.every)
+        (step + BEFORE).next_multiple_of(self.every) - BEFORE
     }
 
     /// Before the update of a step: what there is to tell of it.
@@ -295,16 +300,16 @@ mod tests {
         layout.entries[1].parameter.role = Role::Vector;
         let count = layout.count() as f64;
         let mut meter = Meter::new(&layout, 4, Device::Cpu).unwrap();
-        assert_eq!((meter.next(1), meter.next(4)), (4, 4));
+        assert_eq!((meter.next(0), meter.next(3), meter.next(6)), (2, 6, 6));
 
-        // Delay 2, predicted: step 4 uses version 2, which was 1 and stood for 1.5; by now it is 2.
-        meter.made(1, &flat(&layout, 0.5), 2).unwrap();
-        meter.made(2, &flat(&layout, 1.0), 2).unwrap();
+        // Delay 2, predicted: step 6 uses version 4, which was 1 and stood for 1.5; by now it is 2.
+        meter.made(3, &flat(&layout, 0.5), 4).unwrap();
+        meter.made(4, &flat(&layout, 1.0), 4).unwrap();
         let (used, newest) = (flat(&layout, 1.5), flat(&layout, 2.0));
         let gradient = flat(&layout, 3.0);
-        let at = |gradient| AtUpdate { version: 2, used: Some(&used), newest: &newest, gradient };
-        assert_eq!(meter.before(3, &at(&gradient)).unwrap(), None);
-        let found = meter.before(4, &at(&gradient)).unwrap().unwrap();
+        let at = |gradient| AtUpdate { version: 4, used: Some(&used), newest: &newest, gradient };
+        assert_eq!(meter.before(5, &at(&gradient)).unwrap(), None);
+        let found = meter.before(6, &at(&gradient)).unwrap().unwrap();
         let close = |found: Option<f64>, value: f64| (found.unwrap() - value).abs() < 1e-9;
         assert_eq!(found.age, Some(2));
         assert!(
@@ -317,26 +322,26 @@ mod tests {
         assert_eq!(found, [("matrices", 0.25), ("vectors", 0.25)]);
 
         let opposite = flat(&layout, -1.0);
-        let found = meter.before(5, &at(&opposite)).unwrap().unwrap();
+        let found = meter.before(7, &at(&opposite)).unwrap().unwrap();
         assert!(close(found.cosine, -1.0) && found.distance.is_none());
-        assert_eq!(meter.before(6, &at(&opposite)).unwrap(), None);
+        assert_eq!(meter.before(8, &at(&opposite)).unwrap(), None);
 
         // One role alone has moved.
         let (vectors, entry) = (flat(&layout, 2.0), &layout.entries[1]);
         let count = entry.parameter.count() as i64;
         let _ = vectors.narrow(0, entry.offset as i64, count).fill_(4.0);
         let moved =
-            AtUpdate { version: 2, used: Some(&vectors), newest: &newest, gradient: &gradient };
+            AtUpdate { version: 4, used: Some(&vectors), newest: &newest, gradient: &gradient };
         let found =
-            Meter::new(&layout, 4, Device::Cpu).unwrap().before(4, &moved).unwrap().unwrap();
+            Meter::new(&layout, 4, Device::Cpu).unwrap().before(6, &moved).unwrap().unwrap();
         assert_eq!((found.roles["matrices"], found.roles["vectors"]), (0.0, 1.0));
 
         // Nothing is known of what it was; nothing has moved.
-        let found = meter.before(8, &at(&gradient)).unwrap().unwrap();
+        let found = meter.before(10, &at(&gradient)).unwrap().unwrap();
         assert_eq!((found.age, found.travelled), (Some(6), None));
         let still =
-            AtUpdate { version: 12, used: Some(&newest), newest: &newest, gradient: &gradient };
-        let found = meter.before(12, &still).unwrap().unwrap();
+            AtUpdate { version: 14, used: Some(&newest), newest: &newest, gradient: &gradient };
+        let found = meter.before(14, &still).unwrap().unwrap();
         assert_eq!((found.age, found.distance, found.travelled), (Some(0), Some(0.0), Some(0.0)));
     }
 }

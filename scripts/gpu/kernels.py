@@ -12,10 +12,11 @@ import csv
 import sys
 
 # The first that a kernel's name has.
+UPDATE, PRODUCTS = "update of the weights", "matrix products"
 KINDS = [
-    ("update of the weights", ("update_",)),
+    (UPDATE, ("update_",)),
     ("layer norms", ("layer_norm", "GammaBeta", "rms_norm")),
-    ("matrix products", ("nvjet", "gemm", "cutlass", "splitKreduce")),
+    (PRODUCTS, ("nvjet", "gemm", "cutlass", "splitKreduce")),
     ("attention", ("sdpa", "flash", "fmha", "dot_do_o", "convert_dq", "CatArray")),
     ("GELU", ("Gelu",)),
     ("gradients into the f32 sum", ("add_bf16",)),
@@ -34,10 +35,17 @@ def last_step(path):
         rows = list(csv.DictReader(line for line in file if line.startswith('"')))
     units = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0}
     kernels = [(row["Kernel Name"], float(row["Metric Value"].replace(",", "")) * units[row["Metric Unit"]]) for row in rows]
-    updates = [number for number, (name, _) in enumerate(kernels) if kind(name) == KINDS[0][0]]
-    if len(updates) < 2:
-        sys.exit(f"kernels: {len(updates)} updates in {path}, and a step lies between two")
-    return kernels[updates[-2] + 1 : updates[-1] + 1]
+    # A step may have several updates, of parts of the weights and of the table; then come products again.
+    last, ends = None, []
+    for number, (name, _) in enumerate(kernels):
+        if kind(name) == UPDATE:
+            last = number
+        elif kind(name) == PRODUCTS and last is not None:
+            ends, last = [*ends, last], None
+    ends += [last] if last is not None else []
+    if len(ends) < 2:
+        sys.exit(f"kernels: {len(ends)} updates in {path}, and a step lies between two")
+    return kernels[ends[-2] + 1 : ends[-1] + 1]
 
 
 def main():

@@ -233,7 +233,9 @@ def receive(work):
         finally:
             end(other)
         # PyTorch's warnings go the same way.
-        figures[blocks] = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+        found = next((line for line in text.splitlines() if line.startswith("{")), None)
+        assert found, f"no figures: {tail(text)}"
+        figures[blocks] = json.loads(found)
     one, four = figures[1], figures[4]
     return (f"products beside a receive of one block of threads take {one['beside']:.2f} times as long, {one['carved']:.2f} with its "
             f"multiprocessor left free; of four {four['beside']:.2f} and {four['carved']:.2f}"), figures

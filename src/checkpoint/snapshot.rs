@@ -43,8 +43,6 @@ pub struct Snapshot {
     pub step: usize,
     replicas: usize,
     contents: BTreeMap<ShardKind, Content>,
-    /// What a GPU copies into.
-    pinned: Option<Tensor>,
     /// A fault on purpose.
     disk_is_full: bool,
 }
@@ -52,14 +50,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Nothing yet, of a place of `replicas` that share the files out.
     pub fn new(place: Place, step: usize, replicas: usize) -> Snapshot {
-        Snapshot {
-            place,
-            step,
-            replicas,
-            contents: BTreeMap::new(),
-            pinned: None,
-            disk_is_full: false,
-        }
+        Snapshot { place, step, replicas, contents: BTreeMap::new(), disk_is_full: false }
     }
 
     fn writes(&self, buffer: SavedBuffer) -> bool {
@@ -70,10 +61,10 @@ impl Snapshot {
     fn copy<'a>(&mut self, kind: ShardKind, layout: &'a Layout, flat: &Tensor) -> Result<()> {
         let named = |entry: &'a Entry| (entry.parameter.name.clone(), &entry.parameter.shape[..]);
         let tensors: Vec<_> = layout.entries.iter().map(named).collect();
-        let pinned = &mut self.pinned;
+        let mut pinned = None;
         self.contents.entry(kind).or_default().add(&tensors, |number, memory| {
             let Entry { parameter, offset } = &layout.entries[number];
-            append(flat, *offset..offset + parameter.count(), memory, pinned)
+            append(flat, *offset..offset + parameter.count(), memory, &mut pinned)
         })
     }
 
@@ -144,7 +135,7 @@ impl Snapshot {
             let flat = states.f_to_kind(tch::Kind::Float)?.f_contiguous()?.f_view([-1])?;
             let content = self.contents.entry(ShardKind::Memory).or_default();
             content.add(&[(name, &shape[..])], |_, memory| {
-                append(&flat, 0..flat.numel(), memory, &mut self.pinned)
+                append(&flat, 0..flat.numel(), memory, &mut None)
             })?;
         }
 

@@ -34,6 +34,11 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     let vocabulary = &checkpoint.vocabulary;
     let sequence = config.eval_sequence();
     let text = Corpus::open_held_out(&config.data, config.seed, sequence, vocabulary)?;
+    if config.data.document_mask && !text.tokens.has_documents() {
+        let remedy = "nobody knows where this text's documents begin; set it to false, or name data.end_token";
+        return Err(Error::config("data.document_mask", true, remedy));
+    }
+
     let (sum, scored) = loss_sum(&model, &weights, &config, &text.tokens, vocabulary.len())?;
     let loss = sum / scored as f64;
     say!("weights         {} (step {})", checkpoint.path.display(), checkpoint.manifest.step);

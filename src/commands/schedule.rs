@@ -39,6 +39,10 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
     let mut schedule =
         Schedule::new(args.schedule, args.grid.stages, args.microbatches, args.slack, ends);
     (schedule.placement, schedule.tie) = (args.placement, args.tie);
+    if let Some(path) = args.svg.as_ref().filter(|path| files::is_stdout(path)) {
+        return write_picture(&schedule, args, costs, path);
+    }
+
     let fault = |fault: crate::schedule::Violation| Error::Internal(format!("schedule: {fault}"));
     put!("{}", summary(&schedule, args.grid.replicas, costs).map_err(fault)?);
     if args.steps > 0 {

@@ -33,7 +33,7 @@ pub struct DataConfig {
     pub tokenizer: Option<Tokenizer>,
     /// The token that ends a document. Of a `tokenizer.json` by default `eos_token` of the
     /// `tokenizer_config.json` beside it, or a usual one; of bytes or characters one that is named
-    /// here, as `"\n"`.
+    /// here, as `"\n"`; `""`: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_token: Option<String>,
     /// How many ids a file of token ids (.bin of nanoGPT, llm.c or Megatron-LM) may have where no
@@ -85,7 +85,16 @@ pub struct SourceConfig {
     pub epochs: Option<usize>,
 }
 
+/// What to do about an end token of bytes that is none.
+pub(super) const ONE_BYTE: &str =
+    "of bytes it is one ASCII character; name one, or take data.tokenizer = \"characters\"";
+
 impl DataConfig {
+    /// The end of a document that is asked for.
+    pub fn named_end(&self) -> Option<&str> {
+        self.end_token.as_deref().filter(|token| !token.is_empty())
+    }
+
     /// What the tokens of a text are that is not prepared.
     pub fn unit(&self) -> Unit {
         self.tokenizer.as_ref().map_or(Unit::Bytes, Tokenizer::unit)
@@ -124,10 +133,12 @@ impl DataConfig {
             }
         }
 
-        if let Some(token) = &self.end_token {
+        if let Some(token) = self.named_end() {
             let remedy = match &self.tokenizer {
                 Some(Tokenizer::File(_)) => None,
-                None | Some(Tokenizer::Bytes) => (token.len() != 1).then_some("name one byte"),
+                // Of a file that has tokens already it is said when that is opened.
+                None if self.path.is_some() || !self.source.is_empty() => None,
+                None | Some(Tokenizer::Bytes) => (token.len() != 1).then_some(ONE_BYTE),
                 Some(Tokenizer::Characters) => {
                     (token.chars().count() != 1).then_some("name one character")
                 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::opening::{HeldOutText, Opened, held_out_file, open, open_file};
+use super::prepared::is_prepared;
 use super::{DataConfig, HeldOut, Measure, Mixture, SourceConfig, Tokens, Unit, Vocabulary};
 use crate::error::{Error, Result};
 
@@ -181,6 +182,8 @@ fn alone(config: &DataConfig, source: &SourceConfig) -> DataConfig {
         source: Vec::new(),
         vocabulary_size: config.vocabulary_size.filter(|_| ids),
         token_bytes: config.token_bytes.filter(|_| ids),
+        // As what is said of texts that have no tokens yet.
+        end_token: config.end_token.clone().filter(|_| !ids && !is_prepared(&source.path)),
         ..config.clone()
     }
 }
@@ -209,7 +212,7 @@ fn open_mixed(
         let unit = found.vocabulary.unit();
         if vocabulary.is_none()
             && matches!(unit, Unit::Characters | Unit::Words)
-            && !super::prepared::is_prepared(&source.path)
+            && !is_prepared(&source.path)
         {
             let remedy = "prepare the texts of a mixture, with one --vocabulary";
             return Err(Error::data(name, format!("its {} are its own", unit.word()), remedy));

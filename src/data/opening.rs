@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use super::config::ONE_BYTE;
 use super::foreign::{self, is_foreign};
 use super::prepared::{Prepared, is_prepared};
 use super::text::{cut_text, file_text, made};
@@ -119,7 +120,7 @@ pub fn open_file(path: &Path, config: &DataConfig, vocabulary: &Vocabulary) -> R
 
 /// The token that ends a document of a text in these tokens, if there is one.
 pub fn document_end(config: &DataConfig, vocabulary: &Vocabulary) -> Option<u32> {
-    let named = config.end_token.as_deref();
+    let named = config.named_end();
     match vocabulary.unit() {
         Unit::Subwords => vocabulary.end(),
         Unit::Bytes => named?.bytes().next().map(u32::from),
@@ -145,11 +146,22 @@ pub fn held_out_file(config: &DataConfig) -> Option<&Path> {
 /// Settings that would not be read, and files of another kind than is read.
 fn refuse_unread(config: &DataConfig) -> Result<()> {
     refuse_ids_settings(config)?;
-    let ended = prepared_path(config).or_else(|| ids_path(config));
-    let named = config.end_token.as_ref().filter(|_| config.unit() != Unit::Subwords);
-    if let Some((path, token)) = ended.zip(named) {
-        let remedy = format!("{} has tokens already; leave it out", path.display());
-        return Err(Error::config("data.end_token", format!("{token:?}"), remedy));
+    let named = config.named_end().filter(|_| config.unit() != Unit::Subwords);
+    if let Some(token) = named {
+        let wrong = |remedy: &str| Error::config("data.end_token", format!("{token:?}"), remedy);
+        match prepared_path(config).or_else(|| ids_path(config)) {
+            Some(path) => {
+                let remedy = format!(
+                    "{} has tokens already; leave it out, or set it to \"\"",
+                    path.display()
+                );
+                return Err(wrong(&remedy));
+            }
+            None if config.unit() == Unit::Bytes && token.len() != 1 => {
+                return Err(wrong(ONE_BYTE));
+            }
+            None => {}
+        }
     }
 
     match prepared_path(config) {
@@ -310,7 +322,7 @@ fn check_tokenizer(
     }
 }
 
-/// Where a document begins, if that is known and leaves half of the share at least.
+/// Where a document of a list begins, if there is one that leaves half of the share at least.
 fn cut(tokens: &Tokens, fraction: f64) -> (Tokens, Tokens) {
     let share = (tokens.len() as f64 * fraction).round() as usize;
     let cut = tokens.len() - share;
@@ -400,6 +412,11 @@ fn open_text(
 
     let unknown = |error| unknown_word(error, config, known);
     let end = document_end(config, &vocabulary);
+    if let Some(token) = config.named_end().filter(|_| end.is_none()) {
+        let remedy = "the vocabulary has no such character; name another";
+        return Err(Error::config("data.end_token", format!("{token:?}"), remedy));
+    }
+
     let tokens = |ids: &[u32]| Tokens::of_ids(ids, vocabulary.len()).ended_by(end);
     let train = tokens(&vocabulary.encode(train, &config.name()).map_err(unknown)?);
     let held_out = match (held, &config.held_out) {

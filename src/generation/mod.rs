@@ -205,6 +205,13 @@ impl Document {
         room: usize,
         forward: &impl Fn(&[&[i64]], &mut Memory) -> Result<Vec<Vec<f64>>>,
     ) -> Result<Vec<Vec<f64>>> {
+        if self.read == 0 {
+            // Documents that are over before the last token say nothing of what follows.
+            let over = &text[..text.len().saturating_sub(1)];
+            let begun = over.iter().rposition(|token| *token == end).map_or(0, |at| at + 1);
+            *self = Document::new(room, begun);
+        }
+
         let mut last = Vec::new();
         while self.read < text.len() {
             if self.read > 0 && text[self.read - 1] == end {

@@ -58,6 +58,15 @@ impl Gauge {
         Ok(())
     }
 
+    /// Bytes that are taken now: resident on the host, or of the GPU since the start, when it was last looked
+    /// at.
+    pub fn present(&self) -> Option<u64> {
+        match self {
+            Gauge::Host { .. } => resident(),
+            Gauge::Gpu { start, most, .. } => Some(most.saturating_sub(*start)),
+        }
+    }
+
     /// Bytes between the start and the highest mark since.
     pub fn peak(&self) -> Option<u64> {
         match self {

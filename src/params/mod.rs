@@ -107,9 +107,9 @@ pub fn to_host(flat: &Tensor) -> Result<Tensor> {
 /// Values of one piece on its way from a GPU: 64 MiB.
 const PIECE: usize = 16 << 20;
 
-/// Appends values of a flat buffer to `memory`, all of the process' cores at once: what is touched
-/// for the first time takes the kernel longer than it takes to copy. Those of a GPU go through `pinned`
-/// memory, which is made when it is needed.
+/// Appends values of a flat buffer to `memory`. Those of a GPU go through `pinned` memory, which is made
+/// when it is needed, and from there by all of the process' cores: memory that is touched for the first time
+/// takes the kernel longer than the copy, and these cores have little else to do.
 ///
 /// # Errors
 /// What libtorch reports.
@@ -120,13 +120,17 @@ pub fn append(
     pinned: &mut Option<Tensor>,
 ) -> Result<()> {
     if flat.device() == Device::Cpu {
-        memory.par_extend(slice(flat)[range].par_iter());
+        memory.extend_from_slice(&slice(flat)[range]);
         return Ok(());
     }
 
     let room = match pinned {
         Some(room) => room,
-        None => pinned.insert(zeros(PIECE, Device::Cpu)?.f_internal_pin_memory(flat.device())?),
+        None => {
+            let room = zeros(PIECE, Device::Cpu)?;
+            // Where there is no such memory left, or none allowed, it is slower.
+            pinned.insert(room.f_internal_pin_memory(flat.device()).unwrap_or(room))
+        }
     };
     for from in range.clone().step_by(PIECE) {
         let count = PIECE.min(range.end - from);

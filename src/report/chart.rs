@@ -286,6 +286,10 @@ fn extent(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
 fn range(series: &[Series], shown: Shown) -> Option<(f64, f64)> {
     let all = || series.iter().flat_map(|series| &series.points).map(|(_, y)| *y);
     let (least, most) = extent(all())?;
+    if !(most - least).is_finite() {
+        return None; // Nothing can be drawn to such a scale.
+    }
+
     let most = match shown {
         Shown::FromZero => return Some((0.0, if most > 0.0 { most * 1.05 } else { 1.0 })),
         Shown::All => most,
@@ -393,5 +397,16 @@ mod tests {
         for (value, text) in table {
             assert_eq!(short(value), text);
         }
+    }
+
+    /// A damaged file's numbers, to whose scale nothing can be drawn.
+    #[test]
+    fn a_scale_without_end_is_none() {
+        let series = |values: &[f64]| {
+            let points = values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect();
+            [Series { name: "a".into(), points, color: 0, dots: false }]
+        };
+        assert_eq!(range(&series(&[1e307, -1e308, 1e308]), Shown::All), None);
+        assert!(range(&series(&[1e300, -1e300]), Shown::All).is_some());
     }
 }

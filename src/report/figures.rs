@@ -109,15 +109,9 @@ impl Figures {
         let tail = &metrics.steps[metrics.steps.len() - metrics.steps.len().div_ceil(10)..];
         let eval = metrics.evals.last().copied();
 
-        let folder = history.folder.display().to_string();
-        let whole = history.folder.canonicalize().unwrap_or_else(|_| history.folder.clone());
-        let name = match whole.file_name() {
-            Some(name) => name.to_string_lossy().into_owned(),
-            None => folder.clone(),
-        };
         Figures {
-            name,
-            folder,
+            name: files::name(&history.folder),
+            folder: history.folder.display().to_string(),
             steps: last.step,
             tokens: last.tokens,
             seconds: last.clock,
@@ -281,7 +275,8 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
     }
     if facts["device"] == "cuda" {
         notes.push(
-            "on GPUs times are those of the hosts, which do not wait for them: no proof".to_owned(),
+            "on GPUs times by kinds are those of the hosts, which do not wait for the device: no proof; a trace has the device's"
+                .to_owned(),
         );
     }
     if history.places.places.is_empty() {

@@ -28,6 +28,10 @@ use crate::error::{Error, Result};
 use crate::files;
 use compare::Comparison;
 
+/// Files of a run that no page may replace.
+const WRITTEN: [&str; 5] =
+    ["metrics.jsonl", "events.jsonl", "places.json", "config.toml", "metrics.prom"];
+
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -55,9 +59,20 @@ pub fn report(request: &Request) -> Result<()> {
         return Ok(());
     }
 
-    let path = request.out.clone().unwrap_or_else(|| request.runs[0].join("report.html"));
     let page = page::page(&runs, &comparison);
-    let apart = files::put(&path, page.as_bytes()).map_err(|error| {
+    let name = request.out.as_ref().and_then(|path| path.file_name());
+    if let Some(name) = name.and_then(|name| name.to_str()).filter(|name| WRITTEN.contains(name)) {
+        let remedy = "a run writes files of this name; choose another";
+        return Err(Error::config("-o", name, remedy));
+    }
+
+    // The folder may have come from elsewhere, with a link of that name.
+    let path = request.out.clone().unwrap_or_else(|| request.runs[0].join("report.html"));
+    let written = match request.out {
+        Some(_) => files::put(&path, page.as_bytes()),
+        None => files::replace(&path, page.as_bytes()).map(|()| true),
+    };
+    let apart = written.map_err(|error| {
         Error::config(
             "-o",
             path.display(),
@@ -66,8 +81,8 @@ pub fn report(request: &Request) -> Result<()> {
     })?;
     if apart {
         say!("{}: {} KiB, opens in a browser", path.display(), page.len().div_ceil(1024));
-        runs.iter().flat_map(|run| &run.notes).for_each(|note| say!("note: {note}"));
     }
+    runs.iter().flat_map(|run| &run.notes).for_each(|note| complain!("note: {note}"));
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The page: one HTML file with everything in it, which a browser opens from a disk.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -130,8 +131,7 @@ fn what_was_run(runs: &[Figures], comparison: &Comparison) -> Markup {
         })
     };
     let differs = |key: &str| comparison.differences.iter().any(|(of, _)| of == key);
-    let keys: std::collections::BTreeSet<&String> =
-        runs.iter().flat_map(|run| run.settings.keys()).collect();
+    let keys: BTreeSet<&String> = runs.iter().flat_map(|run| run.settings.keys()).collect();
     html! {
         h2 { "What was run" }
         @if runs.len() > 1 {
@@ -302,24 +302,45 @@ fn proof(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mark
     }
 }
 
+/// Curves of a stage's staleness; points of all of them on a page, and of each at least.
+const KINDS_OF_STALENESS: usize = 7;
+const MOST_POINTS: usize = 20_000;
+const LEAST_POINTS: usize = 40;
+
+/// The stages whose staleness a run has measured, in order, then the table.
+fn measured(run: &Figures) -> Vec<Value> {
+    let told = run.staleness.iter().filter_map(|(_, told)| told.as_array()).flatten();
+    let mut numbers = BTreeSet::new();
+    let mut table = false;
+    for of in told {
+        match of["stage"].as_u64() {
+            Some(number) => drop(numbers.insert(number)),
+            None => table |= of["stage"] == "table",
+        }
+    }
+    numbers.into_iter().map(Value::from).chain(table.then(|| Value::from("table"))).collect()
+}
+
 /// The staleness that a run has measured: over steps, a curve for every stage.
 fn staleness(runs: &[Figures], charts: &mut Charts) -> Markup {
+    // A page of many runs has no more points of them all than one of a few.
+    let all: usize = runs.iter().map(|run| KINDS_OF_STALENESS * measured(run).len()).sum();
+    let points = (MOST_POINTS / all.max(1)).clamp(LEAST_POINTS, POINTS);
     let curves = |run: &Figures, key: &str| -> Vec<Series> {
-        let stages = run.facts["stages"].as_u64().unwrap_or(0) as usize;
-        let of = |stage: usize| {
-            let table = stage == stages;
-            let whose = |of: &&Value| match table {
-                true => of["stage"] == "table",
-                false => of["stage"].as_u64() == Some(stage as u64),
-            };
+        let of = |(color, stage): (usize, Value)| {
             let point = |(step, told): &(u64, Value)| {
-                Some((*step as f64, told.as_array()?.iter().find(whose)?[key].as_f64()?))
+                let told = told.as_array()?.iter().find(|told| told["stage"] == stage)?;
+                Some((*step as f64, told[key].as_f64()?))
             };
-            let points: Vec<(f64, f64)> = run.staleness.iter().filter_map(point).collect();
-            let name = if table { "table".to_owned() } else { format!("stage {stage}") };
-            Series { name, points: thin(&points, POINTS), color: stage, dots: false }
+            let found: Vec<(f64, f64)> = run.staleness.iter().filter_map(point).collect();
+            let name = match stage.as_u64() {
+                Some(number) => format!("stage {number}"),
+                None => "table".to_owned(),
+            };
+            Series { name, points: thin(&found, points), color, dots: false }
         };
-        (0..=stages).map(of).filter(|series| !series.points.is_empty()).collect()
+        let series = measured(run).into_iter().enumerate().map(of);
+        series.filter(|series| !series.points.is_empty()).collect()
     };
     let kinds = [
         ("age", "Age of the applied gradients", "updates", Shown::FromZero),
@@ -415,6 +436,15 @@ fn late(proof: &super::proof::Proof, device: usize) -> Option<String> {
     Some(format!("{}{}", if all { "≥ " } else { "" }, short(1e3 * absorbs_s)))
 }
 
+/// Of a run's events the first ones, and all that are shown.
+const FIRST_EVENTS: usize = 20;
+const MOST_EVENTS: usize = 200;
+
+/// Events between the first and the last ones, which have no room.
+fn left_out(run: &Figures) -> usize {
+    run.events.len().saturating_sub(MOST_EVENTS)
+}
+
 fn events(runs: &[Figures]) -> Markup {
     html! {
         @if runs.iter().any(|run| !run.events.is_empty()) { h2 { "Events" } }
@@ -424,8 +454,13 @@ fn events(runs: &[Figures]) -> Markup {
                 summary { (run.name) ": " (run.events.len()) " events" }
                 div class="scroll" { table {
                     tr { th { "after" } th { "step" } th { "kind" } th { "what" } }
-                    @for event in &run.events {
+                    @for (number, event) in run.events.iter().enumerate() {
+                      @if number == FIRST_EVENTS && left_out(run) > 0 {
+                        tr { td {} td {} td {} td class="text" { "and " (left_out(run)) " more, in events.jsonl" } }
+                      }
+                      @if number < FIRST_EVENTS || number >= FIRST_EVENTS + left_out(run) {
                         tr { td { (duration(event.time - began)) } td { (event.step) } td { (word(&event.kind)) } td class="text" { (event.text) } }
+                      }
                     }
                 } }
             }

@@ -13,6 +13,8 @@ use crate::schedule::{Schedule, ScheduleKind, StageCosts, absorbed, step_time};
 /// Microbatches of all stages up to which a grid's slack is looked for: the search simulates it many
 /// times.
 const SIMULATED: usize = 64;
+/// Stages, and microbatches, of a run whose file is not damaged.
+const MOST: usize = 1 << 12;
 
 /// What a run's times say.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -47,7 +49,9 @@ pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
     let delays: Vec<usize> = serde_json::from_value(facts["delays"].clone()).ok()?;
     let ahead: Vec<usize> = serde_json::from_value(facts["ahead"].clone()).ok()?;
     let kind: ScheduleKind = serde_json::from_value(facts["schedule"].clone()).ok()?;
-    if stages == 0 || microbatches == 0 || delays.len() != stages || ahead.len() != stages {
+    let bounded = |count: usize| (1..=MOST).contains(&count);
+    if !bounded(stages) || !bounded(microbatches) || delays.len() != stages || ahead.len() != stages
+    {
         return None;
     }
 

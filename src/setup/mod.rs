@@ -199,6 +199,12 @@ impl Setup {
             notes.push(note.to_owned());
         }
 
+        if before.data.end_token != now.data.end_token && now.data.document_mask {
+            let note =
+                "note: data.end_token is another than before: documents end elsewhere from here on";
+            notes.push(note.to_owned());
+        }
+
         let Some(text) = &saved.manifest.text else { return notes };
 
         let found = self.corpus.fingerprint();

@@ -91,7 +91,7 @@ pub(super) fn check_documents(config: &Config, corpus: &Corpus) -> Result<()> {
 
     match corpus.sources.iter().find(|source| !source.tokens.has_documents()) {
         Some(source) => {
-            let remedy = "nobody knows where its documents begin: prepare it, or name a data.tokenizer that has an end token, or data.end_token of bytes";
+            let remedy = "nobody knows where its documents begin: prepare it, or name a data.tokenizer that has an end token, or data.end_token of bytes or characters";
             let found = format!("true with {}", source.name);
             Err(Error::config("data.document_mask", found, remedy))
         }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use crate::files;
 use crate::metrics::{EventKind, EventLine, PlaceRecord, clock, thousands, wall_time};
 use crate::report::{History, thin};
 
@@ -86,9 +87,8 @@ impl State {
         });
         let points: Vec<(f64, f64)> =
             steps.iter().map(|point| (point.step as f64, point.loss)).collect();
-        let name = history.folder.file_name().map(|name| name.to_string_lossy().into_owned());
         State {
-            name: name.unwrap_or_else(|| history.folder.display().to_string()),
+            name: files::name(&history.folder),
             grid: facts["grid"].as_str().unwrap_or("?").to_owned(),
             phase,
             step,

@@ -39,7 +39,7 @@ use crate::control::{Activity, Mode, Report};
 use crate::data::Batches;
 use crate::error::{Error, Result};
 use crate::inject::Fault;
-use crate::memory::{Gauge, Prediction, resident};
+use crate::memory::{Gauge, Prediction};
 use crate::number::Number;
 use crate::optim::{UpdateScalars, learning_rate, norm};
 use crate::params::{bytes, to_host};
@@ -350,8 +350,8 @@ impl Worker {
     /// Tells where the time went, if that is long enough ago.
     fn tell_times(&mut self, step: usize, least: Duration) -> Result<()> {
         let Some(times) = self.probes.recent(least) else { return Ok(()) };
-        let rank = self.context.rank;
-        self.context.reports.send(Report::Times { rank, step, times, memory: resident() })
+        let (rank, memory) = (self.context.rank, self.gauge.as_ref().and_then(Gauge::present));
+        self.context.reports.send(Report::Times { rank, step, times, memory })
     }
 
     /// Tells the digest of the new weights, if it is time, for replicas to be compared.

@@ -711,6 +711,10 @@ fn lines_are_documents_where_their_end_is_named() {
         let alone = on("ban: ker");
         assert_eq!(on("ban: pan, ban.\nban: ker"), alone);
         assert_ne!(on("ban: ker, ban: ker"), alone);
+        let long = format!("ban: {}", "ker ".repeat(20));
+        assert_eq!(on(&format!("ban: pan.\n{long}")), on(&long));
+        // What an end token is followed by depends on the document that it ends.
+        assert_eq!(on("x\nban: ker.\n"), on("ban: ker.\n"));
         // Several at once.
         let args = ["--prompt", "ban: ker", "--prompt", "x\nban: ker", "--tokens", "9"];
         let both =
@@ -720,13 +724,34 @@ fn lines_are_documents_where_their_end_is_named() {
         assert_eq!(parts[1].lines().next(), parts[2].lines().next(), "{both}");
     }
 
-    for (tokenizer, end) in [("bytes", "ab"), ("characters", "ab"), ("words", "a")] {
-        let sets = [format!("data.tokenizer={tokenizer}"), format!("data.end_token={end}")];
-        let args = folder.train("refused", &[&sets[0], &sets[1]], &[]);
-        let refused = program(&slices(&args)).expect_code(2);
+    std::fs::write(folder.path("text.txt"), "one line\nanother\n".repeat(400)).unwrap();
+    let path = format!("data.path={}", folder.text("text.txt"));
+    let path = ["data.synthetic=none", &path];
+    for (tokenizer, end, more, remedy) in [
+        ("bytes", "ab", &[][..], "one ASCII character"),
+        ("bytes", "é", &[], "one ASCII character"),
+        ("", "ab", &path, "one ASCII character"),
+        ("characters", "ab", &[], "name one character"),
+        ("characters", "|", &path, "no such character"),
+        ("words", "a", &[], "leave it out"),
+    ] {
+        let named = if tokenizer.is_empty() { "data.min_count=1" } else { "data.tokenizer=" };
+        let sets = [format!("{named}{tokenizer}"), format!("data.end_token={end}")];
+        let sets = [&[&sets[0][..], &sets[1]][..], more].concat();
+        let refused = program(&slices(&folder.train("refused", &sets, &[]))).expect_code(2);
         let named = format!("setting `data.end_token`: found \"{end}\"");
-        assert!(refused.stderr.contains(&named), "{refused}");
+        assert!(refused.stderr.contains(&named) && refused.stderr.contains(remedy), "{refused}");
     }
+
+    // A text whose documents nobody knows is not scored as if somebody did; another end is told.
+    let learned = folder.text("learned");
+    let refused = program(&["eval", &learned, "--set", "data.end_token="]).expect_code(2);
+    assert!(refused.stderr.contains("data.document_mask"), "{refused}");
+    let sets =
+        [&lines[..1], &["data.end_token=.", "data.sequence=64", "batch=8", "steps=160"]].concat();
+    let sets = [&sets[..], &["model.layers=2", "optimizer.lr=2e-2"]].concat();
+    let resumed = program(&slices(&folder.train("learned", &sets, &["--resume"]))).expect_code(0);
+    assert!(resumed.stdout.contains("data.end_token is another than before"), "{resumed}");
 }
 
 /// A model with its tokenizer: in, generated with, trained under mpirun on documents, evaluated, out again; what the

@@ -180,3 +180,15 @@ fn the_readme_is_short() {
     let text = std::fs::read_to_string("README.md").unwrap();
     assert!(text.lines().count() <= 180, "{} lines", text.lines().count());
 }
+
+/// The picture of schedules is what the program draws (`scripts/pictures.sh`).
+#[test]
+fn the_picture_is_the_programs() {
+    let args = ["--grid", "4x1", "-m", "2", "--times", "1:2:0", "--steps", "6"];
+    let drawn = run(ouroboros(&[&["schedule"][..], &args, &["--svg", "/dev/stdout"]].concat()), 60);
+    let drawn = drawn.expect_code(0).stdout;
+    assert!(
+        std::fs::read_to_string("docs/schedules.svg").unwrap() == drawn,
+        "run scripts/pictures.sh"
+    );
+}

@@ -678,6 +678,8 @@ fn links_in_a_run_folder_are_not_followed() {
     link("outside", "checkpoints/step-9.tmp");
     shell(&folder, &format!("{good} --resume --set steps=18")).expect_code(0);
     assert!(folder.path("a/checkpoints/step-18").exists());
+    link("outside/kept", "report.html");
+    shell(&folder, "$B report a").expect_code(0);
     assert_eq!(there(), [("kept".into(), "kept".to_owned())]);
 
     // A file of a state may be none of its folder.
