@@ -71,9 +71,14 @@ else
     echo "skipped: no namespaces of mounts here"
 fi
 
-say "other runs beside it"
+say "other runs beside it, and nothing changed in their folders"
 timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 1x1 --out "$runs/second" --set steps=60 --set eval.every=20 --set batch=16 >/dev/null
+sums() { find "$runs/first" "$runs/second" -type f ! -name report.html -exec sha256sum {} + | sort; }
+sums >"$folder/before"
 timeout "$LIMIT" "$program" report "$runs/first" "$runs/second" -o "$folder/report.html"
+timeout "$LIMIT" "$program" report "$runs/first" >/dev/null
+timeout "$LIMIT" "$program" watch "$runs/first" --once
+sums | diff "$folder/before" - || { echo "report or watch has changed a run's folder" >&2; exit 1; }
 timeout "$LIMIT" "$program" report "$runs/first" --json | python3 -c 'import json, sys; json.load(sys.stdin)["runs"][0]["proof"]["measured_idle"]'
 check page "$folder/report.html" target/report
 

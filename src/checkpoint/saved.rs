@@ -123,7 +123,15 @@ impl Checkpoint {
         let bytes =
             self.manifest.shards.iter().fold(0u64, |sum, shard| sum.saturating_add(shard.bytes));
         let bar = Bar::of_bytes(bytes, "verifying checkpoint");
-        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard, &bar))
+        self.verify_with(|bytes| bar.advance(bytes))
+    }
+
+    /// The same, telling how many bytes more have been looked at.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::verify`].
+    pub fn verify_with(&self, told: impl Fn(u64)) -> Result<()> {
+        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard, &told))
     }
 
     /// What the manifest of a state says, whose files are not looked at.
@@ -154,7 +162,7 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), manifest, vocabulary })
     }
 
-    fn verify_shard(&self, shard: &Shard, bar: &Bar) -> Result<()> {
+    fn verify_shard(&self, shard: &Shard, told: &impl Fn(u64)) -> Result<()> {
         let file = self.path.join(&shard.file);
         let found = fs::metadata(&file).map_err(|error| Error::checkpoint(&file, error))?.len();
         if found != shard.bytes {
@@ -164,8 +172,7 @@ impl Checkpoint {
             ));
         }
 
-        let (_, found) = digest(&file, |bytes| bar.advance(bytes))
-            .map_err(|error| Error::checkpoint(&file, error))?;
+        let (_, found) = digest(&file, told).map_err(|error| Error::checkpoint(&file, error))?;
         if found != shard.digest {
             return Err(Error::checkpoint(
                 &file,

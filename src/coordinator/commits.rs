@@ -9,9 +9,6 @@ use std::time::Duration;
 use crate::checkpoint::{self, Manifest, Shard, Written};
 use crate::error::{Error, Result};
 use crate::grid::Place;
-use crate::model;
-use crate::optim::state_layouts;
-use crate::params::Layout;
 use crate::setup::Setup;
 
 /// The places that have written their parts of a state, and the files.
@@ -118,10 +115,7 @@ impl Commits {
 /// # Errors
 /// [`Error::Config`] about `--out`.
 pub fn check_room(setup: &Setup, out: &Path) -> Result<()> {
-    let layout = Layout::new(&model::parameters(&setup.dimensions));
-    let state: usize =
-        state_layouts(&setup.config.optimizer, &layout).iter().map(Layout::count).sum();
-    let needed = 2 * ((setup.parameters() + state) * size_of::<f32>()) as u64;
+    let needed = setup.two_states();
     match checkpoint::room(out) {
         Some(left) if left < needed => {
             let mib = |bytes: u64| bytes.div_ceil(1 << 20);

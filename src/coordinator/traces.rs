@@ -12,7 +12,7 @@ use crate::control::{Control, Controls};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::setup::Setup;
-use crate::trace::{About, Alignment, ClockName, Moment, Offset, Part, Window, merge};
+use crate::trace::{About, Alignment, ClockName, Moment, Offset, Part, Window, merge, reserve};
 
 /// Between two looks at the file `TRACE`: it may be far away.
 const LOOK: Duration = Duration::from_secs(1);
@@ -225,6 +225,7 @@ impl Traces {
             grid: self.setup.grid,
             schedule: self.setup.schedule.clone(),
             window,
+            reserve: reserve(self.setup.two_states(), self.setup.grid.devices()),
             threads: self.threads,
         };
 

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
@@ -15,6 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Unit;
 use super::subword::{Subword, SubwordFacts, context};
 use super::words::{EOS, TASK, UNK, ids, joined, list, words};
+use crate::bar::Bar;
 use crate::error::{Error, Result};
 
 /// Bytes of subwords that one task encodes, which take longer and more memory than others.
@@ -229,16 +229,16 @@ impl Vocabulary {
         }
 
         pieces.push(start..text.len());
-        let bar = ProgressBar::new(text.len() as u64);
+        let bar = Bar::of_bytes(text.len() as u64, "tokenising");
         let encoded = pieces.into_par_iter().map(|piece| {
             let before = self.context(&text[..piece.start]);
             let tokens = self.encode_piece(before, &text[piece.clone()], name);
-            bar.inc(piece.len() as u64);
+            bar.advance(piece.len() as u64);
             tokens
         });
 
         let encoded: Result<Vec<Vec<u32>>> = encoded.collect();
-        bar.finish_and_clear();
+        drop(bar);
         let mut encoded = encoded?;
         encoded.insert(0, self.opening()?);
         encoded.push(self.closing(encoded.iter().rev().find_map(|part| part.last().copied()))?);

@@ -80,7 +80,7 @@ pub fn export(request: &ExportRequest) -> Result<()> {
     let checkpoint = Checkpoint::open_unverified(&request.run)?;
     // What is read is looked at while it is written.
     let (made, good) = std::thread::scope(|scope| {
-        let good = scope.spawn(|| checkpoint.verify());
+        let good = scope.spawn(|| checkpoint.verify_with(|_| ()));
         let made = write_folder(request, &checkpoint, &tmp);
         let lost = |_| Err(Error::Internal("a panic while the weights were verified".into()));
         (made, good.join().unwrap_or_else(lost))
@@ -218,12 +218,13 @@ fn make(
     let mut files = checkpoint.weights();
     let parts = parts(targets, shard);
     let mut map = Map::new();
+    let bar = Bar::of_bytes(targets.iter().map(Target::bytes).sum(), "exporting");
     for (number, part) in parts.iter().enumerate() {
         let name = match parts.len() {
             1 => WEIGHTS.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
         };
-        write(&mut files, &folder.join(&name), part)?;
+        write(&mut files, &folder.join(&name), part, &bar)?;
         map.extend(part.iter().map(|target| (target.name.clone(), name.clone().into())));
     }
 
@@ -252,7 +253,7 @@ fn parts(targets: &[Target], shard: Option<u64>) -> Vec<&[Target]> {
 }
 
 /// Writes a file of tensors.
-fn write(files: &mut WeightFiles, path: &Path, targets: &[Target]) -> Result<()> {
+fn write(files: &mut WeightFiles, path: &Path, targets: &[Target], bar: &Bar) -> Result<()> {
     let unwritten = |error: std::io::Error| Error::unwritten(path, error);
     let tensors: Vec<(String, Dtype, Vec<usize>)> = targets
         .iter()
@@ -261,7 +262,6 @@ fn write(files: &mut WeightFiles, path: &Path, targets: &[Target]) -> Result<()>
     // Readers ask for it.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut stream = TensorStream::create(path, &tensors, Some(metadata)).map_err(unwritten)?;
-    let bar = Bar::of_bytes(targets.iter().map(Target::bytes).sum(), "exporting");
     for target in targets {
         copy(files, target, |bytes| {
             bar.advance(bytes.len() as u64);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message;
 
-use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
+use super::{EvalLine, EventKind, EventLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
 use crate::clock::TimeKind;
 use crate::error::{Error, Result};
 use crate::files;
@@ -265,6 +265,16 @@ impl Sink for TensorBoard {
         let memory =
             line.memory.map(|bytes| (format!("memory_mib/{name}"), (bytes >> 10) as f64 / 1024.0));
         self.add(line.step, TimeKind::ALL.iter().map(share).chain(memory).collect())
+    }
+
+    /// A resumed run continues the curves up to here: they are on the disk from now on.
+    fn event(&mut self, line: &EventLine) -> Result<()> {
+        match line.kind {
+            EventKind::Saved => {
+                self.file.flush().map_err(|error| Error::unwritten(&self.path, error))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn finish(&mut self) -> Result<()> {

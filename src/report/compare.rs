@@ -17,6 +17,9 @@ pub struct Comparison {
     pub per_byte: bool,
     /// Why losses cannot be compared at all.
     pub incomparable: Option<String>,
+    /// What else there is to say of it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     pub to_loss: Option<ToLoss>,
 }
 
@@ -45,6 +48,7 @@ impl Comparison {
         let kinds: BTreeSet<&String> = tokens.iter().flatten().collect();
         let other_tokens = kinds.len() > 1 || !kinds.is_empty() && tokens.contains(&None);
         let known = runs.iter().all(|run| run.bits().is_some());
+        let unknown = runs.len() > 1 && kinds.is_empty();
         let incomparable = (other_tokens && !known).then(|| {
             "the runs have other tokens, or it is not known which, and how many bytes of text a token stands for \
              is not known of all: their losses cannot be compared"
@@ -52,16 +56,26 @@ impl Comparison {
         });
 
         let per_byte = other_tokens && known;
+        let none = runs.iter().find_map(|run| Some((run, run.no_training()?)));
+        let mut notes = Vec::new();
+        if unknown {
+            notes.push("of no run it is known what its tokens are: losses are compared as if they were the same".to_owned());
+        }
+        if let Some((run, kind)) = none.filter(|_| runs.len() > 1) {
+            notes.push(format!(
+                "there is no time to a loss, because {} is a run of kind {kind}",
+                run.name
+            ));
+        }
         Comparison {
             differences: differences(runs),
             per_byte,
-            to_loss: match incomparable.is_none()
-                && runs.iter().all(|run| run.no_training().is_none())
-            {
+            to_loss: match incomparable.is_none() && none.is_none() {
                 true => to_loss(runs, per_byte),
                 false => None,
             },
             incomparable,
+            notes,
         }
     }
 

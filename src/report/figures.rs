@@ -255,6 +255,12 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
             metrics.damaged
         ));
     }
+    if history.unknown_events > 0 {
+        notes.push(format!(
+            "{} lines of events.jsonl cannot be read, or are of another version",
+            history.unknown_events
+        ));
+    }
     if metrics.twice > 0 {
         notes.push(format!(
             "{} steps were made again after a resume; the later ones are shown",
@@ -279,7 +285,9 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
                 .to_owned(),
         );
     }
-    if history.places.places.is_empty() {
+    if history.unknown_places {
+        notes.push("places.json cannot be read, or is of another version".to_owned());
+    } else if history.places.places.is_empty() {
         notes.push(
             "places.json does not say where the time went: too short a run, or the oracle's"
                 .to_owned(),

@@ -182,7 +182,11 @@ pub struct History {
     pub folder: PathBuf,
     pub metrics: Metrics,
     pub events: Vec<EventLine>,
+    /// Lines of events that are of another version, or damaged.
+    pub unknown_events: usize,
     pub places: Places,
+    /// The file is of another version, or damaged.
+    pub unknown_places: bool,
     lines: Tail,
     log: Tail,
 }
@@ -194,7 +198,9 @@ impl History {
             folder: folder.to_owned(),
             metrics: Metrics::default(),
             events: Vec::new(),
+            unknown_events: 0,
             places: Places::default(),
+            unknown_places: false,
             lines: Tail::new(folder.join("metrics.jsonl")),
             log: Tail::new(folder.join(EventLog::NAME)),
         }
@@ -212,15 +218,19 @@ impl History {
         new.iter().for_each(|line| self.metrics.add(line));
 
         let mut new = Vec::new();
-        if self.log.read(|line| new.extend(serde_json::from_str::<EventLine>(line).ok()))? {
+        if self.log.read(|line| new.push(serde_json::from_str::<EventLine>(line)))? {
             self.events.clear();
+            self.unknown_events = 0;
         }
-        self.events.append(&mut new);
+        self.unknown_events += new.iter().filter(|event| event.is_err()).count();
+        self.events.extend(new.into_iter().flatten());
 
         // It is replaced whole: what cannot be read is of another version.
-        let places = files::read(&self.folder.join(PlacesFile::NAME)).ok();
-        if let Some(places) = places.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
-            self.places = places;
+        if let Ok(bytes) = files::read(&self.folder.join(PlacesFile::NAME)) {
+            match serde_json::from_slice(&bytes) {
+                Ok(places) => (self.places, self.unknown_places) = (places, false),
+                Err(_) => self.unknown_places = true,
+            }
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::chart::{Chart, Series, Shown, bars, css, heat, lines, short};
 use super::compare::Comparison;
 use super::figures::{Figures, POINTS};
+use super::proof::{Proof, SIMULATED};
 use super::thin::thin;
 use crate::clock::TimeKind;
 use crate::metrics::{clock, thousands};
@@ -173,7 +174,7 @@ fn losses(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mar
         ("Loss over tokens", "tokens", |run| {
             (&run.curves.loss_by_tokens, &run.curves.eval_by_tokens)
         }),
-        ("Loss over time", "seconds", |run| {
+        ("Loss over time of steps", "seconds, without evaluations and pauses", |run| {
             (&run.curves.loss_by_seconds, &run.curves.eval_by_seconds)
         }),
     ];
@@ -202,6 +203,7 @@ fn losses(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mar
     html! {
         h2 { "Loss" }
         @if let Some(why) = &comparison.incomparable { p { (why) "." } }
+        @for note in &comparison.notes { p { (note) "." } }
         @if comparison.per_byte { p { "The runs have other tokens: losses are shown as bits per byte of the text, which compare." } }
         @for pick in picks { (figure(pick)) }
         p class="soft" { "Lines: training; dots: held out. Thinned so that no peak is lost; what lies above the frame, as the first steps may, is drawn on its edge." }
@@ -249,7 +251,7 @@ fn grid(run: &Figures, charts: &mut Charts) -> Markup {
 }
 
 fn proof(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Markup {
-    let known: Vec<(&Figures, &super::proof::Proof)> =
+    let known: Vec<(&Figures, &Proof)> =
         runs.iter().filter_map(|run| Some((run, run.proof.as_ref()?))).collect();
     let groups: Vec<(String, Vec<Option<f64>>)> = known
         .iter()
@@ -281,7 +283,7 @@ fn proof(runs: &[Figures], comparison: &Comparison, charts: &mut Charts) -> Mark
             } }
         }
         @if let Some(to_loss) = comparison.to_loss.as_ref().filter(|_| runs.len() > 1) {
-            h3 { "Time to the same loss" }
+            h3 { "Time to the same loss, without evaluations and pauses" }
             p {
                 "To " (if to_loss.held_out { "a held-out" } else { "a training" }) " " (comparison.unit()) " of " (short(to_loss.loss)) ", which all runs reach: the time of a step times the steps."
             }
@@ -403,12 +405,13 @@ fn memory(runs: &[Figures], charts: &mut Charts) -> Markup {
 }
 
 fn slack(runs: &[Figures]) -> Markup {
-    let known: Vec<(&Figures, &super::proof::Proof)> =
+    let known: Vec<(&Figures, &Proof)> =
         runs.iter().filter_map(|run| Some((run, run.proof.as_ref()?))).collect();
     html! {
         @if !known.is_empty() {
             h2 { "Slack" }
-            p { "The device with most work sets the pace; the others have time to spare, and may be late now and then without anybody waiting for them at the end." }
+            p { "The device with most work sets the pace; the others have time to spare, and may be late now and then without the run's end being later by more than a hundredth of a step. From the mean times of the replicas"
+                @if known.iter().any(|(_, proof)| proof.absorbs_s.is_none()) { "; how late is not looked for in grids of more than " (SIMULATED) " microbatches on all stages" } "." }
             div class="scroll" { table {
                 tr { th { "run" } th { "device" } th { "work a step, ms" } th { "to spare, ms" } th { "may be late once by, ms" } }
                 @for (run, proof) in &known {
@@ -429,7 +432,7 @@ fn slack(runs: &[Figures]) -> Markup {
 }
 
 /// How late a device may be once, in milliseconds.
-fn late(proof: &super::proof::Proof, device: usize) -> Option<String> {
+fn late(proof: &Proof, device: usize) -> Option<String> {
     let absorbs_s = proof.absorbs_s.as_ref()?.get(device)?;
     // The search ends just below the most that it looks for.
     let all = proof.absorbs_most_s.is_some_and(|most| *absorbs_s > 0.99 * most);

@@ -12,7 +12,7 @@ use crate::schedule::{Schedule, ScheduleKind, StageCosts, absorbed, step_time};
 
 /// Microbatches of all stages up to which a grid's slack is looked for: the search simulates it many
 /// times.
-const SIMULATED: usize = 64;
+pub const SIMULATED: usize = 64;
 /// Stages, and microbatches, of a run whose file is not damaged.
 const MOST: usize = 1 << 12;
 

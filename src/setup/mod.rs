@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::grid::Grid;
 use crate::model::{self, Dimensions, Stack, TieGradient};
 use crate::number::{READBACK_STEPS, Readback};
+use crate::optim::state_layouts;
 use crate::params::Layout;
 use crate::precision::Precision;
 use crate::schedule::{Evals, Schedule};
@@ -179,6 +180,14 @@ impl Setup {
         let remedy =
             "give the text and the tokenizer that the run began with, or begin another run";
         Err(Error::data(self.config.data.name(), problem, remedy))
+    }
+
+    /// Bytes of two states of the run on the disk: the last one is there while the next is written.
+    pub fn two_states(&self) -> u64 {
+        let layout = Layout::new(&model::parameters(&self.dimensions));
+        let state: usize =
+            state_layouts(&self.config.optimizer, &layout).iter().map(Layout::count).sum();
+        2 * ((self.parameters() + state) * size_of::<f32>()) as u64
     }
 
     /// What the run reads that is another than before, as far as that is no error: for the user to

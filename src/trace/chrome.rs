@@ -14,6 +14,7 @@ use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
 use super::event::Message;
+use super::part::leave_room;
 use super::{Count, Event, Lane, Moment, Offset, Part, Span, Wait, Window};
 use crate::clock::TimeKind;
 use crate::files;
@@ -28,6 +29,8 @@ pub struct About {
     pub grid: Grid,
     pub schedule: Schedule,
     pub window: Window,
+    /// Bytes that stay free on the disk.
+    pub reserve: u64,
     /// Whether the ranks are threads of one process: their memory is that of all.
     pub threads: bool,
 }
@@ -40,6 +43,10 @@ pub type Aligned = (usize, PathBuf, Offset);
 /// # Errors
 /// What cannot be read or written.
 pub fn merge(about: &About, parts: &[Aligned], path: &Path) -> io::Result<()> {
+    // Packed it is a small part of them.
+    let bytes: u64 =
+        parts.iter().filter_map(|(_, part, _)| Some(part.metadata().ok()?.len())).sum();
+    leave_room(path, about.reserve + bytes / 4)?;
     let (origin, flows) = survey(about, parts)?;
     let temporary = files::temporary(path);
     let written = write(about, parts, origin, &flows, &temporary)
@@ -431,7 +438,7 @@ mod tests {
         let mut parts = Vec::new();
         for (rank, events, ahead) in [(0, above, 0), (1, below, shifted as i64)] {
             let path = folder.path().join(format!("{rank}"));
-            let mut part = Part::begin(path.clone(), |end| end.unwrap()).unwrap();
+            let mut part = Part::begin(path.clone(), 0, |end| end.unwrap()).unwrap();
             assert!(events.into_iter().all(|event| part.add(event)));
             part.end().join().unwrap();
             parts.push((rank, path, Offset { ahead, error: 700 * rank as u64 }));
@@ -443,6 +450,7 @@ mod tests {
             grid: schedule.grid(1),
             schedule,
             window: Window { from: 1, to: 3 },
+            reserve: 0,
             threads: false,
         };
         let path = folder.path().join("trace.json.gz");

@@ -39,6 +39,6 @@ pub use chrome::{About, merge};
 pub use event::{Count, Event, Lane, Span, Wait};
 pub use later::Later;
 pub use moment::{ClockName, Moment};
-pub use part::{Part, remove_left};
+pub use part::{Part, remove_left, reserve};
 pub use tracer::Tracer;
 pub use window::Window;

@@ -19,9 +19,14 @@ use crate::files;
 const BATCH: usize = 1 << 10;
 const WAITING: usize = 64;
 
-/// Bytes that a trace leaves free on the disk, and how many are written between two looks.
-const RESERVE: u64 = 64 << 20;
+/// Bytes that are written between two looks at the disk's room.
 const LOOK: u64 = 1 << 20;
+
+/// Bytes that the trace of so many ranks leaves free on the disk, beside those that the run's saves need:
+/// what all write between two looks, and some.
+pub fn reserve(saves: u64, ranks: usize) -> u64 {
+    saves + (64 << 20) + ranks as u64 * LOOK
+}
 
 /// Writes the events of one rank.
 pub struct Part {
@@ -41,20 +46,21 @@ impl Part {
         out.join(format!(".trace-{}-{}.rank-{rank}.part", window.from, window.to))
     }
 
-    /// An empty file, and the thread that writes it; `told` hears when it is complete, or why it
+    /// An empty file, and the thread that writes it, as long as so many bytes of the disk stay free; `told` hears when it is complete, or why it
     /// cannot be: then it is gone.
     ///
     /// # Errors
     /// If there is no thread.
     pub fn begin(
         path: PathBuf,
+        reserve: u64,
         told: impl FnOnce(io::Result<()>) + Send + 'static,
     ) -> Result<Part> {
         let (batches, received) = sync_channel(WAITING);
         let (told, slow): (Told, _) = (Box::new(told), Arc::new(AtomicBool::new(false)));
         let was_slow = Arc::clone(&slow);
         let body = move || {
-            let mut end = write(&path, &received);
+            let mut end = write(&path, reserve, &received);
             if was_slow.load(Ordering::Relaxed) {
                 end = Err(io::Error::other("the disk is too slow for it"));
             }
@@ -106,13 +112,13 @@ impl Part {
     }
 }
 
-fn write(path: &Path, batches: &Receiver<Vec<Event>>) -> io::Result<()> {
+fn write(path: &Path, reserve: u64, batches: &Receiver<Vec<Event>>) -> io::Result<()> {
     let mut file: BufWriter<File> = BufWriter::with_capacity(1 << 16, files::create(path)?);
     let (mut written, mut looked) = (0, None);
     for event in batches.iter().flatten() {
         if looked.is_none_or(|looked| written - looked >= LOOK) {
             looked = Some(written);
-            leave_room(path)?;
+            leave_room(path, reserve)?;
         }
 
         let line = serde_json::to_vec(&event)?;
@@ -123,10 +129,10 @@ fn write(path: &Path, batches: &Receiver<Vec<Event>>) -> io::Result<()> {
     file.flush()
 }
 
-/// Whether the disk has room for the run beside a trace.
-fn leave_room(path: &Path) -> io::Result<()> {
+/// Whether the disk of a file has so much room.
+pub(super) fn leave_room(path: &Path, reserve: u64) -> io::Result<()> {
     let left = path.parent().and_then(room).unwrap_or(u64::MAX);
-    if left >= RESERVE {
+    if left >= reserve {
         return Ok(());
     }
     let told = format!("its disk has {} MiB left, which the run may need", left >> 20);
@@ -163,7 +169,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = Part::path(folder.path(), Window { from: 3, to: 5 }, 1);
         let (told, hears) = channel();
-        let mut part = Part::begin(path.clone(), move |end| told.send(end).unwrap()).unwrap();
+        let mut part = Part::begin(path.clone(), 0, move |end| told.send(end).unwrap()).unwrap();
         assert!((0..5000).all(|value| part.add(event(value))));
         part.end().join().unwrap();
         hears.recv().unwrap().unwrap();
@@ -180,7 +186,7 @@ mod tests {
     fn what_cannot_be_written_is_told_once() {
         let (told, hears) = channel();
         let nowhere = Path::new("/proc/nowhere").to_owned();
-        let mut part = Part::begin(nowhere, move |end| told.send(end).unwrap()).unwrap();
+        let mut part = Part::begin(nowhere, 0, move |end| told.send(end).unwrap()).unwrap();
         let written = (0..1 << 18).all(|value| part.add(event(value)));
         part.end().join().unwrap();
         assert!(!written && hears.recv().unwrap().is_err() && hears.recv().is_err());

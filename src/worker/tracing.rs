@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::memory::resident;
 use crate::schedule::{Action, Op, Pass, Tie};
 use crate::setup::Setup;
-use crate::trace::{ClockName, Count, Event, Moment, Part, Span, Wait, Window};
+use crate::trace::{ClockName, Count, Event, Moment, Part, Span, Wait, Window, reserve};
 
 /// Between two looks at a GPU that has work left.
 const LOOK: Duration = Duration::from_micros(200);
@@ -115,7 +115,8 @@ impl Tracing {
         };
 
         self.align()?;
-        match Part::begin(Part::path(&self.out, window, rank), told) {
+        let reserve = reserve(self.setup.two_states(), self.setup.grid.devices());
+        match Part::begin(Part::path(&self.out, window, rank), reserve, told) {
             Ok(part) => self.gate.tracer.begin(part),
             Err(error) => {
                 let (clock, failed) = (ClockName::own(), Some(error.to_string()));

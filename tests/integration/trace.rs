@@ -120,6 +120,8 @@ impl Trace {
         assert_eq!(starts.len(), self.of("s").count());
         assert_eq!(starts.keys().collect::<Vec<_>>(), finishes.keys().collect::<Vec<_>>());
         assert_eq!(setup.grid.stages > 1, !starts.is_empty());
+        let messages = self.messages();
+        assert!(starts.len() >= messages, "{} arrows of {messages} messages", starts.len());
         let lanes = self.lanes();
         for (start, finish) in starts.values().zip(finishes.values()) {
             assert!(start["ts"].as_f64() <= finish["ts"].as_f64(), "{start} {finish}");
@@ -138,6 +140,23 @@ impl Trace {
         assert!(
             self.of("X").filter(on_compute).all(|slice| slice["args"].get("overlap_us").is_none())
         );
+    }
+
+    /// Messages between neighbours of which both ends are in the window.
+    fn messages(&self) -> usize {
+        let ends = |word: &str, beside: [i64; 2]| -> BTreeSet<(u64, i64, bool, u64, u64)> {
+            let of = |slice: &Value| {
+                let (name, tid) = (slice["name"].as_str()?, slice["tid"].as_u64()?);
+                let activation = name == format!("{word} activation");
+                let whole = activation || name == format!("{word} gradient");
+                let sender = (tid / 4) as i64 + beside[usize::from(!activation)];
+                let args = &slice["args"];
+                let at = (args["step"].as_u64()?, args["microbatch"].as_u64()?);
+                whole.then_some((slice["pid"].as_u64()?, sender, activation, at.0, at.1))
+            };
+            self.of("X").filter_map(of).collect()
+        };
+        ends("send", [0, 0]).intersection(&ends("receive", [-1, 1])).count()
     }
 
     /// The ends of arrows, by their numbers.
