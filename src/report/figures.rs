@@ -249,42 +249,50 @@ fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
 fn notes(history: &History, facts: &Value) -> Vec<String> {
     let metrics = &history.metrics;
     let mut notes = Vec::new();
+
     if metrics.damaged > 0 {
         notes.push(format!(
             "{} lines of metrics.jsonl cannot be read, and are left out",
             metrics.damaged
         ));
     }
+
     if history.unknown_events > 0 {
         notes.push(format!(
             "{} lines of events.jsonl cannot be read, or are of another version",
             history.unknown_events
         ));
     }
+
     if metrics.twice > 0 {
         notes.push(format!(
             "{} steps were made again after a resume; the later ones are shown",
             metrics.twice
         ));
     }
+
     if metrics.missing() > 0 {
         notes.push(format!("{} steps are missing in metrics.jsonl", metrics.missing()));
     }
+
     if let Some(first) = metrics.steps.iter().find(|point| !point.loss.is_finite()) {
         let count = metrics.steps.iter().filter(|point| !point.loss.is_finite()).count();
         notes.push(format!("{count} losses are not finite, from step {} on", first.step));
     }
+
     if facts.is_null() {
         notes.push(
             "events.jsonl does not say how the run began: made by an earlier version?".to_owned(),
         );
     }
+
     if facts["device"] == "cuda" {
         notes.push(
             "on GPUs times by kinds are those of the hosts, which do not wait for the device: no proof; a trace has the device's"
                 .to_owned(),
         );
     }
+
     if history.unknown_places {
         notes.push("places.json cannot be read, or is of another version".to_owned());
     } else if history.places.places.is_empty() {
@@ -293,6 +301,7 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
                 .to_owned(),
         );
     }
+
     notes
 }
 

@@ -54,6 +54,7 @@ impl Charts {
 pub fn page(runs: &[Figures], comparison: &Comparison) -> String {
     let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
     let mut charts = Charts::default();
+
     let whole = html! {
         (DOCTYPE)
         html lang="en" {
@@ -81,6 +82,7 @@ pub fn page(runs: &[Figures], comparison: &Comparison) -> String {
             }
         }
     };
+
     whole.into_string()
 }
 
@@ -133,6 +135,7 @@ fn what_was_run(runs: &[Figures], comparison: &Comparison) -> Markup {
     };
     let differs = |key: &str| comparison.differences.iter().any(|(of, _)| of == key);
     let keys: BTreeSet<&String> = runs.iter().flat_map(|run| run.settings.keys()).collect();
+
     html! {
         h2 { "What was run" }
         @if runs.len() > 1 {
