@@ -127,7 +127,7 @@ def numbers(out):
     """Everything in metrics.jsonl but times."""
     with open(os.path.join(out, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in line.items() if k not in ("step_s", "tokens_per_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("step_s", "tokens_per_s", "time")} for line in lines]
 
 
 def tensors(path):

@@ -23,30 +23,46 @@ ranks() {
 }
 sinks='sink=["jsonl", "terminal", "tensorboard", "prometheus"]'
 
-say "a run on 2x2, traced, stopped and gone on with"
+say "a run on 2x2, killed, gone on with, traced, stopped, and gone on with on 2x1"
+sets=(--set steps=60 --set checkpoint.every=20 --set eval.every=20 --set batch=16 --set staleness.every=10 --set "$sinks")
 # train COUNT ARGUMENTS...: the first run, by so many ranks.
 train() {
     local count=$1
     shift
-    ranks "$count" train configs/quickstart.toml --out "$runs/first" --set steps=60 --set checkpoint.every=20 --set eval.every=20 \
-        --set batch=16 --set staleness.every=10 --set "$sinks" "$@"
+    ranks "$count" train configs/quickstart.toml --out "$runs/first" "${sets[@]}" "$@"
 }
-train 4 --grid 2x2 --trace 4..9 &
+# Waits until its metrics have so many lines.
+lines_of_first() {
+    for ((i = 0; i < 600; i++)); do
+        if [ "$(cat "$runs/first/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$1" ]; then break; fi
+        sleep 0.1
+    done
+}
+"$program" train configs/quickstart.toml --out "$runs/first" "${sets[@]}" --grid 2x2 >"$folder/log" 2>&1 &
 training=$!
-for ((i = 0; i < 600; i++)); do
-    if [ "$(cat "$runs/first/metrics.jsonl" 2>/dev/null | wc -l)" -ge 25 ]; then break; fi
-    sleep 0.1
-done
+lines_of_first 34
+kill -9 "$training"
+wait "$training" 2>/dev/null || true
+before=$(grep -o '"step":[0-9]*' "$runs/first/metrics.jsonl" | tail -n 1 | cut -d : -f 2)
+
+train 4 --grid 2x2 --resume --trace 4..25 &
+training=$!
+lines_of_first 50
 touch "$runs/first/STOP"
 if wait "$training"; then
     echo "the run was not stopped" >&2
+    exit 1
+fi
+start=$(grep '"text":"resumed"' "$runs/first/events.jsonl" | grep -o '"step":[0-9]*' | cut -d : -f 2)
+if [ "$start" -lt 1 ] || [ "$start" -ge "$before" ]; then
+    echo "no step was made again: killed behind step $before, gone on with from $start" >&2
     exit 1
 fi
 train 2 --grid 2x1 --resume
 for kind in start saved stop trace end; do
     grep -q "\"kind\":\"$kind\"" "$runs/first/events.jsonl" || { echo "events.jsonl tells of no $kind" >&2; exit 1; }
 done
-check trace "$runs/first/trace-4-9.json.gz"
+check trace "$runs/first/trace-$start-25.json.gz"
 check tensorboard "$runs/first"
 check prometheus "$runs/first"
 
@@ -79,8 +95,42 @@ timeout "$LIMIT" "$program" report "$runs/first" "$runs/second" -o "$folder/repo
 timeout "$LIMIT" "$program" report "$runs/first" >/dev/null
 timeout "$LIMIT" "$program" watch "$runs/first" --once
 sums | diff "$folder/before" - || { echo "report or watch has changed a run's folder" >&2; exit 1; }
-timeout "$LIMIT" "$program" report "$runs/first" --json | python3 -c 'import json, sys; json.load(sys.stdin)["runs"][0]["proof"]["measured_idle"]'
+timeout "$LIMIT" "$program" report "$runs/first" --json | python3 -c '
+import json, sys
+run = json.load(sys.stdin)["runs"][0]
+proof, ends = run["proof"], [process["end"].split(":")[0] for process in run["processes"]]
+assert ends == ["killed", "stopped", "ended"] and run["state"] == "ended", ends
+assert [process["grid"] for process in run["processes"]] == ["2x2", "2x2", "2x1"] and len(run["places"]) == 2
+assert 0 < proof["measured_idle"] < 0.9 and proof["measured_step_s"] > max(proof["work_s"]) * 0.9, proof
+assert run["seconds"] >= run["step_seconds"] > 0, (run["seconds"], run["step_seconds"])
+'
 check page "$folder/report.html" target/report
+
+say "runs of other tokens, an oracle's, and a grid of 64 places"
+train_alone() { timeout "$LIMIT" "$program" train configs/quickstart.toml --set steps=30 --set eval.every=10 --set batch=16 "$@" >/dev/null; }
+train_alone --out "$runs/characters" --set data.tokenizer=characters
+train_alone --out "$runs/oracle" --oracle --grid 2x1 --set staleness.every=10
+python3 - "$runs" <<'PY'
+import json, pathlib, shutil, sys
+
+runs = pathlib.Path(sys.argv[1])
+shutil.copytree(runs / "first", runs / "wide", ignore=shutil.ignore_patterns("checkpoints", "log"))
+places = json.loads((runs / "wide" / "places.json").read_text())
+some = list(places["places"].values())
+wide = {}
+for stage in range(16):
+    for replica in range(4):
+        place = json.loads(json.dumps(some[stage % len(some)]))
+        place |= {"name": f"stage {stage}, replica {replica}", "stages": [stage], "replica": replica}
+        wide[replica * 16 + stage] = place
+places["places"] = wide
+(runs / "wide" / "places.json").write_text(json.dumps(places))
+PY
+timeout "$LIMIT" "$program" report "$runs/first" "$runs/characters" "$runs/oracle" "$runs/wide" -o "$folder/others.html"
+for words in "bits per byte" "is a run of kind oracle" "and a fresh one" "means over the replicas of a stage"; do
+    grep -qF "$words" "$folder/others.html" || { echo "the page does not say \`$words\`" >&2; exit 1; }
+done
+check page "$folder/others.html" target/report/others
 
 say "a run as it goes, on a terminal"
 timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 2x1 --out "$runs/live" --set steps=100000 --set checkpoint.every=50000 \
@@ -114,6 +164,22 @@ echo "watch: $used % of a core"
 if [ "$used" -ge 2 ]; then exit 1; fi
 timeout "$LIMIT" "$program" watch "$runs/live" | tee "$folder/line"
 grep -q "live: stopped, step" "$folder/line"
+
+say "progress of what takes long: on a terminal, and nowhere else"
+screen new-session -d -s long -x 110 -y 10 "$program generate $runs/first --prompt the --tokens 100000 >/dev/null"
+for ((i = 0; i < 100; i++)); do
+    sleep 0.2
+    screen capture-pane -p -t long >"$folder/bar"
+    if grep -q "left" "$folder/bar"; then break; fi
+done
+screen kill-session -t long
+grep "generating .*left" "$folder/bar" || { cat "$folder/bar"; echo "generate shows no bar" >&2; exit 1; }
+timeout 4 "$program" generate "$runs/first" --prompt the --tokens 100000 >/dev/null 2>"$folder/quiet" || [ $? = 124 ]
+if [ -s "$folder/quiet" ]; then
+    cat "$folder/quiet"
+    echo "a bar where there is no terminal" >&2
+    exit 1
+fi
 
 say "ten runs of 100,000 steps"
 python3 - "$runs" <<'PY'

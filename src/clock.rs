@@ -17,9 +17,9 @@ use crate::schedule::{Action, Op, Pass, Schedule};
 pub enum TimeKind {
     /// Forwards and backwards.
     Compute,
-    /// Waiting for activations.
+    /// Waiting for the stage before: for its activations, or for room for gradients.
     Upstream,
-    /// Waiting for gradients.
+    /// Waiting for the stage behind: for its gradients, or for room for activations.
     Downstream,
     /// Waiting for the replicas' sums.
     Reduce,
@@ -31,11 +31,15 @@ pub enum TimeKind {
     Table,
     /// Between actions.
     Idle,
+    /// All of an evaluation, its waits included.
+    Evaluation,
+    /// Copying a state that is saved, waiting until the one before it is written.
+    Save,
 }
 
 impl TimeKind {
     /// All of them, as tables show them.
-    pub const ALL: [(TimeKind, &'static str); 8] = [
+    pub const ALL: [(TimeKind, &'static str); 10] = [
         (TimeKind::Compute, "compute"),
         (TimeKind::Upstream, "upstream"),
         (TimeKind::Downstream, "downstream"),
@@ -44,19 +48,28 @@ impl TimeKind {
         (TimeKind::Copies, "copies"),
         (TimeKind::Table, "table"),
         (TimeKind::Idle, "idle"),
+        (TimeKind::Evaluation, "evaluation"),
+        (TimeKind::Save, "save"),
     ];
 
+    /// Those of the steps themselves: what `bench` has, which neither evaluates nor saves.
+    pub fn of_steps() -> &'static [(TimeKind, &'static str)] {
+        &TimeKind::ALL[..TimeKind::Evaluation as usize]
+    }
+
     /// What an action is counted as.
-    pub fn of(op: Op) -> TimeKind {
-        match op {
+    pub fn of(action: &Action) -> TimeKind {
+        if action.pass == Pass::Eval {
+            return TimeKind::Evaluation;
+        }
+
+        match action.op {
             Op::Forward | Op::Backward => TimeKind::Compute,
             Op::RecvActivation => TimeKind::Upstream,
             Op::RecvGradient => TimeKind::Downstream,
             Op::Update => TimeKind::Update,
-            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce | Op::Save => {
-                TimeKind::Copies
-            }
-
+            Op::Load | Op::SendActivation | Op::SendGradient | Op::Reduce => TimeKind::Copies,
+            Op::Save => TimeKind::Save,
             Op::Part | Op::RecvPart | Op::ReduceTable | Op::SendTable | Op::RecvTable => {
                 TimeKind::Table
             }
@@ -222,6 +235,8 @@ pub struct Clock {
     marker: usize,
     started: Option<Instant>,
     last: Instant,
+    /// Within an evaluation.
+    evaluates: bool,
     /// Processor times when it was started.
     before: [f64; 2],
     times: Times,
@@ -241,6 +256,7 @@ impl Clock {
             marker: stages.first().copied().unwrap_or(0),
             started: None,
             last: now,
+            evaluates: false,
             before: [0.0; 2],
             times: Times::none(stages),
             recent: Times::none(stages),
@@ -265,8 +281,19 @@ impl Clock {
         Some(recent)
     }
 
+    /// An action begins.
+    pub fn began(&mut self, action: &Action) {
+        self.evaluates = action.pass == Pass::Eval;
+        self.waited_for(TimeKind::Idle);
+    }
+
+    /// The time since the last call was a wait of this kind, or the evaluation's.
+    pub fn waited_for(&mut self, kind: TimeKind) {
+        self.lap(if self.evaluates { TimeKind::Evaluation } else { kind });
+    }
+
     /// The time since the last call was spent on `share`; how much it was.
-    pub fn lap(&mut self, share: TimeKind) -> f64 {
+    fn lap(&mut self, share: TimeKind) -> f64 {
         let now = Instant::now();
         let seconds = now.duration_since(self.last).as_secs_f64();
         self.last = now;
@@ -279,7 +306,7 @@ impl Clock {
 
     /// An action is over.
     pub fn passed(&mut self, action: &Action) {
-        let seconds = self.lap(TimeKind::of(action.op));
+        let seconds = self.lap(TimeKind::of(action));
         if action.pass == Pass::Eval {
             return;
         }
@@ -351,7 +378,7 @@ mod tests {
         let schedule = Schedule::new(ScheduleKind::Decoupled, 2, 2, 1, SyncPoints::ends(8));
         let mut clock = Clock::new(&schedule, &[0]);
         for action in schedule.actions(0) {
-            clock.lap(TimeKind::Idle);
+            clock.began(&action);
             if action.op == Op::Forward {
                 std::thread::sleep(Duration::from_millis(2));
             }
@@ -373,6 +400,12 @@ mod tests {
         assert!((recent.shares.iter().sum::<f64>() - recent.seconds).abs() < 1e-6, "{recent:?}");
         assert_eq!((recent.steps, recent.stages[0].updates), (8, 8));
         assert!(recent.seconds > times.seconds && clock.recent(Duration::from_secs(1)).is_none());
+        // An evaluation is that and nothing else, whatever is waited for in it.
+        let eval = Action { pass: Pass::Eval, ..schedule.actions(0).next().unwrap() };
+        std::thread::sleep(Duration::from_millis(2));
+        clock.passed(&eval);
+        let told = clock.recent(Duration::ZERO).unwrap();
+        assert_eq!((told.steps, told.fraction(TimeKind::Evaluation)), (0, 1.0), "{told:?}");
         let mut sum = recent.clone();
         sum.add(&recent);
         assert_eq!((sum.steps, sum.stages[0].microbatches), (16, 32));

@@ -135,7 +135,7 @@ impl Meter {
             };
             self.buffer.f_copy_(at.gradient)?;
             self.kept = Kept::Gradient(step);
-            return Ok(Some(measured));
+            return Ok(Some(measured).filter(|measured| *measured != Staleness::default()));
         }
 
         if step.checked_sub(1).is_none_or(|before| self.kept != Kept::Gradient(before)) {
@@ -180,15 +180,19 @@ impl Meter {
             of_role[1] += norm;
         }
 
-        let relative = |[apart, whole]: [f64; 2]| (apart / whole.max(f64::MIN_POSITIVE)).sqrt();
+        // What is no number is not told: not every message could carry it.
+        let number = |value: f64| Some(value).filter(|value| value.is_finite());
+        let relative =
+            |[apart, whole]: [f64; 2]| number((apart / whole.max(f64::MIN_POSITIVE)).sqrt());
+        let of_role = |(role, sums): (&str, [f64; 2])| Some((role.to_owned(), relative(sums)?));
         // Of the newest version itself nothing is kept: it has not moved.
         let still = (at.version == step).then_some(0.0);
         Ok(Staleness {
             age: Some(step - at.version),
-            distance: Some(all.sqrt()),
-            relative: Some(relative([all, whole])),
-            travelled: known.then(|| travelled.sqrt()).or(still),
-            roles: sums.into_iter().map(|(role, sums)| (role.to_owned(), relative(sums))).collect(),
+            distance: number(all.sqrt()),
+            relative: relative([all, whole]),
+            travelled: if known { number(travelled.sqrt()) } else { still },
+            roles: sums.into_iter().filter_map(of_role).collect(),
             ..Staleness::default()
         })
     }

@@ -32,7 +32,7 @@ def train(folder, grid, sets, more=(), count=1, config="configs/scaling.toml"):
     text = run([PROGRAM, *args]) if count == 1 else ranks(count, args)
     lines = lines_of(folder)
     for line in lines:
-        line.pop("step_s", None), line.pop("tokens_per_s", None)
+        line.pop("step_s", None), line.pop("tokens_per_s", None), line.pop("time", None)
         for of in line.get("staleness", []):
             # By the clock; and what only the oracle knows.
             of.pop("seconds", None), of.pop("fresh_cosine", None)

@@ -6,11 +6,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use tch::Tensor;
 
+use super::permits::{Permit, Permits};
 use super::{Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, Transfer, checked};
 use crate::control::{Control, Controls, Gate, Report, Reporter};
 use crate::error::{Error, Result};
@@ -18,7 +19,7 @@ use crate::grid::{Grid, Place};
 use crate::trace::{Event, Moment, Span};
 use crate::wire::Wire;
 
-type Message = (Header, Tensor);
+type Message = (Header, Tensor, Permit);
 
 /// The ports of all ranks, in their order, and what tells them all. `capacity` bounds the messages
 /// under way on a link; steps before `limit` may be begun at once.
@@ -91,10 +92,11 @@ fn link(
     (b, gate_b): (Place, Arc<Gate>),
     capacity: usize,
 ) -> (Box<dyn Link>, Box<dyn Link>) {
-    let (down, from_a) = sync_channel(capacity);
-    let (up, from_b) = sync_channel(capacity);
+    let (down, from_a) = channel();
+    let (up, from_b) = channel();
     let end = |me, gate, peer, sender, receiver| {
-        Box::new(LocalLink { me, gate, peer, sender, receiver, expected: VecDeque::new() })
+        let (permits, room, expected) = (Permits::new(capacity), None, VecDeque::new());
+        Box::new(LocalLink { me, gate, peer, sender, receiver, permits, room, expected })
     };
     (end(a, gate_a, b, down, from_b), end(b, gate_b, a, up, from_a))
 }
@@ -103,18 +105,35 @@ struct LocalLink {
     me: Place,
     gate: Arc<Gate>,
     peer: Place,
-    sender: SyncSender<Message>,
+    sender: Sender<Message>,
     receiver: Receiver<Message>,
+    permits: Permits,
+    /// For the next message, where it was waited for.
+    room: Option<Permit>,
     /// What was said to come: whoever says something else is found here, where tests run.
     expected: VecDeque<Header>,
 }
 
 impl Link for LocalLink {
+    // A neighbour that ends drops what it has not taken, which makes room.
+    fn await_room(&mut self) -> Result<bool> {
+        if self.room.is_some() {
+            return Ok(false);
+        }
+
+        self.room = self.permits.try_acquire();
+        let waits = self.room.is_none();
+        self.room.get_or_insert_with(|| self.permits.acquire());
+        Ok(waits)
+    }
+
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
+        self.await_room()?;
+        let room = self.room.take().ok_or_else(|| Error::Internal("no room".to_owned()))?;
         let lost =
             |_| Error::Lost { peer: self.peer, doing: format!("{} sends {header}", self.me) };
         let transfer = self.gate.tracer.on().then(|| Transfer::begin(&header, self.me.stage));
-        self.sender.send((header, tensor)).map_err(lost)?;
+        self.sender.send((header, tensor, room)).map_err(lost)?;
         transfer.into_iter().for_each(|transfer| self.gate.tracer.add(transfer.end()));
         Ok(())
     }
@@ -133,7 +152,7 @@ impl Link for LocalLink {
         }
         let lost =
             |_| Error::Lost { peer: self.peer, doing: format!("{} waits for {expected}", self.me) };
-        let (found, tensor) = self.receiver.recv().map_err(lost)?;
+        let (found, tensor, _) = self.receiver.recv().map_err(lost)?;
         checked(self.peer, self.me, expected, found)?;
         Ok(tensor)
     }

@@ -9,6 +9,7 @@ pub mod local;
 pub mod mpi;
 pub mod nccl;
 pub mod staged;
+mod permits;
 
 use std::fmt;
 use std::ops::Range;
@@ -174,6 +175,14 @@ pub trait Link: Send {
     /// # Errors
     /// [`Error::Lost`] if the neighbour is gone.
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()>;
+
+    /// Sleeps until the next message may be handed over without a wait; whether that was not at once.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if the neighbour is gone.
+    fn await_room(&mut self) -> Result<bool> {
+        Ok(false) // Others have room always.
+    }
 
     /// A message that will be received when those that are expected already have been: the
     /// transport may begin with it.

@@ -61,6 +61,10 @@ impl HostBuffer {
 }
 
 impl Link for Staged<dyn Link> {
+    fn await_room(&mut self) -> Result<bool> {
+        self.inner.await_room()
+    }
+
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
         self.inner.send(header, self.buffer.down(&tensor)?)
     }

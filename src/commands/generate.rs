@@ -1,5 +1,7 @@
 //! `ouroboros generate`: continues texts, one token at a time.
 
+use std::io::IsTerminal;
+
 use crate::bar::Bar;
 use crate::checkpoint::Checkpoint;
 use crate::cli::GenerateArgs;
@@ -45,8 +47,9 @@ pub fn generate(args: &GenerateArgs) -> Result<()> {
         texts[0].show(&checkpoint.vocabulary, &args.stop);
     }
 
-    // A single text shows by itself how far it is.
-    let bar = (!alone).then(|| Bar::of_steps(args.tokens as u64, "generating"));
+    // A single text shows by itself how far it is, on a terminal.
+    let shows = alone && std::io::stdout().is_terminal();
+    let bar = (!shows).then(|| Bar::of_steps(args.tokens as u64, "generating"));
     for _ in 0..args.tokens {
         bar.iter().for_each(|bar| bar.advance(1));
         if texts.iter().all(|text| text.ended) {

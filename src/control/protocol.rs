@@ -51,8 +51,9 @@ pub enum Report {
     Digest { place: Place, step: usize, digest: u64 },
     /// The rank needed so many seconds of work for an update.
     Busy { rank: usize, seconds: f64 },
-    /// Where the rank's time went since it last said so, up to an update; its resident bytes.
-    Times { rank: usize, step: usize, times: Times, memory: Option<u64> },
+    /// Where the rank's time went since it last said so, up to an update; its resident bytes, and
+    /// the measured peak.
+    Times { rank: usize, step: usize, times: Times, memory: Option<u64>, peak: Option<u64> },
     /// What the rank is doing.
     Heartbeat { rank: usize, beat: HeartbeatReport },
     /// The losses of the evaluation at step boundary `step`, added up over a replica's tokens. From

@@ -4,6 +4,8 @@
 
 mod commits;
 mod divergence;
+mod facts;
+mod sinks;
 mod steps;
 mod stop_planner;
 mod stragglers;
@@ -18,6 +20,8 @@ use std::time::Duration;
 
 use commits::{Commits, check_room};
 use divergence::Divergence;
+use facts::{Made, facts};
+use sinks::Sinks;
 use steps::{Complete, Step, Steps};
 use stop_planner::{StopPlanner, Stopping};
 use stragglers::Stragglers;
@@ -26,7 +30,6 @@ use watchdog::Watchdog;
 
 use crate::awake::Awake;
 use crate::clock::Times;
-use crate::config::SinkKind;
 use crate::control::{Controls, Mode, Report, Watch};
 use crate::emulated_compute::EmulatedCompute;
 use crate::error::{Error, Placed, Result};
@@ -34,8 +37,8 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::memory::Prediction;
 use crate::metrics::{
-    Bench, EvalLine, EventKind, EventLine, EventLog, JsonLines, PlaceLine, PlacesFile, Progress,
-    Prometheus, Sink, StageStaleness, StalenessLine, StepLine, Summary, TensorBoard, print_memory,
+    Bench, EvalLine, EventKind, EventLine, PlaceLine, StageStaleness, StalenessLine, StepLine,
+    Summary, print_memory, wall_time,
 };
 use crate::number::Readback;
 use crate::optim::learning_rate;
@@ -58,18 +61,12 @@ pub enum Ranks {
     Threads,
 }
 
-/// A sink, and whether a run that cannot write it has failed.
-struct Told {
-    needed: bool,
-    sink: Box<dyn Sink + Send>,
-}
-
 /// Collects reports until every place is done.
 pub struct Coordinator {
     setup: Arc<Setup>,
     out: PathBuf,
     lock: FolderLock,
-    sinks: Vec<Told>,
+    sinks: Sinks,
     steps: Steps,
     divergence: Divergence,
     stragglers: Stragglers,
@@ -122,7 +119,7 @@ impl Coordinator {
         Ok(Coordinator {
             out: out.to_owned(),
             lock,
-            sinks: sinks(&setup, out)?,
+            sinks: Sinks::begin(&setup, out)?,
             steps: Steps::new(grid.stages, grid.replicas, setup.dimensions.tied, start),
             divergence: Divergence::new(grid),
             stragglers: Stragglers::default(),
@@ -139,41 +136,6 @@ impl Coordinator {
             losses: Vec::new(),
             eval_loss: None,
             setup,
-        })
-    }
-
-    /// What a run is, for whoever looks at it later.
-    fn facts(&self, ranks: Ranks) -> serde_json::Value {
-        let (setup, config) = (&self.setup, &self.setup.config);
-        let measure = setup.corpus.measure();
-        let predicted = |rank| Prediction::new(setup, rank).of_device(setup);
-        serde_json::json!({
-            "program": concat!("ouroboros ", env!("CARGO_PKG_VERSION")),
-            "name": config.name,
-            "grid": setup.grid.to_string(),
-            "stages": setup.grid.stages,
-            "replicas": setup.grid.replicas,
-            "ring": setup.grid.devices() < setup.grid.stages,
-            "places": (0..setup.grid.size()).map(|rank| setup.grid.name(rank)).collect::<Vec<_>>(),
-            "threads": ranks == Ranks::Threads,
-            "oracle": self.watchdog.is_none(),
-            "bench": self.bench,
-            "emulated": self.emulated.is_some(),
-            "schedule": config.schedule,
-            "microbatches": config.microbatches,
-            "delays": setup.schedule.delays,
-            "ahead": setup.schedule.ahead,
-            "start": setup.start(),
-            "steps": config.steps,
-            "tokens_a_step": config.batch * config.data.sequence,
-            "parameters": setup.parameters(),
-            "unit": measure.unit.name(),
-            "bytes_per_token": measure.bytes_per_token,
-            "vocabulary": setup.corpus.vocabulary.len(),
-            "tokens": setup.corpus.fingerprint().vocabulary,
-            "device": if setup.device.is_cuda() { "cuda" } else { "cpu" },
-            "floor": setup.corpus.held_out.floor,
-            "predicted_bytes": (0..setup.grid.size()).map(predicted).collect::<Vec<_>>(),
         })
     }
 
@@ -206,7 +168,12 @@ impl Coordinator {
         count: usize,
         ranks: Ranks,
     ) -> Placed<Summary> {
-        let facts = self.facts(ranks);
+        let made = Made {
+            oracle: self.watchdog.is_none(),
+            bench: self.bench,
+            emulated: self.emulated.is_some(),
+        };
+        let facts = facts(&self.setup, ranks, made);
         let begun = if self.setup.resumed.is_some() { "resumed" } else { "started" };
         self.event(EventLine::now(self.setup.start(), EventKind::Start, begun).with(facts))
             .map_err(|error| (None, error))?;
@@ -336,28 +303,8 @@ impl Coordinator {
         self.event(EventLine::now(self.steps.done(), kind, text))
     }
 
-    /// Tells all sinks. One that fails and is not needed is left out from then on.
-    fn tell(&mut self, say: impl Fn(&mut dyn Sink) -> Result<()>) -> Result<()> {
-        let mut kept = Vec::with_capacity(self.sinks.len());
-        for mut told in std::mem::take(&mut self.sinks) {
-            match say(told.sink.as_mut()) {
-                Ok(()) => kept.push(told),
-                Err(error) if told.needed => return Err(error),
-                Err(Error::Unwritten { path, problem }) => {
-                    complain!(
-                        "note: {path} cannot be written ({problem}); the run goes on without it"
-                    );
-                }
-                Err(error) => complain!("note: {error}; the run goes on without it"),
-            }
-        }
-
-        self.sinks = kept;
-        Ok(())
-    }
-
     fn event(&mut self, line: EventLine) -> Result<()> {
-        self.tell(|sink| sink.event(&line))
+        self.sinks.tell(|sink| sink.event(&line))
     }
 
     fn take(&mut self, report: Report) -> Result<()> {
@@ -383,8 +330,8 @@ impl Coordinator {
             }
 
             Report::Busy { rank, seconds } => self.busy(rank, seconds)?,
-            Report::Times { rank, step, times, memory } => {
-                self.times(rank, step, &times, memory)?;
+            Report::Times { rank, step, times, memory, peak } => {
+                self.times(rank, step, &times, memory, peak)?;
             }
 
             Report::Saved { place, step, written } => {
@@ -438,12 +385,13 @@ impl Coordinator {
         step: usize,
         times: &Times,
         memory: Option<u64>,
+        peak: Option<u64>,
     ) -> Result<()> {
         let (setup, name) = (&self.setup, self.setup.grid.name(rank));
         let replica = setup.grid.held(rank)[0].replica;
         let predicted = Prediction::new(setup, rank).of_device(setup);
-        let line = PlaceLine { rank, name: &name, replica, step, times, memory, predicted };
-        self.tell(|sink| sink.place(&line))
+        let line = PlaceLine { rank, name: &name, replica, step, times, memory, peak, predicted };
+        self.sinks.tell(|sink| sink.place(&line))
     }
 
     fn step(&mut self, step: usize, of: &Step) -> Result<()> {
@@ -463,6 +411,7 @@ impl Coordinator {
             grad_norm: &of.norms(),
             table_norm: of.table_norm(),
             source_tokens: self.setup.given(step + 1),
+            time: wall_time(),
         };
 
         let skipped = of.skipped();
@@ -473,7 +422,7 @@ impl Coordinator {
             self.note(EventKind::Skipped, &text)?;
         }
 
-        self.tell(|sink| sink.step(&line))?;
+        self.sinks.tell(|sink| sink.step(&line))?;
         self.tell_staleness(step)?;
         self.losses.push(of.loss());
         self.planner.step(seconds);
@@ -490,7 +439,7 @@ impl Coordinator {
         };
         let staleness = found.into_iter().map(of).collect();
         let line = StalenessLine { step: step + 1, staleness };
-        self.tell(|sink| sink.staleness(&line))
+        self.sinks.tell(|sink| sink.staleness(&line))
     }
 
     fn eval(&mut self, step: usize, eval_loss: f64, eval_tokens: usize) -> Result<()> {
@@ -504,7 +453,7 @@ impl Coordinator {
             eval_bpb: measure.bits_per_byte(eval_loss),
         };
 
-        self.tell(|sink| sink.eval(&line))?;
+        self.sinks.tell(|sink| sink.eval(&line))?;
 
         self.eval_loss = Some(eval_loss);
         // The time of an evaluation is not that of the next step; where it is read late it may come
@@ -524,7 +473,7 @@ impl Coordinator {
             "peak_bytes": self.done.iter().map(|(_, peak)| *peak).collect::<Vec<_>>(),
         });
         self.event(EventLine::now(self.steps.done(), EventKind::End, "ended").with(facts))?;
-        self.tell(|sink| sink.finish())?;
+        self.sinks.tell(|sink| sink.finish())?;
         if self.bench {
             return self.finish_bench(ranks);
         }
@@ -579,32 +528,6 @@ impl Coordinator {
             stopped: self.planner.stop().is_some(),
         }
     }
-}
-
-/// Where the metrics of a run go.
-fn sinks(setup: &Setup, out: &Path) -> Result<Vec<Told>> {
-    let (config, start) = (&setup.config, setup.start());
-    let resumed = setup.resumed.as_ref().map(|_| start);
-    let mut sinks = vec![
-        Told { needed: false, sink: Box::new(EventLog::begin(out, resumed.is_some())?) },
-        Told { needed: false, sink: Box::new(PlacesFile::begin(out)) },
-    ];
-
-    for kind in &config.sink {
-        let sink: Box<dyn Sink + Send> = match kind {
-            SinkKind::Jsonl => Box::new(JsonLines::begin(out, resumed)?),
-            SinkKind::Terminal => {
-                Box::new(Progress::new(config.steps, start, setup.corpus.measure()))
-            }
-            SinkKind::Tensorboard => {
-                Box::new(TensorBoard::begin(out, resumed, &config.settings())?)
-            }
-            SinkKind::Prometheus => Box::new(Prometheus::begin(out, config.steps)?),
-        };
-        sinks.push(Told { needed: *kind == SinkKind::Jsonl, sink });
-    }
-
-    Ok(sinks)
 }
 
 #[cfg(test)]

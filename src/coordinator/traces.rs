@@ -266,8 +266,8 @@ impl Traces {
         Some(match end {
             Ok(Ok(())) => format!("trace of the steps {window}: {}", path.display()),
             Ok(Err(error)) => format!(
-                "note: the trace of the steps {window} cannot be written ({})",
-                Error::unwritten(&path, error)
+                "note: the trace of the steps {window} cannot be written ({}: {error}); the training goes on",
+                path.display()
             ),
             Err(_) => format!("note: the trace of the steps {window} could not be made"),
         })

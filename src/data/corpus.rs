@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::opening::{HeldOutText, Opened, held_out_file, open, open_file};
+use super::opening::{HeldOutText, Opened, bytes_per_token, held_out_file, open, open_file};
 use super::prepared::is_prepared;
 use super::{DataConfig, HeldOut, Measure, Mixture, SourceConfig, Tokens, Unit, Vocabulary};
 use crate::error::{Error, Result};
@@ -144,6 +144,17 @@ impl Corpus {
     /// How losses on the held-out text are told.
     pub fn measure(&self) -> Measure {
         self.held_out.measure(&self.vocabulary)
+    }
+
+    /// Bytes of text that a token to train on stands for, the mean over a mixture's rows, where that
+    /// is known.
+    pub fn train_bytes_per_token(&self) -> Option<f64> {
+        let weights: f64 = self.sources.iter().map(|source| source.weight).sum();
+        let of = |source: &Source| {
+            let bytes = bytes_per_token(&source.tokens, &self.vocabulary)?;
+            Some(bytes * source.weight / weights)
+        };
+        self.sources.iter().map(of).sum()
     }
 
     /// The held-out text of `config` in the tokens of `vocabulary`.

@@ -38,15 +38,9 @@ impl HeldOutText {
     /// turned into text again.
     pub fn measure(&self, vocabulary: &Vocabulary) -> Measure {
         *self.measure.get_or_init(|| {
-            let count = self.tokens.len();
             let bytes_per_token = match self.bytes {
-                Some(bytes) => Some(bytes as f64 / count as f64),
-                None if vocabulary.unit() == Unit::Subwords => {
-                    let mut tokens = Vec::new();
-                    self.tokens.read(0, count.min(SAMPLE), &mut tokens);
-                    let text = vocabulary.text_of(&tokens).ok();
-                    text.map(|text| text.len() as f64 / tokens.len() as f64)
-                }
+                Some(bytes) => Some(bytes as f64 / self.tokens.len() as f64),
+                None if vocabulary.unit() == Unit::Subwords => sampled(&self.tokens, vocabulary),
                 None => None,
             };
             Measure { unit: vocabulary.unit(), bytes_per_token }
@@ -59,6 +53,27 @@ impl HeldOutText {
         let bytes = texts.iter().map(|text| text.bytes).sum();
         HeldOutText::new(Tokens::joined(&tokens), bytes)
     }
+}
+
+/// Bytes of text that a token stands for, by the beginning of a text.
+fn sampled(tokens: &Tokens, vocabulary: &Vocabulary) -> Option<f64> {
+    let mut beginning = Vec::new();
+    tokens.read(0, tokens.len().min(SAMPLE), &mut beginning);
+    let bytes = match vocabulary.unit() {
+        Unit::Subwords => vocabulary.text_of(&beginning).ok()?.len(),
+        Unit::Ids => return None,
+        Unit::Bytes | Unit::Characters | Unit::Words => vocabulary.decode(&beginning).len(),
+    };
+    (!beginning.is_empty()).then(|| bytes as f64 / beginning.len() as f64)
+}
+
+/// Bytes of text that a token of a text to train on stands for, where that is known.
+pub(super) fn bytes_per_token(tokens: &Tokens, vocabulary: &Vocabulary) -> Option<f64> {
+    if vocabulary.unit() == Unit::Bytes {
+        return Some(1.0);
+    }
+    let counted = tokens.text_bytes().map(|bytes| bytes as f64 / tokens.len().max(1) as f64);
+    counted.or_else(|| sampled(tokens, vocabulary))
 }
 
 /// A text, the part of it that is held out, and what both are made of.

@@ -180,12 +180,25 @@ impl Job {
         Ok(())
     }
 
-    /// How the ranks run: with the fault that is injected drawn.
+    /// How the ranks run: with the fault that is injected drawn, and the steps that are still to be traced.
     pub(super) fn mode(&self, setup: &Setup) -> Mode {
         let (grid, config) = (setup.grid, &setup.config);
         let inject =
             self.mode.inject.map(|injection| injection.drawn(grid, config.steps, config.seed));
-        Mode { inject, ..self.mode.clone() }
+        let trace = self.mode.trace.and_then(|window| window.after(setup.start()));
+        Mode { inject, trace, ..self.mode.clone() }
+    }
+
+    /// Says what of the steps that are to be traced are made already.
+    pub(super) fn tell_of_trace(&self, setup: &Setup) {
+        let Some(window) = self.mode.trace else { return };
+        match window.after(setup.start()) {
+            None => complain!("note: the steps {window} are made already, and are not traced"),
+            Some(rest) if rest != window => {
+                complain!("note: of the steps {window} some are made already: {rest} are traced");
+            }
+            Some(_) => {}
+        }
     }
 
     /// Where the run begins.
@@ -224,7 +237,8 @@ impl Job {
     pub(super) fn begin(&self, origin: Origin, setup: Setup) -> Result<Setup> {
         let setup = origin.begin(setup)?;
         let (start, steps) = (setup.start(), setup.config.steps);
-        self.mode.trace.map_or(Ok(()), |window| window.check(start, steps))?;
+        let resumed = setup.resumed.is_some();
+        self.mode.trace.map_or(Ok(()), |window| window.check(start, steps, resumed))?;
         Ok(setup)
     }
 

@@ -46,7 +46,8 @@ fn prepare(
 
     check(&setup, &chosen)?;
     let (out, setup) = (job.out(&setup), Arc::new(setup));
-    let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode);
+    let coordinator = Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode(&setup));
+    job.tell_of_trace(&setup);
     runtime::log_to(&out, 0)?;
     Ok((setup, out, coordinator))
 }

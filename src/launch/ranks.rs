@@ -71,7 +71,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     together(world, || enough_memory(job, world, &setup, &chosen))?;
     let out = job.out(&setup);
     let coordinator = together(world, || match rank {
-        0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode))),
+        0 => Ok(Some(Coordinator::new(Arc::clone(&setup), &out)?.of_mode(&job.mode(&setup)))),
         _ => Ok(None),
     })?;
 
@@ -79,6 +79,7 @@ fn train_rank(job: &Job, world: &World) -> std::result::Result<u8, u8> {
     together(world, || runtime::log_to(&out, rank))?;
     if rank == 0 {
         announce(&setup, "MPI ranks", job.mode(&setup).inject);
+        job.tell_of_trace(&setup);
     }
 
     tracing::info!(

@@ -74,7 +74,7 @@ impl Device {
         Device {
             rank,
             place: setup.grid.name(rank),
-            shares: TimeKind::ALL.iter().map(share).collect(),
+            shares: TimeKind::of_steps().iter().map(share).collect(),
             compute_cpu_ms: 1e3 * times.processor[0] / times.steps as f64,
             mpi_cpu_ms: 1e3 * times.processor[1] / times.steps as f64,
             predicted_bytes: Prediction::new(setup, rank).of_device(setup),
@@ -164,7 +164,7 @@ impl Bench {
     /// can be measured.
     pub fn table(&self, shared: bool) -> String {
         let mut text = format!("\n% of the time       {:>8}", "");
-        for (_, name) in TimeKind::ALL {
+        for (_, name) in TimeKind::of_steps() {
             let _ = write!(text, " {name:>10}");
         }
 

@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one object a line.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -17,6 +17,9 @@ pub struct JsonLines {
 }
 
 impl JsonLines {
+    /// What an earlier process has written.
+    pub const PREVIOUS: &str = "metrics.previous.jsonl";
+
     /// An empty file in the run's folder, or the lines of the run that goes on at `resumed`. What
     /// an earlier run has written is kept as `metrics.previous.jsonl`.
     ///
@@ -25,15 +28,42 @@ impl JsonLines {
     pub fn begin(out: &Path, resumed: Option<usize>) -> Result<JsonLines> {
         let path = out.join("metrics.jsonl");
         let wrong = |error| unwritable(&path, error);
-        let earlier = files::read_text(&path).unwrap_or_default();
-        let before = resumed.map(|start| lines_before(&earlier, start)).unwrap_or_default();
-        if path.exists() {
-            std::fs::rename(&path, out.join("metrics.previous.jsonl")).map_err(wrong)?;
+        let earlier = match files::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            read => Some(read.map_err(wrong)?),
+        };
+        let (mut before, mut damaged) = (Vec::new(), 0);
+        if let (Some(earlier), Some(start)) = (&earlier, resumed) {
+            (before, damaged) = lines_before(earlier, start);
         }
 
-        let mut file = BufWriter::new(files::create(&path).map_err(wrong)?);
-        file.write_all(before.as_bytes()).and_then(|()| file.flush()).map_err(wrong)?;
-        Ok(JsonLines { path, file })
+        // Whatever happens, what was written stands in one of both.
+        if let Some(earlier) = &earlier {
+            files::replace(&out.join(JsonLines::PREVIOUS), earlier).map_err(wrong)?;
+        }
+        files::replace(&path, &before).map_err(wrong)?;
+        if damaged > 0 {
+            complain!(
+                "note: {damaged} lines of {} cannot be read; they are in {}",
+                path.display(),
+                JsonLines::PREVIOUS
+            );
+        }
+
+        let file = files::create_with(&path, OpenOptions::new().append(true)).map_err(wrong)?;
+        Ok(JsonLines { path, file: BufWriter::new(file) })
+    }
+
+    /// What an earlier run has written, in the folder of a run that begins anew without this sink.
+    ///
+    /// # Errors
+    /// [`Error::Config`] about `--out`.
+    pub fn put_aside(out: &Path) -> Result<()> {
+        let path = out.join("metrics.jsonl");
+        match std::fs::rename(&path, out.join(JsonLines::PREVIOUS)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(unwritable(&path, error)),
+            _ => Ok(()),
+        }
     }
 
     /// Adds a line.
@@ -69,14 +99,24 @@ fn unwritable(path: &Path, error: std::io::Error) -> Error {
 }
 
 /// The lines that a run which goes on at `start` will not write again: steps up to it, and
-/// evaluations before it.
-fn lines_before(text: &str, start: usize) -> String {
-    let stays = |line: &&str| {
-        let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-        let step = value["step"].as_u64().map_or(usize::MAX, |step| step as usize);
-        step < start || (step == start && value.get("eval_loss").is_none())
-    };
-    text.lines().filter(stays).flat_map(|line| [line, "\n"]).collect()
+/// evaluations before it; and how many lines cannot be read. One without an end was cut by a kill.
+fn lines_before(bytes: &[u8], start: usize) -> (Vec<u8>, usize) {
+    let (mut kept, mut damaged) = (Vec::new(), 0);
+    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+        let read: Option<serde_json::Value> = serde_json::from_slice(line).ok();
+        let step = read.as_ref().and_then(|value| value["step"].as_u64());
+        let Some((value, step)) = read.as_ref().zip(step) else {
+            damaged += usize::from(line.ends_with(b"\n"));
+            continue;
+        };
+
+        let (step, start) = (step, start as u64);
+        let stays = step < start || step == start && value.get("eval_loss").is_none();
+        if stays && line.ends_with(b"\n") {
+            kept.extend_from_slice(line);
+        }
+    }
+    (kept, damaged)
 }
 
 #[cfg(test)]
@@ -86,7 +126,29 @@ mod tests {
     #[test]
     fn lines_that_will_be_written_again_are_left_out() {
         let text = "{\"step\":1,\"loss\":3}\n{\"step\":2,\"loss\":2}\n{\"step\":2,\"eval_loss\":2}\n{\"step\":3,\"loss\":1}\n{\"st";
-        let kept = |start| lines_before(text, start).lines().count();
+        let kept =
+            |start| lines_before(text.as_bytes(), start).0.split(|b| *b == b'\n').count() - 1;
         assert_eq!([kept(0), kept(1), kept(2), kept(3), kept(9)], [0, 1, 2, 4, 4]);
+    }
+
+    /// A line that a disk has damaged takes no other with it.
+    #[test]
+    fn nothing_is_lost_by_a_resume() {
+        let out = tempfile::tempdir().unwrap();
+        let (path, previous) =
+            (out.path().join("metrics.jsonl"), out.path().join(JsonLines::PREVIOUS));
+        let whole = b"{\"step\":1,\"loss\":3}\n{\"step\":2,\xff\xfe}\n{\"step\":3,\"loss\":1}\n";
+        std::fs::write(&path, whole).unwrap();
+        drop(JsonLines::begin(out.path(), Some(3)).unwrap());
+        let kept = "{\"step\":1,\"loss\":3}\n{\"step\":3,\"loss\":1}\n";
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
+        assert_eq!(std::fs::read(&previous).unwrap(), whole);
+
+        // A folder stands where the copy would be put: nothing has changed.
+        std::fs::remove_file(&previous).unwrap();
+        std::fs::create_dir(&previous).unwrap();
+        std::fs::write(previous.join("file"), "").unwrap();
+        assert!(JsonLines::begin(out.path(), Some(3)).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
     }
 }

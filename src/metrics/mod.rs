@@ -9,6 +9,7 @@ mod places;
 mod progress;
 mod prometheus;
 mod summary;
+mod records;
 mod tensorboard;
 
 pub use bench::Bench;

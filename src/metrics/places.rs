@@ -35,8 +35,10 @@ pub struct PlaceRecord {
     /// Since the one told of before; since this process began.
     pub recent: Spent,
     pub total: Spent,
-    /// Bytes: resident now, and predicted at most.
+    /// Bytes: resident now; at most so far beyond what the program itself takes, and predicted of that.
     pub memory: Option<u64>,
+    #[serde(default)]
+    pub peak: Option<u64>,
     pub predicted: u64,
 }
 
@@ -80,9 +82,13 @@ impl PlacesFile {
     /// The name of the file.
     pub const NAME: &str = "places.json";
 
-    /// That of a run's folder; one of an earlier process stays until there is something to tell.
-    pub fn begin(out: &Path) -> PlacesFile {
+    /// That of a run's folder; one of an earlier process stays until there is something to tell, of an
+    /// earlier run it is removed.
+    pub fn begin(out: &Path, resumed: bool) -> PlacesFile {
         let (path, now) = (out.join(PlacesFile::NAME), Places::default());
+        if !resumed {
+            let _ = std::fs::remove_file(&path); // If it cannot, it tells when it was written.
+        }
         PlacesFile { path, now, totals: BTreeMap::new(), written: None }
     }
 
@@ -113,6 +119,7 @@ impl Sink for PlacesFile {
             recent: Spent::new(line.times),
             total: Spent::new(total),
             memory: line.memory,
+            peak: line.peak,
             predicted: line.predicted,
         };
         self.now.places.insert(line.rank, record);
@@ -134,7 +141,7 @@ mod tests {
     #[test]
     fn times_are_added_up() {
         let out = tempfile::tempdir().unwrap();
-        let mut file = PlacesFile::begin(out.path());
+        let mut file = PlacesFile::begin(out.path(), false);
         let mut times = Times {
             steps: 2,
             seconds: 4.0,
@@ -150,6 +157,7 @@ mod tests {
                 step,
                 times: &times,
                 memory: None,
+                peak: None,
                 predicted: 5,
             };
             file.place(&line).unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::{Encoder, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
-use super::{EvalLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
+use super::{EvalLine, EventKind, EventLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
 use crate::clock::{TimeKind, Times};
 use crate::error::{Error, Result};
 use crate::files;
@@ -49,7 +49,7 @@ impl Prometheus {
     /// # Errors
     /// [`Error::Internal`] if a name is no name to Prometheus.
     pub fn begin(out: &Path, steps: usize) -> Result<Prometheus> {
-        let name = out.file_name().unwrap_or(out.as_os_str()).to_string_lossy().into_owned();
+        let name = files::name(out);
         Prometheus::new(out, &name, steps).map_err(|error| Error::Internal(error.to_string()))
     }
 
@@ -114,8 +114,10 @@ impl Prometheus {
         files::replace(&self.path, &text).map_err(|error| Error::unwritten(&self.path, error))
     }
 
+    /// Before the first step of this process there is nothing to tell but what the file says.
     fn write_if_due(&mut self) -> Result<()> {
         match self.written {
+            _ if self.run.step.get() == 0.0 => Ok(()),
             Some(written) if written.elapsed() < EVERY => Ok(()),
             _ => self.write(),
         }
@@ -170,8 +172,13 @@ impl Sink for Prometheus {
         self.write_if_due()
     }
 
+    /// A run that fails leaves its last values.
+    fn event(&mut self, line: &EventLine) -> Result<()> {
+        if line.kind == EventKind::Fault { self.finish() } else { Ok(()) }
+    }
+
     fn finish(&mut self) -> Result<()> {
-        self.write()
+        if self.run.step.get() == 0.0 { Ok(()) } else { self.write() }
     }
 }
 
@@ -201,6 +208,7 @@ mod tests {
             grad_norm: &[1.0, 2.0],
             table_norm: Some(4.0),
             source_tokens: None,
+            time: 1.0,
         };
         sink.step(&line).unwrap();
         sink.step(&StepLine { step: 4, ..line }).unwrap();

@@ -25,6 +25,8 @@ pub struct StepLine<'a> {
     /// Tokens that each source of a mixture has given so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source_tokens: Option<Vec<usize>>,
+    /// When it was complete, in seconds since 1970.
+    pub time: f64,
 }
 
 /// About an evaluation after `step` updates.
@@ -70,8 +72,9 @@ pub struct PlaceLine<'a> {
     /// The last update.
     pub step: usize,
     pub times: &'a Times,
-    /// Bytes: resident now, and predicted at most.
+    /// Bytes: resident now; at most so far beyond what the program itself takes, and predicted of that.
     pub memory: Option<u64>,
+    pub peak: Option<u64>,
     pub predicted: u64,
 }
 

@@ -2,7 +2,7 @@
 //! runs, and compares their settings (HParams).
 //!
 //! ```text
-//! record   length u64 | masked CRC-32C of it | Event, protobuf | masked CRC-32C of it      TFRecord
+//! record   of TFRecord, its data an Event, as protobuf
 //! Event    wall time, step, values: a tag and a number each
 //! ```
 //!
@@ -11,12 +11,13 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use prost::Message;
 
+use super::records::{is_cut, read_record, write_record};
 use super::{EvalLine, EventKind, EventLine, PlaceLine, Sink, StalenessLine, StepLine, wall_time};
 use crate::clock::TimeKind;
 use crate::error::{Error, Result};
@@ -26,8 +27,9 @@ use crate::staleness::Staleness;
 /// Between two flushes: TensorBoard looks every few seconds.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// What TensorBoard looks for in a file's name.
+/// What TensorBoard looks for in a file's name; the name of a file that is not complete, without it.
 const MARK: &str = ".tfevents.";
+const UNFINISHED: &str = ".tensorboard.tmp";
 
 /// The parts of TensorFlow's `event.proto`, `summary.proto`, `tensor.proto` and of the HParams
 /// plugin's `plugin_data.proto` that are used, with their numbers of fields.
@@ -164,26 +166,51 @@ impl TensorBoard {
             Error::config("--out", out.display(), remedy)
         };
 
+        let temporary = out.join(UNFINISHED);
+        let begun = TensorBoard::write_new(out, &temporary, resumed, settings).map_err(wrong);
+        if begun.is_err() {
+            let _ = std::fs::remove_file(&temporary); // The first error is the one to tell.
+        }
+        begun
+    }
+
+    fn write_new(
+        out: &Path,
+        temporary: &Path,
+        resumed: Option<usize>,
+        settings: &[(String, serde_json::Value)],
+    ) -> std::io::Result<TensorBoard> {
         let earlier = event_files(out);
         let now = wall_time();
         let name = format!("events.out{MARK}{}.{}", now as u64, std::process::id());
         let path = out.join(name);
-        let temporary = files::temporary(&path);
-        let mut file = BufWriter::new(files::create(&temporary).map_err(wrong)?);
+        let mut file = BufWriter::new(files::create(temporary)?);
         let version = Event {
             wall_time: now,
             file_version: Some("brain.Event:2".into()),
             ..Event::default()
         };
+        let (kept, unread) = resumed.map(|start| kept(&earlier, start)).unwrap_or_default();
         let events = std::iter::once(version).chain(session(settings, now));
-        for event in events.chain(resumed.into_iter().flat_map(|start| kept(&earlier, start))) {
-            write_record(&mut file, &event.encode_to_vec()).map_err(wrong)?;
+        for event in events.chain(kept) {
+            write_record(&mut file, &event.encode_to_vec())?;
         }
 
-        file.flush().map_err(wrong)?;
-        std::fs::rename(&temporary, &path).map_err(wrong)?;
-        let mut others = earlier.iter().filter(|other| **other != path);
-        others.try_for_each(std::fs::remove_file).map_err(wrong)?;
+        file.flush()?;
+        for (number, other) in unread.iter().enumerate() {
+            // Under a name that TensorBoard does not look for.
+            let aside = out.join(format!("tensorboard.previous.{}.{number}", now as u64));
+            std::fs::rename(other, &aside)?;
+            complain!(
+                "note: {} cannot be read whole; what could be is taken over, it is {} now",
+                other.display(),
+                aside.display()
+            );
+        }
+
+        std::fs::rename(temporary, &path)?;
+        let read = |other: &&PathBuf| **other != path && !unread.contains(other);
+        earlier.iter().filter(read).try_for_each(std::fs::remove_file)?;
         Ok(TensorBoard { path, file, flushed: Instant::now() })
     }
 
@@ -348,7 +375,8 @@ fn event_files(out: &Path) -> Vec<PathBuf> {
         .flatten()
         .filter(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
-            name.starts_with("events.out") && name.contains(MARK)
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            is_file && name.starts_with("events.out") && name.contains(MARK)
         })
         .map(|entry| entry.path())
         .collect();
@@ -357,13 +385,18 @@ fn event_files(out: &Path) -> Vec<PathBuf> {
 }
 
 /// The scalars of earlier files that a run which goes on at `start` will not write again: as those of
-/// `metrics.jsonl`.
-fn kept(earlier: &[PathBuf], start: usize) -> Vec<Event> {
-    let mut events = Vec::new();
+/// `metrics.jsonl`; and the files that cannot be read whole.
+fn kept(earlier: &[PathBuf], start: usize) -> (Vec<Event>, Vec<PathBuf>) {
+    let (mut events, mut unread) = (Vec::new(), Vec::new());
     for path in earlier {
-        let Ok(bytes) = files::read(path) else { continue };
-        let mut rest = &bytes[..];
+        let bytes = files::read(path).unwrap_or_default();
+        let (mut rest, mut damaged) = (&bytes[..], bytes.is_empty());
         while let Some(event) = read_record(&mut rest) {
+            let Some(event) = event.and_then(|data| Event::decode(data).ok()) else {
+                damaged = true;
+                continue;
+            };
+
             let values = event.summary.iter().flat_map(|summary| &summary.value);
             let mut scalars = values.filter(|value| value.simple_value.is_some()).peekable();
             let evaluates = scalars.peek().is_some_and(|value| value.tag.starts_with("eval/"));
@@ -372,37 +405,13 @@ fn kept(earlier: &[PathBuf], start: usize) -> Vec<Event> {
                 events.push(event);
             }
         }
+
+        // The last record of a process that was killed may be cut.
+        if damaged || !rest.is_empty() && !is_cut(rest) {
+            unread.push(path.clone());
+        }
     }
-    events
-}
-
-/// The checksum of TFRecord.
-fn masked(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
-}
-
-fn write_record(to: &mut impl Write, data: &[u8]) -> std::io::Result<()> {
-    let length = (data.len() as u64).to_le_bytes();
-    to.write_all(&length)?;
-    to.write_all(&masked(&length).to_le_bytes())?;
-    to.write_all(data)?;
-    to.write_all(&masked(data).to_le_bytes())
-}
-
-/// The next event; none at the end, or where the file is cut or damaged.
-fn read_record(from: &mut &[u8]) -> Option<Event> {
-    let (mut length, mut sum) = ([0; 8], [0; 4]);
-    from.read_exact(&mut length).ok()?;
-    from.read_exact(&mut sum).ok()?;
-    if masked(&length) != u32::from_le_bytes(sum) {
-        return None;
-    }
-
-    let count = usize::try_from(u64::from_le_bytes(length)).ok()?;
-    let (data, rest) = from.split_at_checked(count)?;
-    *from = rest;
-    from.read_exact(&mut sum).ok()?;
-    (masked(data) == u32::from_le_bytes(sum)).then(|| Event::decode(data).ok())?
+    (events, unread)
 }
 
 #[cfg(test)]
@@ -420,6 +429,7 @@ mod tests {
             grad_norm: &[1.0, 2.0],
             table_norm: None,
             source_tokens: None,
+            time: 1.0,
         }
     }
 
@@ -438,7 +448,9 @@ mod tests {
         let [file] = &event_files(out)[..] else { panic!("{:?}", event_files(out)) };
         let bytes = std::fs::read(file).unwrap();
         let mut rest = &bytes[..];
-        let events = std::iter::from_fn(|| read_record(&mut rest)).collect();
+        let events = std::iter::from_fn(|| read_record(&mut rest))
+            .map(|data| Event::decode(data.unwrap()).unwrap())
+            .collect();
         assert!(rest.is_empty());
         events
     }
@@ -489,15 +501,22 @@ mod tests {
         let told = HParams::decode(content).unwrap().start.unwrap();
         assert_eq!(told.hparams["optimizer.lr"].kind, Some(Kind::Number(0.25)));
 
+        // A record whose data is damaged takes no other with it, and the file is put aside.
+        let [path] = &event_files(out.path())[..] else { panic!() };
+        let mut bytes = std::fs::read(path).unwrap();
+        let at = bytes.windows(9).position(|bytes| bytes == b"grad_norm").unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(path, &bytes).unwrap();
+        drop(TensorBoard::begin(out.path(), Some(6), &settings).unwrap());
+        assert_eq!(scalars(out.path(), "loss"), losses[1..]);
+        let aside = std::fs::read_dir(out.path()).unwrap().flatten().find_map(|entry| {
+            let name = entry.file_name().into_string().unwrap();
+            name.starts_with("tensorboard.previous.").then(|| entry.path())
+        });
+        assert_eq!(std::fs::read(aside.unwrap()).unwrap(), bytes);
+
         // A run that begins anew begins a new curve.
         drop(TensorBoard::begin(out.path(), None, &settings).unwrap());
         assert_eq!(scalars(out.path(), "loss"), []);
-    }
-
-    /// Values of the document of TFRecord.
-    #[test]
-    fn checksums_are_masked() {
-        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(masked(b"123456789"), 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8));
     }
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use tokenizers::decoders::byte_level::ByteLevel;
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::{AddedToken, TokenizerBuilder, TokenizerImpl};
+use tokenizers::models::bpe::{BPE, BpeTrainer, BpeTrainerBuilder};
+use tokenizers::{AddedToken, TokenizerBuilder, TokenizerImpl, Trainer};
 
 use super::documents::{Documents, Place, Reading};
 use super::download;
@@ -84,7 +84,7 @@ fn learned(request: &TrainRequest) -> Result<Tokenizer> {
     let inputs = inputs::find(&request.what, &Splitting::Whole(0))?;
     let mut tokenizer = empty().map_err(|error| Error::Internal(error.to_string()))?;
     let special = request.special.iter().map(|token| AddedToken::from(token.clone(), true));
-    let mut trainer = BpeTrainerBuilder::new()
+    let trainer = BpeTrainerBuilder::new()
         .vocab_size(request.size)
         .min_frequency(2)
         // Its own bars, of what comes after counting.
@@ -105,8 +105,8 @@ fn learned(request: &TrainRequest) -> Result<Tokenizer> {
     let bar = download::bytes_bar(inputs.iter().map(|input| input.bytes).sum(), "counting");
     let problem = Mutex::new(None);
     let documents = Documents::new(&inputs, &shape, &reading, Place::default(), 0);
-    let texts = Texts { documents, held: Vec::new().into_iter(), bar: &bar, problem: &problem };
-    let trained = tokenizer.train(&mut trainer, texts).map(|_| ());
+    let texts = Texts { documents, held: Held::default(), bar: &bar, problem: &problem };
+    let trained = tokenizer.train(&mut Counting(trainer), texts).map(|_| ());
     bar.finish_and_clear();
     if let Some(error) = problem.into_inner().ok().flatten() {
         return Err(error);
@@ -131,9 +131,50 @@ fn empty() -> tokenizers::Result<Tokenizer> {
 /// The texts of all documents, until one cannot be read.
 struct Texts<'a> {
     documents: Documents<'a>,
-    held: std::vec::IntoIter<super::documents::Piece>,
+    held: Held,
     bar: &'a indicatif::ProgressBar,
     problem: &'a Mutex<Option<Error>>,
+}
+
+/// The pieces of a batch, and what of the inputs it is.
+#[derive(Default)]
+struct Held {
+    pieces: std::vec::IntoIter<super::documents::Piece>,
+    count: usize,
+    from: u64,
+    to: u64,
+}
+
+impl Held {
+    /// Bytes of the inputs that are handed out, about.
+    fn read(&self) -> u64 {
+        let left = self.pieces.len() as f64 / self.count.max(1) as f64;
+        self.to - ((self.to - self.from) as f64 * left) as u64
+    }
+}
+
+/// A trainer that shows nothing while it is fed, which a bar in bytes tells of.
+struct Counting(BpeTrainer);
+
+impl Trainer for Counting {
+    type Model = BPE;
+
+    fn should_show_progress(&self) -> bool {
+        false
+    }
+
+    fn train(&self, model: &mut BPE) -> tokenizers::Result<Vec<AddedToken>> {
+        self.0.train(model)
+    }
+
+    fn feed<I, S, F>(&mut self, texts: I, process: F) -> tokenizers::Result<()>
+    where
+        I: Iterator<Item = S> + Send,
+        S: AsRef<str> + Send,
+        F: Fn(&str) -> tokenizers::Result<Vec<String>> + Sync,
+    {
+        self.0.feed(texts, process)
+    }
 }
 
 impl Iterator for Texts<'_> {
@@ -141,14 +182,15 @@ impl Iterator for Texts<'_> {
 
     fn next(&mut self) -> Option<String> {
         loop {
-            if let Some(piece) = self.held.next() {
+            if let Some(piece) = self.held.pieces.next() {
+                self.bar.set_position(self.held.read());
                 return Some(String::from_utf8_lossy(&piece.text).into_owned());
             }
 
             match self.documents.batch() {
                 Ok(Some(batch)) => {
-                    self.bar.set_position(batch.read);
-                    self.held = batch.pieces.into_iter();
+                    let (from, to, count) = (self.held.to, batch.read, batch.pieces.len());
+                    self.held = Held { pieces: batch.pieces.into_iter(), count, from, to };
                 }
                 Ok(None) => return None,
                 Err(error) => {

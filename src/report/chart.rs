@@ -11,6 +11,9 @@ use crate::palette::COLORS;
 /// Width and height of a chart with axes, in units of its own.
 const SIZE: (u32, u32) = (760, 380);
 
+/// Points of a curve that are ringed.
+const RINGS: usize = 30;
+
 /// Of a group of bars with its name.
 const GROUP: u32 = 140;
 
@@ -38,9 +41,18 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
     #[serde(skip)]
     pub color: usize,
-    /// Points of their own instead of a line.
     #[serde(skip)]
-    pub dots: bool,
+    pub form: Form,
+}
+
+/// How a curve is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Line,
+    /// Thin and pale, behind a line.
+    Pale,
+    /// Points that are ringed, on a thin line.
+    Dots,
 }
 
 /// What a page needs of a chart.
@@ -111,7 +123,7 @@ fn draw_curves<'a>(
     let mut chart = ChartBuilder::on(area)
         .margin(10)
         .x_label_area_size(46)
-        .y_label_area_size(70)
+        .y_label_area_size(96)
         .build_cartesian_2d(xs, ys)?;
     chart
         .configure_mesh()
@@ -132,11 +144,24 @@ fn draw_curves<'a>(
         let color = color(series.color);
         // What is above the frame is drawn on its edge.
         let shown = series.points.iter().map(|(x, y)| (*x, y.min(high)));
-        if series.dots {
-            let dot = |(x, y)| Circle::new((x, y), 3, color.filled());
-            chart.draw_series(shown.map(dot))?;
-        } else {
-            chart.draw_series(LineSeries::new(shown, color.stroke_width(2)))?;
+        match series.form {
+            Form::Line => {
+                chart.draw_series(LineSeries::new(shown, color.stroke_width(2)))?;
+            }
+            Form::Pale => {
+                chart.draw_series(LineSeries::new(shown, color.mix(0.3).stroke_width(1)))?;
+            }
+            Form::Dots => {
+                // Of many points some are ringed, the last among them.
+                let apart = series.points.len().div_ceil(RINGS).max(1);
+                let last = series.points.len().saturating_sub(1) % apart;
+                let ringed: Vec<(f64, f64)> = shown.clone().skip(last).step_by(apart).collect();
+                chart.draw_series(LineSeries::new(shown, color.stroke_width(1)))?;
+                let dot = |at: &(f64, f64)| Circle::new(*at, 3, color.filled());
+                chart.draw_series(ringed.iter().map(dot))?;
+                let ring = |at: &(f64, f64)| Circle::new(*at, 3, INK.stroke_width(1));
+                chart.draw_series(ringed.iter().map(ring))?;
+            }
         }
     }
 
@@ -177,7 +202,7 @@ fn draw_bars<'a>(
     let mut chart = ChartBuilder::on(area)
         .margin(10)
         .x_label_area_size(46)
-        .y_label_area_size(70)
+        .y_label_area_size(96)
         .build_cartesian_2d(0.0..groups.len() as f64, 0.0..most)?;
     chart
         .configure_mesh()
@@ -217,8 +242,8 @@ fn draw_bars<'a>(
     Ok(marks)
 }
 
-/// A heat map: rows of shares from 0 to 1, under columns.
-pub fn heat(columns: &[String], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
+/// A heat map: rows of shares from 0 to 1, under columns, each with its colour.
+pub fn heat(columns: &[(String, usize)], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
     const LEFT: i32 = 190;
     const TOP: i32 = 30;
     const CELL: (i32, i32) = (78, 26);
@@ -239,7 +264,7 @@ pub fn heat(columns: &[String], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
             let beside = font.pos(Pos::new(HPos::Right, VPos::Center));
             for (i, column) in columns.iter().enumerate() {
                 let x = LEFT + CELL.0 * i as i32 + CELL.0 / 2;
-                area.draw(&Text::new(column.clone(), (x, TOP / 2), centred.clone()))?;
+                area.draw(&Text::new(column.0.clone(), (x, TOP / 2), centred.clone()))?;
             }
 
             for (j, (name, shares)) in rows.iter().enumerate() {
@@ -248,8 +273,7 @@ pub fn heat(columns: &[String], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
                 for (i, share) in shares.iter().enumerate() {
                     let left = LEFT + CELL.0 * i as i32;
                     let cell = [(left + 1, top + 1), (left + CELL.0 - 1, top + CELL.1 - 1)];
-                    // Work is one colour, waits are another.
-                    let color = if i == 0 { COLORS[0] } else { COLORS[1] };
+                    let color = color(columns[i].1);
                     let strength = 0.06 + 0.74 * share.clamp(0.0, 1.0);
                     area.draw(&Rectangle::new(cell, color.mix(strength).filled()))?;
                     let text = format!("{:.1} %", 100.0 * share);
@@ -257,7 +281,7 @@ pub fn heat(columns: &[String], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
                     area.draw(&Text::new(text.clone(), middle, centred.clone()))?;
                     marks.push(serde_json::json!({
                         "box": [cell[0].0, cell[0].1, cell[1].0, cell[1].1],
-                        "text": format!("{name}, {}: {text}", columns[i])
+                        "text": format!("{name}, {}: {text}", columns[i].0)
                     }));
                 }
             }
@@ -270,7 +294,8 @@ pub fn heat(columns: &[String], rows: &[(String, Vec<f64>)]) -> Option<Chart> {
         .iter()
         .map(|(name, shares)| serde_json::json!({"name": name, "values": shares}))
         .collect();
-    let data = serde_json::json!({"columns": columns, "rows": table, "unit": "share of the time", "marks": marks});
+    let names: Vec<&String> = columns.iter().map(|(name, _)| name).collect();
+    let data = serde_json::json!({"columns": names, "rows": table, "unit": "share of the time", "marks": marks});
     Some(Chart { svg: inked(&svg), data })
 }
 
@@ -339,15 +364,19 @@ mod tests {
 
     #[test]
     fn charts_have_their_marks_and_numbers() {
-        let series = |name: &str, color, dots| Series {
+        let series = |name: &str, color, form| Series {
             name: name.to_owned(),
             points: (1..=9).map(|x| (f64::from(x), 9.0 / f64::from(x))).collect(),
             color,
-            dots,
+            form,
         };
-        let chart =
-            lines("step", "loss", &[series("a", 0, false), series("b", 1, true)], Shown::Losses)
-                .unwrap();
+        let chart = lines(
+            "step",
+            "loss",
+            &[series("a", 0, Form::Pale), series("b", 1, Form::Dots)],
+            Shown::Losses,
+        )
+        .unwrap();
         assert!(chart.svg.contains("<polyline") && chart.svg.contains("<circle"));
         assert!(!chart.svg.contains(INK_AS_TEXT) && chart.svg.contains("currentColor"));
         let x = &chart.data["x"];
@@ -359,7 +388,7 @@ mod tests {
             name: "a".to_owned(),
             points: values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect(),
             color: 0,
-            dots: false,
+            form: Form::Line,
         };
         let high = |series: &[Series], shown| range(series, shown).unwrap().1;
         assert_eq!(high(&[of(&[0.0, 0.0]), of(&[1.0, 1.0])], Shown::FromZero), 1.05);
@@ -377,7 +406,7 @@ mod tests {
         let chart = bars("%", &names, &groups).unwrap();
         assert_eq!(chart.data["marks"].as_array().unwrap().len(), 1);
         let rows = [("stage 0".to_owned(), vec![0.75, 0.25])];
-        let chart = heat(&["compute".to_owned(), "idle".to_owned()], &rows).unwrap();
+        let chart = heat(&[("compute".to_owned(), 0), ("idle".to_owned(), 1)], &rows).unwrap();
         assert!(
             chart.svg.contains("75.0 %")
                 && chart.data["marks"][1]["text"] == "stage 0, idle: 25.0 %"
@@ -404,7 +433,7 @@ mod tests {
     fn a_scale_without_end_is_none() {
         let series = |values: &[f64]| {
             let points = values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect();
-            [Series { name: "a".into(), points, color: 0, dots: false }]
+            [Series { name: "a".into(), points, color: 0, form: Form::Line }]
         };
         assert_eq!(range(&series(&[1e307, -1e308, 1e308]), Shown::All), None);
         assert!(range(&series(&[1e300, -1e300]), Shown::All).is_some());

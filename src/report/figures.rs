@@ -8,18 +8,22 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::history::{History, StepPoint};
+use super::phase::Phase;
+use super::processes::{Process, processes, wall_clock};
 use super::proof::{Proof, proof};
 use super::thin::thin;
 use crate::config::flatten;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::metrics::{EventKind, EventLine, PlaceRecord, Spent};
+use crate::metrics::{EventKind, EventLine, PlaceRecord, Spent, wall_time};
 
 /// Points that are kept of a curve.
 pub const POINTS: usize = 600;
 
-/// Steps whose losses are averaged where single ones say little.
-const SMOOTHED: usize = 50;
+/// Groups of a run whose losses are averaged, since single ones say little; and those of its time that
+/// the rate is taken over.
+const GROUPS: usize = 100;
+const GROUPS_OF_TIME: f64 = 200.0;
 
 /// One run.
 #[derive(Debug, Serialize)]
@@ -29,10 +33,17 @@ pub struct Figures {
     pub facts: Value,
     /// The keys of its config.
     pub settings: BTreeMap<String, Value>,
+    /// What it is doing, or how it ended.
+    pub state: String,
     pub steps: u64,
+    /// Steps that it is to have.
+    pub of_steps: Option<u64>,
     pub tokens: u64,
-    /// Seconds of training.
+    /// Seconds that its processes took, as far as there are steps; those of the steps alone.
     pub seconds: f64,
+    pub step_seconds: f64,
+    /// The processes that trained it, one after the other.
+    pub processes: Vec<Process>,
     pub loss: Option<f64>,
     pub eval_loss: Option<f64>,
     pub bits_per_byte: Option<f64>,
@@ -42,6 +53,8 @@ pub struct Figures {
     pub places: Vec<PlaceFigures>,
     pub proof: Option<Proof>,
     pub staleness: Vec<(u64, Value)>,
+    /// Targets of the last evaluation.
+    pub eval_tokens: Option<u64>,
     pub events: Vec<EventLine>,
     /// What was found wrong with the folder's files.
     pub notes: Vec<String>,
@@ -51,14 +64,18 @@ pub struct Figures {
 #[derive(Debug, Default, Serialize)]
 pub struct Curves {
     pub loss: Vec<(f64, f64)>,
-    /// Means of neighbours: single losses say little.
+    /// Means of a hundredth of the run each.
     pub smooth: Vec<(f64, f64)>,
     pub loss_by_tokens: Vec<(f64, f64)>,
     pub loss_by_seconds: Vec<(f64, f64)>,
+    pub smooth_by_tokens: Vec<(f64, f64)>,
+    pub smooth_by_seconds: Vec<(f64, f64)>,
     pub eval: Vec<(f64, f64)>,
     pub eval_by_tokens: Vec<(f64, f64)>,
     pub eval_by_seconds: Vec<(f64, f64)>,
     pub tokens_per_s: Vec<(f64, f64)>,
+    /// Seconds of steps up to a step.
+    pub clock: Vec<(f64, f64)>,
 }
 
 /// Where the time of a rank went, and its memory.
@@ -69,7 +86,7 @@ pub struct PlaceFigures {
     pub stages: Vec<usize>,
     pub spent: Spent,
     pub predicted: u64,
-    /// The measured peak, or what was resident when it was last told.
+    /// The measured peak, at the end or when it was last told.
     pub memory: Option<u64>,
 }
 
@@ -93,6 +110,9 @@ impl Figures {
         history.read().map_err(unread)?;
         if history.metrics.steps.is_empty() {
             let problem = match folder.join("metrics.jsonl").exists() {
+                true if history.metrics.damaged > 0 => {
+                    "has a metrics.jsonl without a step that can be read: of another version?"
+                }
                 true => "has a metrics.jsonl without a step",
                 false => "has no metrics.jsonl",
             };
@@ -108,23 +128,31 @@ impl Figures {
         let last = metrics.steps.last().cloned().unwrap_or_default();
         let tail = &metrics.steps[metrics.steps.len() - metrics.steps.len().div_ceil(10)..];
         let eval = metrics.evals.last().copied();
+        let step_s = median(metrics.steps.iter().map(|point| point.step_s));
+        let phase = Phase::new(history, step_s.unwrap_or(0.0), wall_time());
+        let walls = wall_clock(history);
 
         Figures {
             name: files::name(&history.folder),
             folder: history.folder.display().to_string(),
+            state: phase.text(),
             steps: last.step,
+            of_steps: facts["steps"].as_u64(),
             tokens: last.tokens,
-            seconds: last.clock,
+            seconds: walls.last().copied().unwrap_or(0.0),
+            step_seconds: last.clock,
+            processes: processes(history, &phase),
             // Of a run that has diverged there is none.
             loss: mean(tail.iter().map(|point| point.loss)).filter(|_| last.loss.is_finite()),
             eval_loss: eval.map(|point| point.loss).filter(|loss| loss.is_finite()),
             bits_per_byte: eval.and_then(|point| point.bits_per_byte),
-            step_s: median(metrics.steps.iter().map(|point| point.step_s)),
+            step_s,
             tokens_per_s: median(metrics.steps.iter().map(|point| point.tokens_per_s)),
-            curves: curves(history),
+            curves: curves(history, &walls),
             places: places(history, &facts),
             proof: proof(&history.places, &facts).filter(|_| facts["device"] != "cuda"),
             staleness: metrics.staleness.clone(),
+            eval_tokens: eval.and_then(|point| point.tokens),
             events: history.events.clone(),
             notes: notes(history, &facts),
             settings,
@@ -132,9 +160,11 @@ impl Figures {
         }
     }
 
-    /// What makes a loss of this run bits per byte of the text; none where that is not known.
-    pub fn bits(&self) -> Option<f64> {
-        let bytes = self.facts["bytes_per_token"].as_f64().filter(|bytes| *bytes > 0.0)?;
+    /// What makes a held-out loss of this run bits per byte of the text, or one of training; none where
+    /// that is not known.
+    pub fn bits(&self, held_out: bool) -> Option<f64> {
+        let key = if held_out { "bytes_per_token" } else { "train_bytes_per_token" };
+        let bytes = self.facts[key].as_f64().filter(|bytes| *bytes > 0.0)?;
         Some(1.0 / (std::f64::consts::LN_2 * bytes))
     }
 
@@ -166,7 +196,7 @@ fn settings(text: &str) -> BTreeMap<String, Value> {
     found.into_iter().collect()
 }
 
-fn curves(history: &History) -> Curves {
+fn curves(history: &History, walls: &[f64]) -> Curves {
     let (steps, evals) = (&history.metrics.steps, &history.metrics.evals);
     let of = |x: &dyn Fn(usize) -> f64, y: &dyn Fn(usize) -> f64| {
         let points: Vec<(f64, f64)> = (0..steps.len()).map(|i| (x(i), y(i))).collect();
@@ -175,6 +205,7 @@ fn curves(history: &History) -> Curves {
     let step = |i: usize| steps[i].step as f64;
     let tokens = |i: usize| steps[i].tokens as f64;
     let clock = |i: usize| steps[i].clock;
+    let wall = |i: usize| walls[i];
     let loss = |i: usize| steps[i].loss;
 
     // Where the step of an evaluation is among the others.
@@ -186,44 +217,53 @@ fn curves(history: &History) -> Curves {
     };
     Curves {
         loss: of(&step, &loss),
-        smooth: smooth(history),
+        smooth: smooth(steps, &step),
+        smooth_by_tokens: smooth(steps, &tokens),
+        smooth_by_seconds: smooth(steps, &wall),
         loss_by_tokens: of(&tokens, &loss),
-        loss_by_seconds: of(&clock, &loss),
+        loss_by_seconds: of(&wall, &loss),
         eval: thin(
             &evals.iter().map(|point| (point.step as f64, point.loss)).collect::<Vec<_>>(),
             POINTS,
         ),
         eval_by_tokens: eval(&tokens),
-        eval_by_seconds: eval(&clock),
+        eval_by_seconds: eval(&wall),
         tokens_per_s: rate(history),
+        clock: of(&step, &clock),
     }
 }
 
-/// Means of the losses of as many neighbours as make a hundred groups of the run.
-fn smooth(history: &History) -> Vec<(f64, f64)> {
-    let steps = &history.metrics.steps;
-    let group = (steps.len() / 100).max(1);
-    let mean = |points: &[StepPoint]| {
+/// Means of the losses of as many neighbours as make a hundred groups of the run, at the last of each.
+fn smooth(steps: &[StepPoint], x: &dyn Fn(usize) -> f64) -> Vec<(f64, f64)> {
+    let group = (steps.len() / GROUPS).max(1);
+    let mean = |(number, points): (usize, &[StepPoint])| {
         let loss = points.iter().map(|point| point.loss).sum::<f64>() / points.len() as f64;
-        Some((points.last()?.step as f64, loss)).filter(|(_, loss)| loss.is_finite())
+        let last = number * group + points.len() - 1;
+        Some((x(last), loss)).filter(|(_, loss)| loss.is_finite())
     };
-    steps.chunks(group).filter_map(mean).collect()
+    steps.chunks(group).enumerate().filter_map(mean).collect()
 }
 
-/// Tokens a second over steps: of several together, since reports of single ones come in bursts.
+/// Tokens a second over steps: of a share of the run's time together, since reports of single steps
+/// come in bursts.
 fn rate(history: &History) -> Vec<(f64, f64)> {
     let steps = &history.metrics.steps;
-    let group = (steps.len() / POINTS).clamp(1, SMOOTHED).max(steps.len().min(10) / 2).max(1);
-    let points: Vec<(f64, f64)> = steps
-        .chunks(group)
-        .filter_map(|points| {
-            let seconds: f64 = points.iter().map(|point| point.step_s).sum();
-            let tokens: f64 = points.iter().map(|point| point.tokens_per_s * point.step_s).sum();
-            let last = points.last()?;
-            (seconds > 0.0).then(|| (last.step as f64, tokens / seconds))
-        })
-        .collect();
-    thin(&points, POINTS)
+    let least = steps.last().map_or(0.0, |last| last.clock) / GROUPS_OF_TIME;
+    let (mut points, mut seconds, mut tokens) = (Vec::new(), 0.0, 0.0);
+    for point in steps {
+        // One that was not told is left out, with its time.
+        let told = point.tokens_per_s * point.step_s;
+        if told.is_finite() {
+            seconds += point.step_s;
+            tokens += told;
+        }
+
+        if seconds > 0.0 && seconds >= least {
+            points.push((point.step as f64, tokens / seconds));
+            (seconds, tokens) = (0.0, 0.0);
+        }
+    }
+    points
 }
 
 fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
@@ -239,8 +279,7 @@ fn places(history: &History, facts: &Value) -> Vec<PlaceFigures> {
         stages: place.stages.clone(),
         spent: place.total.clone(),
         predicted: place.predicted,
-        // What is resident on a host says nothing of its GPU.
-        memory: peak(*rank).or(place.memory.filter(|_| facts["device"] != "cuda")),
+        memory: peak(*rank).or(place.peak.filter(|_| facts["threads"] != true)),
     };
     history.places.places.iter().map(of).collect()
 }
@@ -255,6 +294,14 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
             "{} lines of metrics.jsonl cannot be read, and are left out",
             metrics.damaged
         ));
+    }
+
+    if history.ends_in_a_cut() {
+        notes.push("the last line of metrics.jsonl is cut, and is left out".to_owned());
+    }
+
+    if let Some(problem) = &history.unread_events {
+        notes.push(format!("events.jsonl cannot be read ({problem})"));
     }
 
     if history.unknown_events > 0 {
@@ -295,6 +342,8 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
 
     if history.unknown_places {
         notes.push("places.json cannot be read, or is of another version".to_owned());
+    } else if history.earlier_places {
+        notes.push("places.json is of an earlier process, and is left out".to_owned());
     } else if history.places.places.is_empty() {
         notes.push(
             "places.json does not say where the time went: too short a run, or the oracle's"

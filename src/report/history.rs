@@ -22,8 +22,10 @@ pub struct StepPoint {
     pub lr: f64,
     pub step_s: f64,
     pub tokens_per_s: f64,
-    /// Seconds of training up to its end, those of earlier processes included.
+    /// Seconds of steps up to its end, those of earlier processes included.
     pub clock: f64,
+    /// When it was complete, in seconds since 1970; NaN where that is not told.
+    pub time: f64,
 }
 
 /// An evaluation.
@@ -31,6 +33,8 @@ pub struct StepPoint {
 pub struct EvalPoint {
     pub step: u64,
     pub loss: f64,
+    /// Targets that the loss is the mean of.
+    pub tokens: Option<u64>,
     pub bits_per_byte: Option<f64>,
 }
 
@@ -49,6 +53,8 @@ struct Line {
     #[serde(default, deserialize_with = "some")]
     eval_loss: Option<Option<f64>>,
     eval_bpb: Option<f64>,
+    eval_tokens: Option<u64>,
+    time: Option<f64>,
     staleness: Option<serde_json::Value>,
 }
 
@@ -75,7 +81,8 @@ impl Metrics {
     /// Steps that are missing between the first and the last.
     pub fn missing(&self) -> u64 {
         let (first, last) = (self.steps.first(), self.steps.last());
-        let whole = first.zip(last).map_or(0, |(first, last)| last.step - first.step + 1);
+        let whole =
+            first.zip(last).map_or(0, |(first, last)| (last.step - first.step).saturating_add(1));
         whole.saturating_sub(self.steps.len() as u64)
     }
 
@@ -94,8 +101,12 @@ impl Metrics {
             while self.evals.last().is_some_and(|point| point.step >= line.step) {
                 self.evals.pop();
             }
-            let (step, bits_per_byte) = (line.step, line.eval_bpb);
-            self.evals.push(EvalPoint { step, loss: loss.unwrap_or(f64::NAN), bits_per_byte });
+            self.evals.push(EvalPoint {
+                step: line.step,
+                loss: loss.unwrap_or(f64::NAN),
+                tokens: line.eval_tokens,
+                bits_per_byte: line.eval_bpb,
+            });
         } else if let Some(loss) = line.loss {
             self.step(&line, loss.unwrap_or(f64::NAN));
             self.grad_norm =
@@ -129,6 +140,7 @@ impl Metrics {
             step_s,
             tokens_per_s: line.tokens_per_s.unwrap_or(f64::NAN),
             clock: clock + step_s,
+            time: line.time.unwrap_or(f64::NAN),
         });
     }
 }
@@ -182,11 +194,13 @@ pub struct History {
     pub folder: PathBuf,
     pub metrics: Metrics,
     pub events: Vec<EventLine>,
-    /// Lines of events that are of another version, or damaged.
+    /// Lines of events that are of another version, or damaged; why there are none that can be read.
     pub unknown_events: usize,
+    pub unread_events: Option<String>,
     pub places: Places,
-    /// The file is of another version, or damaged.
+    /// The file is of another version, or damaged; or an earlier process has written it.
     pub unknown_places: bool,
+    pub earlier_places: bool,
     lines: Tail,
     log: Tail,
 }
@@ -199,8 +213,10 @@ impl History {
             metrics: Metrics::default(),
             events: Vec::new(),
             unknown_events: 0,
+            unread_events: None,
             places: Places::default(),
             unknown_places: false,
+            earlier_places: false,
             lines: Tail::new(folder.join("metrics.jsonl")),
             log: Tail::new(folder.join(EventLog::NAME)),
         }
@@ -218,9 +234,13 @@ impl History {
         new.iter().for_each(|line| self.metrics.add(line));
 
         let mut new = Vec::new();
-        if self.log.read(|line| new.push(serde_json::from_str::<EventLine>(line)))? {
-            self.events.clear();
-            self.unknown_events = 0;
+        match self.log.read(|line| new.push(serde_json::from_str::<EventLine>(line))) {
+            Ok(true) => {
+                self.events.clear();
+                self.unknown_events = 0;
+            }
+            Ok(false) => {}
+            Err(error) => self.unread_events = Some(error.to_string()),
         }
         self.unknown_events += new.iter().filter(|event| event.is_err()).count();
         self.events.extend(new.into_iter().flatten());
@@ -232,13 +252,29 @@ impl History {
                 Err(_) => self.unknown_places = true,
             }
         }
+
+        // Its ranks are not those of the process that goes on.
+        let started = self.starts().last().map_or(0.0, |start| start.time);
+        self.earlier_places = !self.places.places.is_empty() && self.places.updated < started;
+        if self.earlier_places {
+            self.places = Places::default();
+        }
         Ok(())
+    }
+
+    /// Whether the end of the last line of the metrics is missing.
+    pub fn ends_in_a_cut(&self) -> bool {
+        !self.lines.rest.is_empty()
+    }
+
+    /// The processes that began the run, or went on with it.
+    pub fn starts(&self) -> impl DoubleEndedIterator<Item = &EventLine> {
+        self.events.iter().filter(|event| event.kind == EventKind::Start)
     }
 
     /// The facts of the last process that began the run or went on with it.
     pub fn facts(&self) -> &serde_json::Value {
-        let start = self.events.iter().rev().find(|event| event.kind == EventKind::Start);
-        start.map_or(&serde_json::Value::Null, |start| &start.facts)
+        self.starts().last().map_or(&serde_json::Value::Null, |start| &start.facts)
     }
 }
 

@@ -8,6 +8,8 @@
 //! ```
 
 mod history;
+mod phase;
+mod processes;
 mod thin;
 mod proof;
 mod figures;
@@ -22,6 +24,7 @@ use serde_json::json;
 
 pub use figures::Figures;
 pub use history::{History, StepPoint};
+pub use phase::Phase;
 pub use thin::thin;
 
 use crate::error::{Error, Result};
@@ -29,8 +32,16 @@ use crate::files;
 use compare::Comparison;
 
 /// Files of a run that no page may replace.
-const WRITTEN: [&str; 5] =
-    ["metrics.jsonl", "events.jsonl", "places.json", "config.toml", "metrics.prom"];
+const WRITTEN: [&str; 8] = [
+    "metrics.jsonl",
+    "metrics.previous.jsonl",
+    "events.jsonl",
+    "places.json",
+    "config.toml",
+    "metrics.prom",
+    "bench.json",
+    "lock",
+];
 
 /// What is asked for.
 #[derive(Debug, Clone)]

@@ -13,6 +13,9 @@
     tip.style.top = Math.max(4, y) + 'px';
   }
 
+  function hide() { tip.style.display = 'none'; }
+  document.addEventListener('pointerdown', function (event) { if (!event.target.closest('figure svg')) { hide(); } });
+
   function number(value) {
     return value === null || value === undefined ? '' : String(Number(Number(value).toPrecision(6)));
   }
@@ -75,13 +78,16 @@
   document.querySelectorAll('figure[data-chart]').forEach(function (figure) {
     var data = JSON.parse(document.getElementById(figure.getAttribute('data-chart')).textContent);
     var svg = figure.querySelector('svg'), size = svg.viewBox.baseVal;
-    svg.addEventListener('pointermove', function (event) {
+    function look(event) {
       var box = svg.getBoundingClientRect();
       var x = (event.clientX - box.left) / box.width * size.width, y = (event.clientY - box.top) / box.height * size.height;
       var text = data.series ? overCurves(data, x, y) : overMarks(data, x, y);
-      if (text) { show(text, event); } else { tip.style.display = 'none'; }
-    });
-    svg.addEventListener('pointerleave', function () { tip.style.display = 'none'; });
+      if (text) { show(text, event); } else { hide(); }
+    }
+    svg.addEventListener('pointermove', look);
+    // A finger leaves at once: what it has touched stays until the next touch.
+    svg.addEventListener('pointerdown', look);
+    svg.addEventListener('pointerleave', function (event) { if (event.pointerType === 'mouse') { hide(); } });
     var details = figure.querySelector('details');
     details.addEventListener('toggle', function () {
       var table = details.querySelector('table');

@@ -8,11 +8,15 @@ use crate::clock::StageTimes;
 use crate::delay::SyncPoints;
 use crate::grid::Placement;
 use crate::metrics::{PlaceRecord, Places};
-use crate::schedule::{Schedule, ScheduleKind, StageCosts, absorbed, step_time};
+use crate::schedule::{
+    Schedule, ScheduleKind, StageCosts, absorbed, simulated, simulations, step_time,
+};
 
-/// Microbatches of all stages up to which a grid's slack is looked for: the search simulates it many
-/// times.
-pub const SIMULATED: usize = 64;
+/// Actions that are simulated at most, for the time of a schedule's step and in the search for a grid's
+/// slack: about a second each, and half a gigabyte.
+const SIMULATED: usize = 1 << 23;
+const SEARCHED: usize = 1 << 22;
+
 /// Stages, and microbatches, of a run whose file is not damaged.
 const MOST: usize = 1 << 12;
 
@@ -23,10 +27,10 @@ pub struct Proof {
     pub measured_idle: f64,
     /// Seconds of a step, as the devices' clocks have it.
     pub measured_step_s: f64,
-    /// What every schedule makes of the measured stage times.
+    /// What every schedule makes of the measured stage times; none of grids too large to be simulated.
     pub schedules: Vec<Ideal>,
-    /// Of every device: seconds of work a step, and how late it may be once without the run's end
-    /// being later; none for large grids.
+    /// Of every device, that of the slowest replica: seconds of work a step, and how late it may be once
+    /// without the run's end being later; none for large grids.
     pub work_s: Vec<f64>,
     pub absorbs_s: Option<Vec<f64>>,
     /// The most that is looked for: who absorbs it may absorb more.
@@ -55,8 +59,10 @@ pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
         return None;
     }
 
-    let costs: Vec<StageCosts> =
-        (0..stages).map(|stage| costs(places, stage)).collect::<Option<_>>()?;
+    let of_stages = |of: fn(&[StageCosts]) -> Option<StageCosts>| {
+        (0..stages).map(|stage| of(&costs(places, stage))).collect::<Option<Vec<StageCosts>>>()
+    };
+    let (means, slowest) = (of_stages(mean)?, of_stages(slowest)?);
     let ring = facts["ring"].as_bool().unwrap_or(false);
     let of = |of: ScheduleKind| {
         let mut schedule = Schedule::new(of, stages, microbatches, 1, SyncPoints::ends(1));
@@ -68,41 +74,62 @@ pub fn proof(places: &Places, facts: &Value) -> Option<Proof> {
     };
 
     let devices = of(kind).grid(1).devices();
-    let work = work(&costs, &of(kind), devices);
+    let busy: f64 = work(&means, &of(kind), devices).iter().sum();
     let ideal = |kind: ScheduleKind| {
-        let step_s = step_time(&of(kind), costs.clone(), 0.0).ok()?;
-        let busy = work.iter().sum::<f64>() / (devices as f64 * step_s);
-        Some(Ideal { schedule: kind, step_s, idle: (1.0 - busy).max(0.0) })
+        let step_s = step_time(&of(kind), means.clone(), 0.0).ok()?;
+        let idle = 1.0 - busy / (devices as f64 * step_s);
+        // Sums of many times are rounded.
+        Some(Ideal { schedule: kind, step_s, idle: if idle > 1e-9 { idle } else { 0.0 } })
     };
     let kinds = [ScheduleKind::Decoupled, ScheduleKind::OneForwardOneBackward, ScheduleKind::Gpipe];
     let (measured_idle, measured_step_s) = measured(places)?;
-    let (absorbs_s, absorbs_most_s) = match stages * microbatches <= SIMULATED {
-        true => absorbed(&of(kind), &costs, 0.0).ok().unzip(),
+    let actions = |kind: ScheduleKind| simulated(&of(kind));
+    let small = kinds.iter().all(|kind| actions(*kind) <= SIMULATED);
+    let search = actions(kind).saturating_mul(simulations(&of(kind)));
+    let (absorbs_s, absorbs_most_s) = match search <= SEARCHED {
+        true => absorbed(&of(kind), &slowest, 0.0).ok().unzip(),
         false => (None, None),
     };
     Some(Proof {
         measured_idle,
         measured_step_s,
-        schedules: kinds.into_iter().map(ideal).collect::<Option<_>>()?,
-        work_s: work,
+        schedules: kinds.into_iter().filter(|_| small).map(ideal).collect::<Option<_>>()?,
+        work_s: work(&slowest, &of(kind), devices),
         absorbs_s,
         absorbs_most_s,
     })
 }
 
-/// The times of a microbatch and an update of a stage, means over its replicas.
-fn costs(places: &Places, stage: usize) -> Option<StageCosts> {
+/// The times of a microbatch and an update of a stage, of each of its replicas.
+fn costs(places: &Places, stage: usize) -> Vec<StageCosts> {
     let of_stage = |times: &&StageTimes| times.stage == stage && times.microbatches > 0;
-    let found: Vec<&StageTimes> =
-        places.places.values().flat_map(|place| &place.total.stages).filter(of_stage).collect();
-    let sum = |of: fn(&StageTimes) -> f64| found.iter().map(|times| of(times)).sum::<f64>();
-    let microbatches = sum(|times| times.microbatches as f64);
-    let updates = sum(|times| times.updates as f64).max(1.0);
-    (!found.is_empty()).then(|| StageCosts {
-        forward: (sum(|times| times.forward) + sum(|times| times.copies)) / microbatches,
-        backward: sum(|times| times.backward) / microbatches,
-        update: (sum(|times| times.update) + sum(|times| times.table)) / updates,
+    let found = places.places.values().flat_map(|place| &place.total.stages).filter(of_stage);
+    let of = |times: &StageTimes| {
+        let (microbatches, updates) = (times.microbatches as f64, times.updates.max(1) as f64);
+        StageCosts {
+            forward: (times.forward + times.copies) / microbatches,
+            backward: times.backward / microbatches,
+            update: (times.update + times.table) / updates,
+        }
+    };
+    found.map(of).collect()
+}
+
+/// The means of replicas.
+fn mean(replicas: &[StageCosts]) -> Option<StageCosts> {
+    let of =
+        |of: fn(&StageCosts) -> f64| replicas.iter().map(of).sum::<f64>() / replicas.len() as f64;
+    (!replicas.is_empty()).then(|| StageCosts {
+        forward: of(|costs| costs.forward),
+        backward: of(|costs| costs.backward),
+        update: of(|costs| costs.update),
     })
+}
+
+/// The replica whose microbatches take longest: the others wait for it.
+fn slowest(replicas: &[StageCosts]) -> Option<StageCosts> {
+    let time = |costs: &StageCosts| costs.forward + costs.backward;
+    replicas.iter().max_by(|a, b| time(a).total_cmp(&time(b))).cloned()
 }
 
 /// Seconds of work a step of every device.
@@ -118,18 +145,26 @@ fn work(costs: &[StageCosts], schedule: &Schedule, devices: usize) -> Vec<f64> {
 
 /// The share of time that was a wait, and the time of a step.
 fn measured(places: &Places) -> Option<(f64, f64)> {
-    let known = || places.places.values().filter(|place| place.total.seconds > 0.0);
+    // Evaluations and saves are no part of the steps.
+    let of_steps = |place: &PlaceRecord| {
+        let beside = place.total.share("evaluation") + place.total.share("save");
+        place.total.seconds * (1.0 - beside)
+    };
+    let known = || places.places.values().filter(|place| of_steps(place) > 0.0);
     let count = known().count() as f64;
     let waits = ["upstream", "downstream", "reduce", "idle"];
+    let seconds =
+        |place: &PlaceRecord, kind: &str| place.total.kinds.get(kind).copied().unwrap_or(0.0);
     let of_table = |place: &PlaceRecord| {
         // The kind has both: the work on the tied table, and the waits for its other end.
         let work: f64 = place.total.stages.iter().map(|times| times.table).sum();
-        (place.total.share("table") - work / place.total.seconds).max(0.0)
+        (seconds(place, "table") - work).max(0.0)
     };
     let idle = known().map(|place| {
-        waits.iter().map(|kind| place.total.share(kind)).sum::<f64>() + of_table(place)
+        let waited: f64 = waits.iter().map(|kind| seconds(place, kind)).sum();
+        (waited + of_table(place)) / of_steps(place)
     });
-    let steps = known().map(|place| place.total.seconds / place.total.steps.max(1) as f64);
+    let steps = known().map(|place| of_steps(place) / place.total.steps.max(1) as f64);
     (count > 0.0).then(|| (idle.sum::<f64>() / count, steps.sum::<f64>() / count))
 }
 
@@ -168,6 +203,7 @@ mod tests {
                 recent: Spent::default(),
                 total,
                 memory: None,
+                peak: None,
                 predicted: 0,
             };
             (stage, record)
@@ -180,9 +216,17 @@ mod tests {
         let facts = json!({
             "stages": 2, "microbatches": 1, "delays": [1, 0], "ahead": [1, 0], "schedule": "decoupled", "ring": false
         });
-        // Of 40 seconds 30 are compute, 4 a wait; 3 of the table, of which one is work.
-        let kinds = [("compute", 30.0), ("upstream", 4.0), ("table", 3.0), ("update", 3.0)];
-        let found = proof(&places(40.0, &kinds), &facts).unwrap();
+        // Of 40 seconds 30 are compute, 4 a wait; 3 of the table, of which one is work. Ten more are no
+        // part of the steps.
+        let kinds = [
+            ("compute", 30.0),
+            ("upstream", 4.0),
+            ("table", 3.0),
+            ("update", 3.0),
+            ("evaluation", 8.0),
+            ("save", 2.0),
+        ];
+        let found = proof(&places(50.0, &kinds), &facts).unwrap();
         assert!((found.measured_idle - 0.15).abs() < 1e-12, "{found:?}");
         assert_eq!(found.measured_step_s, 4.0);
         assert_eq!(found.work_s, [3.1, 3.1]);
@@ -193,7 +237,22 @@ mod tests {
         assert!(ideal(ScheduleKind::Decoupled).idle < 0.001, "{found:?}");
         let gpipe = ideal(ScheduleKind::Gpipe);
         assert!((gpipe.idle - 0.5).abs() < 0.02 && gpipe.step_s > 6.0, "{found:?}");
-        assert!(proof(&places(40.0, &kinds), &Value::Null).is_none());
+        assert!(proof(&places(50.0, &kinds), &Value::Null).is_none());
         assert!(proof(&Places::default(), &facts).is_none());
+
+        // A grid so large that nobody waits for it to be simulated.
+        let large = json!({
+            "stages": 2, "microbatches": 1 << 12, "delays": [1, 0], "ahead": [usize::MAX, 0], "schedule": "decoupled"
+        });
+        let found = proof(&places(50.0, &kinds), &large).unwrap();
+        assert!(found.schedules.is_empty() && found.absorbs_s.is_none(), "{found:?}");
+
+        // Of a slow replica and a quick one the slow one sets the pace.
+        let mut two = places(50.0, &kinds);
+        let mut slow = two.places[&0].clone();
+        slow.total.stages[0].backward = 40.0;
+        two.places.insert(2, slow);
+        let found = proof(&two, &facts).unwrap();
+        assert_eq!(found.work_s, [5.1, 3.1]);
     }
 }

@@ -47,7 +47,8 @@ pub use lookahead::Lookahead;
 pub use merge::DeviceActions;
 pub use picture::picture;
 pub use simulate::{
-    Costs, Ideal, Span, StageCosts, Violation, absorbed, ideal, simulate, step_time,
+    Costs, Ideal, Span, StageCosts, Violation, absorbed, ideal, simulate, simulated, simulations,
+    step_time,
 };
 pub use tie::{TableEnd, Tie};
 
@@ -380,7 +381,7 @@ impl Schedule {
     /// and gradients by the lags, parts of the tied table by the delays.
     pub fn link_capacity(&self) -> usize {
         let most = |values: &[usize]| values.iter().max().copied().unwrap_or(0);
-        most(&self.ahead).max(most(&self.delays)) + 3
+        most(&self.ahead).max(most(&self.delays)).saturating_add(3)
     }
 }
 

@@ -17,8 +17,12 @@ const TITLE: i32 = 30;
 const GAP: i32 = 18;
 const AXIS: i32 = 40;
 
-/// Blocks narrower than so many pixels have no text.
+/// Blocks narrower than so many pixels have no text, and no frame, which would be most of them.
 const LABELLED: i32 = 22;
+const FRAMED: i32 = 6;
+
+/// Height of the line under the blocks of a device's further stage.
+const FOOT: i32 = 3;
 
 /// One schedule, as it is drawn.
 struct Panel {
@@ -60,7 +64,7 @@ fn panel(schedule: &Schedule, costs: Costs) -> Result<Panel, Violation> {
     let idle = 100.0 * (1.0 - steady.speed_up / grid.devices() as f64);
     let m = schedule.microbatches;
     let title = format!(
-        "{}, {} microbatch{} a step: idle {idle:.0} % of the time",
+        "{}, {} microbatch{} a step: idle {idle:.0} % of the time in the steady state",
         word(&schedule.kind),
         m,
         if m == 1 { "" } else { "es" }
@@ -91,15 +95,28 @@ fn draw(
             area.draw(&Text::new(format!("device {device}"), (LEFT - 8, middle), beside.clone()))?;
             let ground = [(LEFT, top + 1), (x(panel.end), top + ROW - 1)];
             area.draw(&Rectangle::new(ground, RGBColor(238, 238, 238).filled()))?;
+            let first = row.iter().map(|span| span.action.stage).min();
             for span in row {
-                block(area, span, [(x(span.start), top + 1), (x(span.end), top + ROW - 1)])?;
+                let corners = [(x(span.start), top + 1), (x(span.end), top + ROW - 1)];
+                block(area, span, corners)?;
+                if first != Some(span.action.stage) {
+                    let foot = [(corners[0].0, corners[1].1 - FOOT), corners[1]];
+                    area.draw(&Rectangle::new(foot, BLACK.filled()))?;
+                }
             }
             top += ROW;
         }
         top += GAP;
     }
 
-    let legend = "time, left to right; forwards pale, backwards full, a colour for every step; step.microbatch; grey: idle";
+    let ring = panels
+        .iter()
+        .flat_map(|panel| &panel.rows)
+        .any(|row| row.windows(2).any(|pair| pair[0].action.stage != pair[1].action.stage));
+    let legend = format!(
+        "time, left to right; forwards pale, backwards full, a colour for every step; step.microbatch; grey: idle{}",
+        if ring { "; underlined: the device's last stage" } else { "" }
+    );
     area.draw(&Text::new(legend, (LEFT, top + 6), small.color(&BLACK)))?;
     area.present()
 }
@@ -114,7 +131,9 @@ fn block(
     let forward = span.action.op == Op::Forward;
     let strength = if forward { 0.35 } else { 0.95 };
     area.draw(&Rectangle::new([from, to], color.mix(strength).filled()))?;
-    area.draw(&Rectangle::new([from, to], WHITE.stroke_width(1)))?;
+    if to.0 - from.0 >= FRAMED {
+        area.draw(&Rectangle::new([from, to], WHITE.stroke_width(1)))?;
+    }
     if to.0 - from.0 < LABELLED {
         return Ok(());
     }

@@ -4,6 +4,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 
+use rayon::prelude::*;
+
 use super::{Action, Op, Schedule};
 use crate::grid::{Grid, Place};
 
@@ -350,15 +352,21 @@ struct Long {
 }
 
 impl Long {
+    /// Steps that fill it, and those of its window.
+    fn lengths(schedule: &Schedule) -> (usize, usize) {
+        let (k, m) = (schedule.stages, schedule.microbatches);
+        let waiting = schedule.link_capacity().saturating_add(k).saturating_mul(2);
+        (waiting.div_ceil(m), 8 * k)
+    }
+
     fn new(
         schedule: &Schedule,
         stages: Vec<StageCosts>,
         message: f64,
         pause: Option<(usize, f64)>,
     ) -> Result<Long, Violation> {
-        let (k, m) = (schedule.stages, schedule.microbatches);
-        let fill = (2 * schedule.link_capacity() + 2 * k).div_ceil(m);
-        let window = 2 * fill..2 * fill + 8 * k;
+        let (fill, length) = Long::lengths(schedule);
+        let window = 2 * fill..2 * fill + length;
         let mut long = schedule.clone();
         long.sync.steps = (window.end + fill).max(fill + BEFORE_DRAIN + 1);
         long.sync.warm_up = 0;
@@ -406,6 +414,20 @@ pub fn ideal(schedule: &Schedule, costs: Costs) -> Result<Ideal, Violation> {
     Ok(Ideal { speed_up: utilization.iter().sum(), utilization, before_drain })
 }
 
+/// Forwards and backwards that [`step_time`] goes through, one behind the other: what it takes time and
+/// memory for.
+pub fn simulated(schedule: &Schedule) -> usize {
+    let (fill, length) = Long::lengths(schedule);
+    let steps = fill.saturating_mul(3).saturating_add(length);
+    let of_a_step = 2 * schedule.stages * schedule.microbatches;
+    of_a_step.saturating_mul(steps)
+}
+
+/// How often [`absorbed`] simulates the grid.
+pub fn simulations(schedule: &Schedule) -> usize {
+    1 + schedule.grid(1).devices() * HALVINGS
+}
+
 /// The time of a step in the steady state, under times of every stage's own.
 ///
 /// # Errors
@@ -430,7 +452,7 @@ pub fn absorbed(
     stages: &[StageCosts],
     message: f64,
 ) -> Result<(Vec<f64>, f64), Violation> {
-    let end = |pause| -> Result<(f64, f64), Violation> {
+    let end = |pause: Option<(usize, f64)>| -> Result<(f64, f64), Violation> {
         let long = Long::new(schedule, stages.to_vec(), message, pause)?;
         let last = long.spans.iter().flatten().map(|span| span.end).fold(0.0, f64::max);
         Ok((last, long.time(0) / long.window.len() as f64))
@@ -447,7 +469,8 @@ pub fn absorbed(
         }
         Ok(least)
     };
-    let found = (0..schedule.grid(1).devices()).map(absorbs).collect::<Result<_, _>>()?;
+    let found =
+        (0..schedule.grid(1).devices()).into_par_iter().map(absorbs).collect::<Result<_, _>>()?;
     Ok((found, latest))
 }
 

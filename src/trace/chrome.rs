@@ -221,7 +221,7 @@ impl Lanes<'_> {
                 lane: Lane::Compute,
                 stage: action.stage,
                 name: if *waits { waited(action.op) } else { word(action) }.to_owned(),
-                kind: kind(action.op, *waits),
+                kind: kind(action, *waits),
                 span: *span,
                 args: about(action),
             },
@@ -353,10 +353,12 @@ fn about(action: &Action) -> Value {
 }
 
 /// What an action's time is counted as, as `bench` does.
-fn kind(op: Op, waits: bool) -> &'static str {
-    let kind = match op {
-        Op::Update if waits => TimeKind::Reduce,
-        op => TimeKind::of(op),
+fn kind(action: &Action, waits: bool) -> &'static str {
+    let kind = match (action.op, action.pass) {
+        (Op::Update, _) if waits => TimeKind::Reduce,
+        (Op::SendActivation, Pass::Train) if waits => TimeKind::Downstream,
+        (Op::SendGradient, Pass::Train) if waits => TimeKind::Upstream,
+        _ => TimeKind::of(action),
     };
     TimeKind::ALL[kind as usize].1
 }
@@ -365,6 +367,7 @@ fn kind(op: Op, waits: bool) -> &'static str {
 fn waited(op: Op) -> &'static str {
     match op {
         Op::Update => "wait for the sum",
+        Op::SendActivation | Op::SendGradient => "wait for room on the link",
         _ => "wait for the table",
     }
 }

@@ -20,17 +20,26 @@ impl Window {
         format!("trace-{}-{}.json.gz", self.from, self.to)
     }
 
-    /// Whether a run from step `start` to `steps` has these steps.
+    /// Whether a run from step `start` to `steps` has these steps. One that is resumed may have made
+    /// them, or some: a batch job is given the same words every time.
     ///
     /// # Errors
     /// [`Error::Config`] about `--trace`.
-    pub fn check(self, start: usize, steps: usize) -> Result<()> {
-        if start <= self.from && self.to <= steps {
+    pub fn check(self, start: usize, steps: usize, resumed: bool) -> Result<()> {
+        if (resumed || start <= self.from) && self.to <= steps {
             return Ok(());
         }
 
         let remedy = format!("the run makes the steps {start}..{steps}; take a part of them");
         Err(Error::config("--trace", self, remedy))
+    }
+}
+
+impl Window {
+    /// What of these steps is not made yet before step `start`.
+    pub fn after(self, start: usize) -> Option<Window> {
+        let rest = Window { from: self.from.max(start), ..self };
+        (rest.from < rest.to).then_some(rest)
     }
 }
 
@@ -70,9 +79,14 @@ mod tests {
             assert!(wrong.parse::<Window>().unwrap_err().contains("100..110"), "{wrong}");
         }
 
-        assert!(window.check(0, 5).is_ok() && window.check(3, 9).is_ok());
+        assert!(window.check(0, 5, false).is_ok() && window.check(3, 9, false).is_ok());
+        assert!(window.check(4, 9, true).is_ok() && window.check(0, 4, true).is_err());
+        assert_eq!(
+            [3, 4, 5].map(|start| window.after(start)),
+            [Some(window), Some(Window { from: 4, to: 5 }), None]
+        );
         for (start, steps) in [(0, 4), (4, 9)] {
-            let told = window.check(start, steps).unwrap_err().to_string();
+            let told = window.check(start, steps, false).unwrap_err().to_string();
             assert!(
                 told.contains("--trace") && told.contains(&format!("{start}..{steps}")),
                 "{told}"

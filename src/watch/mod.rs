@@ -17,7 +17,7 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers
 
 use crate::error::{Error, Result};
 use crate::report::History;
-use state::{Phase, State};
+use state::State;
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -48,7 +48,9 @@ pub fn watch(request: &Request) -> Result<()> {
     let mut history = History::new(&request.run);
     history.read().map_err(unread)?;
     if history.metrics.steps.is_empty() && history.events.is_empty() {
-        return Err(wrong("has neither metrics.jsonl nor events.jsonl".to_owned()));
+        return Err(wrong(
+            "has neither a step in metrics.jsonl nor an event in events.jsonl".to_owned(),
+        ));
     }
 
     if request.once || !io::stdout().is_terminal() {
@@ -82,22 +84,33 @@ fn show(
     terminal: &mut ratatui::DefaultTerminal,
 ) -> io::Result<()> {
     let mut state = State::new(history);
-    let mut looked = Instant::now();
+    let (mut looked, mut first) = (Instant::now(), 0usize);
     loop {
-        terminal.draw(|frame| screen::draw(frame, &state))?;
+        terminal.draw(|frame| screen::draw(frame, &state, first))?;
         let left = request.every.saturating_sub(looked.elapsed());
-        if event::poll(left)? && leaves(&event::read()?) {
-            return Ok(());
+        if event::poll(left)? {
+            let event = event::read()?;
+            if leaves(&event) {
+                return Ok(());
+            }
+            first = scrolled(&event, first).min(state.places.len().saturating_sub(1));
         }
 
         if looked.elapsed() >= request.every {
-            // What has ended does not change; its folder may be far away.
-            if !matches!(state.phase, Phase::Ended) {
-                history.read()?;
-                state = State::new(history);
-            }
+            history.read()?;
+            state = State::new(history);
             looked = Instant::now();
         }
+    }
+}
+
+/// The first place that is shown after a key.
+fn scrolled(event: &Event, first: usize) -> usize {
+    let Event::Key(key) = event else { return first };
+    match key.code {
+        KeyCode::Down if key.kind != KeyEventKind::Release => first + 1,
+        KeyCode::Up if key.kind != KeyEventKind::Release => first.saturating_sub(1),
+        _ => first,
     }
 }
 

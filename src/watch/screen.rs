@@ -9,15 +9,19 @@ use ratatui::widgets::{
     Axis, Block, Borders, Cell, Chart, Dataset, Gauge, GraphType, Paragraph, Row, Table,
 };
 
-use super::state::{Phase, State, doing};
+use super::state::{State, doing};
 use crate::metrics::{PlaceRecord, clock, thousands};
+use crate::report::Phase;
 
-/// Blocks of the bar that shows where a place's time goes.
-const BAR: usize = 24;
+/// Blocks of the bar that shows where a place's time goes, at least and at most.
+const BAR: (u16, u16) = (8, 48);
+
+/// What stands beside the bar in a place's row, with the gaps between.
+const BESIDE: u16 = 24 + 22 + 8 + 8 + 4;
 
 /// The kinds of time that the bar shows, each with its colour; what is left is waiting for something
 /// else.
-const KINDS: [(&str, Color); 7] = [
+const KINDS: [(&str, Color); 9] = [
     ("compute", Color::Green),
     ("upstream", Color::Yellow),
     ("downstream", Color::Red),
@@ -25,29 +29,40 @@ const KINDS: [(&str, Color); 7] = [
     ("update", Color::Cyan),
     ("copies", Color::Blue),
     ("table", Color::White),
+    ("evaluation", Color::LightMagenta),
+    ("save", Color::LightBlue),
 ];
 
-/// Draws a look at a run.
-pub fn draw(frame: &mut Frame, state: &State) {
+/// Draws a look at a run, the places from the `first` on.
+pub fn draw(frame: &mut Frame, state: &State, first: usize) {
+    // The keys and what tells of the run have room before anything else.
+    let [page, foot] =
+        Layout::vertical([Constraint::Min(0), Constraint::Length(1)]).areas(frame.area());
     let places = state.places.len() as u16 + 3;
-    let [head, chart, grid, events, foot] = Layout::vertical([
+    let events = (state.events.len() as u16 + 2).clamp(3, 8);
+    let [head, chart, grid, events] = Layout::vertical([
         Constraint::Length(4),
-        Constraint::Min(8),
-        Constraint::Length(places.min(frame.area().height / 3)),
-        Constraint::Length((state.events.len() as u16 + 2).clamp(3, 8)),
-        Constraint::Length(1),
+        Constraint::Fill(1),
+        Constraint::Length(places.min((page.height / 3).max(4))),
+        Constraint::Length(events.min((page.height / 5).max(2))),
     ])
-    .areas(frame.area());
+    .areas(page);
 
     draw_head(frame, head, state);
     draw_losses(frame, chart, state);
-    draw_grid(frame, grid, state);
+    draw_grid(frame, grid, state, first);
     draw_events(frame, events, state);
-    let colors = KINDS.iter().flat_map(|(kind, color)| {
+    draw_foot(frame, foot, state);
+}
+
+/// The keys, and the colours of the kinds of time that there are.
+fn draw_foot(frame: &mut Frame, area: Rect, state: &State) {
+    let there = |kind: &str| state.places.iter().any(|place| place.recent.share(kind) > 0.005);
+    let colors = KINDS.iter().filter(|(kind, _)| there(kind)).flat_map(|(kind, color)| {
         [Span::styled("█ ", Style::new().fg(*color)), Span::raw(format!("{kind}  "))]
     });
     let keys = std::iter::once(Span::raw("q quits   "));
-    frame.render_widget(Line::from_iter(keys.chain(colors)), foot);
+    frame.render_widget(Line::from_iter(keys.chain(colors)), area);
 }
 
 fn draw_head(frame: &mut Frame, area: Rect, state: &State) {
@@ -123,7 +138,7 @@ fn draw_losses(frame: &mut Frame, area: Rect, state: &State) {
     frame.render_widget(chart, area);
 }
 
-fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
+fn draw_grid(frame: &mut Frame, area: Rect, state: &State, first: usize) {
     // Beside the frame's line and the head.
     let room = usize::from(area.height).saturating_sub(2);
     let shown = match state.places.len() <= room {
@@ -131,15 +146,17 @@ fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
         false => room.saturating_sub(1),
     };
     let left = state.places.len().saturating_sub(shown);
-    let more = (left > 0).then(|| Row::new(vec![Cell::from(format!("and {left} more"))]));
-    let rows = state.places.iter().take(shown).map(|place| {
+    let more = || Row::new(vec![Cell::from(format!("and {left} more, by ↑ ↓"))]);
+    let more = (left > 0).then(more);
+    let bar_width = area.width.saturating_sub(BESIDE).clamp(BAR.0, BAR.1);
+    let rows = state.places.iter().skip(first.min(left)).take(shown).map(|place| {
         let memory =
             place.memory.map_or("-".to_owned(), |bytes| format!("{} MiB", bytes.div_ceil(1 << 20)));
         Row::new(vec![
             Cell::from(place.name.clone()),
             Cell::from(doing(place)),
             Cell::from(format!("{:>5.1} %", 100.0 * place.recent.share("compute"))),
-            Cell::from(bar(place)),
+            Cell::from(bar(place, usize::from(bar_width))),
             Cell::from(memory),
         ])
     });
@@ -147,7 +164,7 @@ fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
         Constraint::Length(24),
         Constraint::Length(22),
         Constraint::Length(8),
-        Constraint::Length(BAR as u16 + 1),
+        Constraint::Length(bar_width),
         Constraint::Min(8),
     ];
     let head = Row::new(["place", "lately", "compute", "time", "memory"])
@@ -157,15 +174,15 @@ fn draw_grid(frame: &mut Frame, area: Rect, state: &State) {
 }
 
 /// Where a place's time went lately, a block for as much of it.
-fn bar(place: &PlaceRecord) -> Line<'static> {
+fn bar(place: &PlaceRecord, width: usize) -> Line<'static> {
     let (mut spans, mut drawn, mut sum) = (Vec::new(), 0, 0.0);
     for (kind, color) in KINDS {
         sum += place.recent.share(kind);
-        let end = ((sum * BAR as f64).round() as usize).clamp(drawn, BAR);
+        let end = ((sum * width as f64).round() as usize).clamp(drawn, width);
         spans.push(Span::styled("█".repeat(end - drawn), Style::new().fg(color)));
         drawn = end;
     }
-    spans.push(Span::styled("░".repeat(BAR - drawn), Style::new().add_modifier(Modifier::DIM)));
+    spans.push(Span::styled("░".repeat(width - drawn), Style::new().add_modifier(Modifier::DIM)));
     Line::from(spans)
 }
 
@@ -214,23 +231,40 @@ mod tests {
             stages: vec![number],
             step: 40,
             at: 1.0,
-            recent: Spent::default(),
+            recent: Spent {
+                seconds: 2.0,
+                kinds: [("compute".to_owned(), 1.0), ("update".to_owned(), 1.0)].into(),
+                ..Spent::default()
+            },
             total: Spent::default(),
             memory: None,
+            peak: None,
             predicted: 0,
         };
         state.places = (0..24).map(place).collect();
-        for (width, height) in [(100, 30), (40, 12), (20, 5), (200, 60)] {
+        for (width, height) in [(100, 30), (80, 24), (60, 12), (40, 12), (20, 5), (200, 60)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-            terminal.draw(|frame| draw(frame, &state)).unwrap();
+            terminal.draw(|frame| draw(frame, &state, 3)).unwrap();
             let text: String =
                 terminal.backend().buffer().content().iter().map(|cell| cell.symbol()).collect();
-            if width == 100 {
-                assert!(text.contains("running") && text.contains("step 40 of 100"), "{text}");
-                assert!(text.contains("started") && text.contains("q quits"), "{text}");
-                let shown = (0..24).filter(|i| text.contains(&format!("stage {i},"))).count();
-                assert!(text.contains(&format!("and {} more", 24 - shown)) && shown > 2, "{text}");
+            assert!(text.contains("q quits"), "{text}");
+            if width < 60 {
+                continue;
             }
+
+            assert!(text.contains("running") && text.contains("step 40 of 100"), "{text}");
+            assert!(text.contains("started"), "{text}");
+            let shown = |i: &usize| text.contains(&format!("stage {i},"));
+            let count = (0..24).filter(shown).count();
+            assert!(text.contains(&format!("and {} more", 24 - count)) && count > 0, "{text}");
+            // The fourth place is the first, and its bar has as much of both kinds.
+            assert!(!shown(&0) && shown(&3), "{text}");
+            let blocks = text.matches('█').count();
+            let bar = usize::from(width.saturating_sub(BESIDE).clamp(BAR.0, BAR.1));
+            let whole = blocks >= bar * count && !text.contains('░');
+            assert!(width < 80 || whole, "{text}");
+            assert!(text.contains("█ compute") && text.contains("█ update"), "{text}");
+            assert!(!text.contains("█ table"), "{text}");
         }
     }
 }

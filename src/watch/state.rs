@@ -1,52 +1,17 @@
 //! Where a run is, of what its folder says.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use crate::files;
-use crate::metrics::{EventKind, EventLine, PlaceRecord, clock, thousands, wall_time};
-use crate::report::{History, thin};
+use crate::metrics::{EventLine, PlaceRecord, clock, thousands, wall_time};
+use crate::report::{History, Phase, thin};
 
 /// Steps that the rate is taken over, and points of the loss curve.
 const RECENT: usize = 50;
 const POINTS: usize = 400;
 
-/// A run that has not made a step for so many times as long as a step takes, and for so many seconds
-/// at least, is silent.
-const SILENT: f64 = 20.0;
-const SILENT_S: f64 = 30.0;
-
 /// Events that are shown.
 const EVENTS: usize = 12;
-
-/// What a run is doing.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Phase {
-    Running,
-    /// Nothing has been written for so many seconds: killed, suspended, or hanging.
-    Silent(f64),
-    /// It was stopped before its last step, and has saved.
-    Stopped,
-    /// It has ended with an error.
-    Failed,
-    Ended,
-}
-
-impl Phase {
-    /// Whether nothing more is to come by itself.
-    pub fn is_over(&self) -> bool {
-        matches!(self, Phase::Stopped | Phase::Failed | Phase::Ended)
-    }
-
-    pub fn text(&self) -> String {
-        match self {
-            Phase::Running => "running".to_owned(),
-            Phase::Silent(seconds) => format!("silent for {seconds:.0} s"),
-            Phase::Stopped => "stopped".to_owned(),
-            Phase::Failed => "failed".to_owned(),
-            Phase::Ended => "ended".to_owned(),
-        }
-    }
-}
 
 /// One look at a run.
 #[derive(Debug)]
@@ -79,11 +44,11 @@ impl State {
         let step = steps.last().map_or(0, |point| point.step);
         let all = facts["steps"].as_u64();
 
-        let phase = phase(history, step_s.unwrap_or(0.0), wall_time());
+        let phase = Phase::new(history, step_s.unwrap_or(0.0), wall_time());
         let still = matches!(phase, Phase::Running);
-        let left = all.zip(step_s).filter(|_| still).map(|(all, step_s)| {
-            Duration::try_from_secs_f64(all.saturating_sub(step) as f64 * step_s)
-                .unwrap_or_default()
+        let apart = apart(history).or(step_s);
+        let left = all.zip(apart).filter(|_| still).map(|(all, apart)| {
+            Duration::try_from_secs_f64(all.saturating_sub(step) as f64 * apart).unwrap_or_default()
         });
         let points: Vec<(f64, f64)> =
             steps.iter().map(|point| (point.step as f64, point.loss)).collect();
@@ -144,6 +109,13 @@ impl State {
     }
 }
 
+/// Seconds from a step to the next since this process began, evaluations and saves in them.
+fn apart(history: &History) -> Option<f64> {
+    let (start, last) = (history.starts().last()?, history.metrics.steps.last()?);
+    let made = last.step.checked_sub(start.step as u64).filter(|made| *made > 0)?;
+    Some((last.time - start.time) / made as f64).filter(|apart| *apart > 0.0)
+}
+
 /// What a place does most, in words.
 pub fn doing(place: &PlaceRecord) -> String {
     let kinds = place.recent.kinds.iter();
@@ -152,38 +124,16 @@ pub fn doing(place: &PlaceRecord) -> String {
     };
     match kind.as_str() {
         "compute" => "computes".to_owned(),
-        "upstream" => "waits for activations".to_owned(),
-        "downstream" => "waits for gradients".to_owned(),
+        "upstream" => "waits for stage before".to_owned(),
+        "downstream" => "waits for stage behind".to_owned(),
         "reduce" => "waits for replicas".to_owned(),
         "update" => "updates".to_owned(),
         "copies" => "hands over".to_owned(),
         "table" => "works on the table".to_owned(),
+        "evaluation" => "evaluates".to_owned(),
+        "save" => "saves".to_owned(),
         other => other.to_owned(),
     }
-}
-
-fn phase(history: &History, step_s: f64, now: f64) -> Phase {
-    let ending =
-        history.events.iter().rev().find(|event| {
-            matches!(event.kind, EventKind::Start | EventKind::End | EventKind::Fault)
-        });
-    match ending.map(|event| event.kind) {
-        Some(EventKind::Fault) => return Phase::Failed,
-        Some(EventKind::End) => {
-            let stopped = ending.is_some_and(|event| event.facts["stopped"] == true);
-            return if stopped { Phase::Stopped } else { Phase::Ended };
-        }
-        _ => {}
-    }
-
-    // The last that was written, by whomever.
-    let written = ["metrics.jsonl", "places.json", "events.jsonl"].iter().filter_map(|name| {
-        let about = std::fs::metadata(history.folder.join(name)).ok()?;
-        let at = about.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some(at.as_secs_f64())
-    });
-    let silent = now - written.fold(0.0, f64::max);
-    if silent > (SILENT * step_s).max(SILENT_S) { Phase::Silent(silent) } else { Phase::Running }
 }
 
 #[cfg(test)]
@@ -215,14 +165,22 @@ mod tests {
 
     #[test]
     fn a_run_is_told_in_a_line() {
-        let (_folder, history) = history(20, &[START]);
-        let state = State::new(&history);
+        let history = history(20, &[START]);
+        let state = State::new(&history.1);
         assert_eq!(
             (state.phase.clone(), state.steps, state.done()),
             (Phase::Running, Some(100), 0.2)
         );
         let line = state.line();
         assert!(line.contains("step 20/100, loss 2.8000, 8 tokens/s, 0:40 left"), "{line}");
+
+        // By the clock, where steps tell when they were made: evaluations and saves are in it.
+        let (folder, mut history) = history;
+        let timed = r#"{"step":21,"loss":2.5,"lr":0.1,"tokens":84,"step_s":0.5,"tokens_per_s":8.0,"time":43}"#;
+        std::fs::write(folder.path().join("metrics.jsonl"), format!("{timed}\n")).unwrap();
+        history.read().unwrap();
+        let left = State::new(&history).left;
+        assert_eq!(left, Some(Duration::from_secs(2 * 79)));
 
         let (_folder, none) = self::history(0, &[START]);
         assert!(
@@ -253,8 +211,8 @@ mod tests {
 
         let (_folder, history) = history(20, &[START]);
         assert!(
-            matches!(phase(&history, 0.5, wall_time() + 45.0), Phase::Silent(seconds) if seconds > 44.0)
+            matches!(Phase::new(&history, 0.5, wall_time() + 45.0), Phase::Silent(seconds) if seconds > 44.0)
         );
-        assert_eq!(phase(&history, 10.0, wall_time() + 45.0), Phase::Running);
+        assert_eq!(Phase::new(&history, 10.0, wall_time() + 45.0), Phase::Running);
     }
 }

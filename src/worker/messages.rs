@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::Worker;
 use super::place::{PlaceState, Registers};
+use crate::clock::TimeKind;
 use crate::comm::{Content, Endpoints, Header, Link};
 use crate::error::{Error, Result};
 use crate::inject::Fault;
@@ -57,11 +58,13 @@ impl Worker {
         let header = self.context.faults.disguised(self.header(content, action), action);
         let dropped = self.context.faults.hit(Fault::DropMessage, action);
         let PlaceState { ends, registers, .. } = self.place(action);
-        let (end, register) = match content {
-            Content::Activation => (&mut ends.downstream, &mut registers.activation),
-            _ => (&mut ends.upstream, &mut registers.gradient),
-        };
+        let (end, _, neighbour) = outgoing(ends, registers, content);
+        if !dropped && link(end, action)?.await_room()? {
+            self.probes.waited(neighbour)?;
+        }
 
+        let PlaceState { ends, registers, .. } = self.place(action);
+        let (end, register, _) = outgoing(ends, registers, content);
         let tensor = header.wire.pack(&taken(register, action)?)?;
         if dropped { Ok(()) } else { link(end, action)?.send(header, tensor) }
     }
@@ -76,6 +79,20 @@ fn incoming<'a>(
     match content {
         Content::Activation => (&mut ends.upstream, &mut registers.activation),
         _ => (&mut ends.downstream, &mut registers.gradient),
+    }
+}
+
+/// Where a message comes from and goes to, and how a wait for room there is counted.
+fn outgoing<'a>(
+    ends: &'a mut Endpoints,
+    registers: &'a mut Registers,
+    content: Content,
+) -> (&'a mut Option<Box<dyn Link>>, &'a mut Option<Tensor>, TimeKind) {
+    match content {
+        Content::Activation => {
+            (&mut ends.downstream, &mut registers.activation, TimeKind::Downstream)
+        }
+        _ => (&mut ends.upstream, &mut registers.gradient, TimeKind::Upstream),
     }
 }
 

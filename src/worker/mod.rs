@@ -350,8 +350,9 @@ impl Worker {
     /// Tells where the time went, if that is long enough ago.
     fn tell_times(&mut self, step: usize, least: Duration) -> Result<()> {
         let Some(times) = self.probes.recent(least) else { return Ok(()) };
-        let (rank, memory) = (self.context.rank, self.gauge.as_ref().and_then(Gauge::present));
-        self.context.reports.send(Report::Times { rank, step, times, memory })
+        let (rank, gauge) = (self.context.rank, self.gauge.as_ref());
+        let (memory, peak) = (gauge.and_then(Gauge::present), gauge.and_then(Gauge::peak));
+        self.context.reports.send(Report::Times { rank, step, times, memory, peak })
     }
 
     /// Tells the digest of the new weights, if it is time, for replicas to be compared.

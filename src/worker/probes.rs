@@ -110,13 +110,13 @@ impl Probe for Beating {
 }
 
 impl Probe for Clock {
-    fn begin(&mut self, _: &Action, _: &mut PlaceState) -> Result<()> {
-        self.lap(TimeKind::Idle);
+    fn begin(&mut self, action: &Action, _: &mut PlaceState) -> Result<()> {
+        self.began(action);
         Ok(())
     }
 
     fn waited(&mut self, share: TimeKind) -> Result<()> {
-        self.lap(share);
+        self.waited_for(share);
         Ok(())
     }
 

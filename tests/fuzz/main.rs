@@ -21,6 +21,7 @@ mod records;
 mod states;
 mod folders;
 mod messages;
+mod runs;
 mod run;
 
 use std::path::Path;
@@ -56,7 +57,7 @@ trait Target {
 type Make = fn(&Path) -> Box<dyn Target>;
 
 /// Each with its share of the time.
-const TARGETS: [(&str, Make, f64); 13] = [
+const TARGETS: [(&str, Make, f64); 14] = [
     ("config", texts::config, 2.0),
     ("command-line", texts::command_line, 1.0),
     ("topology", texts::topology, 0.5),
@@ -70,6 +71,7 @@ const TARGETS: [(&str, Make, f64); 13] = [
     ("state", states::state, 2.5),
     ("folder", folders::folder, 1.0),
     ("messages", messages::messages, 0.5),
+    ("run", runs::runs, 1.0),
 ];
 
 /// Of all targets together, when nothing else is asked for.

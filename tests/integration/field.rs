@@ -647,6 +647,39 @@ fn field_messages() {
         .expect_code(0);
 }
 
+/// What an earlier run has left in a folder is not shown as that of a later one, and what is there
+/// instead of a file that is only looked at ends no run.
+#[test]
+fn an_earlier_run_is_not_taken_for_this_one() {
+    let folder = Folder::new();
+    let json = |folder: &Folder| -> serde_json::Value {
+        let told = shell(folder, "$B report a --json").expect_code(0);
+        serde_json::from_str(&told.stdout).unwrap()
+    };
+    shell(&folder, "$B train tiny.toml --grid 2x1 --set steps=40 --set batch=64 --out a")
+        .expect_code(0);
+    assert_eq!(json(&folder)["runs"][0]["places"].as_array().unwrap().len(), 2);
+    let before = text(&folder.path("a/metrics.jsonl"));
+
+    shell(&folder, "$B train tiny.toml --grid 2x1 --oracle --set 'sink=[\"terminal\"]' --out a")
+        .expect_code(0);
+    let refused = shell(&folder, "$B report a").expect_code(3);
+    assert!(refused.stderr.contains("has no metrics.jsonl"), "{refused}");
+    assert_eq!(text(&folder.path("a/metrics.previous.jsonl")), before);
+
+    shell(&folder, "$B train tiny.toml --grid 2x1 --oracle --out a").expect_code(0);
+    let run = &json(&folder)["runs"][0];
+    assert!(run["places"].as_array().unwrap().is_empty() && run["proof"].is_null(), "{run}");
+    assert_eq!((&run["state"], &run["steps"]), (&"ended".into(), &6.into()), "{run}");
+
+    let odd = "rm a/events.jsonl && mkdir a/events.jsonl a/metrics.prom && $B train tiny.toml --out a \
+               --set 'sink=[\"jsonl\", \"terminal\", \"prometheus\"]'";
+    let told = shell(&folder, odd).expect_code(0);
+    assert!(told.stderr.contains("events.jsonl") && told.stderr.contains("goes on without it"));
+    let run = &json(&folder)["runs"][0];
+    assert!(run["notes"].to_string().contains("events.jsonl cannot be read"), "{run}");
+}
+
 /// A run's folder that has come from elsewhere may have links in it: nothing is written through them.
 #[test]
 fn links_in_a_run_folder_are_not_followed() {

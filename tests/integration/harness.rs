@@ -71,6 +71,7 @@ impl Outcome {
             let object = value.as_object_mut().unwrap();
             object.remove("step_s");
             object.remove("tokens_per_s");
+            object.remove("time");
             // Of measured staleness what tells of time, and what only the oracle can know.
             for of in
                 object.get_mut("staleness").and_then(|of| of.as_array_mut()).into_iter().flatten()

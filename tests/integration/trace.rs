@@ -265,9 +265,16 @@ fn windows_that_the_run_does_not_have_are_refused() {
 
     let begin = folder.train("out", &["checkpoint.every=3"], &[]);
     run(ouroboros(&slices(&begin)), LIMIT).expect_code(0);
-    let resumed = folder.train("out", &["steps=9"], &["--resume", "--trace", "4..8"]);
-    let refused = run(ouroboros(&slices(&resumed)), LIMIT).expect_code(2);
+    let resumed = |trace: &str| folder.train("out", &["steps=9"], &["--resume", "--trace", trace]);
+    let refused = run(ouroboros(&slices(&resumed("4..10"))), LIMIT).expect_code(2);
     assert!(refused.stderr.contains("6..9"), "{refused}");
+
+    // A batch job is given the same words every time: what is made already is left out.
+    let told = run(ouroboros(&slices(&resumed("4..8"))), LIMIT).expect_code(0);
+    assert!(told.stderr.contains("6..8 are traced"), "{told}");
+    assert!(folder.path("out/trace-6-8.json.gz").exists());
+    let told = run(ouroboros(&slices(&resumed("4..8"))), LIMIT).expect_code(0);
+    assert!(told.stderr.contains("4..8 are made already"), "{told}");
 }
 
 /// The file TRACE traces the next steps of a run that is under way; one that is stopped meanwhile has fewer.

@@ -74,7 +74,9 @@ def holds(whole):
 
 
 def as_f32(value):
-    return struct.unpack("f", struct.pack("f", value))[0]
+    """What a number is in single precision; a word for what is none, which metrics.jsonl has as null."""
+    number = struct.unpack("f", struct.pack("f", math.nan if value is None else value))[0]
+    return number if math.isfinite(number) else "not finite"
 
 
 def lines(run):
@@ -111,7 +113,7 @@ def tensorboard(run):
     found = {tag for tag in reader.Tags()["scalars"] if not tag.startswith(("time/", "memory_mib/"))}
     assert found == set(expected), f"tags {sorted(found ^ set(expected))} are in one of both only"
     for tag, points in expected.items():
-        scalars = [(event.step, event.value) for event in reader.Scalars(tag)]
+        scalars = [(event.step, as_f32(event.value)) for event in reader.Scalars(tag)]
         assert scalars == [(step, as_f32(value)) for step, value in points], f"{tag} is another in TensorBoard"
     shares = [tag for tag in reader.Tags()["scalars"] if tag.startswith("time/")]
     assert shares, "no shares of time"
@@ -148,13 +150,25 @@ def prometheus(run):
 MARKS = """
 const svg = arguments[0];
 const outside = [], size = svg.viewBox.baseVal, frame = svg.getBoundingClientRect();
-const marks = [...svg.querySelectorAll('polyline, circle, rect, line')];
+const marks = [...svg.querySelectorAll('polyline, circle, rect, line, text')];
 for (const mark of marks) {
   const box = mark.getBoundingClientRect(), slack = 1.5;
   if (box.left < frame.left - slack || box.right > frame.right + slack || box.top < frame.top - slack || box.bottom > frame.bottom + slack)
     outside.push(mark.outerHTML.slice(0, 120));
 }
 return [marks.length, outside, size.width, size.height];
+"""
+
+
+# Words of a chart that stand on each other.
+TEXTS = """
+const texts = [...arguments[0].querySelectorAll('text')].map(text => [text.textContent.trim(), text.getBoundingClientRect()]);
+const found = [];
+texts.forEach(([name, a], i) => texts.slice(i + 1).forEach(([other, b]) => {
+  const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left), high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+  if (name && other && wide > 1 && high > 3) found.push([name, other]);
+}));
+return found;
 """
 
 
@@ -169,7 +183,6 @@ return [box.left, box.top, box.width, box.height];
 
 def page(path, pictures):
     from selenium import webdriver
-    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
     path, pictures = pathlib.Path(path).resolve(), pathlib.Path(pictures)
@@ -191,6 +204,7 @@ def page(path, pictures):
             try:
                 driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
                 driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": name == "phone"})
+                driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": name == "phone"})
                 driver.get(path.as_uri())
                 ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
                 bright = sum(int(part) for part in ground[4:-1].split(",")[:3]) > 384
@@ -201,7 +215,7 @@ def page(path, pictures):
                 assert len(figures) >= 6, f"{len(figures)} charts"
                 charts = len(figures)
                 for figure in figures:
-                    check_chart(driver, figure, ActionChains, By)
+                    check_chart(driver, figure, By, name == "phone")
                 whole = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
                 (pictures / f"report-{name}-{scheme}.png").write_bytes(base64.b64decode(whole["data"]))
                 errors = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
@@ -214,12 +228,14 @@ def page(path, pictures):
     print(f"page: {charts} charts at two widths, light and dark; {len(text) // 1024} KiB; pictures in {pictures}")
 
 
-def check_chart(driver, figure, chains, by):
+def check_chart(driver, figure, by, touch):
     svg = figure.find_element(by.TAG_NAME, "svg")
     title = figure.find_element(by.TAG_NAME, "h3").text
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", svg)
     marks, outside, width, height = driver.execute_script(MARKS, svg)
     assert marks > 3 and not outside, f"{title}: {marks} marks, outside of the frame {outside[:3]}"
+    overlapping = driver.execute_script(TEXTS, svg)
+    assert not overlapping, f"{title}: texts on each other: {overlapping[:3]}"
     curves, dots = driver.execute_script("const s = arguments[0]; return ['polyline', 'circle'].map(of => s.querySelectorAll(of).length)", svg)
 
     # The values on hover are those of the data at that point.
@@ -238,7 +254,12 @@ def check_chart(driver, figure, chains, by):
         place, middle, expected = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, mark["text"]
     frame = driver.execute_script(PLACED, svg, place / width)
     dx, dy = frame[0] + place / width * frame[2], frame[1] + middle / height * frame[3]
-    driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": dx, "y": dy})
+    if touch:
+        # A finger leaves at once; what it has touched stays to be read.
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": dx, "y": dy}]})
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    else:
+        driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": dx, "y": dy})
     tip = driver.execute_script("const t = document.getElementById('tip'); return t.style.display === 'block' ? t.textContent : ''")
     told = [line.split("  (")[0] for line in tip.split("\n")]
     assert expected in told, f"{title}: `{tip}` on hover, expected `{expected}`"

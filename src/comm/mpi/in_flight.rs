@@ -5,7 +5,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use mpi::topology::SimpleCommunicator;
 use tch::{Device, Tensor};
 
-use super::permits::Permit;
+use super::super::permits::Permit;
 use super::raw::{self, Address, MpiResult, Pending};
 use crate::comm::{Content, Header};
 

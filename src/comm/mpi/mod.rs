@@ -2,7 +2,6 @@
 //! of it.
 
 mod raw;
-mod permits;
 mod backoff;
 mod shared_memory;
 mod in_flight;
@@ -18,13 +17,13 @@ use std::time::Duration;
 
 use tch::Tensor;
 
+use super::permits::{Permit, Permits};
 use super::{Content, Endpoints, Header, Link, Ports, Reduction, ReplicaGroup, checked};
 use crate::control::{Card, Controls, FlightRecorder, Gate, Neighbours, Report, Reporter};
 use crate::error::{Error, Result};
 use crate::grid::{Grid, Place};
 use crate::wire::Wire;
 use in_flight::{Arrival, Inbox};
-use permits::Permits;
 pub use progress::Identity;
 use progress::{Group, Request, Waiters};
 pub use reduce::{CHUNK, CHUNKS_UNDER_WAY};
@@ -228,7 +227,16 @@ impl World {
 
                 let commands = self.commands.clone();
                 let (waiters, permits) = (self.waiters.clone(), Permits::new(capacity));
-                Some(Box::new(MpiLink { grid, me, peer, commands, waiters, inbox, permits }))
+                Some(Box::new(MpiLink {
+                    grid,
+                    me,
+                    peer,
+                    commands,
+                    waiters,
+                    inbox,
+                    permits,
+                    room: None,
+                }))
             };
 
         let mut places = Vec::new();
@@ -293,6 +301,8 @@ struct MpiLink {
     waiters: Waiters,
     inbox: Receiver<Arrival>,
     permits: Permits,
+    /// For the next message, where it was waited for.
+    room: Option<Permit>,
 }
 
 impl MpiLink {
@@ -302,11 +312,22 @@ impl MpiLink {
 }
 
 impl Link for MpiLink {
+    fn await_room(&mut self) -> Result<bool> {
+        if self.room.is_some() {
+            return Ok(false);
+        }
+
+        self.room = self.permits.try_acquire();
+        let waits = self.room.is_none();
+        if waits {
+            self.room = Some(self.waiters.during(|| self.permits.acquire()));
+        }
+        Ok(waits)
+    }
+
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
-        let permit = match self.permits.try_acquire() {
-            Some(permit) => permit,
-            None => self.waiters.during(|| self.permits.acquire()),
-        };
+        self.await_room()?;
+        let permit = self.room.take().ok_or_else(|| Error::Internal("no room".to_owned()))?;
         let (stage, to) = (self.me.stage, self.grid.rank(self.peer));
         let command = Request::Send { stage, to, header, tensor, permit };
         self.commands.send(command).map_err(|_| self.lost(format!("{} sends {header}", self.me)))

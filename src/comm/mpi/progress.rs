@@ -25,9 +25,9 @@ use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 use tch::Tensor;
 
+use super::super::permits::Permit;
 use super::backoff::{SHORTEST_SLEEP, pause};
 use super::in_flight::{Inbox, Incoming, Outgoing, address};
-use super::permits::Permit;
 use super::raw::{self, MpiResult, Pending};
 use super::reduce::{Reducer, Work};
 use crate::awake::Awake;
@@ -585,7 +585,7 @@ mod tests {
 
     use tch::Kind;
 
-    use super::super::permits::Permits;
+    use super::super::super::permits::Permits;
     use super::super::reduce::Work;
     use std::time::Instant;
 

@@ -158,6 +158,10 @@ where
     Q::Mark: Send,
     C: Carrier<Q, Buffer = Tensor> + Send,
 {
+    fn await_room(&mut self) -> Result<bool> {
+        self.headers.await_room()
+    }
+
     fn send(&mut self, header: Header, tensor: Tensor) -> Result<()> {
         let (action, bytes) = (header.action(self.stage), header.bytes());
         let fabric = &mut self.fabric.lock();
