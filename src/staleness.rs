@@ -55,9 +55,11 @@ pub struct Staleness {
     pub relative: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub travelled: Option<f64>,
-    /// Relative distances by what the parameters are in the model.
+    /// Relative distances by what the parameters are in the model, and the distances themselves.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub roles: BTreeMap<String, f64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub role_distances: BTreeMap<String, f64>,
     /// Of this gradient and that of the update before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cosine: Option<f64>,
@@ -184,7 +186,10 @@ impl Meter {
         let number = |value: f64| Some(value).filter(|value| value.is_finite());
         let relative =
             |[apart, whole]: [f64; 2]| number((apart / whole.max(f64::MIN_POSITIVE)).sqrt());
-        let of_role = |(role, sums): (&str, [f64; 2])| Some((role.to_owned(), relative(sums)?));
+        let by_role = |of: &dyn Fn([f64; 2]) -> Option<f64>| -> BTreeMap<String, f64> {
+            let of_role = |(role, sums): (&&str, &[f64; 2])| Some(((*role).to_owned(), of(*sums)?));
+            sums.iter().filter_map(of_role).collect()
+        };
         // Of the newest version itself nothing is kept: it has not moved.
         let still = (at.version == step).then_some(0.0);
         Ok(Staleness {
@@ -192,7 +197,8 @@ impl Meter {
             distance: number(all.sqrt()),
             relative: relative([all, whole]),
             travelled: if known { number(travelled.sqrt()) } else { still },
-            roles: sums.into_iter().filter_map(of_role).collect(),
+            roles: by_role(&relative),
+            role_distances: by_role(&|[apart, _]| number(apart.sqrt())),
             ..Staleness::default()
         })
     }
@@ -339,6 +345,8 @@ mod tests {
         let found =
             Meter::new(&layout, 4, Device::Cpu).unwrap().before(6, &moved).unwrap().unwrap();
         assert_eq!((found.roles["matrices"], found.roles["vectors"]), (0.0, 1.0));
+        let distances = (found.role_distances["matrices"], found.role_distances["vectors"]);
+        assert!(distances.0 == 0.0 && close(Some(distances.1), 2.0 * (count as f64).sqrt()));
 
         // Nothing is known of what it was; nothing has moved.
         let found = meter.before(10, &at(&gradient)).unwrap().unwrap();

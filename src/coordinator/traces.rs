@@ -38,6 +38,8 @@ pub struct Traces {
     /// The file `TRACE` that could not be read has been told of.
     unread: bool,
     open: Option<Open>,
+    /// One that was asked for before that one, and comes behind it.
+    later: Option<Window>,
     merging: Vec<Merging>,
 }
 
@@ -64,8 +66,8 @@ impl Traces {
     pub fn new(setup: Arc<Setup>, out: &Path) -> Traces {
         let (out, looked) = (out.to_owned(), Instant::now());
         let (threads, possible, unread) = (false, true, false);
-        let (open, merging) = (None, Vec::new());
-        Traces { setup, out, ranks: 0, threads, possible, looked, unread, open, merging }
+        let (open, later, merging) = (None, None, Vec::new());
+        Traces { setup, out, ranks: 0, threads, possible, looked, unread, open, later, merging }
     }
 
     /// The ranks are so many; whether they are threads of one process, and can be traced.
@@ -95,6 +97,7 @@ impl Traces {
             notes.extend(self.asked_for(limit, controls));
         }
 
+        notes.extend(self.begin_later(limit, controls));
         self.ask(limit, controls);
         notes.extend(self.begin_merging(stop));
         let (over, merging): (Vec<_>, Vec<_>) = std::mem::take(&mut self.merging)
@@ -135,20 +138,39 @@ impl Traces {
             Some(_) if !self.possible => {
                 "the file TRACE is not heeded: the oracle has no places".to_owned()
             }
-            Some(_) if planned.is_some() => format!(
-                "the file TRACE came before the trace of the steps {} is made: ask again after it",
-                planned.map_or(String::new(), |window| window.to_string())
-            ),
             Some(_) if limit >= steps => {
                 "the file TRACE came too late: all steps up to the end are under way".to_owned()
             }
             Some(count) => {
                 let window = Window { from: limit, to: limit.saturating_add(count).min(steps) };
+                let reached = [planned, self.later].into_iter().flatten();
+                if let Some(other) = reached.into_iter().find(|other| other.from < window.to) {
+                    return Some(format!(
+                        "the file TRACE came before the trace of the steps {other} is made: ask again after it"
+                    ));
+                }
+
+                self.later = planned.or(self.later);
                 self.expect(window);
                 controls.send(Control::Trace(window));
                 format!("tracing the steps {window}")
             }
         })
+    }
+
+    /// The window that another one came before, once that is complete.
+    fn begin_later(&mut self, limit: usize, controls: &Controls) -> Option<String> {
+        let window = self.later.filter(|_| self.open.is_none())?;
+        self.later = None;
+        if limit > window.from {
+            return Some(format!(
+                "note: the steps {window} are not traced: the trace before them was not complete"
+            ));
+        }
+
+        self.expect(window);
+        controls.send(Control::Trace(window));
+        None
     }
 
     /// Asks all ranks what their clocks say.
@@ -252,7 +274,7 @@ impl Traces {
 
     /// At the end of the run: what there is to say of steps that were to be traced and were not made.
     pub fn unbegun(&self) -> Option<String> {
-        self.open.as_ref().map(|open| unbegun(open.window))
+        self.open.as_ref().map(|open| unbegun(open.window)).or(self.later.map(unbegun))
     }
 
     /// How a trace's writing ended, in words.

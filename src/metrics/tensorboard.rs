@@ -9,7 +9,7 @@
 //! Tags: `loss`, `lr`, `tokens_per_s`, `step_s`, `grad_norm/stage 0`, `eval/loss`, ... A run that is
 //! resumed takes over what the earlier file says of the steps before, so that no step is there twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -272,12 +272,17 @@ impl Sink for TensorBoard {
     fn staleness(&mut self, line: &StalenessLine) -> Result<()> {
         let values = line.staleness.iter().flat_map(|of| {
             let name = stage_name(&of.stage);
-            let roles = of.measured.roles.iter();
-            let roles = roles.map(|(role, value)| (format!("relative/{role}"), *value));
+            let of_roles = |key: &'static str, roles: &BTreeMap<String, f64>| {
+                let tag = move |(role, value): (&String, &f64)| (format!("{key}/{role}"), *value);
+                roles.iter().map(tag).collect::<Vec<_>>()
+            };
+            let roles = of_roles("relative", &of.measured.roles);
+            let distances = of_roles("distance", &of.measured.role_distances);
             let numbers = numbers(&of.measured).into_iter();
             numbers
                 .map(|(key, value)| (key.to_owned(), value))
                 .chain(roles)
+                .chain(distances)
                 .map(move |(key, value)| (format!("staleness/{key}/{name}"), value))
                 .collect::<Vec<_>>()
         });

@@ -222,7 +222,7 @@ fn the_wide_and_the_deep_grid_equal_the_oracle() {
 fn peak_memory_is_as_predicted() {
     let xl = ["model.arch=transformer-xl", "model.mem_len=128", "eval.every=2", "eval.batch=3"];
     let recompute = ["recompute=true", "model.dropout=0.1"];
-    let blocks = ["recompute=blocks", "microbatches=2"];
+    let blocks = ["recompute=blocks", "microbatches=2", "staleness.every=4"];
     let llama = ["model.arch=llama", "model.kv_heads=2", "model.qk_norm=true", "model.dropout=0.1"];
     let vocabulary = ["model.arch=llama", "model.vocabulary=20000", "model.loss_chunk_mib=4"];
     let (stages, replicas) = ("grid.stages=2", "grid.replicas=2");

@@ -283,7 +283,7 @@ fn a_file_asks_for_a_trace() {
     let folder = Folder::new();
     let script = r#"
         set -e
-        $B train tiny.toml --grid 2x1 --set steps=100000 --set checkpoint.every=50000 --out out > log &
+        $B train tiny.toml --grid 2x1 --set steps=100000 --set checkpoint.every=50000 --trace 90000..90005 --out out > log &
         run=$!
         until [ "$(cat out/metrics.jsonl 2> /dev/null | wc -l)" -gt 3 ]; do sleep 0.05; done
         echo soon > out/TRACE
@@ -292,11 +292,14 @@ fn a_file_asks_for_a_trace() {
         until ls out/trace-*.json.gz 2> /dev/null; do sleep 0.05; done
         test ! -e out/TRACE
         echo 99999 > out/TRACE
+        until grep -q "before the trace of the steps 90000..90005 is made" log; do sleep 0.05; done
+        echo 30000 > out/TRACE
         until grep -c "tracing the steps" log | grep -q 2; do sleep 0.05; done
         sleep 0.2
         touch out/STOP
         wait $run && exit 1
         test $? = 75
+        grep -q "90000..90005 are not traced" log
     "#;
     let mut command = Command::new("bash");
     command
@@ -323,7 +326,7 @@ fn a_file_asks_for_a_trace() {
     windows.sort();
     assert_eq!(windows.len(), 2, "{finished}");
     assert_eq!(windows[0].1 - windows[0].0, 20);
-    assert!(windows[1].1 - windows[1].0 < 99_000);
+    assert!(windows[1].1 - windows[1].0 < 29_000);
     let setup = setup_of(TINY, &["steps=100000", "grid.stages=2"]);
     for (from, to, path) in &windows {
         Trace::read(path).check(&setup, *from, *to);

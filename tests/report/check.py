@@ -95,8 +95,9 @@ def tensorboard(run):
         if "staleness" in line:
             for of in line["staleness"]:
                 name = f"stage {of['stage']}" if isinstance(of["stage"], int) else of["stage"]
-                numbers = {key: value for key, value in of.items() if key not in ("stage", "roles")}
-                numbers |= {f"relative/{role}": value for role, value in of.get("roles", {}).items()}
+                numbers = {key: value for key, value in of.items() if key not in ("stage", "roles", "role_distances")}
+                for key, roles in (("relative", "roles"), ("distance", "role_distances")):
+                    numbers |= {f"{key}/{role}": value for role, value in of.get(roles, {}).items()}
                 for key, value in numbers.items():
                     expected[f"staleness/{key}/{name}"].append((step, value))
         elif "eval_loss" in line:
