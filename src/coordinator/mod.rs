@@ -49,6 +49,9 @@ use crate::staleness::Staleness;
 const LOOK: Duration = Duration::from_millis(500);
 const LOOK_AT_TRACE: Duration = Duration::from_millis(20);
 
+/// Seconds after which all ranks have written their parts of a trace, mostly.
+const TRACE_IS_OVER: f64 = 10.0;
+
 /// How long a run that is done waits for a trace to be written.
 const LONGEST_MERGE: Duration = Duration::from_secs(60);
 
@@ -294,7 +297,11 @@ impl Coordinator {
     /// Whether steps are to be traced, or have been.
     fn look_at_traces(&mut self, controls: &Controls) -> Result<()> {
         let (limit, stop) = (self.planner.limit(), self.planner.stop());
-        let notes = self.traces.look(limit, stop, controls);
+        // Those that are under way, and those that are made until all ranks have written what they know.
+        let under_way = limit.saturating_sub(self.steps.done());
+        let step_s = self.planner.median().unwrap_or(TRACE_IS_OVER);
+        let apart = under_way + (TRACE_IS_OVER / step_s.max(1e-6)).ceil() as usize;
+        let notes = self.traces.look(limit, apart, stop, controls);
         notes.iter().try_for_each(|text| self.note(EventKind::Trace, text))
     }
 

@@ -24,8 +24,7 @@ impl Sinks {
     pub fn begin(setup: &Setup, out: &Path) -> Result<Sinks> {
         let (config, start) = (&setup.config, setup.start());
         let resumed = setup.resumed.as_ref().map(|_| start);
-        let places = PlacesFile::begin(out, resumed.is_some());
-        let mut sinks = vec![Told { needed: false, sink: boxed(places) }];
+        let mut sinks = Vec::new();
         if config.sink.contains(&SinkKind::Jsonl) {
             sinks.push(Told { needed: true, sink: boxed(JsonLines::begin(out, resumed)?) });
         } else if resumed.is_none() {
@@ -35,8 +34,9 @@ impl Sinks {
         // Without a file that is looked at, the training is the same.
         let mut add = |begun: Result<Box<dyn Sink + Send>>| match begun {
             Ok(sink) => sinks.push(Told { needed: false, sink }),
-            Err(error) => complain!("note: {error}; the run goes on without it"),
+            Err(error) => leave_out(error),
         };
+        add(Ok(boxed(PlacesFile::begin(out, resumed.is_some()))));
         add(EventLog::begin(out, resumed.is_some()).map(boxed));
         for kind in &config.sink {
             match kind {
@@ -56,22 +56,28 @@ impl Sinks {
 
     /// Tells all sinks. One that fails and is not needed is left out from then on.
     pub fn tell(&mut self, say: impl Fn(&mut dyn Sink) -> Result<()>) -> Result<()> {
-        let mut kept = Vec::with_capacity(self.0.len());
+        let (mut kept, mut failed) = (Vec::with_capacity(self.0.len()), None);
         for mut told in std::mem::take(&mut self.0) {
             match say(told.sink.as_mut()) {
                 Ok(()) => kept.push(told),
-                Err(error) if told.needed => return Err(error),
-                Err(Error::Unwritten { path, problem }) => {
-                    complain!(
-                        "note: {path} cannot be written ({problem}); the run goes on without it"
-                    );
-                }
-                Err(error) => complain!("note: {error}; the run goes on without it"),
+                // The others hear how the run ends.
+                Err(error) if told.needed => failed = failed.or(Some(error)),
+                Err(error) => leave_out(error),
             }
         }
 
         self.0 = kept;
-        Ok(())
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Says that a run goes on without a file.
+fn leave_out(error: Error) {
+    match error {
+        Error::Unwritten { path, problem } => {
+            complain!("note: {path} cannot be written ({problem}); the run goes on without it");
+        }
+        error => complain!("note: {error}; the run goes on without it"),
     }
 }
 

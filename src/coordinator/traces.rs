@@ -88,13 +88,19 @@ impl Traces {
     }
 
     /// Looks for the file `TRACE`, asks the clocks, and writes what is complete; `limit` is the first
-    /// step that nobody may begin yet, `stop` the one that the run ends before if it is told to. What
-    /// people should read.
-    pub fn look(&mut self, limit: usize, stop: Option<usize>, controls: &Controls) -> Vec<String> {
+    /// step that nobody may begin yet, `apart` how many steps a trace takes to be over for all, `stop` the
+    /// one that the run ends before if it is told to. What people should read.
+    pub fn look(
+        &mut self,
+        limit: usize,
+        apart: usize,
+        stop: Option<usize>,
+        controls: &Controls,
+    ) -> Vec<String> {
         let mut notes = Vec::new();
         if stop.is_none() && self.looked.elapsed() >= LOOK {
             self.looked = Instant::now();
-            notes.extend(self.asked_for(limit, controls));
+            notes.extend(self.asked_for(limit, apart, controls));
         }
 
         notes.extend(self.begin_later(limit, controls));
@@ -110,7 +116,7 @@ impl Traces {
 
     /// What a file `TRACE` in the run's folder comes to, which is removed. One that is empty is being
     /// written.
-    fn asked_for(&mut self, limit: usize, controls: &Controls) -> Option<String> {
+    fn asked_for(&mut self, limit: usize, apart: usize, controls: &Controls) -> Option<String> {
         let path = self.out.join("TRACE");
         let text = match files::read_text(&path) {
             Ok(text) if text.trim().is_empty() => return None,
@@ -144,7 +150,8 @@ impl Traces {
             Some(count) => {
                 let window = Window { from: limit, to: limit.saturating_add(count).min(steps) };
                 let reached = [planned, self.later].into_iter().flatten();
-                if let Some(other) = reached.into_iter().find(|other| other.from < window.to) {
+                let free = window.to.saturating_add(apart);
+                if let Some(other) = reached.into_iter().find(|other| other.from < free) {
                     return Some(format!(
                         "the file TRACE came before the trace of the steps {other} is made: ask again after it"
                     ));

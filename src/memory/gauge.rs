@@ -67,6 +67,14 @@ impl Gauge {
         }
     }
 
+    /// The peak so far, where it is known without looking at all mappings of the process.
+    pub fn peak_so_far(&self) -> Option<u64> {
+        match self {
+            Gauge::Host { shared: 1.., .. } => None,
+            _ => self.peak(),
+        }
+    }
+
     /// Bytes between the start and the highest mark since.
     pub fn peak(&self) -> Option<u64> {
         match self {

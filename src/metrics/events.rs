@@ -73,7 +73,7 @@ impl EventLog {
     /// That of a run's folder: a new one, or that of the run that is resumed.
     ///
     /// # Errors
-    /// [`Error::Config`] about `--out`.
+    /// [`Error::Unwritten`] if it cannot be.
     pub fn begin(out: &Path, resumed: bool) -> Result<EventLog> {
         let path = out.join(EventLog::NAME);
         let mut options = OpenOptions::new();
@@ -82,10 +82,7 @@ impl EventLog {
             true => files::create_with(&path, &options),
             false => files::create(&path),
         };
-        let file = made.map_err(|error| {
-            let remedy = format!("cannot be written ({error}); choose another folder");
-            Error::config("--out", path.display(), remedy)
-        })?;
+        let file = made.map_err(|error| Error::unwritten(&path, error))?;
         let mut log = EventLog { path, file };
         log.end_line()?;
         Ok(log)

@@ -38,7 +38,9 @@ impl JsonLines {
         }
 
         // Whatever happens, what was written stands in one of both.
-        if let Some(earlier) = &earlier {
+        if resumed.is_none() {
+            JsonLines::put_aside(out)?;
+        } else if let Some(earlier) = &earlier {
             files::replace(&out.join(JsonLines::PREVIOUS), earlier).map_err(wrong)?;
         }
         files::replace(&path, &before).map_err(wrong)?;
@@ -112,8 +114,9 @@ fn lines_before(bytes: &[u8], start: usize) -> (Vec<u8>, usize) {
 
         let (step, start) = (step, start as u64);
         let stays = step < start || step == start && value.get("eval_loss").is_none();
-        if stays && line.ends_with(b"\n") {
-            kept.extend_from_slice(line);
+        if stays {
+            kept.extend_from_slice(line.trim_ascii_end());
+            kept.push(b'\n');
         }
     }
     (kept, damaged)

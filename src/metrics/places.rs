@@ -92,6 +92,11 @@ impl PlacesFile {
         PlacesFile { path, now, totals: BTreeMap::new(), written: None }
     }
 
+    /// A process that has only evaluated leaves what an earlier one has told.
+    fn has_steps(&self) -> bool {
+        self.now.places.values().any(|place| place.total.steps > 0)
+    }
+
     fn write(&mut self) -> Result<()> {
         self.written = Some(Instant::now());
         self.now.updated = wall_time();
@@ -124,13 +129,14 @@ impl Sink for PlacesFile {
         };
         self.now.places.insert(line.rank, record);
         match self.written {
+            _ if !self.has_steps() => Ok(()),
             Some(written) if written.elapsed() < EVERY => Ok(()),
             _ => self.write(),
         }
     }
 
     fn finish(&mut self) -> Result<()> {
-        if self.now.places.is_empty() { Ok(()) } else { self.write() }
+        if self.has_steps() { self.write() } else { Ok(()) }
     }
 }
 

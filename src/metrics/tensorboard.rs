@@ -155,17 +155,13 @@ impl TensorBoard {
     /// `resumed`, what earlier files say of the steps up to it. Those are removed.
     ///
     /// # Errors
-    /// [`Error::Config`] about `--out`.
+    /// [`Error::Unwritten`] if it cannot be.
     pub fn begin(
         out: &Path,
         resumed: Option<usize>,
         settings: &[(String, serde_json::Value)],
     ) -> Result<TensorBoard> {
-        let wrong = |error: std::io::Error| {
-            let remedy = format!("cannot be written ({error}); choose another folder");
-            Error::config("--out", out.display(), remedy)
-        };
-
+        let wrong = |error| Error::unwritten(&out.join("the event file of TensorBoard"), error);
         let temporary = out.join(UNFINISHED);
         let begun = TensorBoard::write_new(out, &temporary, resumed, settings).map_err(wrong);
         if begun.is_err() {

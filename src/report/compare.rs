@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::figures::Figures;
 
@@ -71,7 +71,7 @@ impl Comparison {
             Some(format!("{} is a run of kind {kind}: it takes no time to a loss", run.name))
         }));
         let texts = Texts::new(runs, per_byte);
-        notes.extend(texts.note(per_byte));
+        notes.extend(texts.note().filter(|_| incomparable.is_none() && runs.len() > 1));
 
         Comparison {
             differences: differences(runs),
@@ -93,30 +93,37 @@ impl Comparison {
     }
 }
 
-/// Whether runs have the same texts: losses on others do not compare.
+/// Whether runs have the same texts, as far as that is known: losses on others do not compare.
 #[derive(Debug, Clone, Copy)]
 struct Texts {
     train: bool,
     held_out: bool,
+    unknown: bool,
 }
 
 impl Texts {
     /// Of runs of other tokens nobody can tell.
     fn new(runs: &[Figures], per_byte: bool) -> Texts {
-        let same =
-            |values: Vec<Value>| per_byte || values.windows(2).all(|pair| pair[0] == pair[1]);
         let evaluated = runs.iter().filter(|run| run.eval_tokens.is_some());
-        let held_out = evaluated.map(|run| json!([run.facts["held_out"], run.eval_tokens]));
-        let train = runs.iter().map(|run| run.facts["train"].clone());
-        Texts { train: same(train.collect()), held_out: same(held_out.collect()) }
+        let held_out: Vec<&Value> = evaluated.clone().map(|run| &run.facts["held_out"]).collect();
+        let train: Vec<&Value> = runs.iter().map(|run| &run.facts["train"]).collect();
+        let same = |values: &[&Value]| {
+            let known: Vec<&&Value> = values.iter().filter(|value| !value.is_null()).collect();
+            per_byte || known.windows(2).all(|pair| pair[0] == pair[1])
+        };
+        let counts: BTreeSet<Option<u64>> = evaluated.map(|run| run.eval_tokens).collect();
+        let null = |values: &[&Value]| values.iter().any(|value| value.is_null());
+        Texts {
+            train: same(&train),
+            held_out: same(&held_out) && (per_byte || counts.len() < 2),
+            unknown: per_byte || null(&train) || null(&held_out),
+        }
     }
 
     /// What is to be said of it.
-    fn note(self, per_byte: bool) -> Option<String> {
+    fn note(self) -> Option<String> {
         let text = match (self.train, self.held_out) {
-            (true, true) if per_byte => {
-                "the runs have other tokens: whether their texts are the same is not known"
-            }
+            (true, true) if self.unknown => "whether the runs have the same texts is not known",
             (true, true) => return None,
             (false, true) => "the runs are trained on other texts: only held-out losses compare",
             (true, false) => {
@@ -212,6 +219,8 @@ fn crossing(points: &[(f64, f64)], loss: f64) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// A run of a folder: a loss that falls by a tenth a step from `first` on, of tokens of so many
@@ -237,7 +246,7 @@ mod tests {
 
     #[test]
     fn runs_are_compared_by_what_they_have_in_common() {
-        let of = |tokens: &str, bytes: f64| json!({"tokens": tokens, "bytes_per_token": bytes, "train_bytes_per_token": bytes, "stages": 2});
+        let of = |tokens: &str, bytes: f64| json!({"tokens": tokens, "bytes_per_token": bytes, "train_bytes_per_token": bytes, "stages": 2, "train": "text", "held_out": "other"});
         let (quick, slow) = (run("a", 4.0, 0.5, of("x", 2.0)), run("b", 5.0, 0.25, of("x", 2.0)));
         let found = Comparison::new(&[quick, slow]);
         assert!(!found.per_byte && found.incomparable.is_none());
@@ -254,9 +263,11 @@ mod tests {
         let other = run("c", 5.0, 0.5, of("y", 4.0));
         let found = Comparison::new(&[run("a", 4.0, 0.5, of("x", 2.0)), other]);
         assert!(found.per_byte && found.unit().contains("per byte"));
+        assert!(found.notes[0].contains("is not known"), "{:?}", found.notes);
         let unknown = run("d", 5.0, 0.5, Value::Null);
         let found = Comparison::new(&[run("a", 4.0, 0.5, of("x", 2.0)), unknown]);
         assert!(found.incomparable.is_some() && found.to_loss.is_none());
+        assert!(found.notes.is_empty(), "{:?}", found.notes);
 
         // What is no training on a grid takes no time that could be compared.
         let mut facts = of("x", 2.0);

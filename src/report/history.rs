@@ -254,7 +254,7 @@ impl History {
         }
 
         // Its ranks are not those of the process that goes on.
-        let started = self.starts().last().map_or(0.0, |start| start.time);
+        let started = self.training().map_or(0.0, |start| start.time);
         self.earlier_places = !self.places.places.is_empty() && self.places.updated < started;
         if self.earlier_places {
             self.places = Places::default();
@@ -272,9 +272,27 @@ impl History {
         self.events.iter().filter(|event| event.kind == EventKind::Start)
     }
 
-    /// The facts of the last process that began the run or went on with it.
+    /// The last process that trained, or may still: one that found nothing left to do says nothing of
+    /// the run.
+    fn training(&self) -> Option<&EventLine> {
+        let mut last = None;
+        for event in &self.events {
+            match event.kind {
+                EventKind::Start => last = Some((event, last.map(|(event, _)| event))),
+                EventKind::End => {
+                    let idle = |(start, _): &(&EventLine, _)| start.step == event.step;
+                    let before = last.filter(idle).and_then(|(_, before)| before);
+                    last = before.map(|before| (before, None)).or(last);
+                }
+                _ => {}
+            }
+        }
+        last.map(|(start, _)| start)
+    }
+
+    /// The facts of the last process that trained the run.
     pub fn facts(&self) -> &serde_json::Value {
-        self.starts().last().map_or(&serde_json::Value::Null, |start| &start.facts)
+        self.training().map_or(&serde_json::Value::Null, |start| &start.facts)
     }
 }
 
@@ -329,5 +347,34 @@ mod tests {
         std::fs::write(&path, step(1, "4")).unwrap();
         history.read().unwrap();
         assert_eq!(history.metrics.steps.len(), 1);
+    }
+
+    #[test]
+    fn a_process_that_found_nothing_to_do_says_nothing_of_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = |step: u64, time: f64, grid: &str| serde_json::json!({"time": time, "step": step, "kind": "start", "text": "", "facts": {"grid": grid}});
+        let end = |time: f64| serde_json::json!({"time": time, "step": 6, "kind": "end", "text": "", "facts": {}});
+        let place = serde_json::json!({
+            "name": "", "replica": 0, "stages": [0], "step": 6, "at": 5.0, "predicted": 0,
+            "recent": {"steps": 0, "seconds": 0.0, "kinds": {}, "stages": []},
+            "total": {"steps": 6, "seconds": 1.0, "kinds": {}, "stages": []},
+        });
+        let places = serde_json::json!({"updated": 5.0, "places": {"0": place}});
+        std::fs::write(folder.path().join(PlacesFile::NAME), places.to_string()).unwrap();
+        let look = |events: &[serde_json::Value]| {
+            let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
+            std::fs::write(folder.path().join(EventLog::NAME), lines).unwrap();
+            let mut history = History::new(folder.path());
+            history.read().unwrap();
+            (history.facts()["grid"].as_str().unwrap().to_owned(), history.earlier_places)
+        };
+
+        let mut events = vec![start(0, 1.0, "2x2"), end(5.1)];
+        assert_eq!(look(&events), ("2x2".to_owned(), false));
+        events.extend([start(6, 10.0, "1x1"), end(11.0), start(6, 12.0, "1x2"), end(13.0)]);
+        assert_eq!(look(&events), ("2x2".to_owned(), false));
+        // One that goes on may be another grid.
+        events.push(start(6, 20.0, "4x1"));
+        assert_eq!(look(&events), ("4x1".to_owned(), true));
     }
 }

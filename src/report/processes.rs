@@ -25,7 +25,9 @@ pub fn processes(history: &History, phase: &Phase) -> Vec<Process> {
     let starts: Vec<&EventLine> = history.starts().collect();
     let of = |(number, start): (usize, &&EventLine)| {
         let until = starts.get(number + 1).map_or(f64::INFINITY, |next| next.time);
-        let steps = between(&history.metrics.steps, start.time, until);
+        // Clocks of two hosts may differ, and steps of an earlier version do not tell their time.
+        let made = |point: &&StepPoint| point.time >= start.time && point.time < until;
+        let steps: Vec<&StepPoint> = history.metrics.steps.iter().filter(made).collect();
         let seconds: f64 = steps.iter().map(|point| point.step_s).sum();
         let tokens: f64 = steps.iter().map(|point| point.tokens_per_s * point.step_s).sum();
         Process {
@@ -54,13 +56,6 @@ fn end(history: &History, from: f64, until: f64) -> String {
         Some(_) => "ended".to_owned(),
         None => "killed: it has not told of an end".to_owned(),
     }
-}
-
-/// The steps that were made in a time.
-fn between(steps: &[StepPoint], from: f64, until: f64) -> &[StepPoint] {
-    let first = steps.partition_point(|point| point.time < from);
-    let last = steps.partition_point(|point| point.time < until);
-    steps.get(first..last).unwrap_or(&[])
 }
 
 /// Seconds of the run's processes up to each step: evaluations and saves are in them; pauses between
@@ -121,8 +116,16 @@ mod tests {
 
         // Steps of an earlier version do not tell when they were made.
         let lines = [step(1, 101.0), step(2, 102.0)].concat().replace("\"time\"", "\"else\"");
-        std::fs::write(folder.path().join("metrics.jsonl"), lines).unwrap();
+        std::fs::write(folder.path().join("metrics.jsonl"), &lines).unwrap();
         history.read().unwrap();
         assert_eq!(wall_clock(&history), [1.0, 2.0]);
+
+        // And gone on with by this one.
+        let lines = lines + &step(3, 3702.0);
+        std::fs::write(folder.path().join("metrics.jsonl"), lines).unwrap();
+        history.read().unwrap();
+        assert_eq!(wall_clock(&history), [1.0, 2.0, 4.0]);
+        let found = processes(&history, &phase);
+        assert_eq!((found[0].to, found[1].to), (None, Some(3)));
     }
 }

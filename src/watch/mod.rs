@@ -86,14 +86,16 @@ fn show(
     let mut state = State::new(history);
     let (mut looked, mut first) = (Instant::now(), 0usize);
     loop {
-        terminal.draw(|frame| screen::draw(frame, &state, first))?;
+        let mut most = 0;
+        terminal.draw(|frame| most = screen::draw(frame, &state, first))?;
+        first = first.min(most);
         let left = request.every.saturating_sub(looked.elapsed());
         if event::poll(left)? {
             let event = event::read()?;
             if leaves(&event) {
                 return Ok(());
             }
-            first = scrolled(&event, first).min(state.places.len().saturating_sub(1));
+            first = scrolled(&event, first);
         }
 
         if looked.elapsed() >= request.every {

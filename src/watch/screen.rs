@@ -33,8 +33,8 @@ const KINDS: [(&str, Color); 9] = [
     ("save", Color::LightBlue),
 ];
 
-/// Draws a look at a run, the places from the `first` on.
-pub fn draw(frame: &mut Frame, state: &State, first: usize) {
+/// Draws a look at a run, the places from the `first` on; how many there are that have no room.
+pub fn draw(frame: &mut Frame, state: &State, first: usize) -> usize {
     // The keys and what tells of the run have room before anything else.
     let [page, foot] =
         Layout::vertical([Constraint::Min(0), Constraint::Length(1)]).areas(frame.area());
@@ -50,9 +50,10 @@ pub fn draw(frame: &mut Frame, state: &State, first: usize) {
 
     draw_head(frame, head, state);
     draw_losses(frame, chart, state);
-    draw_grid(frame, grid, state, first);
+    let left = draw_grid(frame, grid, state, first);
     draw_events(frame, events, state);
     draw_foot(frame, foot, state);
+    left
 }
 
 /// The keys, and the colours of the kinds of time that there are.
@@ -138,7 +139,7 @@ fn draw_losses(frame: &mut Frame, area: Rect, state: &State) {
     frame.render_widget(chart, area);
 }
 
-fn draw_grid(frame: &mut Frame, area: Rect, state: &State, first: usize) {
+fn draw_grid(frame: &mut Frame, area: Rect, state: &State, first: usize) -> usize {
     // Beside the frame's line and the head.
     let room = usize::from(area.height).saturating_sub(2);
     let shown = match state.places.len() <= room {
@@ -171,6 +172,7 @@ fn draw_grid(frame: &mut Frame, area: Rect, state: &State, first: usize) {
         .style(Style::new().add_modifier(Modifier::DIM));
     let block = Block::new().borders(Borders::TOP).title(" grid ");
     frame.render_widget(Table::new(rows.chain(more), widths).header(head).block(block), area);
+    left
 }
 
 /// Where a place's time went lately, a block for as much of it.
@@ -244,7 +246,8 @@ mod tests {
         state.places = (0..24).map(place).collect();
         for (width, height) in [(100, 30), (80, 24), (60, 12), (40, 12), (20, 5), (200, 60)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-            terminal.draw(|frame| draw(frame, &state, 3)).unwrap();
+            let mut left = 0;
+            terminal.draw(|frame| left = draw(frame, &state, 3)).unwrap();
             let text: String =
                 terminal.backend().buffer().content().iter().map(|cell| cell.symbol()).collect();
             assert!(text.contains("q quits"), "{text}");
@@ -256,7 +259,8 @@ mod tests {
             assert!(text.contains("started"), "{text}");
             let shown = |i: &usize| text.contains(&format!("stage {i},"));
             let count = (0..24).filter(shown).count();
-            assert!(text.contains(&format!("and {} more", 24 - count)) && count > 0, "{text}");
+            assert!(text.contains(&format!("and {left} more")) && count > 0, "{text}");
+            assert_eq!(left, 24 - count, "{text}");
             // The fourth place is the first, and its bar has as much of both kinds.
             assert!(!shown(&0) && shown(&3), "{text}");
             let blocks = text.matches('█').count();

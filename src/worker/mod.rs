@@ -351,7 +351,7 @@ impl Worker {
     fn tell_times(&mut self, step: usize, least: Duration) -> Result<()> {
         let Some(times) = self.probes.recent(least) else { return Ok(()) };
         let (rank, gauge) = (self.context.rank, self.gauge.as_ref());
-        let (memory, peak) = (gauge.and_then(Gauge::present), gauge.and_then(Gauge::peak));
+        let (memory, peak) = (gauge.and_then(Gauge::present), gauge.and_then(Gauge::peak_so_far));
         self.context.reports.send(Report::Times { rank, step, times, memory, peak })
     }
 

@@ -98,7 +98,8 @@ pub(super) fn proof(runs: &[Figures], comparison: &Comparison, charts: &mut Char
         names.iter().enumerate().map(|(color, name)| (name.clone(), color)).collect();
 
     html! {
-        @if !known.is_empty() || comparison.to_loss.is_some() { h2 { "The proof" } }
+        @let several = comparison.to_loss.as_ref().is_some_and(|to_loss| to_loss.runs.len() > 1);
+        @if !known.is_empty() || several { h2 { "The proof" } }
         @if !known.is_empty() {
             p { "Was no device idle? The measured share of the devices' time that was a wait, beside what each schedule would have with the stage times of this very run, where messages and sums over replicas take no time. What is measured is of the steps of the last process, filling and draining in it, evaluations and saves not."
                 @if known.iter().any(|(_, proof)| proof.schedules.is_empty()) { " Very large grids are not simulated." } }
