@@ -174,6 +174,27 @@ for ((i = 0; i < 100; i++)); do
 done
 screen kill-session -t long
 grep "generating .*left" "$folder/bar" || { cat "$folder/bar"; echo "generate shows no bar" >&2; exit 1; }
+cat >"$folder/study.toml" <<TOML
+name = "small"
+base = "$root/configs/quickstart.toml"
+set = ["steps=300", "batch=16", "eval.every=300", "eval.drain=false"]
+rates = [1e-3]
+seeds = [1, 2]
+[[variant]]
+name = "one"
+set = ["schedule=1f1b"]
+[[variant]]
+name = "two"
+against = "one"
+TOML
+screen new-session -d -s long -x 110 -y 10 "$program study $folder/study.toml --out $folder/study"
+for ((i = 0; i < 200; i++)); do
+    sleep 0.2
+    screen capture-pane -p -t long >"$folder/bar"
+    if grep -q "training .*left" "$folder/bar"; then break; fi
+done
+screen kill-session -t long
+grep "training .*left" "$folder/bar" || { cat "$folder/bar"; echo "a study shows no bar" >&2; exit 1; }
 timeout 4 "$program" generate "$runs/first" --prompt the --tokens 100000 >/dev/null 2>"$folder/quiet" || [ $? = 124 ]
 if [ -s "$folder/quiet" ]; then
     cat "$folder/quiet"

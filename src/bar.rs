@@ -27,6 +27,11 @@ impl Bar {
         Bar::new(total, what, "{msg:20} {bar:30} {bytes}/{total_bytes}  {eta} left")
     }
 
+    /// Of something that has no unit.
+    pub fn of_parts(total: u64, what: &str) -> Bar {
+        Bar::new(total, what, "{msg:20} {bar:30} {percent:>3} %  {eta} left")
+    }
+
     fn new(total: u64, what: &str, template: &str) -> Bar {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
         let style = ProgressStyle::with_template(template);
@@ -42,6 +47,13 @@ impl Bar {
             // Nothing is drawn where that is no terminal.
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
+    }
+}
+
+impl Bar {
+    /// Does something that prints lines, beside the bar.
+    pub fn beside<T>(&self, print: impl FnOnce() -> T) -> T {
+        self.bar.suspend(print)
     }
 }
 

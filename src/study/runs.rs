@@ -5,12 +5,15 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::plan::{Plan, Run, Variant};
+use crate::bar::Bar;
 use crate::error::{Error, NOT_FINITE, Result};
 use crate::files;
 use crate::metrics::clock;
@@ -19,6 +22,10 @@ use crate::metrics::clock;
 const PILOT_STEPS: usize = 6;
 /// Lines of a failing run's output that are shown.
 const TAIL: usize = 8;
+
+/// Between two looks at how far the runs are; parts of a run, of the bar that shows it.
+const LOOK: Duration = Duration::from_millis(500);
+const PARTS: f64 = 1000.0;
 
 /// The file in the folder of a run whose loss has become no number.
 const DIVERGED: &str = "diverged";
@@ -179,6 +186,8 @@ impl Runs {
     pub fn make(&self, runs: &[Run]) -> Result<()> {
         let todo: VecDeque<&Run> = runs.iter().filter(|run| !self.is_made(run)).collect();
         let (count, begun) = (todo.len(), Instant::now());
+        let bar = Bar::of_parts((PARTS * count as f64) as u64, "training");
+        let (all, over) = (todo.clone(), AtomicBool::new(false));
         let queue = Mutex::new((todo, 0usize, Ok(())));
         let lock = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
 
@@ -199,11 +208,13 @@ impl Runs {
                         let (seconds, done) = (started.elapsed().as_secs_f64(), state.1);
                         let loss =
                             if loss.is_finite() { format!("{loss:.4}") } else { DIVERGED.into() };
-                        say!(
-                            "{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left",
-                            run.id,
-                            clock(left)
-                        );
+                        bar.beside(|| {
+                            say!(
+                                "{done:>4}/{count}  {:<48} {loss}  {seconds:.0} s, {} left",
+                                run.id,
+                                clock(left)
+                            );
+                        });
                     }
                     Err(error) => {
                         state.0.clear();
@@ -217,17 +228,55 @@ impl Runs {
         };
 
         std::thread::scope(|scope| {
-            for _ in 0..self.jobs {
-                scope.spawn(work);
+            scope.spawn(|| self.show(&all, &bar, &over));
+            let workers: Vec<_> = (0..self.jobs).map(|_| scope.spawn(work)).collect();
+            let panicked = workers.into_iter().find_map(|worker| worker.join().err());
+            over.store(true, Ordering::Relaxed);
+            if let Some(panicked) = panicked {
+                std::panic::resume_unwind(panicked);
             }
         });
 
         lock().2.clone()
     }
 
+    /// Shows how far the runs are until they are over, on a terminal.
+    fn show(&self, runs: &VecDeque<&Run>, bar: &Bar, over: &AtomicBool) {
+        let mut shown = 0;
+        while std::io::stderr().is_terminal() && !over.load(Ordering::Relaxed) {
+            std::thread::sleep(LOOK);
+            let made: f64 = runs.iter().map(|run| self.share(run)).sum();
+            let now = ((PARTS * made) as u64).max(shown);
+            bar.advance(now - shown);
+            shown = now;
+        }
+    }
+
+    /// How much of a run is made, from 0 to 1.
+    fn share(&self, run: &Run) -> f64 {
+        if self.is_made(run) {
+            return 1.0;
+        }
+
+        let folder = self.making(run);
+        let config = fs::read_to_string(folder.join("config.toml")).unwrap_or_default();
+        let steps =
+            config.parse::<toml::Table>().ok().and_then(|keys| keys.get("steps")?.as_integer());
+        let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap_or_default();
+        let last = text.lines().rev().find_map(|line| {
+            serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_f64()
+        });
+        last.zip(steps).map_or(0.0, |(step, steps)| (step / steps.max(1) as f64).min(1.0))
+    }
+
+    /// Where a run is made.
+    fn making(&self, run: &Run) -> PathBuf {
+        self.folder.join(format!("{}.{}", run.id, std::process::id()))
+    }
+
     /// One run, from its beginning.
     fn make_one(&self, run: &Run) -> Result<()> {
-        let folder = self.folder.join(format!("{}.{}", run.id, std::process::id()));
+        let folder = self.making(run);
         let wrong = |error: std::io::Error| {
             Error::config("--out", folder.display(), format!("cannot be written ({error})"))
         };
