@@ -130,7 +130,7 @@ timeout "$LIMIT" "$program" report "$runs/first" "$runs/characters" "$runs/oracl
 for words in "bits per byte" "is a run of kind oracle" "and a fresh one" "means over the replicas of a stage"; do
     grep -qF "$words" "$folder/others.html" || { echo "the page does not say \`$words\`" >&2; exit 1; }
 done
-check page "$folder/others.html" target/report/others
+check page "$folder/others.html" target/report/others few
 
 say "a run as it goes, on a terminal"
 timeout "$LIMIT" "$program" train configs/quickstart.toml --grid 2x1 --out "$runs/live" --set steps=100000 --set checkpoint.every=50000 \

@@ -3,7 +3,8 @@
     python tests/report/check.py trace FILE           a trace, by JSON Schema and by what must be true of it
     python tests/report/check.py tensorboard RUN      the event file, by TensorBoard's reader: every number of metrics.jsonl
     python tests/report/check.py prometheus RUN       metrics.prom, by Prometheus' parser
-    python tests/report/check.py page HTML PICTURES   the report, by Chromium: no network, no error, marks in their frames, values on hover
+    python tests/report/check.py page HTML PICTURES   the report, by Chromium: no network, no error, marks in their frames, values on hover;
+                                                      with a further word only light on a desktop, dark on a phone
 """
 
 import base64
@@ -182,7 +183,7 @@ return [box.left, box.top, box.width, box.height];
 """
 
 
-def page(path, pictures):
+def page(path, pictures, few=None):
     from selenium import webdriver
     from selenium.webdriver.common.by import By
 
@@ -196,6 +197,8 @@ def page(path, pictures):
     charts = 0
     for width, height, name in [(1280, 900, "desktop"), (390, 844, "phone")]:
         for scheme in ("light", "dark"):
+            if few and (name == "phone") != (scheme == "dark"):
+                continue
             options = webdriver.ChromeOptions()
             for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"):
                 options.add_argument(flag)
