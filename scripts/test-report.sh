@@ -166,14 +166,18 @@ timeout "$LIMIT" "$program" watch "$runs/live" | tee "$folder/line"
 grep -q "live: stopped, step" "$folder/line"
 
 say "progress of what takes long: on a terminal, and nowhere else"
-screen new-session -d -s long -x 110 -y 10 "$program generate $runs/first --prompt the --tokens 100000 >/dev/null"
-for ((i = 0; i < 100; i++)); do
-    sleep 0.2
-    screen capture-pane -p -t long >"$folder/bar"
-    if grep -q "left" "$folder/bar"; then break; fi
-done
-screen kill-session -t long
-grep "generating .*left" "$folder/bar" || { cat "$folder/bar"; echo "generate shows no bar" >&2; exit 1; }
+# shows_bar WORD COMMAND: a bar with this word and the time left, on a terminal where the command runs.
+shows_bar() {
+    screen new-session -d -s long -x 110 -y 10 "$2"
+    for ((i = 0; i < 200; i++)); do
+        sleep 0.2
+        screen capture-pane -p -t long >"$folder/bar"
+        if grep -q "$1 .*left" "$folder/bar"; then break; fi
+    done
+    screen kill-session -t long
+    grep "$1 .*left" "$folder/bar" || { cat "$folder/bar"; echo "no bar of \`$1\`" >&2; return 1; }
+}
+shows_bar generating "$program generate $runs/first --prompt the --tokens 100000 >/dev/null"
 cat >"$folder/study.toml" <<TOML
 name = "small"
 base = "$root/configs/quickstart.toml"
@@ -187,14 +191,7 @@ set = ["schedule=1f1b"]
 name = "two"
 against = "one"
 TOML
-screen new-session -d -s long -x 110 -y 10 "$program study $folder/study.toml --out $folder/study"
-for ((i = 0; i < 200; i++)); do
-    sleep 0.2
-    screen capture-pane -p -t long >"$folder/bar"
-    if grep -q "training .*left" "$folder/bar"; then break; fi
-done
-screen kill-session -t long
-grep "training .*left" "$folder/bar" || { cat "$folder/bar"; echo "a study shows no bar" >&2; exit 1; }
+shows_bar training "$program study $folder/study.toml --out $folder/study"
 timeout 4 "$program" generate "$runs/first" --prompt the --tokens 100000 >/dev/null 2>"$folder/quiet" || [ $? = 124 ]
 if [ -s "$folder/quiet" ]; then
     cat "$folder/quiet"

@@ -333,6 +333,13 @@ fn notes(history: &History, facts: &Value) -> Vec<String> {
         );
     }
 
+    notes.extend(notes_of_places(history, facts));
+    notes
+}
+
+/// What is wrong with what a run's folder says of its places.
+fn notes_of_places(history: &History, facts: &Value) -> Vec<String> {
+    let mut notes = Vec::new();
     if facts["device"] == "cuda" {
         notes.push(
             "on GPUs times by kinds are those of the hosts, which do not wait for the device: no proof; a trace has the device's"
